@@ -1,0 +1,37 @@
+# Two commands for a fresh clone: `make demo` and `make test`. Both set up what they need first.
+PYTHON ?= python3
+VENV ?= .venv
+SEED ?= 0
+OUTPUT_DIR ?= runs/demo
+
+READY := $(VENV)/.installed
+BIN := $(VENV)/bin
+
+.PHONY: demo test test-slow test-multiprocess lint format
+
+$(READY): setup.cfg pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing packages into $(VENV) (PyTorch alone is several GB; a few minutes) ..."
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $(READY)
+
+# Annotate handwritten digits with a tiny CLIP and train two networks on its candidate sets
+demo: $(READY)
+	$(BIN)/accelerate launch --quiet --config_file accelerate_configs/single_gpu.yaml train_coreg.py --seed $(SEED) --output_dir $(OUTPUT_DIR)
+
+test: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+test-slow: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
+
+test-multiprocess: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m multiprocess
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(READY)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .

@@ -1,0 +1,78 @@
+"""Blocks of an annotation store: one file each that carries its own checksum and appears whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from coreg.errors import UserError
+
+
+class DamagedBlockError(Exception):
+    """A block file that is not what its writer wrote; the message says what is wrong with it."""
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that it is there whole or not at all, also when the power fails.
+
+    Raises:
+        UserError: the disk is full or the folder cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(
+            f"cannot write {path}: {error.strerror}; what is written is kept, run the same command again"
+        ) from None
+
+
+def _checksum(tensors: dict[str, np.ndarray], job: str, index: int, errors: dict[str, str]) -> str:
+    digest = hashlib.sha256(json.dumps([job, index, errors], sort_keys=True).encode())
+    for name in sorted(tensors):
+        digest.update(f"{name} {tensors[name].dtype} {tensors[name].shape}".encode())
+        digest.update(np.ascontiguousarray(tensors[name]).data)
+    return digest.hexdigest()
+
+
+def write_block(path: Path, index: int, job: str, tensors: dict[str, np.ndarray], errors: dict[int, str]) -> None:
+    """Write block `index` of job `job` (hex) with its checksum; `errors` maps rows of the whole list to reasons."""
+    told = {str(row): reason for row, reason in sorted(errors.items())}
+    head = {"job": job, "index": index, "errors": told, "sha256": _checksum(tensors, job, index, told)}
+    # One metadata key: safetensors does not keep the order of several, and equal blocks are to be equal files.
+    write_atomically(path, save(tensors, metadata={"coreg": json.dumps(head, sort_keys=True)}))
+
+
+def read_block(path: Path, index: int, job: str) -> tuple[dict[str, np.ndarray], dict[int, str], str]:
+    """Read and verify a block.
+
+    Returns:
+        Its tensors (see the module's text), the reasons of its unreadable rows, and its checksum (hex).
+
+    Raises:
+        DamagedBlockError: it cannot be read, belongs to another job or place, or its bytes are not those written.
+    """
+    try:
+        with safe_open(path, framework="numpy") as file:
+            head = json.loads((file.metadata() or {})["coreg"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        errors, checksum = dict(head["errors"]), head["sha256"]
+        if (head["job"], head["index"]) != (job, index):
+            raise DamagedBlockError("it belongs to another job or place")
+        if _checksum(tensors, job, index, errors) != checksum:
+            raise DamagedBlockError("its checksum does not match")
+        return tensors, {int(row): reason for row, reason in errors.items()}, checksum
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        raise DamagedBlockError(f"it cannot be read ({' '.join(str(error).split())})") from None

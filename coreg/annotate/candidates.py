@@ -1,0 +1,163 @@
+"""From evidence to candidate sets: rules that turn an annotation store into a boolean matrix, and their statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from coreg.annotate.store import AnnotationStore
+from coreg.errors import UserError
+
+
+def vote_counts(votes: np.ndarray, classes: int) -> np.ndarray:
+    """How many templates name each class: votes int16 (N, T) with -1 = abstention -> int16 (N, classes)."""
+    counts = np.zeros((len(votes), classes), dtype=np.int16)
+    rows = np.arange(len(votes))
+    for named in votes.T:  # a template names at most one class an image, so no index occurs twice
+        counts[rows[named >= 0], named[named >= 0]] += 1
+    return counts
+
+
+# Each rule: (votes counted (N, C), probabilities float32 (N, C), parameter) -> bool (N, C).
+Rule = Callable[[np.ndarray, np.ndarray, float], np.ndarray]
+
+
+def _union(counts: np.ndarray, probs: np.ndarray, _: float) -> np.ndarray:
+    return counts > 0
+
+
+def _votes(counts: np.ndarray, probs: np.ndarray, least: float) -> np.ndarray:
+    # A row in which no class reaches the threshold keeps its most voted one; the probabilities break ties.
+    best = (counts + 0.5 * probs).argmax(axis=1)
+    return (counts >= least) | _one_hot(best, counts.shape[1])
+
+
+def _top_k(counts: np.ndarray, probs: np.ndarray, k: float) -> np.ndarray:
+    # Rank 0 is the most probable class; equal probabilities rank by class index.
+    return _ranks(probs) < k
+
+
+def _threshold(counts: np.ndarray, probs: np.ndarray, least: float) -> np.ndarray:
+    return (probs >= least) | _one_hot(probs.argmax(axis=1), probs.shape[1])
+
+
+def _ratio(counts: np.ndarray, probs: np.ndarray, ratio: float) -> np.ndarray:
+    return probs >= ratio * probs.max(axis=1, keepdims=True)
+
+
+def _cumulative(counts: np.ndarray, probs: np.ndarray, total: float) -> np.ndarray:
+    order = np.argsort(-probs, axis=1, kind="stable")
+    ordered = np.take_along_axis(probs, order, axis=1).astype(np.float64)
+    before = np.cumsum(ordered, axis=1) - ordered  # a class is needed while those before it do not reach the total
+    # float16 rows sum to 1 only up to rounding: the total is a share of what is there
+    needed = before < total * ordered.sum(axis=1, keepdims=True) - 1e-9
+    chosen = np.zeros(probs.shape, dtype=bool)
+    np.put_along_axis(chosen, order, needed, axis=1)
+    return chosen
+
+
+def _ranks(probs: np.ndarray) -> np.ndarray:
+    return np.argsort(np.argsort(-probs, axis=1, kind="stable"), axis=1, kind="stable")
+
+
+def _one_hot(index: np.ndarray, classes: int) -> np.ndarray:
+    return index[:, None] == np.arange(classes)
+
+
+# name -> (rule, whether the parameter is a count from 1 on; otherwise it is a share in (0, 1])
+RULES: dict[str, tuple[Rule, bool]] = {
+    "votes": (_votes, True),
+    "topk": (_top_k, True),
+    "prob": (_threshold, False),
+    "ratio": (_ratio, False),
+    "cumulative": (_cumulative, False),
+}
+SPELLINGS = "union, votes:V, topk:K, prob:P, ratio:R, cumulative:P"
+
+
+def parse_rule(rule: str) -> tuple[Rule, float]:
+    """`rule` as (function, parameter).
+
+    Raises:
+        UserError: unknown rule, or a parameter that is missing or out of range.
+    """
+    if rule == "union":
+        return _union, 0.0
+    name, _, written = rule.partition(":")
+    if name not in RULES:
+        raise UserError(f"unknown candidate rule {rule!r}; write one of {SPELLINGS}")
+    function, is_count = RULES[name]
+    try:
+        value = float(int(written)) if is_count else float(written)
+    except ValueError:
+        value = 0.0
+    if not (value >= 1 if is_count else 0 < value <= 1):
+        wanted = "a whole number from 1 on" if is_count else "a number above 0 and up to 1"
+        raise UserError(f"candidate rule {rule!r} needs {wanted} behind the colon, such as {name}:{2 if is_count else 0.5}")
+    return function, value
+
+
+def candidate_sets(store: AnnotationStore, rule: str = "union") -> np.ndarray:
+    """The candidate set of every image.
+
+    Args:
+        store: votes (N, T) and mean probabilities (N, C).
+        rule: `union` (every class that a template names: the papers' rule), `votes:V` (classes named by at least V
+            templates, else the most voted one), `topk:K` (the K most probable), `prob:P` (probability at least P, and
+            the most probable), `ratio:R` (at least R times the largest probability), `cumulative:P` (the fewest most
+            probable classes that together have the share P).
+
+    Returns:
+        bool (N, C); no row is empty, and a row in which every template abstains is the full set.
+
+    Raises:
+        UserError: the rule cannot be understood.
+    """
+    function, value = parse_rule(rule)
+    votes = store.votes()
+    candidates = function(vote_counts(votes, len(store.class_names)), store.probs().astype(np.float32), value)
+    candidates[(votes < 0).all(axis=1)] = True
+    return candidates
+
+
+def partial_accuracy(candidates: np.ndarray, labels: np.ndarray) -> float | None:
+    """Share of the labelled images whose candidate set holds the label.
+
+    Args:
+        candidates: bool (N, C).
+        labels: int (N,), -1 where unknown.
+
+    Returns:
+        A fraction, or None when no image is labelled.
+    """
+    rows = np.flatnonzero(labels >= 0)
+    return float(candidates[rows, labels[rows]].mean()) if len(rows) else None
+
+
+def mean_candidates(candidates: np.ndarray) -> float:
+    """Mean size of the candidate sets, bool (N, C)."""
+    return float(candidates.sum(axis=1).mean())
+
+
+def zero_shot_accuracy(store: AnnotationStore, single_template: bool = False) -> dict[str, float] | None:
+    """Accuracy of the annotator itself.
+
+    Args:
+        store: an annotation store.
+        single_template: judge the vote of template 0 alone instead of the argmax of the mean over the templates'
+            probabilities (of probabilities, not of text embeddings, as the papers do).
+
+    Returns:
+        A fraction for each of "train" and "test" that has labels, unreadable images counted as wrong; None without labels.
+    """
+    if store.labels is None:
+        return None
+    named = store.votes()[:, 0].astype(np.int64) if single_template else store.probs().argmax(axis=1)
+    right = (named == store.labels) & ~store.unreadable
+    scores = {}
+    for index, name in enumerate(("train", "test")):
+        rows = (store.split == index) & (store.labels >= 0)
+        if rows.any():
+            scores[name] = float(right[rows].mean())
+    return scores

@@ -1,0 +1,166 @@
+"""One dataclass per group of settings, filled from a recipe file first and the command line second.
+
+The parser checks both in the same way, because a recipe's keys are put in front of the typed arguments as if they had
+been typed: unknown keys, wrong types and wrong choices are found wherever they were written, and the command line wins.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers.hf_argparser import HfArgumentParser
+
+from coreg.errors import UserError
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+def option(default: Any, text: str) -> Any:
+    """A dataclass field with a default (copied when it is a list) and its help text."""
+    metadata = {"help": text.replace("%", "%%")}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+class _Parser(HfArgumentParser):
+    """HfArgumentParser whose complaints are one line on stderr and exit code 2."""
+
+    def error(self, message: str) -> None:
+        raise UserError(f"{message} ({self.prog} --help lists the options)")
+
+
+def recipe_path(name: str) -> Path:
+    """The file of a built-in recipe, or of one's own when `name` ends in .yaml or .yml.
+
+    Raises:
+        UserError: there is no such recipe.
+    """
+    if name.endswith((".yaml", ".yml")):
+        if Path(name).is_file():
+            return Path(name)
+        raise UserError(f"recipe file {name} does not exist; give the path of a YAML file or the name of a built-in recipe")
+    built_in = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+    if name in built_in:
+        return RECIPES / f"{name}.yaml"
+    near = difflib.get_close_matches(name, built_in, n=1)
+    hint = f", did you mean {near[0]}?" if near else ""
+    raise UserError(f"unknown recipe {name}{hint} (there are: {', '.join(built_in)}; or give a .yaml file)")
+
+
+def read_recipe(name: str) -> dict[str, Any]:
+    """The settings of a recipe as a flat mapping from option name to value.
+
+    Raises:
+        UserError: the file is missing, is not YAML, or is not a mapping of options to plain values.
+    """
+    path = recipe_path(name)
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not a valid YAML file: {' '.join(str(error).split())}") from None
+    if not isinstance(settings, dict):
+        raise UserError(f"{path} holds a {type(settings).__name__}; write one `option: value` a line")
+    for key, value in settings.items():
+        if value is None or isinstance(value, dict):
+            raise UserError(f"{path} gives {key} no plain value; write `{key}: VALUE` or delete the line")
+    return settings
+
+
+def _as_arguments(settings: dict[str, Any]) -> list[str]:
+    arguments = []
+    for key, value in settings.items():
+        # `--key=value` for scalars, so that values with a leading minus are not taken for options
+        if isinstance(value, list):
+            arguments += [f"--{key}", *map(str, value)]
+        else:
+            arguments.append(f"--{key}={value}")
+    return arguments
+
+
+def _pop_recipe(argv: list[str]) -> str | None:
+    """Take `--recipe NAME` or `--recipe=NAME` out of `argv`; the last one counts."""
+    name = None
+    while True:
+        place = next((i for i, word in enumerate(argv) if word == "--recipe" or word.startswith("--recipe=")), None)
+        if place is None:
+            return name
+        if "=" in argv[place]:
+            name = argv.pop(place).split("=", 1)[1]
+        elif place + 1 < len(argv):
+            name = argv[place + 1]
+            del argv[place : place + 2]
+        else:
+            raise UserError("--recipe needs a name or a .yaml file behind it")
+
+
+def parse(
+    *groups: type,
+    argv: Sequence[str] | None = None,
+    default_recipe: str | None = None,
+    prog: str | None = None,
+    description: str | None = None,
+) -> tuple[Any, ...]:
+    """Fill each dataclass of `groups` from `--recipe` (or `default_recipe`) and then from `argv`.
+
+    Args:
+        groups: dataclasses whose fields were made by `option`; no field name occurs twice.
+        argv: the arguments without the program's name; None means `sys.argv[1:]`.
+        default_recipe: the recipe used where `argv` names none; None means the dataclasses' own defaults.
+        prog: the program's name in messages.
+        description: the help's opening text; its layout is kept.
+
+    Returns:
+        One instance for each of `groups`.
+
+    Raises:
+        UserError: an unknown option, a value of the wrong type or outside the choices, or an unreadable recipe.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = _Parser(
+        groups,
+        prog=prog,
+        description=description,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--recipe", metavar="NAME", help="built-in recipe or .yaml file; the command line wins over it")
+    for action in parser._actions:
+        if action.help and action.default not in (None, argparse.SUPPRESS) and "default" not in action.help:
+            action.help += " (default: %(default)s)"
+    name = _pop_recipe(arguments) or default_recipe
+    recipe = read_recipe(name) if name else {}
+    known = [word for action in parser._actions for word in action.option_strings]
+    for key in recipe:
+        if f"--{key}" not in known or key in ("help", "recipe"):
+            raise UserError(f"recipe {name} has an unknown key {key}{_near('--' + str(key), known)}")
+    *filled, unknown = parser.parse_args_into_dataclasses(
+        [*_as_arguments(recipe), *arguments], return_remaining_strings=True, look_for_args_file=False
+    )
+    # parse_args_into_dataclasses hands back a namespace with what belongs to no dataclass: here the popped --recipe
+    filled = [item for item in filled if dataclasses.is_dataclass(item)]
+    if unknown:
+        raise UserError(f"unknown option {unknown[0]}{_near(unknown[0].split('=')[0], known)}")
+    return tuple(filled)
+
+
+def _near(word: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(word, known, n=1)
+    return f", did you mean {near[0]}?" if near else " (--help lists the options)"
+
+
+def as_settings(*configs: Any) -> dict[str, Any]:
+    """The fields of several dataclass instances as one flat mapping of plain values."""
+    return {key: value for config in configs for key, value in dataclasses.asdict(config).items()}
+
+
+def as_yaml(settings: dict[str, Any]) -> str:
+    """`settings` as YAML that `--recipe FILE` reads back; options that are not set are left out."""
+    return yaml.safe_dump({k: v for k, v in settings.items() if v is not None}, sort_keys=False, allow_unicode=True)

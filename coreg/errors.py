@@ -1,0 +1,25 @@
+"""The one exception that is meant for the person at the keyboard."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import wraps
+
+
+class UserError(Exception):
+    """Bad input: the message says what was found, what was expected and what to type next, in one line."""
+
+
+def exits_with_one_line(main: Callable[..., int | None]) -> Callable[..., int | None]:
+    """Let a script's `main` end with `error: ...` on stderr and exit code 2 when it raises `UserError`."""
+
+    @wraps(main)
+    def wrapped(*args: object, **kwargs: object) -> int | None:
+        try:
+            return main(*args, **kwargs)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            raise SystemExit(2) from None
+
+    return wrapped

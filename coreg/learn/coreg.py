@@ -1,0 +1,222 @@
+"""One network's side of Co-Reg: a module whose forward is a whole training step and returns its loss.
+
+The same module serves warm-up and co-training, so that a data-parallel wrapper sees one module with one forward. A batch
+holds this process's share of the rows (see `coreg.learn.collective.share`); losses are sums over that share divided by
+global counts and multiplied by the number of processes, because gradients are averaged over processes.
+
+Shapes: n_x and n_u rows of P and U in the global step, l_x and l_u of them here, C classes, D projected features.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from coreg.learn import losses
+from coreg.learn.collective import gather_rows, rank_and_world, share
+from coreg.learn.memory import Prototypes, Queue
+from coreg.learn.options import CoRegOptions
+from coreg.learn.pseudo import fuse_trusted, mix, sharpen
+from coreg.nets.model import CoRegNet
+
+
+def cosine_lr(epoch: int, peak: float, floor: float, horizon: int) -> float:
+    """Learning rate of an epoch: floor + (peak - floor) (1 + cos(pi epoch / horizon)) / 2."""
+    return floor + (peak - floor) * (1 + math.cos(math.pi * min(epoch, horizon) / horizon)) / 2
+
+
+def ramp(progress: float, length: int) -> float:
+    """lambda_u's factor after `progress` epochs since warm-up: linear from 0 to 1 over `length` epochs."""
+    return min(max(progress / length, 0.0), 1.0) if length else 1.0
+
+
+@dataclass
+class WarmUpBatch:
+    """This process's share of a warm-up step.
+
+    images: (l, c, H, W). candidates: bool (l, C). n, n_informative: rows of the global batch, and those of them whose
+    candidate set is not full.
+    """
+
+    images: Tensor
+    candidates: Tensor
+    n: int
+    n_informative: int
+
+
+@dataclass
+class CoRegBatch:
+    """This process's share of a co-training step: views, the peer's verdict on P, and the MixUp draw.
+
+    x_weak, u_weak: two weak views each of the P and U rows, (l, c, H, W).
+    strong: (2 l_x + 2 l_u, c, H, W), strong views [x_s1; x_s2; u_s1; u_s2].
+    partners: the same shape, the views that `strong` is mixed with.
+    position, partner_position: (2 l_x + 2 l_u,) int64, where these rows stand in the global [x_s1; x_s2; u_s1; u_s2].
+    x_targets: (l_x, C), p, the dividing network's prediction rescaled to the candidate set. x_weight: (l_x,), w.
+    n_x, n_u: rows of the global batch. share_kept: MixUp's lambda. ramp: factor of lambda_u.
+    gate: whether the prototype and contrastive losses count. fill_queue: whether keys are wanted at all.
+    """
+
+    x_weak: tuple[Tensor, Tensor]
+    u_weak: tuple[Tensor, Tensor]
+    strong: Tensor
+    partners: Tensor
+    position: Tensor
+    partner_position: Tensor
+    x_targets: Tensor
+    x_weight: Tensor
+    n_x: int
+    n_u: int
+    share_kept: float
+    ramp: float
+    gate: bool
+    fill_queue: bool
+
+
+class CoRegLearner(nn.Module):
+    """A network, its momentum encoder and queue, and the prototypes that both learners share."""
+
+    def __init__(self, net: CoRegNet, prototypes: Prototypes, options: CoRegOptions) -> None:
+        super().__init__()
+        self.net = net
+        self.key_net = copy.deepcopy(net).requires_grad_(False)
+        self.prototypes = prototypes
+        self.queue = Queue(options.queue_size, options.projection_dim)
+        self.options = options
+        self._average = get_ema_multi_avg_fn(options.key_momentum)
+        self._peer: list[CoRegNet] = []
+
+    def set_peer(self, peer: CoRegNet) -> None:
+        """The other network: read in evaluation mode, never trained here, and so no submodule of this one."""
+        self._peer = [peer]
+
+    @torch.no_grad()
+    def reset_keys(self) -> None:
+        """Copy the parameters of the network into the momentum encoder (not its batch statistics, which nobody reads)."""
+        for key, query in zip(self.key_net.parameters(), self.net.parameters()):
+            key.copy_(query)
+
+    def forward(self, batch: WarmUpBatch | CoRegBatch) -> dict[str, Tensor]:
+        """The step's `loss` (with gradient) and its parts (without), each a scalar; the parts are this process's shares."""
+        return self._warm_up(batch) if isinstance(batch, WarmUpBatch) else self._co_train(batch)
+
+    def _warm_up(self, batch: WarmUpBatch) -> dict[str, Tensor]:
+        """Partial cross-entropy plus negative entropy (AAAI eq. 1-2)."""
+        logits, _ = self.net(batch.images)
+        partial = losses.partial_cross_entropy(logits, batch.candidates).sum() / max(batch.n_informative, 1)
+        entropy = losses.negative_entropy(logits).sum() / batch.n
+        _, world = rank_and_world()
+        return {"loss": (partial + entropy) * world, "partial": partial.detach(), "negative_entropy": entropy.detach()}
+
+    def _co_train(self, batch: CoRegBatch) -> dict[str, Tensor]:
+        """Fuse, sharpen, mix and train (AAAI eq. 5-11)."""
+        options = self.options
+        targets, features_w1 = self._pseudo_labels(batch)
+        kept, partner = targets[batch.position], targets[batch.partner_position]
+        mixed_targets = mix(kept, partner, batch.share_kept)
+        logits, features = self.net(mix(batch.strong, batch.partners, batch.share_kept))
+        n_p = 2 * len(batch.x_weight)  # P rows stand first
+
+        log_p = losses.log_probabilities(logits)
+        trusted = losses.soft_cross_entropy(logits[:n_p], mixed_targets[:n_p]).sum() / max(2 * batch.n_x, 1)
+        distrusted = losses.squared_error(log_p[n_p:].exp(), mixed_targets[n_p:]).sum() / max(2 * batch.n_u, 1)
+        loss = trusted + options.lambda_u * batch.ramp * distrusted
+        parts = {"trusted": trusted, "distrusted": distrusted}
+
+        labels = targets.argmax(dim=1)
+        self.prototypes.update(features_w1, labels[: batch.n_x], options.prototype_momentum)
+        if batch.gate and options.prototype_weight:
+            parts["prototype"] = self._prototype_loss(features, mixed_targets, n_p, batch)
+            loss = loss + options.prototype_weight * parts["prototype"]
+        if options.contrast_weight:
+            self._average(list(self.key_net.parameters()), list(self.net.parameters()), None)
+            if batch.fill_queue:
+                parts["contrast"] = self._contrast(batch, labels)
+                if batch.gate:
+                    loss = loss + options.contrast_weight * parts["contrast"]
+        _, world = rank_and_world()
+        return {"loss": loss * world} | {name: part.detach() for name, part in parts.items()}
+
+    @torch.no_grad()
+    def _pseudo_labels(self, batch: CoRegBatch) -> tuple[Tensor, Tensor]:
+        """Sharpened pseudo-labels of the global [x; x; u; u] (2 n_x + 2 n_u, C) and w1 features of all P rows (n_x, D).
+
+        The own network predicts in training mode, as in the reference: its batch statistics see the weak views too.
+        """
+        guesses = []
+        for view in batch.u_weak:
+            guesses += [self._predict(self.net, view)[0], self._predict(self._peer[0], view)[0]]
+        distrusted = sum(guesses) / len(guesses)
+        (own1, features), (own2, _) = (self._predict(self.net, view) for view in batch.x_weak)
+        trusted = fuse_trusted(batch.x_targets, (own1 + own2) / 2, batch.x_weight)
+        x = gather_rows(sharpen(trusted, self.options.temperature), batch.n_x)
+        u = gather_rows(sharpen(distrusted, self.options.temperature), batch.n_u)
+        return torch.cat([x, x, u, u]), gather_rows(features, batch.n_x)
+
+    @staticmethod
+    def _predict(net: CoRegNet, images: Tensor) -> tuple[Tensor, Tensor]:
+        logits, features = net(images)
+        return losses.log_probabilities(logits).exp(), features
+
+    def _prototype_loss(self, features: Tensor, targets: Tensor, n_p: int, batch: CoRegBatch) -> Tensor:
+        """Agreement of similarities to prototypes with pseudo-labels, L_prot (AAAI eq. 8), on the mixed strong views.
+
+        The target is the mixed one; weighting the two targets' losses by lambda instead, as the reference does, differs
+        by a constant and has the same gradient.
+        """
+        log_s = losses.prototype_log_probabilities(features, self.prototypes.value, self.options.prototype_temperature)
+        trusted = losses.divergence(targets[:n_p], log_s[:n_p]).sum() / max(2 * batch.n_x, 1)
+        distrusted = losses.squared_error(log_s[n_p:].exp(), targets[n_p:]).sum() / max(2 * batch.n_u, 1)
+        return trusted + self.options.lambda_u * distrusted
+
+    def _contrast(self, batch: CoRegBatch, labels: Tensor) -> Tensor:
+        """Noise-tolerant contrastive loss, L_ncont (AAAI eq. 10), between s1 queries and s2 keys; then enqueue the keys.
+
+        Before the gate opens only the keys are made: the loss is then 0.
+        """
+        l_x, l_u = len(batch.x_weight), len(batch.u_weak[0])
+        s1 = torch.cat([batch.strong[:l_x], batch.strong[2 * l_x : 2 * l_x + l_u]])
+        s2 = torch.cat([batch.strong[l_x : 2 * l_x], batch.strong[2 * l_x + l_u :]])
+        n = batch.n_x + batch.n_u
+        labels = torch.cat([labels[: batch.n_x], labels[2 * batch.n_x : 2 * batch.n_x + batch.n_u]])
+        confident = torch.arange(n, device=labels.device) < batch.n_x
+        with torch.no_grad():
+            k = self._gather(self.key_net(s2)[1], l_x, batch)
+        loss = k.new_zeros(())
+        if batch.gate:
+            local = self.net(s1)[1]
+            q = self._gather(local, l_x, batch)
+            queue_keys, queue_labels, queue_confident = self.queue.rows()
+            position = torch.cat(
+                [
+                    torch.arange(n, device=k.device)[share(batch.n_x)],
+                    batch.n_x + torch.arange(batch.n_u, device=k.device)[share(batch.n_u)],
+                ]
+            )
+            loss = (
+                losses.contrastive_loss(
+                    local,
+                    torch.cat([q, k, queue_keys.to(q.dtype)]),
+                    labels[position],
+                    confident[position],
+                    torch.cat([labels, labels, queue_labels]),
+                    torch.cat([confident, confident, queue_confident]),
+                    self_position=position,
+                    key_position=n + position,
+                    temperature=self.options.contrast_temperature,
+                    mode=self.options.contrast,
+                    n_batch=2 * n,
+                ).sum()
+                / n
+            )
+        self.queue.enqueue(k, labels, confident)
+        return loss
+
+    @staticmethod
+    def _gather(rows: Tensor, l_x: int, batch: CoRegBatch) -> Tensor:
+        return torch.cat([gather_rows(rows[:l_x], batch.n_x), gather_rows(rows[l_x:], batch.n_u)])

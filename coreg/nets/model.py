@@ -1,0 +1,93 @@
+"""A classifier with a projection head: what every method here trains."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from coreg.errors import UserError
+
+
+def parse_backbone_args(text: str) -> dict[str, Any]:
+    """The extra arguments of a backbone, given as JSON on the command line.
+
+    Raises:
+        UserError: the text is not a JSON object.
+    """
+    try:
+        arguments = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f'--backbone_args {text} is not JSON ({error}); write for example \'{{"norm": "group"}}\''
+        ) from None
+    if not isinstance(arguments, dict):
+        raise UserError(f'--backbone_args {text} is not a JSON object; write for example \'{{"norm": "group"}}\'')
+    return arguments
+
+
+def check_backbone(name: str, arguments: str = "{}") -> None:
+    """Find a wrong name or wrong JSON before any work is done for it.
+
+    Raises:
+        UserError: no such model or folder, or `arguments` is not a JSON object.
+    """
+    parse_backbone_args(arguments)
+    if name.startswith("local-dir:"):
+        folder = Path(name.removeprefix("local-dir:"))
+        if not (folder / "config.json").is_file():
+            raise UserError(f"backbone {name}: {folder} holds no config.json; give a folder that timm's save_for_hf wrote")
+    elif not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), n=1)
+        hint = f", did you mean {near[0]}?" if near else ""
+        raise UserError(f"unknown backbone {name}{hint} (timm.list_models() has them all; a folder is local-dir:PATH)")
+
+
+def create_backbone(name: str, n_classes: int, channels: int, arguments: dict[str, Any], pretrained: bool) -> nn.Module:
+    """Any timm model by name, or `local-dir:FOLDER` with weights, with a classifier of `n_classes`.
+
+    Raises:
+        UserError: no such model, an argument it does not take, or weights that cannot be had.
+    """
+    check_backbone(name)
+    local = name.startswith("local-dir:")
+    try:
+        return timm.create_model(
+            name, pretrained=pretrained or local, num_classes=n_classes, in_chans=channels, **arguments
+        )
+    except TypeError as error:
+        raise UserError(f"backbone {name} does not take these --backbone_args: {error}") from None
+    except (OSError, RuntimeError, ValueError) as error:
+        first_line = str(error).splitlines()[0]
+        raise UserError(
+            f"backbone {name} could not be loaded ({first_line}); check the folder, or the network for hub weights"
+        ) from None
+
+
+class CoRegNet(nn.Module):
+    """Backbone, linear classifier and projector: images (n, c, H, W) to logits (n, C) and unit features q (n, dim).
+
+    The projector is Linear(h, h), ReLU, Linear(h, dim), then L2 normalisation, on the pooled features h.
+    """
+
+    def __init__(self, backbone: nn.Module, dim: int = 128) -> None:
+        super().__init__()
+        self.backbone = backbone
+        width = backbone.head_hidden_size
+        self.projector = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, dim))
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        h = self.backbone.forward_head(self.backbone.forward_features(images), pre_logits=True)
+        # normalised in float32 or wider, whatever the autocast: contrast divides by small temperatures
+        q = self.projector(h)
+        return self.backbone.get_classifier()(h), F.normalize(q if q.dtype == torch.float64 else q.float(), dim=-1)
+
+    def logits(self, images: Tensor) -> Tensor:
+        """(n, C) without the projector."""
+        return self.backbone(images)

@@ -1,0 +1,79 @@
+"""Numbers for people: accuracies with intervals, and what can be said about a run without any label."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from coreg.learn.division import Division
+
+
+def accuracy(predictions: np.ndarray, labels: np.ndarray) -> float | None:
+    """Share of rows with a known label (>= 0) that were predicted right; None where no label is known."""
+    known = labels >= 0
+    return float((predictions[known] == labels[known]).mean()) if known.any() else None
+
+
+def per_class_accuracy(predictions: np.ndarray, labels: np.ndarray, n_classes: int) -> list[float | None]:
+    """Recall of each class; None for a class without a labelled row."""
+    return [accuracy(predictions[labels == c], labels[labels == c]) for c in range(n_classes)]
+
+
+def wilson_interval(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
+    """Wilson's score interval of a share observed in n draws (95 % at z = 1.96)."""
+    if n == 0:
+        return 0.0, 1.0
+    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def mean_prediction_entropy(log_p: np.ndarray) -> float:
+    """Entropy of the mean prediction over the rows, divided by log C: 1 is balanced, 0 is collapse to one class."""
+    mean = np.exp(log_p).mean(axis=0)
+    return float(-(mean * np.log(np.maximum(mean, 1e-300))).sum() / math.log(len(mean)))
+
+
+def division_health(
+    divisions: Sequence[Division],
+    log_ps: Sequence[np.ndarray],
+    candidates: np.ndarray,
+    annotator: np.ndarray,
+    labels: np.ndarray,
+) -> dict[str, float]:
+    """How a division looks, mostly without ground truth: what a person watches to see whether a run is sound.
+
+    Args:
+        divisions, log_ps: of both networks; log probabilities are (N, C), aligned.
+        candidates: bool (N, C). annotator: int64 (N,), its predictions. labels: int64 (N,), -1 unknown.
+
+    Returns:
+        Scalars by name: size of P, the mixtures, agreement of the networks with each other and with the annotator,
+        entropy of the mean prediction and smallest pseudo-label count; with labels also accuracies inside P and U.
+    """
+    predictions = [log_p.argmax(axis=1) for log_p in log_ps]
+    health = {
+        "division/trusted": float(np.mean([d.trusted.mean() for d in divisions])),
+        "division/agreement_of_nets": float((predictions[0] == predictions[1]).mean()),
+        "division/agreement_with_annotator": float(np.mean([(p == annotator).mean() for p in predictions])),
+        "division/entropy_of_mean_prediction": float(np.mean([mean_prediction_entropy(log_p) for log_p in log_ps])),
+        "division/rarest_pseudo_label": float(
+            min(np.bincount(p, minlength=candidates.shape[1]).min() for p in predictions)
+        ),
+    }
+    for number, division in enumerate(divisions, start=1):
+        for name, values in (("mean", division.means), ("share", division.shares)):
+            for component, value in zip(("small", "large"), values):
+                if math.isfinite(value):
+                    health[f"gmm/net{number}_{name}_{component}"] = value
+    known = labels >= 0
+    if known.any():
+        inside = candidates[np.arange(len(labels)), np.maximum(labels, 0)]
+        for name, rows in (("P", [d.trusted & known for d in divisions]), ("U", [~d.trusted & known for d in divisions])):
+            filled = [(p, r) for p, r in zip(predictions, rows) if r.any()]
+            if filled:
+                health[f"truth/accuracy_in_{name}"] = float(np.mean([(p[r] == labels[r]).mean() for p, r in filled]))
+                health[f"truth/candidate_coverage_in_{name}"] = float(np.mean([inside[r].mean() for _, r in filled]))
+    return health

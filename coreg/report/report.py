@@ -1,0 +1,219 @@
+"""One report for Co-Reg and every baseline: report.json for machines, a short table for people, labels.csv for reuse."""
+
+from __future__ import annotations
+
+import csv
+import importlib.metadata
+import os
+import platform
+import resource
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from coreg.annotate.candidates import mean_candidates, partial_accuracy
+from coreg.annotate.store import AnnotationStore
+from coreg.report.metrics import accuracy, per_class_accuracy, wilson_interval
+
+SCHEMA = 1
+PACKAGES = (
+    "coreg",
+    "torch",
+    "torchvision",
+    "accelerate",
+    "timm",
+    "open_clip_torch",
+    "transformers",
+    "scikit-learn",
+    "numpy",
+)
+
+
+def versions() -> dict[str, str]:
+    """Of Python and the packages that results depend on."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def peak_memory_mb() -> float:
+    """Largest memory of this process so far: on the GPU where there is one, otherwise resident, in MB (10^6 bytes)."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+
+
+def accuracies(predictions: dict[str, np.ndarray], labels: np.ndarray) -> dict[str, Any]:
+    """Accuracy of several predictions of the same images, the ensemble's with its 95 % Wilson interval.
+
+    Args:
+        predictions: int64 (n,) for each of `ensemble`, `net1`, `net2` (or what a baseline has).
+        labels: int64 (n,), -1 unknown.
+
+    Returns:
+        A mapping from name to fraction, with `n` and `interval`; empty where no label is known.
+    """
+    n = int((labels >= 0).sum())
+    if not n:
+        return {}
+    shares = {name: accuracy(predicted, labels) for name, predicted in predictions.items()}
+    return shares | {"n": n, "interval": list(wilson_interval(next(iter(shares.values())), n))}
+
+
+def per_class(
+    class_names: list[str], labels: np.ndarray, annotator: np.ndarray, ensemble: np.ndarray
+) -> dict[str, dict[str, float | int | None]]:
+    """Recall of the annotator and of the ensemble for each class, by class name; empty where no label is known."""
+    if (labels < 0).all():
+        return {}
+    before = per_class_accuracy(annotator, labels, len(class_names))
+    after = per_class_accuracy(ensemble, labels, len(class_names))
+    return {
+        name: {"annotator": before[c], "ensemble": after[c], "n": int((labels == c).sum())}
+        for c, name in enumerate(class_names)
+    }
+
+
+def without_missing(value: Any) -> Any:
+    """The same nested mapping without entries that are None or empty mappings: missing truth is a missing field."""
+    if not isinstance(value, dict):
+        return value
+    kept = {key: without_missing(item) for key, item in value.items()}
+    return {key: item for key, item in kept.items() if item is not None and item != {}}
+
+
+def hardware() -> str:
+    """Device and host in words."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    return f"CPU, {len(os.sched_getaffinity(0))} cores, {torch.get_num_threads()} threads"
+
+
+def write_labels(
+    path: Path,
+    class_names: list[str],
+    image_paths: list[str],
+    logits: dict[str, np.ndarray],
+    weights: np.ndarray,
+    annotator: np.ndarray,
+) -> int:
+    """Purified labels of the training images as CSV, one row an image; gives the number that a person should look at.
+
+    An image is marked for review when neither network trusts its candidate set and the ensemble is not sure of it
+    (probability below 0.9), or when the two networks name different classes.
+
+    Args:
+        logits: (N, C) of `ensemble` (the sum), `net1` and `net2`. weights: (2, N), w of both divisions.
+        annotator: int64 (N,), its predictions.
+    """
+    # half the sum is the mean of the two networks' logits: the ensemble at the scale of one network
+    halved = logits["ensemble"] / 2
+    probabilities = np.exp(halved - halved.max(axis=1, keepdims=True))
+    probabilities /= probabilities.sum(axis=1, keepdims=True)
+    best, sure = probabilities.argmax(axis=1), probabilities.max(axis=1)
+    disagree = logits["net1"].argmax(axis=1) != logits["net2"].argmax(axis=1)
+    review = disagree | ((weights <= 0.5).all(axis=0) & (sure < 0.9))
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        writer = csv.writer(file)
+        writer.writerow(["path", "label", "probability", "annotator_label", "trust_net1", "trust_net2", "needs_review"])
+        for i, image in enumerate(image_paths):
+            trust = [f"{w:.4f}" for w in weights[:, i]]
+            label, before = class_names[best[i]], class_names[annotator[i]]
+            writer.writerow([image, label, f"{sure[i]:.4f}", before, *trust, int(review[i])])
+    temporary.replace(path)
+    return int(review.sum())
+
+
+def build_report(
+    method: str,
+    store: AnnotationStore,
+    seed: int,
+    candidates: np.ndarray,
+    samples: dict[str, np.ndarray],
+    predictions: dict[str, dict[str, np.ndarray]],
+    labels_used: int = 0,
+    **measured: Any,
+) -> dict[str, Any]:
+    """The report of a run in the one schema that every method writes. Missing ground truth means missing fields.
+
+    Args:
+        method: its name. store: what was annotated. seed: of the run.
+        candidates: bool (N, C) of the training images.
+        samples: for `train` and `test` the rows of the store, int64 (n,); `test` may be empty.
+        predictions: for `train` and `test`, by name (`ensemble` first), int64 (n,); `test` may be empty.
+        labels_used: number of true labels that training saw.
+        measured: further numbers: `parameters`, `images_per_second`, `wall_seconds`, `command`, …
+    """
+    probs, names = store.probs(), store.class_names
+    truth = {k: np.full(len(rows), -1) if store.labels is None else store.labels[rows] for k, rows in samples.items()}
+    zero_shot = {k: probs[rows].argmax(axis=1) if len(rows) else np.zeros(0, int) for k, rows in samples.items()}
+    judged = "test" if (truth["test"] >= 0).any() else "train"
+    return without_missing(
+        {
+            "schema": SCHEMA,
+            "method": method,
+            "dataset": store.images_spec,
+            "seed": seed,
+            "labels_used": labels_used,
+            "images": {split: len(rows) for split, rows in samples.items()},
+            "classes": len(names),
+            "annotator": {
+                "name": store.manifest["model"]["spec"],
+                "zero_shot_accuracy": {split: accuracy(zero_shot[split], truth[split]) for split in samples},
+                "partial_accuracy": partial_accuracy(candidates, truth["train"]),
+                "mean_candidates": mean_candidates(candidates),
+            },
+            "accuracy": {split: accuracies(found, truth[split]) for split, found in predictions.items() if found},
+            "per_class_accuracy": per_class(names, truth[judged], zero_shot[judged], predictions[judged].get("ensemble")),
+            "per_class_split": judged,
+            **measured,
+            "peak_memory_mb": peak_memory_mb(),
+            "hardware": hardware(),
+            "versions": versions(),
+        }
+    )
+
+
+def summary(report: dict[str, Any], root: Path) -> str:
+    """What a person wants to know at the end: annotator against Co-Reg, per class, and where everything lies."""
+    lines = [
+        "",
+        f"{report['dataset']}: {report['annotator']['name']} annotated, {report['method']} trained (seed {report['seed']})",
+    ]
+    zero_shot, achieved = report["annotator"].get("zero_shot_accuracy", {}), report.get("accuracy", {})
+    if achieved:
+        lines += ["", f"{'accuracy':<12}{'annotator':>10}{report['method']:>10}{'gain':>8}"]
+        for split in ("train", "test"):
+            if split in achieved and split in zero_shot:
+                before, after = zero_shot[split], achieved[split]["ensemble"]
+                low, high = achieved[split]["interval"]
+                lines.append(
+                    f"{split:<12}{before:>10.1%}{after:>10.1%}{100 * (after - before):>+8.1f}"
+                    f"   (95 % interval {low:.1%} to {high:.1%}, n = {achieved[split]['n']})"
+                )
+    rows = report.get("per_class_accuracy", {})
+    if rows:
+        width = max(12, *(min(len(name), 28) + 2 for name in rows))
+        lines += ["", f"{'class':<{width}}{'annotator':>10}{report['method']:>10}   ({report['per_class_split']} images)"]
+        for name, row in rows.items():
+            if row.get("annotator") is not None:
+                lines.append(f"{name[:28]:<{width}}{row['annotator']:>10.0%}{row['ensemble']:>10.0%}   n = {row['n']}")
+    else:
+        lines.append("No true labels are known, so there is no accuracy to report.")
+    lines += [
+        "",
+        f"{report['parameters'] / 1e6:.2f} M parameters a network, {report['images_per_second']:.0f} images/s, "
+        f"{report['wall_seconds']:.0f} s, {report['peak_memory_mb']:.0f} MB",
+        f"  {root / 'report.json'}   all numbers",
+        f"  {root / 'labels.csv'}    purified labels of the training images, {report['needs_review']} of them worth a look",
+        f"  {root / 'export'}        the trained networks: coreg-predict --model {root / 'export'} --images DIR",
+        f"  {root}               curves: tensorboard --logdir {root}",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,160 @@
+"""From row numbers to a step's views: every process makes the views of its own share of the global batch.
+
+Positions 0 .. N-1 number the training images; `samples` gives each its row in the annotation store, which keys the
+augmentation. A view is a pure function of (seed, purpose, epoch, network, step, sample).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from coreg.data.augment import Augmentation
+from coreg.data.keyed import keyed_generator
+from coreg.learn.collective import rank_and_world, share
+from coreg.learn.coreg import CoRegBatch, WarmUpBatch
+
+
+@dataclass
+class TrainingImages:
+    """The training images and how to look at them.
+
+    images: uint8 (N, c, H, W), on the training device when it fits there. samples: int64 (N,) on the CPU.
+    channels_last: memory format of the views.
+    """
+
+    images: Tensor
+    samples: Tensor
+    augmentation: Augmentation
+    device: torch.device
+    seed: int
+    dtype: torch.dtype = torch.float32
+
+    def pixels(self, rows: np.ndarray) -> Tensor:
+        """uint8 (n, c, H, W) on the training device."""
+        where = torch.from_numpy(rows).to(self.images.device, non_blocking=True)
+        return self.images.index_select(0, where).to(self.device, non_blocking=True)
+
+    def view(self, kind: str, rows: np.ndarray, key: tuple[int | str, ...], pixels: Tensor | None = None) -> Tensor:
+        """A `weak`, `strong` or `plain` view (n, c, H, W), normalised, in channels_last format."""
+        pixels = self.pixels(rows) if pixels is None else pixels
+        if kind == "plain":
+            return self.augmentation.plain(pixels, self.dtype).contiguous(memory_format=torch.channels_last)
+        draw = self.augmentation.weak if kind == "weak" else self.augmentation.strong
+        view = draw(pixels, self.samples[torch.from_numpy(rows)], (self.seed, *key), self.dtype)
+        return view.contiguous(memory_format=torch.channels_last)
+
+    def in_batches(self, kind: str, rows: np.ndarray, batch_size: int, key: tuple[int | str, ...]) -> Iterator[Tensor]:
+        """Views of many rows in order, for passes without gradient."""
+        for start in range(0, len(rows), batch_size):
+            yield self.view(kind, rows[start : start + batch_size], key)
+
+
+@dataclass
+class Verdict:
+    """What one network's division says about the training set; the other network trains on it.
+
+    weight: (N,) w. targets: (N, C), p, predictions rescaled to the candidate sets. trusted: bool (N,), P.
+    """
+
+    weight: Tensor
+    targets: Tensor
+    trusted: np.ndarray
+
+
+def warm_up_batch(
+    data: TrainingImages, rows: np.ndarray, candidates: Tensor, key: tuple[int | str, ...], view: str = "strong"
+) -> WarmUpBatch:
+    """This process's share of the global batch `rows`.
+
+    Args:
+        rows: int64 (n,), the global batch. candidates: bool (N, C) on the training device.
+        key: (epoch, network), names the views. view: `strong` as in the reference, or `weak`.
+    """
+    mine = rows[share(len(rows))]
+    where = torch.from_numpy(rows).to(candidates.device)
+    informative = int((~candidates[where].all(dim=1)).sum()) if len(rows) else 0
+    return WarmUpBatch(
+        images=data.view(view, mine, ("warm-up", *key)),
+        candidates=candidates[where[share(len(rows))]],
+        n=len(rows),
+        n_informative=informative,
+    )
+
+
+def co_train_batch(
+    data: TrainingImages,
+    x: np.ndarray,
+    u: np.ndarray,
+    verdict: Verdict,
+    key: tuple[int | str, ...],
+    mixup_alpha: float,
+    ramp: float,
+    gate: bool,
+    fill_queue: bool,
+) -> CoRegBatch:
+    """This process's share of a co-training step on the global batches x of P and u of U.
+
+    MixUp's lambda and permutation are drawn over the global rows [x_s1; x_s2; u_s1; u_s2]. A partner that another
+    process holds is made again here from its key: it costs augmentation, and no images travel.
+
+    Args:
+        x, u: int64 (n_x,), (n_u,). verdict: of the peer's division, on the training device.
+        key: (epoch, network, step). The rest goes into the batch as it is; `mixup_alpha` 0 means no MixUp.
+    """
+    n_x, n_u = len(x), len(u)
+    x_mine, u_mine = x[share(n_x)], u[share(n_u)]
+    x_pixels, u_pixels = data.pixels(x_mine), data.pixels(u_mine)
+
+    def view(name: str, split: str, rows: np.ndarray, pixels: Tensor | None = None) -> Tensor:
+        kind = "weak" if name.startswith("w") else "strong"
+        return data.view(kind, rows, (f"{split}-{name}", *key), pixels)
+
+    strong = torch.cat(
+        [
+            view("s1", "x", x_mine, x_pixels),
+            view("s2", "x", x_mine, x_pixels),
+            view("s1", "u", u_mine, u_pixels),
+            view("s2", "u", u_mine, u_pixels),
+        ]
+    )
+    offsets = np.cumsum([0, n_x, n_x, n_u, n_u])
+    position = np.concatenate(
+        [np.arange(start, stop)[share(stop - start)] for start, stop in zip(offsets[:-1], offsets[1:])]
+    )
+    partner, kept = position, 1.0
+    if mixup_alpha:
+        draw = keyed_generator(data.seed, "mixup", *key)
+        kept = float(draw.beta(mixup_alpha, mixup_alpha))
+        kept = max(kept, 1 - kept)
+        partner = draw.permutation(offsets[-1])[position]
+    if not mixup_alpha:
+        partners = strong
+    elif rank_and_world()[1] == 1:
+        partners = strong.index_select(0, torch.from_numpy(partner).to(strong.device, non_blocking=True))
+    else:
+        partners = torch.empty_like(strong)
+        for i, (split, name, rows) in enumerate((("x", "s1", x), ("x", "s2", x), ("u", "s1", u), ("u", "s2", u))):
+            here = np.flatnonzero((partner >= offsets[i]) & (partner < offsets[i + 1]))
+            partners[torch.from_numpy(here)] = view(name, split, rows[partner[here] - offsets[i]])
+    where = torch.from_numpy(x_mine).to(verdict.weight.device)
+    return CoRegBatch(
+        x_weak=(view("w1", "x", x_mine, x_pixels), view("w2", "x", x_mine, x_pixels)),
+        u_weak=(view("w1", "u", u_mine, u_pixels), view("w2", "u", u_mine, u_pixels)),
+        strong=strong,
+        partners=partners,
+        position=torch.from_numpy(position).to(data.device, non_blocking=True),
+        partner_position=torch.from_numpy(partner).to(data.device, non_blocking=True),
+        x_targets=verdict.targets[where],
+        x_weight=verdict.weight[where],
+        n_x=n_x,
+        n_u=n_u,
+        share_kept=kept,
+        ramp=ramp,
+        gate=gate,
+        fill_queue=fill_queue,
+    )

@@ -1,0 +1,120 @@
+"""What `train_coreg.py` can be told besides the method's own hyper-parameters (`coreg.learn.options.CoRegOptions`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from coreg.config import option
+from coreg.data.augment import OPS, RANDAUGMENT, Augmentation
+from coreg.errors import UserError
+from coreg.learn.options import CoRegOptions
+
+
+@dataclass
+class JobConfig:
+    """Where things are and how long it runs."""
+
+    _argument_group_name = "job"
+
+    annotations: str | None = option(
+        None, "annotation store made by annotate_vlm.py; without it the built-in digits are used"
+    )
+    output_dir: str = option("runs/demo", "the run folder; the same command again goes on where it stopped")
+    seed: int = option(0, "of everything random")
+    candidates: str = option("union", "candidate rule: union, votes:V, topk:K, prob:P, ratio:R or cumulative:P")
+    epochs: int = option(100, "epochs in all, warm-up included")
+    batch_size: int = option(
+        256, "images of P (and as many of U) in a step, over all processes; warm-up takes twice as many"
+    )
+    lr: float = option(0.01, "learning rate of SGD")
+    lr_floor: float = option(1e-5, "learning rate at the horizon of the cosine schedule")
+    lr_horizon: int = option(0, "epochs of the cosine schedule; 0 for --epochs")
+    momentum: float = option(0.9, "of SGD")
+    weight_decay: float = option(5e-4, "of SGD")
+    mixed_precision: Literal["no", "bf16", "fp16"] = option("no", "autocast on a GPU")
+    workers: int = option(2, "processes that decode images")
+    report_to: str = option("tensorboard", "where curves go: tensorboard, another of accelerate's trackers, or none")
+
+
+@dataclass
+class ImageConfig:
+    """What the networks look like and what they see."""
+
+    _argument_group_name = "images and backbone"
+
+    backbone: str = option("preact_resnet18", "any timm model, preact_resnet18, or local-dir:FOLDER")
+    backbone_args: str = option("{}", "further arguments of the backbone, as JSON")
+    pretrained: bool = option(False, "start from timm's pretrained weights")
+    image_size: int = option(32, "side in pixels to which images are resized")
+    channels: int = option(3, "1 for grey images, 3 for RGB")
+    mean: list[float] = option([0.5], "of the pixels in 0..1, one number or one a channel")
+    std: list[float] = option([0.5], "of the pixels in 0..1, one number or one a channel")
+    padding: int = option(4, "weak view: random crop with this zero padding")
+    flip: bool = option(True, "weak view: random horizontal flip")
+    strong_ops: list[str] = option(list(RANDAUGMENT), "strong view: operations to draw from")
+    strong_count: int = option(1, "strong view: operations a view")
+    cutout: float = option(0.5, "strong view: largest side of the cut out square, as a share of the image")
+    cutout_fixed: int = option(0, "strong view: side in pixels of one square set to 0")
+
+    def augmentation(self) -> Augmentation:
+        """The views these settings describe.
+
+        Raises:
+            UserError: a setting is out of its range.
+        """
+        unknown = [name for name in self.strong_ops if name not in OPS]
+        if unknown:
+            raise UserError(f"unknown --strong_ops {unknown[0]} (there are: {', '.join(OPS)})")
+        if self.channels not in (1, 3):
+            raise UserError(f"--channels is {self.channels}; write 1 for grey or 3 for RGB images")
+        for name in ("mean", "std"):
+            if len(getattr(self, name)) not in (1, self.channels):
+                raise UserError(
+                    f"--{name} has {len(getattr(self, name))} numbers for {self.channels} channels; give one or one each"
+                )
+        try:
+            return Augmentation(
+                size=self.image_size,
+                padding=self.padding,
+                flip=self.flip,
+                strong_ops=tuple(self.strong_ops),
+                strong_count=self.strong_count,
+                cutout=self.cutout,
+                cutout_fixed=self.cutout_fixed,
+                mean=tuple(self.mean * (self.channels if len(self.mean) == 1 else 1)),
+                std=tuple(self.std * (self.channels if len(self.std) == 1 else 1)),
+            )
+        except ValueError as error:
+            raise UserError(f"images cannot be augmented like that: {error}") from None
+
+
+def check(job: JobConfig, method: CoRegOptions) -> None:
+    """Refuse settings that cannot be trained with.
+
+    Raises:
+        UserError: the first one found.
+    """
+    rules = [
+        (job.epochs >= 1, f"--epochs is {job.epochs}; give at least 1"),
+        (job.batch_size >= 1, f"--batch_size is {job.batch_size}; give at least 1"),
+        (job.lr > 0, f"--lr is {job.lr}; give a number above 0"),
+        (job.workers >= 0, f"--workers is {job.workers}; give 0 or more"),
+        (method.warmup_epochs >= 0, f"--warmup_epochs is {method.warmup_epochs}; give 0 or more"),
+        (
+            method.warmup_epochs < job.epochs,
+            f"--warmup_epochs is {method.warmup_epochs} of {job.epochs} --epochs in all; leave at least one after it",
+        ),
+        (0 < method.temperature <= 1, f"--temperature is {method.temperature}; give a number above 0 and up to 1"),
+        (0 < method.threshold < 1, f"--threshold is {method.threshold}; give a number between 0 and 1"),
+        (method.mixup_alpha >= 0, f"--mixup_alpha is {method.mixup_alpha}; give 0 (off) or more"),
+        (method.history >= 1, f"--history is {method.history}; give at least 1"),
+        (method.queue_size >= 1, f"--queue_size is {method.queue_size}; give at least 1"),
+        (method.prototype_temperature > 0, "--prototype_temperature has to be above 0"),
+        (method.contrast_temperature > 0, "--contrast_temperature has to be above 0"),
+        (0 <= method.prototype_momentum < 1, "--prototype_momentum has to be at least 0 and below 1"),
+        (0 <= method.key_momentum < 1, "--key_momentum has to be at least 0 and below 1"),
+    ]
+    for holds, message in rules:
+        if not holds:
+            raise UserError(message)

@@ -1,0 +1,175 @@
+"""The main job through its own entry point: files written, resumed bit for bit, refused with one line."""
+
+import json
+
+import pytest
+import torch
+
+import train_coreg
+from coreg.run import checkpoint
+
+SHORT = ["--epochs", "4", "--warmup_epochs", "1", "--contrast_after", "0", "--queue_size", "256", "--workers", "0"]
+
+
+@pytest.fixture(scope="module")
+def annotations(tmp_path_factory):
+    """The built-in digits annotated once for all tests of this module."""
+    from annotate_vlm import AnnotateConfig, annotate
+
+    folder = tmp_path_factory.mktemp("annotations") / "store"
+    annotate(AnnotateConfig(output_dir=str(folder), workers=0))
+    return folder
+
+
+def run(annotations, output, *more):
+    arguments = ["--annotations", str(annotations), "--recipe", "digits", "--output_dir", str(output), *SHORT]
+    train_coreg.main([*arguments, *more])
+
+
+def fails(capsys, *arguments):
+    """The one line of a refused start."""
+    with pytest.raises(SystemExit) as stopped:
+        train_coreg.main(list(arguments))
+    assert stopped.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def finished(annotations, tmp_path_factory):
+    output = tmp_path_factory.mktemp("runs") / "whole"
+    run(annotations, output)
+    return output
+
+
+def test_the_report_has_what_people_compare(finished):
+    report = json.loads((finished / "report.json").read_text())
+    assert report["schema"] == 1 and report["method"] == "Co-Reg" and report["dataset"] == "builtin:digits"
+    assert report["annotator"]["name"] == "builtin:glyph-clip"
+    assert set(report["annotator"]["zero_shot_accuracy"]) == {"train", "test"}
+    for split, n in (("train", 1437), ("test", 360)):
+        assert report["accuracy"][split]["n"] == n
+        for name in ("ensemble", "net1", "net2"):
+            assert 0 <= report["accuracy"][split][name] <= 1
+    assert next(iter(report["per_class_accuracy"])) == "zero" and len(report["per_class_accuracy"]) == 10
+    assert sum(row["n"] for row in report["per_class_accuracy"].values()) == 360
+    for key in ("parameters", "images_per_second", "wall_seconds", "peak_memory_mb", "command", "versions", "seed"):
+        assert report[key] not in (None, "", {})
+
+
+def test_the_run_folder_is_complete(finished):
+    names = {path.name for path in finished.iterdir()}
+    assert {"job.json", "config.yaml", "report.json", "labels.csv", "export", "checkpoints", "tensorboard"} <= names
+    assert len((finished / "labels.csv").read_text().splitlines()) == 1438
+    assert len(list((finished / "checkpoints").iterdir())) == 2
+    assert not list(finished.rglob("*.tmp"))
+
+
+def test_the_same_command_again_says_that_it_is_finished(annotations, finished, capsys):
+    before = (finished / "report.json").stat().st_mtime_ns
+    run(annotations, finished)
+    assert "finished" in capsys.readouterr().out
+    assert (finished / "report.json").stat().st_mtime_ns == before
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("epoch", [1, 3])
+def test_a_killed_run_goes_on_bit_for_bit(annotations, finished, tmp_path, monkeypatch, epoch):
+    """Killed right after the checkpoint of epoch 1 (warm-up) or 3 (co-training with contrast), then started again."""
+    whole = checkpoint.save
+
+    def save_then_die(folder, number, state):
+        whole(folder, number, state)
+        if number == epoch:
+            raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "save", save_then_die)
+        with pytest.raises(Killed):
+            run(annotations, tmp_path / "run")
+    run(annotations, tmp_path / "run")
+    expected, found = (checkpoint.load(folder / "checkpoints", 4) for folder in (finished, tmp_path / "run"))
+    for ours, theirs in zip(expected["learners"], found["learners"]):
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    for key in ("losses", "weights"):
+        assert all(torch.equal(a, b) for a, b in zip(expected[key], found[key]))
+    assert expected["curves"] == found["curves"]
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(annotations, finished, tmp_path, monkeypatch):
+    whole = checkpoint.save
+
+    def save_then_die(folder, number, state):
+        whole(folder, number, state)
+        if number == 3:
+            raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "save", save_then_die)
+        with pytest.raises(Killed):
+            run(annotations, tmp_path / "run")
+    damaged = tmp_path / "run" / "checkpoints" / "00000003" / "state.pt"
+    damaged.write_bytes(damaged.read_bytes()[:-1000])
+    with pytest.warns(UserWarning, match="damaged"):
+        run(annotations, tmp_path / "run")
+    expected, found = (checkpoint.load(folder / "checkpoints", 4) for folder in (finished, tmp_path / "run"))
+    assert expected["curves"] == found["curves"]
+
+
+def test_another_job_in_the_folder_is_refused(annotations, finished, capsys):
+    arguments = ["--annotations", str(annotations), "--recipe", "digits", "--output_dir", str(finished), *SHORT]
+    message = fails(capsys, *arguments, "--lr", "0.5")
+    assert "lr was 0.03 and is 0.5" in message
+
+
+def test_a_folder_with_other_things_is_refused_and_left_alone(annotations, tmp_path, capsys):
+    (tmp_path / "thesis.tex").write_text("precious")
+    message = fails(capsys, "--annotations", str(annotations), "--output_dir", str(tmp_path))
+    assert "thesis.tex" in message
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--lrr", "1"], "did you mean --lr?"),
+        (["--epochs", "many"], "--epochs"),
+        (["--epochs", "5", "--warmup_epochs", "5"], "--warmup_epochs"),
+        (["--recipe", "digit"], "did you mean digits?"),
+        (["--backbone", "preact_resnet19"], "did you mean preact_resnet18?"),
+        (["--backbone_args", "{norm: 1}"], "is not JSON"),
+        (["--backbone_args", '{"sugar": 1}'], "does not take"),
+        (["--strong_ops", "rotate", "explode"], "explode"),
+        (["--mean", "0.5", "0.5"], "--mean has 2 numbers"),
+        (["--annotations", "nowhere"], "nowhere"),
+        (["--candidates", "onion"], "onion"),
+        (["--temperature", "0"], "--temperature"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, capsys, annotations, arguments, said):
+    monkeypatch.chdir(tmp_path)
+    own = [] if "--annotations" in arguments else ["--annotations", str(annotations)]
+    recipe = [] if "--recipe" in arguments else ["--recipe", "digits"]
+    message = fails(capsys, *own, *recipe, "--output_dir", "run", *arguments)
+    assert said in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_exploding_losses_stop_with_a_message_and_keep_the_last_checkpoint(annotations, tmp_path, capsys):
+    arguments = ["--annotations", str(annotations), "--recipe", "digits", "--output_dir", str(tmp_path / "run"), *SHORT]
+    message = fails(capsys, *arguments, "--lr", "1e30")
+    assert "smaller --lr" in message
+
+
+def test_two_jobs_cannot_share_a_folder(annotations, tmp_path, capsys):
+    from coreg.run.folder import RunFolder
+
+    output = tmp_path / "run"
+    with RunFolder(output).locked():
+        arguments = ["--annotations", str(annotations), "--recipe", "digits", "--output_dir", str(output), *SHORT]
+        message = fails(capsys, *arguments)
+    assert "another job is running" in message

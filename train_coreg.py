@@ -1,0 +1,380 @@
+"""Train two small networks together on the noisy candidate sets that a vision-language model gave to images.
+
+    accelerate launch train_coreg.py                                # built-in digits, annotated by a built-in tiny CLIP
+    accelerate launch train_coreg.py --annotations ann --output_dir runs/a
+    accelerate launch --config_file accelerate_configs/cpu.yaml train_coreg.py --annotations ann --recipe folder
+
+The run folder is the job: the same command again goes on where it stopped, and a finished run says so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, tqdm
+from timm.utils import distribute_bn
+from torch import Tensor
+
+from annotate_vlm import AnnotateConfig, annotate
+from coreg.annotate.candidates import candidate_sets, parse_rule
+from coreg.annotate.store import AnnotationStore
+from coreg.config import as_settings, as_yaml, parse
+from coreg.data.decode import decode
+from coreg.data.order import ShuffledRows, n_batches
+from coreg.errors import UserError, exits_with_one_line
+from coreg.export import export
+from coreg.learn.collective import gather_rows, share
+from coreg.learn.coreg import cosine_lr, ramp
+from coreg.learn.division import Division, align, divide, division_loss
+from coreg.learn.options import CoRegOptions
+from coreg.learn.pseudo import rescale
+from coreg.nets.model import CoRegNet, check_backbone, parse_backbone_args
+from coreg.report.metrics import accuracy, division_health
+from coreg.report.report import build_report, summary, write_labels
+from coreg.run import checkpoint
+from coreg.run.batches import TrainingImages, Verdict, co_train_batch, warm_up_batch
+from coreg.run.folder import RunFolder, write_atomically
+from coreg.run.process import build_accelerator, main_process_decides
+from coreg.run.training import Training, build_training
+from coreg.settings import ImageConfig, JobConfig, check
+
+# settings that may change between two starts of the same job; what the store holds is compared by its hash
+NOT_THE_JOB = ("output_dir", "annotations", "workers", "report_to")
+
+
+@dataclass
+class Task:
+    """What is trained on, and how: everything that stays the same while training.
+
+    candidates: bool (N, C), row i of the training images; table: the same on the device. usable: bool (N,), False where
+    no template named a class. prior: (C,) for distribution alignment. labels: int64 (N,), -1 unknown, read by reports
+    alone. annotator: int64 (N,), its zero-shot prediction. test: the test images with their labels, or None.
+    """
+
+    accelerator: Accelerator
+    job: JobConfig
+    look: ImageConfig
+    method: CoRegOptions
+    store: AnnotationStore
+    data: TrainingImages
+    candidates: np.ndarray
+    table: Tensor
+    usable: np.ndarray
+    prior: np.ndarray
+    labels: np.ndarray
+    annotator: np.ndarray
+    test: TrainingImages | None
+    test_labels: np.ndarray
+
+
+def prepare(
+    accelerator: Accelerator, job: JobConfig, look: ImageConfig, method: CoRegOptions, store: AnnotationStore
+) -> Task:
+    """Candidate sets from the store, and its images as one uint8 tensor."""
+    images = store.images()
+    candidates, unreadable = candidate_sets(store, job.candidates), store.unreadable
+    labels = np.full(len(store.paths), -1) if store.labels is None else store.labels
+    augmentation = look.augmentation()
+
+    def load(rows: np.ndarray) -> TrainingImages:
+        pixels = decode(images, rows, look.image_size, look.channels, job.workers).to(accelerator.device)
+        return TrainingImages(pixels, torch.from_numpy(rows), augmentation, accelerator.device, job.seed)
+
+    train = np.flatnonzero((store.split == 0) & ~unreadable)
+    test = np.flatnonzero((store.split == 1) & ~unreadable)
+    if len(train) < 2:
+        raise UserError(f"the store {store.root} has {len(train)} readable training images; Co-Reg needs at least 2")
+    probs = store.probs()[train].astype(np.float64)
+    n_classes = len(store.class_names)
+    prior = probs.mean(axis=0) if method.alignment == "annotator" else np.full(n_classes, 1 / n_classes)
+    return Task(
+        accelerator=accelerator,
+        job=job,
+        look=look,
+        method=method,
+        store=store,
+        data=load(train),
+        candidates=candidates[train],
+        table=torch.from_numpy(candidates[train]).to(accelerator.device),
+        usable=(store.votes()[train] >= 0).any(axis=1),
+        prior=prior / prior.sum(),
+        labels=labels[train],
+        annotator=probs.argmax(axis=1),
+        test=load(test) if len(test) else None,
+        test_labels=labels[test],
+    )
+
+
+@torch.no_grad()
+def predict(net: CoRegNet, images: TrainingImages, view: str, key: tuple[int | str, ...], batch_size: int) -> Tensor:
+    """Logits of every image in evaluation mode, (n, C) on the training device; each process does its share."""
+    net.eval()
+    n = len(images.samples)
+    batches = images.in_batches(view, np.arange(n)[share(n)], batch_size, key)
+    logits = [net.logits(batch).float() for batch in batches]
+    return gather_rows(torch.cat(logits) if logits else torch.zeros(0, net.backbone.num_classes, device=images.device), n)
+
+
+def divide_by(task: Task, training: Training, number: int) -> tuple[Division, Verdict, np.ndarray]:
+    """Let network `number` (0 or 1) split the training set; also gives its (N, C) aligned log probabilities."""
+    method = task.method
+    key = ("division", training.epoch, number)
+    logits = predict(training.nets[number], task.data, "weak", key, 4 * task.job.batch_size)
+    log_p = torch.log_softmax(logits.double(), dim=1).cpu().numpy()
+    if not np.isfinite(log_p).all():
+        raise UserError(
+            f"network {number + 1} predicts no numbers any more in epoch {training.epoch + 1}; start anew in another "
+            f"--output_dir with a smaller --lr (now {task.job.lr}); the checkpoints before it are kept"
+        )
+    if method.alignment != "none":
+        log_p = align(log_p, task.prior)
+    history = [*training.losses[number], division_loss(log_p, task.candidates)][-method.history :]
+    training.losses[number] = history
+    # fitted on one process and sent to the others: two fits might differ in the last bit, and then in a whole image
+    smallest = min(task.job.batch_size, len(task.usable))
+    answer = [divide(np.stack(history), task.usable, task.job.seed, method.threshold, smallest)]
+    if task.accelerator.num_processes > 1:
+        broadcast_object_list(answer)
+    division: Division = answer[0]
+    targets = rescale(torch.from_numpy(np.exp(log_p)), torch.from_numpy(task.candidates))
+    device = task.accelerator.device
+    verdict = Verdict(torch.from_numpy(division.weight).float().to(device), targets.float().to(device), division.trusted)
+    return division, verdict, log_p
+
+
+def advance(bar: tqdm, epochs: float) -> None:
+    """Move the bar by a part of an epoch, but never past its end by a rounding error, about which tqdm would complain."""
+    bar.update(min(epochs, bar.total - bar.n))
+
+
+def warm_up_epoch(task: Task, training: Training, bar: tqdm) -> dict[str, float]:
+    """One pass over the images for each network; images that no template could name teach nothing and are left out."""
+    curves = {}
+    for number in (0, 1):
+        key = (task.job.seed, "warm-up", training.epoch, number)
+        rows = ShuffledRows(np.flatnonzero(task.usable), 2 * task.job.batch_size, key)
+        sums: dict[str, Tensor] = {}
+        for step in range(rows.per_round):
+            batch = warm_up_batch(task.data, rows.batch(step), task.table, (training.epoch, number))
+            training.step(task.accelerator, number, batch, sums)
+            training.images_seen += batch.n
+            advance(bar, 0.5 / rows.per_round)
+        curves |= {f"net{number + 1}/{name}": float(value) / rows.per_round for name, value in sums.items()}
+    return curves
+
+
+def co_train_epoch(task: Task, training: Training, verdicts: Sequence[Verdict], bar: tqdm) -> dict[str, float]:
+    """Each network in turn trains for one epoch on the split that the other one made."""
+    curves, epoch, job, method = {}, training.epoch, task.job, task.method
+    gate_epoch = method.warmup_epochs + method.contrast_after + 1
+    for number, verdict in ((0, verdicts[1]), (1, verdicts[0])):
+        key = (job.seed, epoch, number)
+        x = ShuffledRows(np.flatnonzero(verdict.trusted), job.batch_size, ("P", *key))
+        u = ShuffledRows(np.flatnonzero(~verdict.trusted), job.batch_size, ("U", *key))
+        # keys made long before the gate opens will have left the queue by then
+        fill_queue = epoch >= gate_epoch - n_batches(method.queue_size, len(x.rows))
+        sums: dict[str, Tensor] = {}
+        for step in range(x.per_round):
+            progress = epoch - method.warmup_epochs + step / x.per_round
+            batch = co_train_batch(
+                task.data,
+                x.batch(step),
+                u.batch(step),
+                verdict,
+                key=(epoch, number, step),
+                mixup_alpha=method.mixup_alpha,
+                ramp=ramp(progress, method.rampup_epochs),
+                gate=epoch >= gate_epoch,
+                fill_queue=fill_queue,
+            )
+            training.step(task.accelerator, number, batch, sums)
+            training.images_seen += batch.n_x + batch.n_u
+            advance(bar, 0.5 / x.per_round)
+        curves |= {f"net{number + 1}/{name}": float(value) / x.per_round for name, value in sums.items()}
+    return curves
+
+
+def test(task: Task, training: Training) -> dict[str, float]:
+    """Accuracy of both networks and their ensemble (sum of logits) on the test images, where there are labelled ones."""
+    if task.test is None or (task.test_labels < 0).all():
+        return {}
+    logits = [predict(net, task.test, "plain", (), 4 * task.job.batch_size) for net in training.nets]
+    predictions = {"net1": logits[0], "net2": logits[1], "ensemble": logits[0] + logits[1]}
+    return {f"test/{name}": accuracy(p.argmax(1).cpu().numpy(), task.test_labels) for name, p in predictions.items()}
+
+
+def one_epoch(task: Task, training: Training, bar: tqdm) -> dict[str, float]:
+    """Warm up, or divide and co-train, then agree on statistics and test; gives the epoch's curves."""
+    job, method = task.job, task.method
+    rate = cosine_lr(training.epoch, job.lr, job.lr_floor, job.lr_horizon or job.epochs)
+    for optimizer in training.optimizers:
+        optimizer.param_groups[0]["lr"] = rate
+    if training.epoch < method.warmup_epochs:
+        curves = warm_up_epoch(task, training, bar)
+    else:
+        if method.key_reset == "epoch":
+            for learner in training.learners:
+                learner.reset_keys()
+        divisions, verdicts, log_ps = zip(*(divide_by(task, training, number) for number in (0, 1)))
+        training.weights = [division.weight for division in divisions]
+        curves = division_health(divisions, log_ps, task.candidates, task.annotator, task.labels)
+        curves |= co_train_epoch(task, training, verdicts, bar)
+    if task.accelerator.num_processes > 1:
+        # without SyncBatchNorm, processes have seen different rows: agree on the mean statistics
+        for net in training.nets:
+            distribute_bn(net, task.accelerator.num_processes, reduce=True)
+    return curves | {"lr": rate} | test(task, training)
+
+
+def train(task: Task, training: Training, folder: RunFolder) -> None:
+    """All epochs from where `training` stands, with a checkpoint after each.
+
+    Raises:
+        UserError: a loss is no number any more; the last good checkpoint stays.
+    """
+    accelerator, job = task.accelerator, task.job
+    layout = "{desc} {percentage:3.0f}%|{bar}| epoch {n:.1f}/{total} [{elapsed}<{remaining}{postfix}]"
+    with tqdm(total=job.epochs, initial=training.epoch, desc="Co-Reg", bar_format=layout) as bar:
+        while training.epoch < job.epochs:
+            started = time.perf_counter()
+            curves = one_epoch(task, training, bar)
+            broken = [name for name, value in curves.items() if not math.isfinite(value)]
+            if broken:
+                raise UserError(
+                    f"{broken[0]} became {curves[broken[0]]} in epoch {training.epoch + 1}; the checkpoints before it are "
+                    f"kept in {folder.checkpoints}: start anew in another --output_dir with a smaller --lr (now {job.lr})"
+                )
+            training.epoch += 1
+            training.seconds += time.perf_counter() - started
+            training.curves.append(curves)
+            accelerator.log(curves, step=training.epoch)
+            shown = {"P": curves.get("division/trusted"), "test": curves.get("test/ensemble")}
+            bar.set_postfix_str(", ".join(f"{name} {value:.1%}" for name, value in shown.items() if value is not None))
+            main_process_decides(
+                accelerator, lambda: checkpoint.save(folder.checkpoints, training.epoch, training.state_dict())
+            )
+
+
+def finish(task: Task, training: Training, folder: RunFolder, command: str, wall_seconds: float) -> dict[str, Any]:
+    """Purified labels, exported networks and the report, written by the main process; gives the report."""
+    job, look, store = task.job, task.look, task.store
+
+    def logits(images: TrainingImages | None) -> dict[str, np.ndarray]:
+        if images is None:
+            return {}
+        first, second = (predict(net, images, "plain", (), 4 * job.batch_size).cpu().numpy() for net in training.nets)
+        return {"ensemble": first + second, "net1": first, "net2": second}
+
+    on_train, on_test = logits(task.data), logits(task.test)
+
+    def write() -> dict[str, Any]:
+        paths = [store.paths[row] for row in task.data.samples.tolist()]
+        needs_review = write_labels(
+            folder.root / "labels.csv", store.class_names, paths, on_train, np.stack(training.weights), task.annotator
+        )
+        views = task.data.augmentation
+        export(
+            folder.export,
+            [net.backbone for net in training.nets],
+            look.backbone,
+            parse_backbone_args(look.backbone_args),
+            class_names=store.class_names,
+            image_size=look.image_size,
+            channels=look.channels,
+            mean=views.mean,
+            std=views.std,
+        )
+        report = build_report(
+            method="Co-Reg",
+            store=store,
+            seed=job.seed,
+            candidates=task.candidates,
+            samples={"train": task.data.samples.numpy(), "test": [] if task.test is None else task.test.samples.numpy()},
+            predictions={
+                split: {name: rows.argmax(axis=1) for name, rows in found.items()}
+                for split, found in (("train", on_train), ("test", on_test))
+            },
+            needs_review=needs_review,
+            last_epoch=training.curves[-1],
+            parameters=sum(p.numel() for p in training.nets[0].backbone.parameters()),
+            images_per_second=training.images_seen / training.seconds,
+            training_seconds=training.seconds,
+            wall_seconds=wall_seconds,
+            processes=task.accelerator.num_processes,
+            command=command,
+        )
+        write_atomically(folder.report, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+        return report
+
+    return main_process_decides(task.accelerator, write)
+
+
+@exits_with_one_line
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse, check, annotate where there is no store yet, train, report."""
+    started = time.perf_counter()
+    argv = list(sys.argv[1:] if argv is None else argv)
+    own_images = any(word.split("=")[0] == "--annotations" for word in argv)
+    job, look, method = parse(
+        JobConfig,
+        ImageConfig,
+        CoRegOptions,
+        argv=argv,
+        default_recipe="folder" if own_images else "digits",
+        prog="train_coreg.py",
+        description=__doc__,
+    )
+    check(job, method)
+    look.augmentation()
+    parse_rule(job.candidates)
+    check_backbone(look.backbone, look.backbone_args)
+    folder = RunFolder(job.output_dir)
+    identity = {k: v for k, v in as_settings(job, look, method).items() if k not in NOT_THE_JOB}
+    accelerator = build_accelerator(job.mixed_precision, job.report_to, job.output_dir)
+    main_process_decides(accelerator, lambda: folder.refuse_other(identity))
+    with contextlib.ExitStack() as held:
+        if job.annotations:
+            store = AnnotationStore.open(job.annotations)
+        else:
+            main_process_decides(accelerator, lambda: held.enter_context(folder.locked()) and None)
+            store = annotate(AnnotateConfig(output_dir=str(folder.root / "annotations")), accelerator)
+        identity["store"] = store.hash
+        main_process_decides(accelerator, lambda: folder.refuse_other(identity))
+        if main_process_decides(accelerator, lambda: folder.finished):
+            report = json.loads(folder.report.read_text(encoding="utf-8"))
+            accelerator.print(summary(report, folder.root))
+            accelerator.print(f"\nThis run is finished; choose another --output_dir, or delete {folder.root} to repeat it.")
+            return
+        task = prepare(accelerator, job, look, method, store)
+        training = build_training(accelerator, job, look, method, len(store.class_names))
+        if job.annotations:
+            main_process_decides(accelerator, lambda: held.enter_context(folder.locked()) and None)
+        main_process_decides(accelerator, lambda: folder.claim(identity))
+        newest = main_process_decides(accelerator, lambda: checkpoint.latest(folder.checkpoints))
+        if newest is not None:
+            training.load_state_dict(checkpoint.load(folder.checkpoints, newest))
+            accelerator.print(f"Resuming {folder.root} after epoch {training.epoch} of {job.epochs}.")
+        if accelerator.is_main_process:
+            write_atomically(folder.root / "config.yaml", as_yaml(as_settings(job, look, method)))
+        accelerator.init_trackers("tensorboard", config={k: str(v) for k, v in identity.items()})
+        before = training.seconds
+        train(task, training, folder)
+        command = shlex.join(["train_coreg.py", *argv])
+        report = finish(task, training, folder, command, before + time.perf_counter() - started)
+        accelerator.end_training()
+        accelerator.print(summary(report, folder.root))
+
+
+if __name__ == "__main__":
+    main()
