@@ -109,9 +109,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     aug = Augmentation(args.size, padding, True, mean=MEAN, std=STD)
     print(f"{args.size} x {args.size} RGB, batch {args.batch}, one thread, images/s")
     print(f"{'view':8}{'Pillow':>12}{'coreg':>12}{'ratio':>8}")
-    for name, view in (("weak", aug.weak), ("strong", aug.strong)):
-        pillow = images_per_second(lambda _: pil_batch(pixels, padding, name == "strong", rng), args.batch, args.seconds)
-        ours = images_per_second(lambda i: view(images, rows, (0, name, i)), args.batch, args.seconds)
+    sides = {
+        "weak": (lambda i: pil_batch(pixels, padding, False, rng), lambda i: aug.weak(images, rows, (0, "weak", i))),
+        "strong": (lambda i: pil_batch(pixels, padding, True, rng), lambda i: aug.strong(images, rows, (0, "strong", i))),
+    }
+    for name, makers in sides.items():
+        pillow, ours = (images_per_second(make, args.batch, args.seconds) for make in makers)
         print(f"{name:8}{pillow:12,.0f}{ours:12,.0f}{ours / pillow:8.1f}")
     return 0
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from coreg.config import option
-from coreg.data.augment import OPS, RANDAUGMENT, Augmentation
+from coreg.data.augment import RANDAUGMENT, Augmentation
 from coreg.errors import UserError
 from coreg.learn.options import CoRegOptions
 
@@ -63,9 +63,9 @@ class ImageConfig:
         Raises:
             UserError: a setting is out of its range.
         """
-        unknown = [name for name in self.strong_ops if name not in OPS]
+        unknown = [name for name in self.strong_ops if name not in RANDAUGMENT]
         if unknown:
-            raise UserError(f"unknown --strong_ops {unknown[0]} (there are: {', '.join(OPS)})")
+            raise UserError(f"unknown --strong_ops {unknown[0]} (there are: {', '.join(RANDAUGMENT)})")
         if self.channels not in (1, 3):
             raise UserError(f"--channels is {self.channels}; write 1 for grey or 3 for RGB images")
         for name in ("mean", "std"):

@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 from scipy import stats
 
 from coreg.data import augment
-from coreg.data.augment import OPS, RANDAUGMENT, Augmentation
+from coreg.data.augment import AFFINE_OPS, PIXEL_OPS, RANDAUGMENT, Augmentation
 from coreg.data.keyed import keyed_uniform
 
 
@@ -54,6 +54,12 @@ RANGES = {
 # Share of pixels that may be off by one grey level. Everything is integer arithmetic, a table computed in float64 or a
 # nearest neighbour, and has to be exact, but for the four blends: a compiler may fuse Pillow's float multiply and add.
 TOLERANCE = dict.fromkeys(RANGES, 0.0) | dict.fromkeys(["brightness", "color", "contrast", "sharpness"], 1e-3)
+
+
+def _apply(name, images, magnitudes):
+    if name in PIXEL_OPS:
+        return PIXEL_OPS[name][0](images, magnitudes)
+    return augment._affine(images, AFFINE_OPS[name][0](magnitudes, images.shape[-1]))
 
 
 def _pil(image):
@@ -102,7 +108,7 @@ def test_operation_equals_pillow(name, c, size):
     magnitudes = torch.from_numpy(np.random.default_rng(size).uniform(low, high, len(images)))
     magnitudes[0] = low  # the end that a draw can hit
     before = images.clone()
-    got = OPS[name][0](images, magnitudes)
+    got = _apply(name, images, magnitudes)
     expected = torch.stack([_tensor(PIL_OPS[name](_pil(i), v)) for i, v in zip(images, magnitudes.tolist())])
     assert got.dtype == torch.uint8 and torch.equal(images, before)
     difference = (got.int() - expected.int()).abs()
@@ -121,18 +127,18 @@ def test_operation_equals_pillow_on_tiny_and_constant_images(name, size):
     low, high = RANGES[name] or (0, 1)
     magnitudes = torch.linspace(low, high, len(images), dtype=torch.float64)
     expected = torch.stack([_tensor(PIL_OPS[name](_pil(i), v)) for i, v in zip(images, magnitudes.tolist())])
-    assert (OPS[name][0](images, magnitudes).int() - expected.int()).abs().max() <= (1 if TOLERANCE[name] else 0)
+    assert (_apply(name, images, magnitudes).int() - expected.int()).abs().max() <= (1 if TOLERANCE[name] else 0)
 
 
 def test_constant_images_have_no_contrast_to_stretch():
     images = torch.arange(0, 256, 5, dtype=torch.uint8).view(-1, 1, 1, 1).repeat(1, 3, 16, 16)
     for name in ("auto_contrast", "equalize", "contrast", "sharpness"):
-        assert torch.equal(OPS[name][0](images, torch.full((len(images),), 0.5, dtype=torch.float64)), images), name
+        assert torch.equal(_apply(name, images, torch.full((len(images),), 0.5, dtype=torch.float64)), images), name
 
 
 def test_color_of_a_grey_image_is_the_image():
     images = _random_images(9, 1, 16)
-    assert torch.equal(OPS["color"][0](images, torch.full((9,), 0.05, dtype=torch.float64)), images)
+    assert torch.equal(_apply("color", images, torch.full((9,), 0.05, dtype=torch.float64)), images)
 
 
 def _pil_crop(image, padding, flip, u):
@@ -147,8 +153,9 @@ def _pil_strong(image, aug, u):
     """The strong view of one image, from its row of uniform draws."""
     image = _pil_crop(image, aug.padding, aug.flip, u)
     size = image.size[0]
+    names = sorted(aug.strong_ops, key=RANDAUGMENT.index)
     for column in range(8, 8 + 2 * aug.strong_count, 2):
-        name = aug.strong_ops[int(u[column] * len(aug.strong_ops))]
+        name = names[int(u[column] * len(names))]
         low, high = RANGES[name] or (0, 1)
         image = PIL_OPS[name](image, low + (high - low) * u[column + 1])
     side = u[3] * aug.cutout * size
@@ -171,7 +178,7 @@ def _pil_strong(image, aug, u):
         (3, 32, {"strong_count": 3}),
         (3, 64, {"padding": 8, "flip": False, "strong_count": 2, "cutout": 0.0}),
         (1, 28, {"strong_ops": (), "strong_count": 0, "cutout": 0.0, "cutout_fixed": 16}),
-        (1, 28, {"strong_ops": ("rotate", "equalize"), "cutout": 1.0, "cutout_fixed": 5}),
+        (1, 28, {"strong_ops": ("rotate", "equalize", "shear_y"), "cutout": 1.0, "cutout_fixed": 5}),
         (3, 16, {"padding": 0, "strong_count": 4}),
         (3, 16, {"padding": 0, "flip": False, "strong_count": 0}),
     ],
@@ -232,13 +239,14 @@ def test_crops_and_flips_are_uniform():
 
 def test_operations_and_magnitudes_are_uniform(monkeypatch):
     drawn = {name: [] for name in RANDAUGMENT}
-    for name, (_, low, high) in OPS.items():
+    for table in (PIXEL_OPS, AFFINE_OPS):
+        for name, (function, low, high) in table.items():
 
-        def record(images, magnitudes, name=name):
-            drawn[name] += magnitudes.tolist()
-            return images
+            def record(first, second, name=name, function=function):
+                drawn[name] += (second if name in PIXEL_OPS else first).tolist()
+                return function(first, second)
 
-        monkeypatch.setitem(augment.OPS, name, (record, low, high))
+            monkeypatch.setitem(table, name, (record, low, high))
     n = 14_000
     _aug(1, 1, 0, strong_count=2).strong(torch.zeros(n, 1, 1, 1, dtype=torch.uint8), torch.arange(n), (3, "strong"))
     assert stats.chisquare([len(values) for values in drawn.values()]).pvalue > 1e-4
@@ -328,6 +336,12 @@ def test_an_image_gets_the_same_pixels_in_any_batch(c):
         assert torch.equal(view(strided, rows, key), whole)
         assert not torch.equal(view(images, rows, (0, "train", 2)), whole)
         assert not torch.equal(view(images, rows + 1, key), whole)
+
+
+def test_the_order_of_the_operations_names_is_nothing():
+    images, rows = _random_images(60, 3, 16), torch.arange(60)
+    views = [_aug(16, strong_ops=ops).strong(images, rows, (0,)) for ops in (RANDAUGMENT, RANDAUGMENT[::-1])]
+    assert torch.equal(*views) and set(RANDAUGMENT) == set(RANGES) and len(RANDAUGMENT) == 14
 
 
 def test_the_images_stay_as_they_are():

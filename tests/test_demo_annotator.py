@@ -24,6 +24,7 @@ from coreg.demo.annotator import (
     save_compact,
 )
 from coreg.demo.digits import DIGIT_NAMES, load_digits_images
+from coreg.demo.glyphs import SOURCES
 from coreg.demo.pretrain import CONFIG, CompactTokenizer, compact_model
 from coreg.errors import UserError
 
@@ -44,6 +45,8 @@ def test_templates_are_distinct_english_prompts():
     templates = demo_templates()
     assert 8 <= len(templates) <= 16 and len(set(templates)) == len(templates)
     assert all(template.count("{}") == 1 and template == template.strip() for template in templates)
+    # One wording of each source that the annotator was trained on.
+    assert [sum(t in source.captions for t in templates) for source in SOURCES.values()] == [1] * len(templates)
 
 
 def test_open_clip_reads_configuration(loaded):

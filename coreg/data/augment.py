@@ -41,12 +41,18 @@ def _identity(images: Tensor, magnitudes: Tensor) -> Tensor:
     return images
 
 
+def _look_up(images: Tensor, table: Tensor) -> Tensor:
+    """Every pixel through the table of its row and channel, (m, c, 256) with entries in [0, 255]."""
+    return table.to(torch.uint8).gather(2, images.flatten(2).long()).view_as(images)
+
+
 def _auto_contrast(images: Tensor, magnitudes: Tensor) -> Tensor:
     """Stretch every channel to [0, 255]; a constant channel stays. In float64, as Python computes Pillow's table."""
-    low, high = images.amin((2, 3), keepdim=True).double(), images.amax((2, 3), keepdim=True).double()
+    flat = images.flatten(2)
+    low, high = flat.amin(2, keepdim=True).double(), flat.amax(2, keepdim=True).double()
     scale = torch.full_like(low, 255) / (high - low)  # `255 / tensor` multiplies by a reciprocal: other last bits
-    stretched = (images * scale + (-low * scale)).clamp_(0, 255)
-    return torch.where(high > low, stretched, images.double()).to(torch.uint8)
+    levels = torch.arange(256, dtype=torch.float64, device=images.device)
+    return _look_up(images, torch.where(high > low, (levels * scale + (-low * scale)).clamp_(0, 255), levels))
 
 
 def _equalize(images: Tensor, magnitudes: Tensor) -> Tensor:
@@ -58,8 +64,7 @@ def _equalize(images: Tensor, magnitudes: Tensor) -> Tensor:
     step = (flat.shape[2] - brightest) // 255
     below = histogram.cumsum(2) - histogram
     table = ((step // 2 + below) // step.clamp(min=1)).clamp_(max=255)
-    table = torch.where(step > 0, table, torch.arange(256, device=images.device)).to(torch.uint8)
-    return table.gather(2, flat).view_as(images)
+    return _look_up(images, torch.where(step > 0, table, torch.arange(256, device=images.device)))
 
 
 def _posterize(images: Tensor, magnitudes: Tensor) -> Tensor:
@@ -70,7 +75,8 @@ def _posterize(images: Tensor, magnitudes: Tensor) -> Tensor:
 
 def _solarize(images: Tensor, magnitudes: Tensor) -> Tensor:
     """Invert the pixels that are not below the threshold."""
-    return torch.where(images < _per_row(magnitudes.ceil().to(torch.int16), images), images, 255 - images)
+    reached = images.short() >= _per_row(magnitudes.ceil().short(), images)
+    return images ^ (reached.view(torch.uint8) * 255)
 
 
 def _luma(images: Tensor) -> Tensor:
@@ -125,45 +131,31 @@ def _affine(images: Tensor, matrices: Tensor) -> Tensor:
     y = torch.arange(height, dtype=torch.int32, device=images.device).unsqueeze(1)
     from_x = (fixed[0] * x + (fixed[1] * y + fixed[2])) >> 16
     from_y = (fixed[3] * x + (fixed[4] * y + fixed[5])) >> 16
-    inside = (from_x >= 0) & (from_x < width) & (from_y >= 0) & (from_y < height)
-    source = ((from_y * width + from_x) * inside).view(count, 1, -1).long()
+    near_x, near_y = from_x.clamp(0, width - 1), from_y.clamp(0, height - 1)
+    inside = (near_x == from_x).view(torch.uint8) * (near_y == from_y).view(torch.uint8)
+    source = near_y.mul_(width).add_(near_x).view(count, 1, height * width).long()
     moved = images.flatten(2).gather(2, source.expand(-1, channels, -1))
-    return (moved * inside.view(count, 1, -1)).view_as(images)
+    return moved.mul_(inside.view(count, 1, height * width)).view_as(images)
 
 
 def _matrices(magnitudes: Tensor, **entries: Tensor) -> Tensor:
     """float64 (m, 6) rows a..f: the identity, but for the named entries."""
-    columns = {name: torch.full_like(magnitudes, float(name in "ae")) for name in "abcdef"} | entries
-    return torch.stack([columns[name] for name in "abcdef"], 1)
+    matrices = magnitudes.new_tensor([1, 0, 0, 0, 1, 0]).repeat(len(magnitudes), 1)
+    for name, values in entries.items():
+        matrices[:, "abcdef".index(name)] = values
+    return matrices
 
 
-def _rotate(images: Tensor, magnitudes: Tensor) -> Tensor:
+def _rotate(magnitudes: Tensor, size: int) -> Tensor:
     """Counter-clockwise by so many degrees about the centre of the image."""
-    angle = magnitudes * (-math.pi / 180)
+    angle, half = magnitudes * (-math.pi / 180), size / 2
     cos, sin = angle.cos(), angle.sin()
-    x, y = images.shape[3] / 2, images.shape[2] / 2
-    shift_x, shift_y = x - cos * x - sin * y, y + sin * x - cos * y
-    return _affine(images, _matrices(magnitudes, a=cos, b=sin, c=shift_x, d=-sin, e=cos, f=shift_y))
+    return _matrices(angle, a=cos, b=sin, c=half - cos * half - sin * half, d=-sin, e=cos, f=half + sin * half - cos * half)
 
 
-def _shear_x(images: Tensor, magnitudes: Tensor) -> Tensor:
-    return _affine(images, _matrices(magnitudes, b=magnitudes))
-
-
-def _shear_y(images: Tensor, magnitudes: Tensor) -> Tensor:
-    return _affine(images, _matrices(magnitudes, d=magnitudes))
-
-
-def _translate_x(images: Tensor, magnitudes: Tensor) -> Tensor:
-    return _affine(images, _matrices(magnitudes, c=magnitudes * images.shape[3]))
-
-
-def _translate_y(images: Tensor, magnitudes: Tensor) -> Tensor:
-    return _affine(images, _matrices(magnitudes, f=magnitudes * images.shape[2]))
-
-
-# name -> (function, lowest magnitude, highest magnitude); the magnitude is uniform between the two
-OPS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], float, float]] = {
+# name -> (function, lowest magnitude, highest magnitude); the magnitude is uniform between the two.
+# Operations on pixels: (images uint8 (m, c, size, size), magnitudes float64 (m,) on the CPU) -> uint8.
+PIXEL_OPS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], float, float]] = {
     "auto_contrast": (_auto_contrast, 0.0, 1.0),
     "brightness": (_brightness, 0.05, 0.95),
     "color": (_color, 0.05, 0.95),
@@ -171,15 +163,18 @@ OPS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], float, float]] = {
     "equalize": (_equalize, 0.0, 1.0),
     "identity": (_identity, 0.0, 1.0),
     "posterize": (_posterize, 4.0, 8.0),
-    "rotate": (_rotate, -30.0, 30.0),
     "sharpness": (_sharpness, 0.05, 0.95),
-    "shear_x": (_shear_x, -0.3, 0.3),
-    "shear_y": (_shear_y, -0.3, 0.3),
     "solarize": (_solarize, 0.0, 256.0),
-    "translate_x": (_translate_x, -0.3, 0.3),
-    "translate_y": (_translate_y, -0.3, 0.3),
 }
-RANDAUGMENT = tuple(OPS)
+# Operations that move pixels: (magnitudes, size) -> matrices of `_affine`, which moves all rows of a batch at once.
+AFFINE_OPS: dict[str, tuple[Callable[[Tensor, int], Tensor], float, float]] = {
+    "rotate": (_rotate, -30.0, 30.0),
+    "shear_x": (lambda shares, size: _matrices(shares, b=shares), -0.3, 0.3),
+    "shear_y": (lambda shares, size: _matrices(shares, d=shares), -0.3, 0.3),
+    "translate_x": (lambda shares, size: _matrices(shares, c=shares * size), -0.3, 0.3),
+    "translate_y": (lambda shares, size: _matrices(shares, f=shares * size), -0.3, 0.3),
+}
+RANDAUGMENT = (*PIXEL_OPS, *AFFINE_OPS)
 
 # Columns of a row's uniform draws. Every parameter owns its column, so that switching one off moves no other.
 _TOP, _LEFT, _FLIP, _SIDE, _CENTRE_X, _CENTRE_Y, _FIXED_X, _FIXED_Y, _FIRST_OP = range(9)
@@ -219,8 +214,8 @@ def _draw_boxes(images: Tensor, boxes: Tensor, colour: Sequence[int]) -> Tensor:
     x0, y0, x1, y1 = _send(boxes.t().contiguous(), images.device).view(4, -1, 1)
     column = torch.arange(images.shape[3], device=images.device)
     line = torch.arange(images.shape[2], device=images.device)
-    hole = ((line >= y0) & (line <= y1)).unsqueeze(2) & ((column >= x0) & (column <= x1)).unsqueeze(1)
-    hole = hole.to(torch.uint8).unsqueeze(1)
+    lines, columns = (line >= y0) & (line <= y1), (column >= x0) & (column <= x1)
+    hole = (lines.view(torch.uint8).unsqueeze(2) * columns.view(torch.uint8).unsqueeze(1)).unsqueeze(1)
     kept = images * (1 - hole)
     if not any(colour):
         return kept
@@ -241,7 +236,7 @@ class Augmentation:
         size: height and width of the images, pixels.
         padding: zeros around an image before the random crop back to `size`, pixels.
         flip: flip horizontally with probability 1/2.
-        strong_ops: what the strong view draws from, names of `RANDAUGMENT`.
+        strong_ops: what the strong view draws from, names of `RANDAUGMENT` in any order.
         strong_count: how many operations a strong view gets, drawn uniformly with replacement.
         cutout: a strong view loses a square whose side is uniform in [0, cutout * size], centred anywhere, clipped to
             the image, filled with (125, 123, 114), or the luma of this colour where c = 1. 0: none.
@@ -265,9 +260,9 @@ class Augmentation:
     std: tuple[float, ...]
 
     def __post_init__(self) -> None:
-        unknown = sorted(set(self.strong_ops) - set(OPS))
+        unknown = sorted(set(self.strong_ops) - set(RANDAUGMENT))
         if unknown:
-            raise ValueError(f"unknown operation {unknown[0]!r}; the operations are {', '.join(OPS)}")
+            raise ValueError(f"unknown operation {unknown[0]!r}; the operations are {', '.join(RANDAUGMENT)}")
         if self.strong_count < 0 or (self.strong_count and not self.strong_ops):
             raise ValueError(f"strong_count is {self.strong_count} with {len(self.strong_ops)} operations to draw from")
         if not 1 <= self.size <= 8192 or self.padding < 0 or self.cutout_fixed < 0 or not 0 <= self.cutout <= 1:
@@ -320,18 +315,21 @@ class Augmentation:
 
         choice, level: float64 (n,) in [0, 1) on the CPU.
         """
-        drawn = (choice * len(self.strong_ops)).long()
+        names = sorted(self.strong_ops, key=RANDAUGMENT.index)  # affine operations last
+        drawn = (choice * len(names)).long()
         order = drawn.argsort(stable=True)
-        counts = torch.bincount(drawn, minlength=len(self.strong_ops)).tolist()
-        groups = images.index_select(0, _send(order, images.device)).split(counts)
-        levels = level[order].split(counts)
-        done = []
-        for name, group, u in zip(self.strong_ops, groups, levels):
-            if len(group):
-                apply, low, high = OPS[name]
-                done.append(apply(group, low + (high - low) * u))
-        if not done:
-            return images
+        counts = torch.bincount(drawn, minlength=len(names)).tolist()
+        images = images.index_select(0, _send(order, images.device))
+        done, matrices, start = [], [], 0
+        for name, count, u in zip(names, counts, level[order].split(counts)):
+            apply, low, high = (PIXEL_OPS | AFFINE_OPS)[name]
+            if name in AFFINE_OPS:
+                matrices.append(apply(low + (high - low) * u, self.size))
+            elif count:
+                done.append(apply(images[start : start + count], low + (high - low) * u))
+                start += count
+        if matrices:
+            done.append(_affine(images[start:], torch.cat(matrices)))
         return torch.cat(done).index_select(0, _send(order.argsort(), images.device))
 
     def _cutout_boxes(self, draws: Tensor) -> tuple[Tensor, tuple[int, ...]]:

@@ -84,6 +84,9 @@ class ImageList:
 def open_images(spec: str, class_names: Sequence[str] | None = None, data_root: str = "data") -> ImageList:
     """List the images that `spec` names, without decoding any.
 
+    In a folder, what lies below `test/` is the test split, and the innermost folder that is called like a class (case,
+    spaces, underscores and hyphens do not count) gives the label.
+
     Args:
         spec: a folder (searched recursively; hidden entries and files without an image suffix are passed over); a CSV
             file with the columns `path[,label][,split]`, paths relative to its folder; a torchvision set (`CIFAR10` or

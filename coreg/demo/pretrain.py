@@ -20,8 +20,7 @@ from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 from open_clip.tokenizer import SimpleTokenizer
 from tqdm import tqdm
 
-from coreg.demo.annotator import demo_templates, local_dir, save_compact
-from coreg.demo.digits import DIGIT_NAMES
+from coreg.demo.annotator import local_dir, save_compact
 from coreg.demo.glyphs import IMAGE_SIZE, GlyphStream, all_captions
 from coreg.errors import UserError, exits_with_one_line
 
@@ -88,8 +87,7 @@ def pretrain(seed: int, steps: int, batch_size: int) -> tuple[CLIP, torch.Tensor
         UserError: where matplotlib, whose fonts are drawn, is not installed.
     """
     stream = GlyphStream(seed, batch_size)
-    prompts = [template.format(name) for template in demo_templates() for name in DIGIT_NAMES]
-    tokenizer = CompactTokenizer(all_captions() + prompts)
+    tokenizer = CompactTokenizer(all_captions())
     torch.manual_seed(seed)
     model = compact_model(len(tokenizer.token_ids)).train()
     matrices = [p for p in model.parameters() if p.ndim >= 2]
@@ -133,6 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise UserError(f"--steps is {options.steps}; expected at least 1; try --steps {STEPS}")
     if options.output.exists():
         raise UserError(f"--output {options.output} exists; expected a new folder; name another one or remove it")
+    # Made before the training, so that a folder that cannot be written is noticed now and not in a few minutes.
     try:
         parent = options.output.absolute().parent
         parent.mkdir(parents=True, exist_ok=True)
@@ -144,9 +143,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         save_compact(unfinished, CONFIG, model.state_dict(), token_ids)
         unfinished.chmod(0o755)
         unfinished.rename(options.output)
+    except OSError as error:
+        raise UserError(f"--output {options.output} could not be written ({error}); name another folder") from None
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-    print(f"wrote {options.output} (last loss {losses[-1]:.3f}); use it with: --vlm local-dir:{local_dir(options.output)}")
+    print(f"wrote {options.output} (last loss {losses[-1]:.3f})")
+    print(f"use it with: --vlm local-dir:{local_dir(options.output)}")
     return 0
 
 

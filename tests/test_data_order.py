@@ -1,0 +1,32 @@
+"""Every round visits every row once, whatever the batch size; a batch is a pure function of its number."""
+
+import numpy as np
+import pytest
+
+from coreg.data.order import ShuffledRows, n_batches
+
+
+@pytest.mark.parametrize(("n", "size"), [(10, 3), (9, 3), (1, 4), (4, 4)])
+def test_every_round_is_a_new_permutation(n, size):
+    rows = np.arange(100, 100 + n)
+    order = ShuffledRows(rows, size, ("key", 1))
+    rounds = [[order.batch(r * order.per_round + i) for i in range(order.per_round)] for r in range(3)]
+    for batches in rounds:
+        assert [len(b) for b in batches] == [min(size, n - i * size) for i in range(n_batches(n, size))]
+        assert sorted(np.concatenate(batches)) == rows.tolist()
+    if n > 4:
+        assert not np.array_equal(np.concatenate(rounds[0]), np.concatenate(rounds[1]))
+
+
+def test_batches_can_be_asked_for_in_any_order():
+    first, second = (ShuffledRows(np.arange(20), 6, (3, "P")) for _ in range(2))
+    forward = [first.batch(step) for step in range(9)]
+    backward = [second.batch(step) for step in reversed(range(9))][::-1]
+    assert all(np.array_equal(a, b) for a, b in zip(forward, backward))
+    other = ShuffledRows(np.arange(20), 6, (4, "P"))
+    assert not np.array_equal(first.batch(0), other.batch(0))
+
+
+def test_no_rows_give_empty_batches():
+    order = ShuffledRows(np.arange(0), 5, ("U",))
+    assert order.per_round == 0 and len(order.batch(3)) == 0

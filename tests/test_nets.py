@@ -1,0 +1,54 @@
+"""The backbone's peculiarities, its parameter count, and the way through timm's own save and load."""
+
+import pytest
+import timm
+import torch
+
+from coreg.errors import UserError
+from coreg.nets.model import CoRegNet, check_backbone, create_backbone
+from coreg.nets.preact import PreActBlock
+
+
+def test_preact_resnet18_has_the_papers_shapes():
+    net = timm.create_model("preact_resnet18", num_classes=10).eval()
+    # textbook count: stem 3*64*9, eight blocks, 1x1 shortcuts at the three changes of width, classifier
+    widths = [(64, 64), (64, 64), (64, 128), (128, 128), (128, 256), (256, 256), (256, 512), (512, 512)]
+    convs = 3 * 64 * 9 + sum(9 * a * b + 9 * b * b + (a * b if a != b else 0) for a, b in widths)
+    norms = 2 * 64 + sum(2 * a + 2 * b for a, b in widths)
+    assert sum(p.numel() for p in net.parameters()) == convs + norms + 512 * 10 + 10
+    features = net.forward_features(torch.randn(2, 3, 32, 32))
+    assert features.shape == (2, 512, 4, 4)
+    assert (features < 0).any()  # no activation follows the last stage
+    pooled = net.forward_head(features, pre_logits=True)
+    torch.testing.assert_close(pooled, torch.nn.functional.avg_pool2d(features, 4).flatten(1))
+
+
+def test_an_identity_shortcut_carries_the_activated_tensor():
+    block = PreActBlock(4, 4, 1, "none")
+    torch.nn.init.zeros_(block.conv2.weight)
+    torch.nn.init.zeros_(block.conv2.bias)
+    x = torch.randn(1, 4, 5, 5)
+    assert torch.equal(block(x), x.relu())
+
+
+@pytest.mark.parametrize("norm", ["batch", "group", "none"])
+def test_coreg_net_gives_logits_and_unit_features(norm):
+    net = CoRegNet(create_backbone("preact_resnet_tiny", 5, 1, {"norm": norm}, pretrained=False), dim=16)
+    logits, q = net(torch.randn(3, 1, 16, 16))
+    assert logits.shape == (3, 5) and q.shape == (3, 16)
+    torch.testing.assert_close(q.norm(dim=1), torch.ones(3))
+    torch.testing.assert_close(net.logits(torch.zeros(1, 1, 16, 16)), net(torch.zeros(1, 1, 16, 16))[0])
+
+
+def test_any_timm_model_can_be_the_backbone():
+    net = CoRegNet(create_backbone("resnet18", 7, 3, {}, pretrained=False)).eval()
+    images = torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(net(images)[0], net.backbone(images))
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("resnet19", "did you mean resnet18"), ("local-dir:/nowhere", "no config.json"), ("../x", "unknown")]
+)
+def test_a_wrong_backbone_is_named(name, said):
+    with pytest.raises(UserError, match=said):
+        check_backbone(name)
