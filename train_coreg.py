@@ -10,127 +10,52 @@ The run folder is the job: the same command again goes on where it stopped, and 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
 import shlex
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, tqdm
 from timm.utils import distribute_bn
 from torch import Tensor
 
 from annotate_vlm import AnnotateConfig, annotate
-from coreg.annotate.candidates import candidate_sets, parse_rule
+from coreg.annotate.candidates import parse_rule
 from coreg.annotate.store import AnnotationStore
 from coreg.config import as_settings, as_yaml, parse
-from coreg.data.decode import decode
 from coreg.data.order import ShuffledRows, n_batches
 from coreg.errors import UserError, exits_with_one_line
 from coreg.export import export
-from coreg.learn.collective import gather_rows, share
 from coreg.learn.coreg import cosine_lr, ramp
 from coreg.learn.division import Division, align, divide, division_loss
-from coreg.learn.options import CoRegOptions
+from coreg.learn.options import PRESETS, CoRegOptions
 from coreg.learn.pseudo import rescale
-from coreg.nets.model import CoRegNet, check_backbone, parse_backbone_args
+from coreg.nets.model import check_backbone, parse_backbone_args
 from coreg.report.metrics import accuracy, division_health
 from coreg.report.report import build_report, summary, write_labels
 from coreg.run import checkpoint
 from coreg.run.batches import TrainingImages, Verdict, co_train_batch, warm_up_batch
 from coreg.run.folder import RunFolder, write_atomically
 from coreg.run.process import build_accelerator, main_process_decides
+from coreg.run.task import Task, predict, prepare
 from coreg.run.training import Training, build_training
 from coreg.settings import ImageConfig, JobConfig, check
 
 # settings that may change between two starts of the same job; what the store holds is compared by its hash
-NOT_THE_JOB = ("output_dir", "annotations", "workers", "report_to")
-
-
-@dataclass
-class Task:
-    """What is trained on, and how: everything that stays the same while training.
-
-    candidates: bool (N, C), row i of the training images; table: the same on the device. usable: bool (N,), False where
-    no template named a class. prior: (C,) for distribution alignment. labels: int64 (N,), -1 unknown, read by reports
-    alone. annotator: int64 (N,), its zero-shot prediction. test: the test images with their labels, or None.
-    """
-
-    accelerator: Accelerator
-    job: JobConfig
-    look: ImageConfig
-    method: CoRegOptions
-    store: AnnotationStore
-    data: TrainingImages
-    candidates: np.ndarray
-    table: Tensor
-    usable: np.ndarray
-    prior: np.ndarray
-    labels: np.ndarray
-    annotator: np.ndarray
-    test: TrainingImages | None
-    test_labels: np.ndarray
-
-
-def prepare(
-    accelerator: Accelerator, job: JobConfig, look: ImageConfig, method: CoRegOptions, store: AnnotationStore
-) -> Task:
-    """Candidate sets from the store, and its images as one uint8 tensor."""
-    images = store.images()
-    candidates, unreadable = candidate_sets(store, job.candidates), store.unreadable
-    labels = np.full(len(store.paths), -1) if store.labels is None else store.labels
-    augmentation = look.augmentation()
-
-    def load(rows: np.ndarray) -> TrainingImages:
-        pixels = decode(images, rows, look.image_size, look.channels, job.workers).to(accelerator.device)
-        return TrainingImages(pixels, torch.from_numpy(rows), augmentation, accelerator.device, job.seed)
-
-    train = np.flatnonzero((store.split == 0) & ~unreadable)
-    test = np.flatnonzero((store.split == 1) & ~unreadable)
-    if len(train) < 2:
-        raise UserError(f"the store {store.root} has {len(train)} readable training images; Co-Reg needs at least 2")
-    probs = store.probs()[train].astype(np.float64)
-    n_classes = len(store.class_names)
-    prior = probs.mean(axis=0) if method.alignment == "annotator" else np.full(n_classes, 1 / n_classes)
-    return Task(
-        accelerator=accelerator,
-        job=job,
-        look=look,
-        method=method,
-        store=store,
-        data=load(train),
-        candidates=candidates[train],
-        table=torch.from_numpy(candidates[train]).to(accelerator.device),
-        usable=(store.votes()[train] >= 0).any(axis=1),
-        prior=prior / prior.sum(),
-        labels=labels[train],
-        annotator=probs.argmax(axis=1),
-        test=load(test) if len(test) else None,
-        test_labels=labels[test],
-    )
-
-
-@torch.no_grad()
-def predict(net: CoRegNet, images: TrainingImages, view: str, key: tuple[int | str, ...], batch_size: int) -> Tensor:
-    """Logits of every image in evaluation mode, (n, C) on the training device; each process does its share."""
-    net.eval()
-    n = len(images.samples)
-    batches = images.in_batches(view, np.arange(n)[share(n)], batch_size, key)
-    logits = [net.logits(batch).float() for batch in batches]
-    return gather_rows(torch.cat(logits) if logits else torch.zeros(0, net.backbone.num_classes, device=images.device), n)
+NOT_THE_JOB = ("output_dir", "annotations", "labels", "workers", "report_to", "print_config")
 
 
 def divide_by(task: Task, training: Training, number: int) -> tuple[Division, Verdict, np.ndarray]:
     """Let network `number` (0 or 1) split the training set; also gives its (N, C) aligned log probabilities."""
     method = task.method
-    key = ("division", training.epoch, number)
-    logits = predict(training.nets[number], task.data, "weak", key, 4 * task.job.batch_size)
+    net, size = training.nets[number], 4 * task.job.batch_size
+    logits, features = predict(net, task.data, method.division_view, ("division", training.epoch, number), size)
     log_p = torch.log_softmax(logits.double(), dim=1).cpu().numpy()
     if not np.isfinite(log_p).all():
         raise UserError(
@@ -143,13 +68,19 @@ def divide_by(task: Task, training: Training, number: int) -> tuple[Division, Ve
     training.losses[number] = history
     # fitted on one process and sent to the others: two fits might differ in the last bit, and then in a whole image
     smallest = min(task.job.batch_size, len(task.usable))
-    answer = [divide(np.stack(history), task.usable, task.job.seed, method.threshold, smallest)]
+    fitted = task.usable & (task.known < 0)
+    answer = [divide(np.stack(history), fitted, task.job.seed, method.threshold, smallest, method.monotone)]
     if task.accelerator.num_processes > 1:
         broadcast_object_list(answer)
     division: Division = answer[0]
+    # a person's labels are trusted whatever their loss
+    division.weight[task.known >= 0], division.trusted[task.known >= 0] = 1.0, True
     targets = rescale(torch.from_numpy(np.exp(log_p)), torch.from_numpy(task.candidates))
     device = task.accelerator.device
     verdict = Verdict(torch.from_numpy(division.weight).float().to(device), targets.float().to(device), division.trusted)
+    if method.guesses == "epoch":
+        again, _ = predict(net, task.data, "weak", ("guess", training.epoch, number), size)
+        verdict.guess, verdict.features = (logits.softmax(1) + again.softmax(1)) / 2, features
     return division, verdict, log_p
 
 
@@ -166,7 +97,10 @@ def warm_up_epoch(task: Task, training: Training, bar: tqdm) -> dict[str, float]
         rows = ShuffledRows(np.flatnonzero(task.usable), 2 * task.job.batch_size, key)
         sums: dict[str, Tensor] = {}
         for step in range(rows.per_round):
-            batch = warm_up_batch(task.data, rows.batch(step), task.table, (training.epoch, number))
+            key = (training.epoch, number)
+            batch = warm_up_batch(
+                task.data, rows.batch(step), task.table, key, task.method.warmup_view, task.method.skip_full_sets
+            )
             training.step(task.accelerator, number, batch, sums)
             training.images_seen += batch.n
             advance(bar, 0.5 / rows.per_round)
@@ -178,15 +112,19 @@ def co_train_epoch(task: Task, training: Training, verdicts: Sequence[Verdict], 
     """Each network in turn trains for one epoch on the split that the other one made."""
     curves, epoch, job, method = {}, training.epoch, task.job, task.method
     gate_epoch = method.warmup_epochs + method.contrast_after + 1
-    for number, verdict in ((0, verdicts[1]), (1, verdicts[0])):
+    for number in (0, 1):
+        own, verdict = verdicts[number], verdicts[1 - number if method.co_pseudo_labels else number]
         key = (job.seed, epoch, number)
-        x = ShuffledRows(np.flatnonzero(verdict.trusted), job.batch_size, ("P", *key))
-        u = ShuffledRows(np.flatnonzero(~verdict.trusted), job.batch_size, ("U", *key))
+        trusted = np.concatenate([np.flatnonzero(verdict.trusted), task.repeated])
+        x = ShuffledRows(trusted, job.batch_size, ("P", *key))
+        u = ShuffledRows(np.flatnonzero(~verdict.trusted & method.use_unlabeled), job.batch_size, ("U", *key))
+        labelled = ShuffledRows(task.extra, job.batch_size, ("labelled", *key))
         # keys made long before the gate opens will have left the queue by then
         fill_queue = epoch >= gate_epoch - n_batches(method.queue_size, len(x.rows))
         sums: dict[str, Tensor] = {}
         for step in range(x.per_round):
             progress = epoch - method.warmup_epochs + step / x.per_round
+            extra = labelled.batch(step)
             batch = co_train_batch(
                 task.data,
                 x.batch(step),
@@ -197,6 +135,8 @@ def co_train_epoch(task: Task, training: Training, verdicts: Sequence[Verdict], 
                 ramp=ramp(progress, method.rampup_epochs),
                 gate=epoch >= gate_epoch,
                 fill_queue=fill_queue,
+                own=own if method.guesses == "epoch" else None,
+                labelled=(extra, task.known[extra]) if len(extra) else None,
             )
             training.step(task.accelerator, number, batch, sums)
             training.images_seen += batch.n_x + batch.n_u
@@ -209,7 +149,7 @@ def test(task: Task, training: Training) -> dict[str, float]:
     """Accuracy of both networks and their ensemble (sum of logits) on the test images, where there are labelled ones."""
     if task.test is None or (task.test_labels < 0).all():
         return {}
-    logits = [predict(net, task.test, "plain", (), 4 * task.job.batch_size) for net in training.nets]
+    logits = [predict(net, task.test, "plain", (), 4 * task.job.batch_size)[0] for net in training.nets]
     predictions = {"net1": logits[0], "net2": logits[1], "ensemble": logits[0] + logits[1]}
     return {f"test/{name}": accuracy(p.argmax(1).cpu().numpy(), task.test_labels) for name, p in predictions.items()}
 
@@ -273,7 +213,7 @@ def finish(task: Task, training: Training, folder: RunFolder, command: str, wall
     def logits(images: TrainingImages | None) -> dict[str, np.ndarray]:
         if images is None:
             return {}
-        first, second = (predict(net, images, "plain", (), 4 * job.batch_size).cpu().numpy() for net in training.nets)
+        first, second = (predict(net, images, "plain", (), 4 * job.batch_size)[0].cpu().numpy() for net in training.nets)
         return {"ensemble": first + second, "net1": first, "net2": second}
 
     on_train, on_test = logits(task.data), logits(task.test)
@@ -281,7 +221,7 @@ def finish(task: Task, training: Training, folder: RunFolder, command: str, wall
     def write() -> dict[str, Any]:
         paths = [store.paths[row] for row in task.data.samples.tolist()]
         needs_review = write_labels(
-            folder.root / "labels.csv", store.class_names, paths, on_train, np.stack(training.weights), task.annotator
+            folder.root / "labels.csv", store.class_names, paths, on_train, training.weights, task.annotator
         )
         views = task.data.augmentation
         export(
@@ -305,6 +245,7 @@ def finish(task: Task, training: Training, folder: RunFolder, command: str, wall
                 split: {name: rows.argmax(axis=1) for name, rows in found.items()}
                 for split, found in (("train", on_train), ("test", on_test))
             },
+            labels_used=int((task.known >= 0).sum()),
             needs_review=needs_review,
             last_epoch=training.curves[-1],
             parameters=sum(p.numel() for p in training.nets[0].backbone.parameters()),
@@ -332,9 +273,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         CoRegOptions,
         argv=argv,
         default_recipe="folder" if own_images else "digits",
+        presets=PRESETS,
         prog="train_coreg.py",
         description=__doc__,
     )
+    if job.print_config:
+        print(as_yaml(as_settings(job, look, method)), end="")
+        return
     check(job, method)
     look.augmentation()
     parse_rule(job.candidates)
@@ -360,6 +305,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         training = build_training(accelerator, job, look, method, len(store.class_names))
         if job.annotations:
             main_process_decides(accelerator, lambda: held.enter_context(folder.locked()) and None)
+        identity["known_labels"] = hashlib.sha256(task.known.tobytes()).hexdigest()
         main_process_decides(accelerator, lambda: folder.claim(identity))
         newest = main_process_decides(accelerator, lambda: checkpoint.latest(folder.checkpoints))
         if newest is not None:

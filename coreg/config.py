@@ -10,7 +10,7 @@ import argparse
 import dataclasses
 import difflib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,11 +85,11 @@ def _as_arguments(settings: dict[str, Any]) -> list[str]:
     return arguments
 
 
-def _pop_recipe(argv: list[str]) -> str | None:
-    """Take `--recipe NAME` or `--recipe=NAME` out of `argv`; the last one counts."""
-    name = None
+def _pop(option_name: str, argv: list[str]) -> str | None:
+    """Take `--NAME value` or `--NAME=value` out of `argv`; the last one counts."""
+    name, flag = None, f"--{option_name}"
     while True:
-        place = next((i for i, word in enumerate(argv) if word == "--recipe" or word.startswith("--recipe=")), None)
+        place = next((i for i, word in enumerate(argv) if word == flag or word.startswith(f"{flag}=")), None)
         if place is None:
             return name
         if "=" in argv[place]:
@@ -98,22 +98,29 @@ def _pop_recipe(argv: list[str]) -> str | None:
             name = argv[place + 1]
             del argv[place : place + 2]
         else:
-            raise UserError("--recipe needs a name or a .yaml file behind it")
+            raise UserError(f"{flag} needs a value behind it")
+
+
+def _preset_arguments(name: str | None, presets: Mapping[str, Mapping[str, Any]] | None) -> list[str]:
+    # an unknown name goes to the parser, which names the choices
+    return [] if name is None else [f"--preset={name}", *_as_arguments(dict((presets or {}).get(name, {})))]
 
 
 def parse(
     *groups: type,
     argv: Sequence[str] | None = None,
     default_recipe: str | None = None,
+    presets: Mapping[str, Mapping[str, Any]] | None = None,
     prog: str | None = None,
     description: str | None = None,
 ) -> tuple[Any, ...]:
-    """Fill each dataclass of `groups` from `--recipe` (or `default_recipe`) and then from `argv`.
+    """Fill each dataclass of `groups` from `--preset`, then `--recipe` (or `default_recipe`), and then from `argv`.
 
     Args:
         groups: dataclasses whose fields were made by `option`; no field name occurs twice.
         argv: the arguments without the program's name; None means `sys.argv[1:]`.
         default_recipe: the recipe used where `argv` names none; None means the dataclasses' own defaults.
+        presets: named settings that `--preset` (an option of one of `groups`) puts in front of the recipe.
         prog: the program's name in messages.
         description: the help's opening text; its layout is kept.
 
@@ -135,14 +142,17 @@ def parse(
     for action in parser._actions:
         if action.help and action.default not in (None, argparse.SUPPRESS) and "default" not in action.help:
             action.help += " (default: %(default)s)"
-    name = _pop_recipe(arguments) or default_recipe
+    name = _pop("recipe", arguments) or default_recipe
     recipe = read_recipe(name) if name else {}
+    preset = _pop("preset", arguments) or recipe.pop("preset", None) if presets else None
     known = [word for action in parser._actions for word in action.option_strings]
     for key in recipe:
         if f"--{key}" not in known or key in ("help", "recipe"):
             raise UserError(f"recipe {name} has an unknown key {key}{_near('--' + str(key), known)}")
     *filled, unknown = parser.parse_args_into_dataclasses(
-        [*_as_arguments(recipe), *arguments], return_remaining_strings=True, look_for_args_file=False
+        [*_preset_arguments(preset, presets), *_as_arguments(recipe), *arguments],
+        return_remaining_strings=True,
+        look_for_args_file=False,
     )
     # parse_args_into_dataclasses hands back a namespace with what belongs to no dataclass: here the popped --recipe
     filled = [item for item in filled if dataclasses.is_dataclass(item)]

@@ -12,6 +12,7 @@ from typing import Any
 
 import timm
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 import coreg.nets  # noqa: F401  registers the PreAct ResNets with timm
@@ -81,7 +82,7 @@ def load_export(folder: str | Path) -> tuple[list[nn.Module], dict[str, Any]]:
     for number in range(1, settings["nets"] + 1):
         try:
             nets.append(timm.create_model(f"local-dir:{folder / f'net{number}'}", pretrained=True).eval())
-        except (OSError, RuntimeError, ValueError, KeyError) as error:
+        except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
             raise UserError(
                 f"{folder / f'net{number}'} cannot be loaded ({str(error).splitlines()[0]}); export the run anew"
             ) from None

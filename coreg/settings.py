@@ -20,8 +20,17 @@ class JobConfig:
     annotations: str | None = option(
         None, "annotation store made by annotate_vlm.py; without it the built-in digits are used"
     )
+    preset: Literal["reference", "paper", "fast"] = option(
+        "reference", "form of the method; recipes and the command line win over it"
+    )
     output_dir: str = option("runs/demo", "the run folder; the same command again goes on where it stopped")
     seed: int = option(0, "of everything random")
+    few_shot: int = option(0, "true labels a class to train with, drawn from the store's own labels")
+    labels: str | None = option(None, "CSV file (path,label) of images that a person labelled")
+    label_mode: Literal["replace", "replace+repeat", "extra_ce"] = option(
+        "replace+repeat",
+        "known labels replace candidate sets; +repeat draws them in at least 5 % of P; extra_ce adds a supervised loss",
+    )
     candidates: str = option("union", "candidate rule: union, votes:V, topk:K, prob:P, ratio:R or cumulative:P")
     epochs: int = option(100, "epochs in all, warm-up included")
     batch_size: int = option(
@@ -34,6 +43,7 @@ class JobConfig:
     weight_decay: float = option(5e-4, "of SGD")
     mixed_precision: Literal["no", "bf16", "fp16"] = option("no", "autocast on a GPU")
     workers: int = option(2, "processes that decode images")
+    print_config: bool = option(False, "print the resolved settings as a recipe and stop")
     report_to: str = option("tensorboard", "where curves go: tensorboard, another of accelerate's trackers, or none")
 
 
@@ -99,11 +109,13 @@ def check(job: JobConfig, method: CoRegOptions) -> None:
         (job.epochs >= 1, f"--epochs is {job.epochs}; give at least 1"),
         (job.batch_size >= 1, f"--batch_size is {job.batch_size}; give at least 1"),
         (job.lr > 0, f"--lr is {job.lr}; give a number above 0"),
+        (job.few_shot >= 0, f"--few_shot is {job.few_shot}; give 0 or more"),
+        (not (job.few_shot and job.labels), "--few_shot and --labels exclude each other; give one of them"),
         (job.workers >= 0, f"--workers is {job.workers}; give 0 or more"),
         (method.warmup_epochs >= 0, f"--warmup_epochs is {method.warmup_epochs}; give 0 or more"),
         (
-            method.warmup_epochs < job.epochs,
-            f"--warmup_epochs is {method.warmup_epochs} of {job.epochs} --epochs in all; leave at least one after it",
+            method.warmup_epochs <= job.epochs,
+            f"--warmup_epochs is {method.warmup_epochs} of {job.epochs} --epochs in all; give at most as many",
         ),
         (0 < method.temperature <= 1, f"--temperature is {method.temperature}; give a number above 0 and up to 1"),
         (0 < method.threshold < 1, f"--threshold is {method.threshold}; give a number between 0 and 1"),

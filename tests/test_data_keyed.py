@@ -151,6 +151,7 @@ def test_generator_is_a_function_of_its_key():
     # SeedSequence alone takes [1] and [1, 0], and [2**32] and [0, 1], for the same seed.
     assert keyed_generator(1).integers(2**60) != keyed_generator(1, 0).integers(2**60)
     assert keyed_generator(2**32).integers(2**60) != keyed_generator(0, 1).integers(2**60)
+    assert keyed_generator(2**32 + 5).integers(2**60) != keyed_generator(5).integers(2**60)
     means = [keyed_generator("seed", i).random() for i in range(5000)]
     assert stats.kstest(means, "uniform").pvalue > 1e-4
 

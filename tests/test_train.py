@@ -138,7 +138,7 @@ def test_a_folder_with_other_things_is_refused_and_left_alone(annotations, tmp_p
     [
         (["--lrr", "1"], "did you mean --lr?"),
         (["--epochs", "many"], "--epochs"),
-        (["--epochs", "5", "--warmup_epochs", "5"], "--warmup_epochs"),
+        (["--epochs", "5", "--warmup_epochs", "6"], "--warmup_epochs"),
         (["--recipe", "digit"], "did you mean digits?"),
         (["--backbone", "preact_resnet19"], "did you mean preact_resnet18?"),
         (["--backbone_args", "{norm: 1}"], "is not JSON"),

@@ -112,7 +112,14 @@ def _stretched(values: np.ndarray) -> np.ndarray:
     return np.round((values - low) * (255.0 / (high - low) if high > low else 0.0)).astype(np.uint8)
 
 
-def decode(images: ImageList, rows: np.ndarray, size: int, channels: int, workers: int) -> torch.Tensor:
+def decode(
+    images: ImageList,
+    rows: np.ndarray,
+    size: int,
+    channels: int,
+    workers: int,
+    failed: dict[int, str] | None = None,
+) -> torch.Tensor:
     """Decode images into one tensor for training: squashed to `size` x `size`, bilinear with antialiasing (Pillow's).
 
     Args:
@@ -121,6 +128,7 @@ def decode(images: ImageList, rows: np.ndarray, size: int, channels: int, worker
         size: side of the square in pixels.
         channels: 3 for RGB, 1 for grey (luma).
         workers: decoding threads; Pillow releases the interpreter's lock while it decodes and resizes.
+        failed: takes row -> reason of every image that cannot be read.
 
     Returns:
         uint8 (n, channels, size, size); rows of unreadable images are zero.
@@ -146,7 +154,9 @@ def decode(images: ImageList, rows: np.ndarray, size: int, channels: int, worker
         for place in places:
             try:
                 image = images.load(int(rows[place]))
-            except UnreadableImage:
+            except UnreadableImage as error:
+                if failed is not None:
+                    failed[int(rows[place])] = str(error)
                 continue
             image = image.convert("RGB" if channels == 3 else "L").resize((size, size), Image.Resampling.BILINEAR)
             target[place] = np.asarray(image).reshape(size, size, channels)

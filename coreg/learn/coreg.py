@@ -50,6 +50,19 @@ class WarmUpBatch:
 
 
 @dataclass
+class Guess:
+    """What the networks said about weak views of this process's rows before the step.
+
+    x: (l_x, C), p-bar, the own network's mean. u: (l_u, C), mean of both. x_features, u_features: (l, D), the own q.
+    """
+
+    x: Tensor
+    u: Tensor
+    x_features: Tensor
+    u_features: Tensor
+
+
+@dataclass
 class CoRegBatch:
     """This process's share of a co-training step: views, the peer's verdict on P, and the MixUp draw.
 
@@ -60,10 +73,12 @@ class CoRegBatch:
     x_targets: (l_x, C), p, the dividing network's prediction rescaled to the candidate set. x_weight: (l_x,), w.
     n_x, n_u: rows of the global batch. share_kept: MixUp's lambda. ramp: factor of lambda_u.
     gate: whether the prototype and contrastive losses count. fill_queue: whether keys are wanted at all.
+    guess: predictions of the weak views made before, if any; `x_weak` and `u_weak` are then empty.
+    labelled: images (l, c, H, W) and classes (l,) of an extra supervised term, if any, of n_labelled rows.
     """
 
-    x_weak: tuple[Tensor, Tensor]
-    u_weak: tuple[Tensor, Tensor]
+    x_weak: tuple[Tensor, ...]
+    u_weak: tuple[Tensor, ...]
     strong: Tensor
     partners: Tensor
     position: Tensor
@@ -76,6 +91,9 @@ class CoRegBatch:
     ramp: float
     gate: bool
     fill_queue: bool
+    guess: Guess | None = None
+    labelled: tuple[Tensor, Tensor] | None = None
+    n_labelled: int = 0
 
 
 class CoRegLearner(nn.Module):
@@ -111,12 +129,14 @@ class CoRegLearner(nn.Module):
         partial = losses.partial_cross_entropy(logits, batch.candidates).sum() / max(batch.n_informative, 1)
         entropy = losses.negative_entropy(logits).sum() / batch.n
         _, world = rank_and_world()
-        return {"loss": (partial + entropy) * world, "partial": partial.detach(), "negative_entropy": entropy.detach()}
+        loss = partial + self.options.entropy_weight * entropy
+        return {"loss": loss * world, "partial": partial.detach(), "negative_entropy": entropy.detach()}
 
     def _co_train(self, batch: CoRegBatch) -> dict[str, Tensor]:
         """Fuse, sharpen, mix and train (AAAI eq. 5-11)."""
         options = self.options
-        targets, features_w1 = self._pseudo_labels(batch)
+        guess = batch.guess if batch.guess is not None else self._guess(batch)
+        targets = self._pseudo_labels(batch, guess)
         kept, partner = targets[batch.position], targets[batch.partner_position]
         mixed_targets = mix(kept, partner, batch.share_kept)
         logits, features = self.net(mix(batch.strong, batch.partners, batch.share_kept))
@@ -124,15 +144,22 @@ class CoRegLearner(nn.Module):
 
         log_p = losses.log_probabilities(logits)
         trusted = losses.soft_cross_entropy(logits[:n_p], mixed_targets[:n_p]).sum() / max(2 * batch.n_x, 1)
-        distrusted = losses.squared_error(log_p[n_p:].exp(), mixed_targets[n_p:]).sum() / max(2 * batch.n_u, 1)
+        square = losses.squared_error(log_p[n_p:].exp(), mixed_targets[n_p:], options.squared_error)
+        distrusted = square.sum() / max(2 * batch.n_u, 1)
         loss = trusted + options.lambda_u * batch.ramp * distrusted
         parts = {"trusted": trusted, "distrusted": distrusted}
+        if batch.labelled is not None:
+            images, classes = batch.labelled
+            supervised = nn.functional.nll_loss(losses.log_probabilities(self.net(images)[0]), classes, reduction="sum")
+            parts["supervised"] = supervised / batch.n_labelled
+            loss = loss + parts["supervised"]
 
-        labels = targets.argmax(dim=1)
-        self.prototypes.update(features_w1, labels[: batch.n_x], options.prototype_momentum)
-        if batch.gate and options.prototype_weight:
-            parts["prototype"] = self._prototype_loss(features, mixed_targets, n_p, batch)
-            loss = loss + options.prototype_weight * parts["prototype"]
+        labels = torch.cat([targets[: batch.n_x], targets[2 * batch.n_x : 2 * batch.n_x + batch.n_u]]).argmax(dim=1)
+        if options.prototype_weight:
+            self._move_prototypes(guess, labels, batch)
+            if batch.gate:
+                parts["prototype"] = self._prototype_loss(features, mixed_targets, n_p, batch)
+                loss = loss + options.prototype_weight * parts["prototype"]
         if options.contrast_weight:
             self._average(list(self.key_net.parameters()), list(self.net.parameters()), None)
             if batch.fill_queue:
@@ -143,20 +170,39 @@ class CoRegLearner(nn.Module):
         return {"loss": loss * world} | {name: part.detach() for name, part in parts.items()}
 
     @torch.no_grad()
-    def _pseudo_labels(self, batch: CoRegBatch) -> tuple[Tensor, Tensor]:
-        """Sharpened pseudo-labels of the global [x; x; u; u] (2 n_x + 2 n_u, C) and w1 features of all P rows (n_x, D).
+    def _guess(self, batch: CoRegBatch) -> Guess:
+        """Predict the weak views of this step.
 
-        The own network predicts in training mode, as in the reference: its batch statistics see the weak views too.
+        In `train` mode, as in the reference, the own network's batch statistics see every view as a batch of its own; in
+        `eval` mode all views go through in one pass.
         """
-        guesses = []
-        for view in batch.u_weak:
-            guesses += [self._predict(self.net, view)[0], self._predict(self._peer[0], view)[0]]
-        distrusted = sum(guesses) / len(guesses)
-        (own1, features), (own2, _) = (self._predict(self.net, view) for view in batch.x_weak)
-        trusted = fuse_trusted(batch.x_targets, (own1 + own2) / 2, batch.x_weight)
-        x = gather_rows(sharpen(trusted, self.options.temperature), batch.n_x)
-        u = gather_rows(sharpen(distrusted, self.options.temperature), batch.n_u)
-        return torch.cat([x, x, u, u]), gather_rows(features, batch.n_x)
+        n_x, n_u = len(batch.x_weak[0]), len(batch.u_weak[0])
+        if self.options.guess_mode == "eval":
+            self.net.eval()
+            p, q = self._predict(self.net, torch.cat([*batch.u_weak, *batch.x_weak]))
+            self.net.train()
+            u1, u2, x1, x2 = zip(*(v.split([n_u, n_u, n_x, n_x]) for v in (p, q)))
+        else:
+            u1, u2, x1, x2 = (self._predict(self.net, view) for view in (*batch.u_weak, *batch.x_weak))
+        u = [u1[0], u2[0]]
+        if self.options.co_pseudo_labels:
+            u += self._predict(self._peer[0], torch.cat(batch.u_weak))[0].split([n_u, n_u])
+        return Guess(x=(x1[0] + x2[0]) / 2, u=sum(u) / len(u), x_features=x1[1], u_features=u1[1])
+
+    @torch.no_grad()
+    def _pseudo_labels(self, batch: CoRegBatch, guess: Guess) -> Tensor:
+        """Sharpened pseudo-labels of the global [x; x; u; u], (2 n_x + 2 n_u, C) (AAAI eq. 5-6)."""
+        temperature = self.options.temperature
+        trusted = sharpen(fuse_trusted(batch.x_targets, guess.x, batch.x_weight), temperature)
+        x, u = gather_rows(trusted, batch.n_x), gather_rows(sharpen(guess.u, temperature), batch.n_u)
+        return torch.cat([x, x, u, u])
+
+    def _move_prototypes(self, guess: Guess, labels: Tensor, batch: CoRegBatch) -> None:
+        """Take the features of the first weak views into the prototypes, rows in global order (AAAI eq. 9)."""
+        features, momentum = gather_rows(guess.x_features, batch.n_x), self.options.prototype_momentum
+        if self.options.prototype_update == "all":
+            features = torch.cat([features, gather_rows(guess.u_features, batch.n_u)])
+        self.prototypes.update(features, labels[: len(features)], momentum)
 
     @staticmethod
     def _predict(net: CoRegNet, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -169,21 +215,27 @@ class CoRegLearner(nn.Module):
         The target is the mixed one; weighting the two targets' losses by lambda instead, as the reference does, differs
         by a constant and has the same gradient.
         """
-        log_s = losses.prototype_log_probabilities(features, self.prototypes.value, self.options.prototype_temperature)
-        trusted = losses.divergence(targets[:n_p], log_s[:n_p]).sum() / max(2 * batch.n_x, 1)
-        distrusted = losses.squared_error(log_s[n_p:].exp(), targets[n_p:]).sum() / max(2 * batch.n_u, 1)
-        return trusted + self.options.lambda_u * distrusted
+        options = self.options
+        tempered = options.prototype_form == "paper"
+        t = options.prototype_temperature
+        log_s = losses.prototype_log_probabilities(features[:n_p], self.prototypes.value, t)
+        x_targets = sharpen(targets[:n_p], t) if tempered else targets[:n_p]
+        trusted = losses.divergence(x_targets, log_s).sum() / max(2 * batch.n_x, 1)
+        log_s = losses.prototype_log_probabilities(features[n_p:], self.prototypes.value, 1.0 if tempered else t)
+        square = losses.squared_error(log_s.exp(), targets[n_p:], options.squared_error)
+        return trusted + options.lambda_u * square.sum() / max(2 * batch.n_u, 1)
 
     def _contrast(self, batch: CoRegBatch, labels: Tensor) -> Tensor:
         """Noise-tolerant contrastive loss, L_ncont (AAAI eq. 10), between s1 queries and s2 keys; then enqueue the keys.
 
+        labels: (n_x + n_u,), the pseudo-labels c of the global [x; u].
         Before the gate opens only the keys are made: the loss is then 0.
         """
-        l_x, l_u = len(batch.x_weight), len(batch.u_weak[0])
+        l_x = len(batch.x_weight)
+        l_u = len(batch.strong) // 2 - l_x
         s1 = torch.cat([batch.strong[:l_x], batch.strong[2 * l_x : 2 * l_x + l_u]])
         s2 = torch.cat([batch.strong[l_x : 2 * l_x], batch.strong[2 * l_x + l_u :]])
         n = batch.n_x + batch.n_u
-        labels = torch.cat([labels[: batch.n_x], labels[2 * batch.n_x : 2 * batch.n_x + batch.n_u]])
         confident = torch.arange(n, device=labels.device) < batch.n_x
         with torch.no_grad():
             k = self._gather(self.key_net(s2)[1], l_x, batch)

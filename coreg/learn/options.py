@@ -19,23 +19,60 @@ class CoRegOptions:
     _argument_group_name = "Co-Reg"
 
     warmup_epochs: int = _option(50, "W, epochs of partial cross-entropy before the first division")
-    contrast_after: int = _option(10, "prototype and contrastive losses count from epoch W + this + 1 on")
+    warmup_view: Literal["strong", "weak"] = _option("strong", "view of an image in warm-up")
+    entropy_weight: float = _option(1.0, "weight of L_reg, the negative entropy in warm-up")
+    skip_full_sets: bool = _option(True, "leave images whose candidate set is full out of the mean of the warm-up loss")
+    contrast_after: int = _option(10, "prototype and contrastive losses count from epoch W + this + 1 on; -1 for at once")
     alignment: Literal["uniform", "annotator", "none"] = _option(
         "uniform", "distribution alignment of the division's predictions: the prior they are drawn towards"
     )
+    division_view: Literal["weak", "plain"] = _option("weak", "view of an image in division")
     history: int = _option(5, "epochs over which the division losses are averaged")
     threshold: float = _option(0.5, "tau_div, an image is trusted (in P) when its weight w lies above it")
+    monotone: bool = _option(False, "division: let no image lose trust by having a smaller loss")
+    co_pseudo_labels: bool = _option(True, "use the peer's division and predictions; otherwise only the network's own")
+    use_unlabeled: bool = _option(True, "train on distrusted images U too")
+    guesses: Literal["step", "epoch"] = _option(
+        "step", "when weak views are predicted: in every step, or once an epoch, which saves 6 of 14 forward passes"
+    )
+    guess_mode: Literal["train", "eval"] = _option(
+        "train", "mode of the own network while it predicts weak views; eval merges the passes into one"
+    )
     temperature: float = _option(0.5, "T, sharpening of pseudo-labels")
     mixup_alpha: float = _option(4.0, "MixUp's lambda is drawn from Beta(alpha, alpha); 0 switches MixUp off")
+    squared_error: Literal["mean", "sum"] = _option("mean", "squared error of two distributions: over classes")
     lambda_u: float = _option(1.0, "weight of the loss on distrusted images U")
     rampup_epochs: int = _option(16, "epochs over which lambda_u grows from 0 after warm-up; 0 for at once")
-    prototype_weight: float = _option(0.1, "lambda_1, weight of the prototype alignment loss")
+    prototype_weight: float = _option(0.1, "lambda_1, weight of the prototype alignment loss; 0 switches it off")
     prototype_momentum: float = _option(0.999, "gamma, momentum of the class prototypes")
+    prototype_update: Literal["trusted", "all"] = _option("trusted", "images whose features move the prototypes")
     prototype_temperature: float = _option(0.3, "T', of the similarities to prototypes")
+    prototype_form: Literal["reference", "paper"] = _option(
+        "reference", "T' on similarities alone (reference), or on trusted targets too and not at all on U (paper)"
+    )
     contrast: Contrast = _option("noise_tolerant", "form of the contrastive loss")
-    contrast_weight: float = _option(0.1, "lambda_2, weight of the contrastive loss")
+    contrast_weight: float = _option(0.1, "lambda_2, weight of the contrastive loss; 0 switches it off")
     contrast_temperature: float = _option(0.07, "T'', of the contrastive similarities")
     key_momentum: float = _option(0.999, "momentum of the encoder that makes the keys")
     key_reset: Literal["epoch", "never"] = _option("epoch", "copy the query encoder into the key encoder at epoch start")
     queue_size: int = _option(8192, "keys kept for contrast")
     projection_dim: int = _option(128, "D, width of the projected features")
+
+
+# `reference` follows the public code, `paper` the text where the two differ, `fast` saves passes; recipes and the command
+# line win over a preset
+PRESETS: dict[str, dict[str, Any]] = {
+    "reference": {},
+    "paper": {
+        "skip_full_sets": False,
+        "contrast_after": -1,
+        "alignment": "none",
+        "history": 1,
+        "squared_error": "sum",
+        "rampup_epochs": 0,
+        "prototype_update": "all",
+        "prototype_form": "paper",
+        "key_reset": "never",
+    },
+    "fast": {"guesses": "epoch"},
+}

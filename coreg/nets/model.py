@@ -9,6 +9,7 @@ from typing import Any
 
 import timm
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -63,7 +64,7 @@ def create_backbone(name: str, n_classes: int, channels: int, arguments: dict[st
         )
     except TypeError as error:
         raise UserError(f"backbone {name} does not take these --backbone_args: {error}") from None
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         first_line = str(error).splitlines()[0]
         raise UserError(
             f"backbone {name} could not be loaded ({first_line}); check the folder, or the network for hub weights"

@@ -100,7 +100,7 @@ def write_labels(
     class_names: list[str],
     image_paths: list[str],
     logits: dict[str, np.ndarray],
-    weights: np.ndarray,
+    weights: list[np.ndarray],
     annotator: np.ndarray,
 ) -> int:
     """Purified labels of the training images as CSV, one row an image; gives the number that a person should look at.
@@ -109,7 +109,7 @@ def write_labels(
     (probability below 0.9), or when the two networks name different classes.
 
     Args:
-        logits: (N, C) of `ensemble` (the sum), `net1` and `net2`. weights: (2, N), w of both divisions.
+        logits: (N, C) of `ensemble` (the sum), `net1` and `net2`. weights: w (N,) of both divisions, if any.
         annotator: int64 (N,), its predictions.
     """
     # half the sum is the mean of the two networks' logits: the ensemble at the scale of one network
@@ -118,15 +118,16 @@ def write_labels(
     probabilities /= probabilities.sum(axis=1, keepdims=True)
     best, sure = probabilities.argmax(axis=1), probabilities.max(axis=1)
     disagree = logits["net1"].argmax(axis=1) != logits["net2"].argmax(axis=1)
-    review = disagree | ((weights <= 0.5).all(axis=0) & (sure < 0.9))
+    trust = np.stack(weights) if weights else np.full((2, len(best)), np.nan)
+    review = disagree | (~(trust > 0.5).any(axis=0) & (sure < 0.9))
     temporary = path.with_name(f".{path.name}.tmp")
     with temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.writer(file)
         writer.writerow(["path", "label", "probability", "annotator_label", "trust_net1", "trust_net2", "needs_review"])
         for i, image in enumerate(image_paths):
-            trust = [f"{w:.4f}" for w in weights[:, i]]
+            weight = ["" if np.isnan(w) else f"{w:.4f}" for w in trust[:, i]]
             label, before = class_names[best[i]], class_names[annotator[i]]
-            writer.writerow([image, label, f"{sure[i]:.4f}", before, *trust, int(review[i])])
+            writer.writerow([image, label, f"{sure[i]:.4f}", before, *weight, int(review[i])])
     temporary.replace(path)
     return int(review.sum())
 

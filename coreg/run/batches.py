@@ -16,7 +16,7 @@ from torch import Tensor
 from coreg.data.augment import Augmentation
 from coreg.data.keyed import keyed_generator
 from coreg.learn.collective import rank_and_world, share
-from coreg.learn.coreg import CoRegBatch, WarmUpBatch
+from coreg.learn.coreg import CoRegBatch, Guess, WarmUpBatch
 
 
 @dataclass
@@ -59,25 +59,35 @@ class Verdict:
     """What one network's division says about the training set; the other network trains on it.
 
     weight: (N,) w. targets: (N, C), p, predictions rescaled to the candidate sets. trusted: bool (N,), P.
+    guess, features: (N, C) and (N, D), mean prediction of two weak views and features of the first, where they are made
+    once an epoch.
     """
 
     weight: Tensor
     targets: Tensor
     trusted: np.ndarray
+    guess: Tensor | None = None
+    features: Tensor | None = None
 
 
 def warm_up_batch(
-    data: TrainingImages, rows: np.ndarray, candidates: Tensor, key: tuple[int | str, ...], view: str = "strong"
+    data: TrainingImages,
+    rows: np.ndarray,
+    candidates: Tensor,
+    key: tuple[int | str, ...],
+    view: str = "strong",
+    skip_full_sets: bool = True,
 ) -> WarmUpBatch:
     """This process's share of the global batch `rows`.
 
     Args:
         rows: int64 (n,), the global batch. candidates: bool (N, C) on the training device.
         key: (epoch, network), names the views. view: `strong` as in the reference, or `weak`.
+        skip_full_sets: whether images with a full candidate set are left out of the mean.
     """
     mine = rows[share(len(rows))]
     where = torch.from_numpy(rows).to(candidates.device)
-    informative = int((~candidates[where].all(dim=1)).sum()) if len(rows) else 0
+    informative = int((~candidates[where].all(dim=1)).sum()) if skip_full_sets else len(rows)
     return WarmUpBatch(
         images=data.view(view, mine, ("warm-up", *key)),
         candidates=candidates[where[share(len(rows))]],
@@ -96,6 +106,8 @@ def co_train_batch(
     ramp: float,
     gate: bool,
     fill_queue: bool,
+    own: Verdict | None = None,
+    labelled: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> CoRegBatch:
     """This process's share of a co-training step on the global batches x of P and u of U.
 
@@ -104,7 +116,9 @@ def co_train_batch(
 
     Args:
         x, u: int64 (n_x,), (n_u,). verdict: of the peer's division, on the training device.
-        key: (epoch, network, step). The rest goes into the batch as it is; `mixup_alpha` 0 means no MixUp.
+        key: (epoch, network, step). `mixup_alpha`: 0 means no MixUp.
+        own: the own network's verdict, where weak views were predicted once for the epoch.
+        labelled: rows and classes (n,) of an extra supervised term. The rest goes into the batch as it is.
     """
     n_x, n_u = len(x), len(u)
     x_mine, u_mine = x[share(n_x)], u[share(n_u)]
@@ -141,10 +155,19 @@ def co_train_batch(
         for i, (split, name, rows) in enumerate((("x", "s1", x), ("x", "s2", x), ("u", "s1", u), ("u", "s2", u))):
             here = np.flatnonzero((partner >= offsets[i]) & (partner < offsets[i + 1]))
             partners[torch.from_numpy(here)] = view(name, split, rows[partner[here] - offsets[i]])
-    where = torch.from_numpy(x_mine).to(verdict.weight.device)
+    where, where_u = (torch.from_numpy(rows).to(data.device, non_blocking=True) for rows in (x_mine, u_mine))
+    guess, weak = None, (("w1", "w2") if own is None else ())
+    if own is not None:
+        both = (own.guess[where_u] + verdict.guess[where_u]) / 2
+        guess = Guess(own.guess[where], both, own.features[where], own.features[where_u])
+    extra = None
+    if labelled is not None:
+        mine = share(len(labelled[0]))
+        classes = torch.from_numpy(labelled[1][mine]).to(data.device)
+        extra = (data.view("weak", labelled[0][mine], ("labelled", *key)), classes)
     return CoRegBatch(
-        x_weak=(view("w1", "x", x_mine, x_pixels), view("w2", "x", x_mine, x_pixels)),
-        u_weak=(view("w1", "u", u_mine, u_pixels), view("w2", "u", u_mine, u_pixels)),
+        x_weak=tuple(view(name, "x", x_mine, x_pixels) for name in weak),
+        u_weak=tuple(view(name, "u", u_mine, u_pixels) for name in weak),
         strong=strong,
         partners=partners,
         position=torch.from_numpy(position).to(data.device, non_blocking=True),
@@ -157,4 +180,7 @@ def co_train_batch(
         ramp=ramp,
         gate=gate,
         fill_queue=fill_queue,
+        guess=guess,
+        labelled=extra,
+        n_labelled=0 if labelled is None else len(labelled[0]),
     )

@@ -24,7 +24,7 @@ class Training:
 
     nets: [net1, net2]. learners: their training steps. steps: the learners wrapped for data parallelism.
     losses: for each network the division losses (N,) of the last epochs, oldest first.
-    weights: w (N,) of both networks' last division.
+    weights: w (N,) of both networks' last division; empty before the first.
     curves: one mapping of scalars for each finished epoch. seconds: spent training, over all restarts.
     """
 

@@ -1,0 +1,108 @@
+"""True labels of a few images: drawn from those that a data set has, or read from a person's own list."""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import posixpath
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from coreg.data.sources import _lookup as lookup
+from coreg.data.keyed import keyed_generator
+from coreg.errors import UserError
+
+
+def few_shot_draw(labels: np.ndarray, candidates_rows: np.ndarray, per_class: int, n_classes: int, seed: int) -> np.ndarray:
+    """Draw the images whose true labels are given away: equally many of every class.
+
+    A class with fewer images gives all that it has. What a class gives depends on the seed and its own images alone, and
+    a larger `per_class` adds to what a smaller one draws.
+
+    Args:
+        labels: int (N,) true classes, -1 where unknown.
+        candidates_rows: int (M,), the rows to draw from (the training images), in any order.
+        per_class: images a class.
+        n_classes: C.
+        seed: of the draw.
+
+    Returns:
+        int64 (at most per_class * C,): rows, in increasing order.
+    """
+    rows = np.unique(candidates_rows).astype(np.int64)
+    drawn = [
+        keyed_generator(seed, "few-shot", index).permutation(rows[labels[rows] == index])[:per_class]
+        for index in range(n_classes)
+    ]
+    return np.sort(np.concatenate(drawn)) if drawn else rows[:0]
+
+
+def read_labels(csv_path: str, paths: Sequence[str], class_names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Read a person's own labels from a CSV file with the columns `path,label`; others may be there and do not count.
+
+    Images may be left out, or have an empty label, which says nothing about them. A class may be written in other case,
+    or with spaces, underscores or hyphens exchanged, where that leaves no doubt.
+
+    Args:
+        csv_path: UTF-8, with or without a byte order mark; the first line names the columns.
+        paths: N image paths as the image list writes them.
+        class_names: C names in order.
+
+    Returns:
+        rows int64 (n,), increasing, without repetition, and the class of each, int64 (n,).
+
+    Raises:
+        UserError: the file cannot be read, has no such columns or no label at all, names an unknown image or class, or
+            labels an image twice in different ways.
+    """
+    row_of = {path: row for row, path in enumerate(paths)}
+    find = lookup(class_names)
+    found: dict[int, int] = {}
+    try:
+        # file names need not be UTF-8; what is no UTF-8 finds its counterpart in the list
+        with Path(csv_path).open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+            reader = csv.DictReader(file, restval="")
+            missing = [name for name in ("path", "label") if name not in (reader.fieldnames or [])]
+            if missing:
+                raise UserError(
+                    f"{csv_path} has no column {missing[0]!r}: its first line is {','.join(reader.fieldnames or [])!r}, "
+                    f"and has to name path,label separated by commas"
+                )
+            for line in reader:
+                place, path, label = f"{csv_path} line {reader.line_num}", line["path"], line["label"].strip()
+                if None in line:
+                    raise UserError(f"{place} has more fields than the header; put quotes around paths with commas")
+                row = row_of.get(path, row_of.get(posixpath.normpath(path), -1))
+                if row < 0:
+                    raise UserError(f"{place} names {path!r}, which is none of the {len(paths)} images{_near(path, paths)}")
+                if not label:
+                    continue
+                index = find(label)
+                if index < 0:
+                    hint = _did_you_mean(difflib.get_close_matches(label, class_names, n=1))
+                    raise UserError(f"{place} has the label {label!r}, which is none of the class names{hint}")
+                if found.setdefault(row, index) != index:
+                    raise UserError(
+                        f"{place} labels {path!r} as {label!r}, but a line before says {class_names[found[row]]!r}; "
+                        f"keep one of them"
+                    )
+    except (OSError, csv.Error) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"cannot read the labels in {csv_path}: {reason}; give a CSV file with path,label") from None
+    if not found:
+        raise UserError(f"{csv_path} labels no image; write one path,label a line below the header")
+    table = np.array(sorted(found.items()), dtype=np.int64)
+    return table[:, 0], table[:, 1]
+
+
+def _near(path: str, paths: Sequence[str]) -> str:
+    """A hint at the image that was meant: one of the same file name, or else one written alike."""
+    name = path.replace("\\", "/").rsplit("/", 1)[-1]
+    same_name = [known for known in paths if known.rsplit("/", 1)[-1] == name]
+    return _did_you_mean(difflib.get_close_matches(path, same_name or paths, n=1, cutoff=0.0 if same_name else 0.6))
+
+
+def _did_you_mean(matches: Sequence[str]) -> str:
+    return f", did you mean {matches[0]!r}?" if matches else ""

@@ -1,0 +1,128 @@
+"""What a run trains on: candidate sets from the annotation store, its images as one tensor, labels that a person gave."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from coreg.annotate.candidates import candidate_sets
+from coreg.annotate.store import AnnotationStore
+from coreg.data.decode import decode
+from coreg.data.labels import few_shot_draw, read_labels
+from coreg.errors import UserError
+from coreg.learn.collective import gather_rows, share
+from coreg.learn.options import CoRegOptions
+from coreg.nets.model import CoRegNet
+from coreg.run.batches import TrainingImages
+from coreg.settings import ImageConfig, JobConfig
+
+
+@dataclass
+class Task:
+    """What is trained on, and how: everything that stays the same while training.
+
+    candidates: bool (N, C), row i of the training images; table: the same on the device. usable: bool (N,), False where
+    no template named a class. prior: (C,) for distribution alignment. labels: int64 (N,), -1 unknown, read by reports
+    alone. annotator: int64 (N,), its zero-shot prediction. known: int64 (N,), classes that a person gave, -1 elsewhere;
+    repeated: rows of them that P gets on top; extra: rows of them for an extra supervised term.
+    test: the test images with their labels, or None.
+    """
+
+    accelerator: Accelerator
+    job: JobConfig
+    look: ImageConfig
+    method: CoRegOptions
+    store: AnnotationStore
+    data: TrainingImages
+    candidates: np.ndarray
+    table: Tensor
+    usable: np.ndarray
+    prior: np.ndarray
+    labels: np.ndarray
+    annotator: np.ndarray
+    known: np.ndarray
+    repeated: np.ndarray
+    extra: np.ndarray
+    test: TrainingImages | None
+    test_labels: np.ndarray
+
+
+def known_labels(job: JobConfig, store: AnnotationStore, train: np.ndarray) -> np.ndarray:
+    """Classes that a person gave, int64 (N,) over the training images, -1 elsewhere."""
+    known = np.full(len(store.paths), -1)
+    if job.labels:
+        rows, classes = read_labels(job.labels, store.paths, store.class_names)
+        if (store.split[rows] == 1).any():
+            raise UserError(f"{job.labels} labels test images, such as {store.paths[rows[store.split[rows] == 1][0]]}")
+        known[rows] = classes
+    elif job.few_shot:
+        if store.labels is None:
+            raise UserError("--few_shot draws from true labels, and the store has none; give your own with --labels FILE")
+        rows = few_shot_draw(store.labels, train, job.few_shot, len(store.class_names), job.seed)
+        known[rows] = store.labels[rows]
+    return known[train]
+
+
+def prepare(
+    accelerator: Accelerator, job: JobConfig, look: ImageConfig, method: CoRegOptions, store: AnnotationStore
+) -> Task:
+    """Candidate sets from the store, and its images as one uint8 tensor."""
+    images = store.images()
+    candidates, unreadable = candidate_sets(store, job.candidates), store.unreadable
+    labels = np.full(len(store.paths), -1) if store.labels is None else store.labels
+    augmentation = look.augmentation()
+
+    train = np.flatnonzero((store.split == 0) & ~unreadable)
+    test = np.flatnonzero((store.split == 1) & ~unreadable)
+    if len(train) < 2:
+        raise UserError(f"the store {store.root} has {len(train)} readable training images; Co-Reg needs at least 2")
+    known = known_labels(job, store, train)
+    given, n_classes = np.flatnonzero(known >= 0), len(store.class_names)
+    candidates = candidates[train]
+    candidates[given] = np.arange(n_classes) == known[given, None]
+    # so often that labelled images make up 5 % of an epoch's draws, once at least
+    times = -(-len(train) // (20 * max(len(given), 1))) - 1
+
+    def load(rows: np.ndarray) -> TrainingImages:
+        pixels = decode(images, rows, look.image_size, look.channels, job.workers).to(accelerator.device)
+        return TrainingImages(pixels, torch.from_numpy(rows), augmentation, accelerator.device, job.seed)
+
+    probs = store.probs()[train].astype(np.float64)
+    prior = probs.mean(axis=0) if method.alignment == "annotator" else np.full(n_classes, 1 / n_classes)
+    return Task(
+        accelerator=accelerator,
+        job=job,
+        look=look,
+        method=method,
+        store=store,
+        data=load(train),
+        candidates=candidates,
+        table=torch.from_numpy(candidates).to(accelerator.device),
+        usable=(store.votes()[train] >= 0).any(axis=1) | (known >= 0),
+        prior=prior / prior.sum(),
+        labels=labels[train],
+        annotator=probs.argmax(axis=1),
+        known=known,
+        repeated=np.tile(given, max(times, 0) if job.label_mode == "replace+repeat" else 0),
+        extra=given if job.label_mode == "extra_ce" else given[:0],
+        test=load(test) if len(test) else None,
+        test_labels=labels[test],
+    )
+
+
+@torch.no_grad()
+def predict(
+    net: CoRegNet, images: TrainingImages, view: str, key: tuple[int | str, ...], batch_size: int
+) -> tuple[Tensor, Tensor]:
+    """Logits (n, C) and features (n, D) of every image in evaluation mode; each process does its share."""
+    net.eval()
+    n = len(images.samples)
+    rows = np.arange(n)[share(n)]
+    # a process without rows passes an empty batch, so that all results have their shapes
+    batches = images.in_batches(view, rows, batch_size, key) if len(rows) else [images.view(view, rows, key)]
+    logits, features = zip(*(net(batch) for batch in batches))
+    return gather_rows(torch.cat(logits).float(), n), gather_rows(torch.cat(features), n)

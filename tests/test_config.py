@@ -1,0 +1,103 @@
+"""Recipe below command line, presets below recipes, and every misspelling named wherever it was written."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import pytest
+import yaml
+
+from coreg.config import as_settings, as_yaml, option, parse
+from coreg.errors import UserError
+
+
+@dataclass
+class First:
+    rate: float = option(0.1, "a rate of 5%")
+    names: list[str] = option(["a", "b"], "a list")
+    mode: Literal["slow", "fast"] = option("slow", "a choice")
+    preset: Literal["plain", "odd"] = option("plain", "a preset")
+
+
+@dataclass
+class Second:
+    count: int = option(3, "a count")
+    on: bool = option(True, "a switch")
+    path: str | None = option(None, "an optional path")
+
+
+def recipe(tmp_path, **settings):
+    file = tmp_path / "my.yaml"
+    file.write_text(yaml.safe_dump(settings))
+    return ["--recipe", str(file)]
+
+
+def test_defaults_are_fresh_copies():
+    one, two = parse(First, Second, argv=[])[0], parse(First, Second, argv=[])[0]
+    one.names.append("c")
+    assert two.names == ["a", "b"]
+
+
+def test_the_command_line_wins_over_the_recipe_and_the_recipe_over_the_preset(tmp_path):
+    presets = {"plain": {}, "odd": {"rate": 7, "count": 7, "mode": "fast"}}
+    argv = [*recipe(tmp_path, rate=-0.5, count=5, on=False), "--preset", "odd", "--count=6"]
+    first, second = parse(First, Second, argv=argv, presets=presets)
+    assert (first.rate, first.mode, second.count, second.on, first.preset) == (-0.5, "fast", 6, False, "odd")
+
+
+def test_a_recipe_can_name_the_preset(tmp_path):
+    first, _ = parse(First, Second, argv=recipe(tmp_path, preset="odd"), presets={"odd": {"rate": 7}})
+    assert (first.rate, first.preset) == (7.0, "odd")
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--ratee", "1"], "did you mean --rate?"),
+        (["--rate", "much"], "invalid float value: 'much'"),
+        (["--mode", "quick"], "invalid choice: 'quick'"),
+        (["--preset", "strange"], "invalid choice: 'strange'"),
+        (["--recipe", "nothing"], "unknown recipe nothing"),
+        (["--recipe", "missing.yaml"], "missing.yaml does not exist"),
+        (["--recipe"], "--recipe needs a value"),
+        (["stray"], "unknown option stray"),
+    ],
+)
+def test_bad_arguments(argv, said):
+    with pytest.raises(UserError, match=said.replace("?", r"\?")):
+        parse(First, Second, argv=argv, presets={"plain": {}})
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"ratee": 1}, "unknown key ratee, did you mean --rate"),
+        ({"rate": None}, "gives rate no plain value"),
+        ({"rate": {"a": 1}}, "gives rate no plain value"),
+        ({"help": 1}, "unknown key help"),
+        ({"rate": "much"}, "invalid float"),
+    ],
+)
+def test_bad_recipes(tmp_path, settings, said):
+    with pytest.raises(UserError, match=said):
+        parse(First, Second, argv=recipe(tmp_path, **settings))
+
+
+def test_a_recipe_that_is_no_mapping(tmp_path):
+    for text, said in (("- a\n- b\n", "holds a list"), ("a: [1\n", "not a valid YAML")):
+        (tmp_path / "odd.yaml").write_text(text)
+        with pytest.raises(UserError, match=said):
+            parse(First, argv=["--recipe", str(tmp_path / "odd.yaml")])
+
+
+def test_written_settings_read_back_the_same(tmp_path):
+    filled = parse(First, Second, argv=["--rate", "3e-7", "--names", "x", "y z", "--on", "false"])
+    file = tmp_path / "config.yaml"
+    file.write_text(as_yaml(as_settings(*filled)))
+    assert parse(First, Second, argv=["--recipe", str(file)]) == filled
+
+
+def test_help_shows_defaults(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse(First, Second, argv=["--help"], prog="me", description="What I do.")
+    shown = capsys.readouterr().out
+    assert stopped.value.code == 0 and "What I do." in shown and "a rate of 5% (default: 0.1)" in " ".join(shown.split())
