@@ -6,33 +6,46 @@
     accelerate launch annotate_vlm.py --images photos --classes classes.txt --vlm ViT-B-32/openai --output_dir ann
         annotates a folder of one's own; classes.txt has one class name a line
 
+    accelerate launch annotate_vlm.py --images photos --classes classes.txt --vlm chat:llava-1.5-7b-hf --output_dir ann
+        asks a chat model that was downloaded into the folder llava-1.5-7b-hf
+
+    accelerate launch annotate_vlm.py --rescore ann --classes other.txt --output_dir ann2
+        judges the same images under other class names or templates, from the features in ann; no image is read
+
 Every image is judged under every prompt template. The store keeps the evidence (votes, mean probabilities, features) block
-by block; nothing is decided yet. The same command again goes on where it was stopped, with any number of processes.
+by block; nothing is decided yet. The same command again goes on where it was stopped, with any number of processes, which
+may also be started one by one on several machines that share the folder.
 """
 
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import open_clip
 import PIL
 import torch
+import transformers
 from accelerate import Accelerator, PartialState
-from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 import coreg
-from coreg.annotate.annotators import GLYPH_CLIP, ClipAnnotator, resolve
+from coreg.annotate.annotators import Annotator, load_annotator
+from coreg.annotate.chat import CHAT_TEMPLATES
+from coreg.annotate.claims import BlockQueue
+from coreg.annotate.health import write_report
+from coreg.annotate.models import GLYPH_CLIP, ModelSpec, resolve
 from coreg.annotate.prompts import TEMPLATES, read_class_names, read_templates
 from coreg.annotate.store import AnnotationStore, StoreWriter, make_manifest, refuse_other_job
 from coreg.annotate.summary import summary
+from coreg.annotate.work import POLL_SECONDS, Progress, annotate_images, rescore_features, work
 from coreg.config import option, parse
-from coreg.data.decode import UnreadableImage
-from coreg.data.sources import ImageList, list_hash, open_images, require_readable
+from coreg.data.images import ImageList, list_hash, translated
+from coreg.data.sources import open_images, require_readable
 from coreg.demo.annotator import demo_templates
 from coreg.errors import UserError, exits_with_one_line
 from coreg.run.process import build_accelerator, main_process_decides
@@ -43,16 +56,42 @@ class AnnotateConfig:
     """What is annotated, by which model, into which folder."""
 
     images: str = option(
-        "builtin:digits", "folder, .csv list (path[,label][,split]), torchvision data set or builtin:digits"
+        "builtin:digits", "folder, .csv list (path[,label][,split]), .tar shards, torchvision data set or builtin:digits"
     )
-    vlm: str = option(GLYPH_CLIP, "open_clip NAME/TAG such as ViT-B-32/openai, local-dir:FOLDER or builtin:glyph-clip")
+    vlm: str = option(
+        GLYPH_CLIP,
+        "open_clip NAME/TAG such as ViT-B-32/openai, local-dir:FOLDER, transformers:FOLDER or chat:FOLDER",
+    )
     classes: str | None = option(None, "text file with one class name a line; default: the names that the images carry")
-    templates: str | None = option(None, "text file with one prompt template a line; default: the papers' 27")
+    templates: str | None = option(
+        None, "text file with one prompt template a line; default: the papers' 27, for chat models six questions"
+    )
     output_dir: str = option("runs/demo/annotations", "folder of the annotation store")
+    rescore: str | None = option(None, "annotation store with features to judge again, instead of --images and --vlm")
+    precision: Literal["fp32", "bf16", "fp16"] = option("fp32", "of the model's weights and computations")
+    chat_mode: Literal["likelihood", "generate"] = option(
+        "likelihood", "chat models: likelihood of every class name, or the answer in words"
+    )
+    max_errors: int | None = option(None, "stop when more images than this cannot be read; default: never")
     batch_size: int = option(64, "images a forward pass, per process")
     block_size: int = option(2048, "images a block, the unit of work that is kept when the job is stopped")
     workers: int = option(2, "processes that decode images, per process that annotates")
     data_root: str = option("data", "where torchvision data sets lie or are downloaded to")
+
+
+@dataclass
+class Job:
+    """What the main process found out before anything was written.
+
+    Attributes:
+        manifest: the store's manifest, but for what only the loaded model can tell.
+        model: the annotator's model.
+        finished: whether the store is there and whole.
+    """
+
+    manifest: dict[str, Any]
+    model: ModelSpec
+    finished: bool
 
 
 def annotate(config: AnnotateConfig, accelerator: Accelerator | None = None) -> AnnotationStore:
@@ -66,53 +105,90 @@ def annotate(config: AnnotateConfig, accelerator: Accelerator | None = None) -> 
         The verified store, on every process.
 
     Raises:
-        UserError: something in the job is wrong; nothing has been written then.
+        UserError: something in the job is wrong; nothing has been written then. Or more than `max_errors` images cannot
+            be read; what was annotated is kept.
     """
-    accelerator = accelerator or build_accelerator(timeout_minutes=24 * 60)
+    accelerator = accelerator or build_accelerator(timeout_minutes=60)
     root = Path(config.output_dir)
     # The main process looks at the files and everyone believes it; it keeps the list that it opened.
     opened: list[ImageList] = []
-    job, finished = main_process_decides(accelerator, lambda: look(config, opened))
-    if finished:
+    look = look_at_store if config.rescore else look_at_images
+    job: Job = main_process_decides(accelerator, lambda: look(config, opened))
+    if job.finished:
         accelerator.print(f"{root} holds these annotations already: nothing to do")
         return AnnotationStore.open(root)
-    images = opened[0] if opened else open_images(config.images, job["class_names"], config.data_root)
-    if list_hash(images.paths) != job["images"]["sha256"]:
-        raise UserError(f"{config.images} looks different to process {accelerator.process_index}; put it on a shared disk")
+    manifest = job.manifest
+    if not opened and not config.rescore:
+        opened.append(open_images(config.images, manifest["class_names"], config.data_root))
+        if list_hash(opened[0].paths) != manifest["images"]["sha256"]:
+            raise UserError(
+                f"{config.images} looks different to process {accelerator.process_index}; put it on a shared disk"
+            )
 
     # The text side is encoded once, here; from now on an image costs one pass through the image tower.
-    annotator = ClipAnnotator(resolve(config.vlm), job["templates"], job["class_names"], accelerator.device)
+    names, precision = manifest["class_names"], manifest["model"]["precision"]
+    annotator = load_annotator(job.model, manifest["templates"], names, accelerator.device, precision, config.chat_mode)
     if config.vlm == GLYPH_CLIP and config.images != "builtin:digits":
         accelerator.print(f"note: {GLYPH_CLIP} reads single digits and nothing else; name another model with --vlm")
     told = {"features": annotator.features, "preprocessing": annotator.preprocessing, "versions": versions()}
-    writer = StoreWriter(root, job | told)
-    main_process_decides(accelerator, lambda: writer.begin(images))
+    writer = StoreWriter(root, manifest | told)
+    for line in main_process_decides(accelerator, lambda: begin(writer, opened[0])):
+        accelerator.print(f"damaged, annotated again: {line}")
 
-    # No process waits for another one before all blocks are written.
-    blocks = range(accelerator.process_index, len(writer.files), accelerator.num_processes)
-    annotate_blocks([index for index in blocks if not writer.is_written(index)], images, annotator, writer, config)
-    accelerator.wait_for_everyone()
-    main_process_decides(accelerator, lambda: writer.finish(images.paths))
-    return AnnotationStore.open(root)
+    # From here to the end processes meet in the folder only: they may be slow, die, or be joined by others.
+    start = accelerator.process_index / accelerator.num_processes
+    with BlockQueue(root, writer.files, start) as queue:
+        progress = Progress(queue, writer, shown=accelerator.is_main_process)
+        work(queue, source_of_evidence(config, opened, annotator, writer, queue, progress), progress)
+        if accelerator.is_main_process:
+            writer.finish(opened[0].paths)
+            queue.clear()
+    while not (root / "errors.csv").exists():  # the last file, which the main process writes
+        time.sleep(POLL_SECONDS)
+    store = AnnotationStore.open(root)
+    if accelerator.is_main_process:
+        write_report(store, None if config.rescore else opened[0])
+    return store
 
 
-def look(config: AnnotateConfig, opened: list[ImageList]) -> tuple[dict[str, Any], bool]:
+def begin(writer: StoreWriter, images: ImageList) -> list[str]:
+    """Make the folder or go on with it; returns one line for each block that was damaged."""
+    writer.begin(images)
+    return writer.discard_damaged()
+
+
+def source_of_evidence(
+    config: AnnotateConfig,
+    opened: list[ImageList],
+    annotator: Annotator,
+    writer: StoreWriter,
+    queue: BlockQueue,
+    progress: Progress,
+) -> Callable[[int], None]:
+    """What annotates a block: from the images themselves, or from the features of another store."""
+    shared = {"annotator": annotator, "writer": writer, "queue": queue, "progress": progress}
+    shared["batch_size"] = config.batch_size
+    if config.rescore:
+        source = AnnotationStore.open(config.rescore)
+        return partial(rescore_features, source=source.root, told=source.manifest, **shared)
+    (images,) = opened
+    return partial(annotate_images, images=images, workers=config.workers, max_errors=config.max_errors, **shared)
+
+
+def look_at_images(config: AnnotateConfig, opened: list[ImageList]) -> Job:
     """Check the whole job before anything is written.
 
     Args:
         config: the job.
         opened: takes the image list.
 
-    Returns:
-        The manifest so far, and whether the store is finished already.
-
     Raises:
         UserError: the first thing that is wrong.
     """
-    if min(config.batch_size, config.block_size) < 1 or config.workers < 0:
-        raise UserError("--batch_size and --block_size must be at least 1 and --workers at least 0")
+    check_numbers(config)
+    model = resolve(config.vlm)
     class_names = read_class_names(config.classes) if config.classes else None
-    templates = read_templates(config.templates) if config.templates else default_templates(config)
+    templates = read_templates(config.templates) if config.templates else default_templates(model)
     images = open_images(config.images, class_names, config.data_root)
     opened.append(images)
     class_names = class_names or images.class_names
@@ -120,67 +196,70 @@ def look(config: AnnotateConfig, opened: list[ImageList]) -> tuple[dict[str, Any
         raise UserError(
             f"{config.images} says no class names: write them into classes.txt, one a line, and add --classes classes.txt"
         )
-    model = resolve(config.vlm)
-    identity = {"spec": model.spec, "weights": model.weights}
+    identity = {"spec": model.spec, "weights": model.weights, "precision": config.precision}
+    if model.kind == "chat":
+        identity["mode"] = config.chat_mode
     data_root = str(Path(config.data_root).resolve())
-    job = make_manifest(images, class_names, templates, identity, config.block_size, data_root=data_root)
+    manifest = make_manifest(images, class_names, templates, identity, config.block_size, data_root=data_root)
+    finished = is_finished(config, manifest, images)
+    if not finished:
+        require_readable(images)
+    return Job(manifest, model, finished)
+
+
+def look_at_store(config: AnnotateConfig, opened: list[ImageList]) -> Job:
+    """As `look_at_images`, for a store that is judged again.
+
+    Raises:
+        UserError: the first thing that is wrong.
+    """
+    check_numbers(config)
+    store = AnnotationStore.open(config.rescore)
+    if store.manifest["features"] is None:
+        raise UserError(f"{config.rescore} keeps no features, its annotator gives none; annotate the images again")
+    model = resolve(store.manifest["model"]["spec"])
+    if model.weights != store.manifest["model"]["weights"]:
+        raise UserError(f"{model.spec} is not what made {config.rescore}: its files changed; annotate the images again")
+    class_names = read_class_names(config.classes) if config.classes else store.class_names
+    templates = read_templates(config.templates) if config.templates else store.templates
+    labels = None if store.labels is None else translated(store.labels, store.class_names, class_names)
+    images = ImageList(store.images_spec, store.paths, labels, store.split, None, pixels=lambda row: None)
+    opened.append(images)
+    told = {key: store.manifest[key] for key in ("model", "block_size", "data_root")}
+    manifest = make_manifest(images, class_names, templates, **told)
+    return Job(manifest, model, is_finished(config, manifest, images))
+
+
+def check_numbers(config: AnnotateConfig) -> None:
+    """Raise a UserError for a number that makes no sense."""
+    if min(config.batch_size, config.block_size) < 1 or config.workers < 0:
+        raise UserError("--batch_size and --block_size must be at least 1 and --workers at least 0")
+    if config.max_errors is not None and config.max_errors < 0:
+        raise UserError(f"--max_errors is {config.max_errors}; give 0 or more, or leave it out for no limit")
+
+
+def is_finished(config: AnnotateConfig, manifest: dict[str, Any], images: ImageList) -> bool:
+    """Whether --output_dir holds this very job, finished and whole.
+
+    Raises:
+        UserError: it holds something else.
+    """
     root = Path(config.output_dir)
-    refuse_other_job(root, job)
+    refuse_other_job(root, manifest)
     if (root / "manifest.json").exists():
-        StoreWriter(root, job).begin(images)  # labels may have come since
+        StoreWriter(root, manifest).begin(images)  # labels may have come since
     try:
         AnnotationStore.open(root)
-        return job, True
+        return True
     except UserError:  # not there, unfinished or damaged: what is missing will be made
-        require_readable(images)
-        return job, False
+        return False
 
 
-def default_templates(config: AnnotateConfig) -> Sequence[str]:
-    """The papers' templates, or those that the built-in model was trained with."""
-    return demo_templates() if config.vlm == GLYPH_CLIP else TEMPLATES
-
-
-class Preprocessed(Dataset):
-    """Row -> (row, float32 (3, H, W), reason); an image that cannot be read is zero and has a reason."""
-
-    def __init__(self, images: ImageList, annotator: ClipAnnotator) -> None:
-        self.images, self.preprocess, self.shape = images, annotator.preprocess, annotator.image_shape
-
-    def __getitem__(self, row: int) -> tuple[int, torch.Tensor, str]:
-        try:
-            return row, self.preprocess(self.images.load(row)), ""
-        except UnreadableImage as error:
-            return row, torch.zeros(self.shape), str(error)
-
-
-def annotate_blocks(
-    blocks: Sequence[int], images: ImageList, annotator: ClipAnnotator, writer: StoreWriter, config: AnnotateConfig
-) -> None:
-    """Annotate whole blocks and write each as soon as it is complete.
-
-    Batches never cross the border of a block, so that a block's content does not depend on which others were done before.
-    """
-    size = config.batch_size
-    batches = [rows[start : start + size] for rows in map(writer.rows, blocks) for start in range(0, len(rows), size)]
-    loader = DataLoader(
-        Preprocessed(images, annotator),
-        batch_sampler=batches,
-        num_workers=min(config.workers, len(batches)),
-        pin_memory=annotator.device.type == "cuda",
-    )
-    arriving = iter(loader)
-    total = sum(len(batch) for batch in batches)
-    with tqdm(total=total, unit="image", desc="annotating", disable=not PartialState().is_main_process) as bar:
-        for index in blocks:
-            parts, errors = [], {}
-            for _ in range(0, len(writer.rows(index)), size):
-                rows, pixels, reasons = next(arriving)
-                parts.append(annotator.annotate(pixels))
-                errors |= {int(row): reason for row, reason in zip(rows, reasons) if reason}
-                bar.update(len(pixels))
-            votes, probs, features = (torch.cat(column).numpy() for column in zip(*parts))
-            writer.write(index, {"votes": votes, "probs": probs, "features": features}, errors)
+def default_templates(model: ModelSpec) -> Sequence[str]:
+    """The papers' templates, those that the built-in model was trained with, or questions for a chat model."""
+    if model.kind == "chat":
+        return CHAT_TEMPLATES
+    return demo_templates() if model.spec == GLYPH_CLIP else TEMPLATES
 
 
 def versions() -> dict[str, str]:
@@ -191,6 +270,7 @@ def versions() -> dict[str, str]:
         "pillow": PIL.__version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "transformers": transformers.__version__,
     }
 
 

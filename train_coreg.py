@@ -37,13 +37,13 @@ from coreg.learn.division import Division, align, divide, division_loss
 from coreg.learn.options import PRESETS, CoRegOptions
 from coreg.learn.pseudo import rescale
 from coreg.nets.model import check_backbone, parse_backbone_args
-from coreg.report.metrics import accuracy, division_health
-from coreg.report.report import build_report, summary, write_labels
+from coreg.report.metrics import accuracy, collapse_warnings, division_health
+from coreg.report.report import build_report, summary, write_known_labels, write_labels
 from coreg.run import checkpoint
 from coreg.run.batches import TrainingImages, Verdict, co_train_batch, warm_up_batch
 from coreg.run.folder import RunFolder, write_atomically
 from coreg.run.process import build_accelerator, main_process_decides
-from coreg.run.task import Task, predict, prepare
+from coreg.run.task import Task, known_labels, predict, prepare
 from coreg.run.training import Training, build_training
 from coreg.settings import ImageConfig, JobConfig, check
 
@@ -52,7 +52,7 @@ NOT_THE_JOB = ("output_dir", "annotations", "labels", "workers", "report_to", "p
 
 
 def divide_by(task: Task, training: Training, number: int) -> tuple[Division, Verdict, np.ndarray]:
-    """Let network `number` (0 or 1) split the training set; also gives its (N, C) aligned log probabilities."""
+    """Let network `number` (0 or 1) split the training set; also gives its (N, C) log probabilities before alignment."""
     method = task.method
     net, size = training.nets[number], 4 * task.job.batch_size
     logits, features = predict(net, task.data, method.division_view, ("division", training.epoch, number), size)
@@ -62,9 +62,8 @@ def divide_by(task: Task, training: Training, number: int) -> tuple[Division, Ve
             f"network {number + 1} predicts no numbers any more in epoch {training.epoch + 1}; start anew in another "
             f"--output_dir with a smaller --lr (now {task.job.lr}); the checkpoints before it are kept"
         )
-    if method.alignment != "none":
-        log_p = align(log_p, task.prior)
-    history = [*training.losses[number], division_loss(log_p, task.candidates)][-method.history :]
+    aligned = log_p if method.alignment == "none" else align(log_p, task.prior)
+    history = [*training.losses[number], division_loss(aligned, task.candidates)][-method.history :]
     training.losses[number] = history
     # fitted on one process and sent to the others: two fits might differ in the last bit, and then in a whole image
     smallest = min(task.job.batch_size, len(task.usable))
@@ -75,7 +74,7 @@ def divide_by(task: Task, training: Training, number: int) -> tuple[Division, Ve
     division: Division = answer[0]
     # a person's labels are trusted whatever their loss
     division.weight[task.known >= 0], division.trusted[task.known >= 0] = 1.0, True
-    targets = rescale(torch.from_numpy(np.exp(log_p)), torch.from_numpy(task.candidates))
+    targets = rescale(torch.from_numpy(np.exp(aligned)), torch.from_numpy(task.candidates))
     device = task.accelerator.device
     verdict = Verdict(torch.from_numpy(division.weight).float().to(device), targets.float().to(device), division.trusted)
     if method.guesses == "epoch":
@@ -247,6 +246,7 @@ def finish(task: Task, training: Training, folder: RunFolder, command: str, wall
             },
             labels_used=int((task.known >= 0).sum()),
             needs_review=needs_review,
+            warnings=collapse_warnings(on_train["ensemble"].argmax(axis=1), store.class_names),
             last_epoch=training.curves[-1],
             parameters=sum(p.numel() for p in training.nets[0].backbone.parameters()),
             images_per_second=training.images_seen / training.seconds,
@@ -294,18 +294,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         else:
             main_process_decides(accelerator, lambda: held.enter_context(folder.locked()) and None)
             store = annotate(AnnotateConfig(output_dir=str(folder.root / "annotations")), accelerator)
-        identity["store"] = store.hash
+        known = known_labels(job, store)
+        identity |= {"store": store.hash, "known_labels": hashlib.sha256(known.tobytes()).hexdigest()}
         main_process_decides(accelerator, lambda: folder.refuse_other(identity))
         if main_process_decides(accelerator, lambda: folder.finished):
             report = json.loads(folder.report.read_text(encoding="utf-8"))
             accelerator.print(summary(report, folder.root))
             accelerator.print(f"\nThis run is finished; choose another --output_dir, or delete {folder.root} to repeat it.")
             return
-        task = prepare(accelerator, job, look, method, store)
+        task = prepare(accelerator, job, look, method, store, known)
         training = build_training(accelerator, job, look, method, len(store.class_names))
         if job.annotations:
             main_process_decides(accelerator, lambda: held.enter_context(folder.locked()) and None)
-        identity["known_labels"] = hashlib.sha256(task.known.tobytes()).hexdigest()
         main_process_decides(accelerator, lambda: folder.claim(identity))
         newest = main_process_decides(accelerator, lambda: checkpoint.latest(folder.checkpoints))
         if newest is not None:
@@ -313,6 +313,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             accelerator.print(f"Resuming {folder.root} after epoch {training.epoch} of {job.epochs}.")
         if accelerator.is_main_process:
             write_atomically(folder.root / "config.yaml", as_yaml(as_settings(job, look, method)))
+            if (known >= 0).any():
+                write_known_labels(folder.root / "known_labels.csv", store, known)
         accelerator.init_trackers("tensorboard", config={k: str(v) for k, v in identity.items()})
         before = training.seconds
         train(task, training, folder)

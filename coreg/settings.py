@@ -42,6 +42,7 @@ class JobConfig:
     momentum: float = option(0.9, "of SGD")
     weight_decay: float = option(5e-4, "of SGD")
     mixed_precision: Literal["no", "bf16", "fp16"] = option("no", "autocast on a GPU")
+    dtype: Literal["float32", "float64"] = option("float32", "of weights and arithmetic; float64 to compare runs exactly")
     workers: int = option(2, "processes that decode images")
     print_config: bool = option(False, "print the resolved settings as a recipe and stop")
     report_to: str = option("tensorboard", "where curves go: tensorboard, another of accelerate's trackers, or none")

@@ -13,8 +13,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from coreg.annotate import annotators
-from coreg.annotate.annotators import ClipAnnotator, load_model, resolve
+from coreg.annotate import annotators, models
+from coreg.annotate.annotators import ClipAnnotator
+from coreg.annotate.models import load_open_clip, resolve
 from coreg.errors import UserError
 
 NAMES, TEMPLATES = ["cat", "dog", "blue whale"], ["a photo of a {}", "the {}", "{} at night", "my {}"]
@@ -57,6 +58,11 @@ def batch(count=20, seed=0):
     return torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
 
 
+def judged(annotator, images):
+    found = annotator.annotate(images)
+    return found["votes"], found["probs"], found["features"]
+
+
 def written_out(folder, images, templates, names):
     """Votes and mean probabilities, one template, one image and one class at a time, from open_clip's own calls."""
     model, _, _ = open_clip.create_model_and_transforms(f"local-dir:{folder}")
@@ -86,7 +92,7 @@ def written_out(folder, images, templates, names):
 def test_votes_and_probabilities_are_those_of_a_loop_over_templates(tiny):
     annotator = ClipAnnotator(resolve(f"local-dir:{tiny}"), TEMPLATES, NAMES)
     images = batch()
-    votes, probs, features = annotator.annotate(images)
+    votes, probs, features = judged(annotator, images)
     wanted_votes, wanted_probs = written_out(tiny, images, TEMPLATES, NAMES)
     assert (votes.dtype, probs.dtype, features.dtype) == (torch.int16, torch.float16, torch.float16)
     assert votes.shape == (20, 4) and probs.shape == (20, 3) and features.shape == (20, 8) == (20, annotator.features)
@@ -98,10 +104,10 @@ def test_votes_and_probabilities_are_those_of_a_loop_over_templates(tiny):
 
 def test_the_result_does_not_depend_on_chunks_or_batches(tiny, monkeypatch):
     annotator = ClipAnnotator(resolve(f"local-dir:{tiny}"), TEMPLATES, NAMES)
-    whole = annotator.annotate(batch())
-    parts = [annotator.annotate(part) for part in batch().split([1, 13, 6])]
+    whole = judged(annotator, batch())
+    parts = [judged(annotator, part) for part in batch().split([1, 13, 6])]
     monkeypatch.setattr(annotators, "SCORES_AT_ONCE", 1)  # one template at a time
-    single = annotator.annotate(batch())
+    single = judged(annotator, batch())
     for index in range(3):
         joined = torch.cat([part[index] for part in parts])
         assert torch.allclose(whole[index].float(), joined.float(), atol=2e-3)
@@ -113,24 +119,34 @@ def test_the_text_side_is_encoded_once(tiny, monkeypatch):
     names = [f"thing {i}" for i in range(150)]
     annotator = ClipAnnotator(resolve(f"local-dir:{tiny}"), TEMPLATES, names)
     assert annotator.text.shape == (600, 8)
-    model, _, tokenizer = load_model(resolve(f"local-dir:{tiny}"))
+    model, _, tokenizer = load_open_clip(resolve(f"local-dir:{tiny}"))
     wanted = model.encode_text(tokenizer(["the thing 7"]), normalize=True)
     assert torch.allclose(annotator.text[1 * 150 + 7], wanted[0], atol=1e-5)
-    monkeypatch.setattr(annotator.network, "encode_text", None)
-    assert annotator.annotate(batch())[1].shape == (20, 150)
+    monkeypatch.setattr(annotator.towers, "text", None)
+    assert annotator.annotate(batch())["probs"].shape == (20, 150)
 
 
-def test_a_logit_bias_changes_nothing(tmp_path):
+def test_models_trained_with_a_sigmoid_are_scored_by_their_sigmoids(tmp_path):
     plain = save_tiny_clip(tmp_path / "plain", custom_text=True)
     biased = save_tiny_clip(tmp_path / "biased", custom_text=True, init_logit_bias=-10.0)
-    assert load_model(resolve(f"local-dir:{biased}"))[0].logit_bias.item() == -10
-    one, two = (ClipAnnotator(resolve(f"local-dir:{f}"), TEMPLATES, NAMES).annotate(batch()) for f in (plain, biased))
-    assert torch.equal(one[0], two[0]) and torch.equal(one[1], two[1])
+    assert load_open_clip(resolve(f"local-dir:{biased}"))[0].logit_bias.item() == -10
+    one, two = (ClipAnnotator(resolve(f"local-dir:{f}"), TEMPLATES, NAMES) for f in (plain, biased))
+    assert (one.towers.bias, two.towers.bias) == (None, -10) and one.towers.scale == two.towers.scale
+    images = batch()
+    votes, probs, features = judged(two, images)
+    assert torch.equal(votes, judged(one, images)[0]) and not torch.equal(probs, judged(one, images)[1])
+    for row in range(len(images)):
+        mean = [0.0] * 3
+        for t in range(len(TEMPLATES)):
+            texts = two.text[3 * t : 3 * t + 3].double()
+            cosines = [float(features[row].double() @ text) for text in texts]
+            odds = [1 / (1 + math.exp(10 - two.towers.scale * cosine)) for cosine in cosines]
+            mean = [m + o / sum(odds) / len(TEMPLATES) for m, o in zip(mean, odds)]
+        assert torch.allclose(probs[row].double(), torch.tensor(mean, dtype=torch.double), atol=2e-3)
 
 
 def test_preprocessing_is_the_models_own(tiny):
     annotator = ClipAnnotator(resolve(f"local-dir:{tiny}"), TEMPLATES, NAMES)
-    assert annotator.image_shape == (3, 32, 32)
     assert annotator.preprocessing["mean"] == [0.5] * 3 and annotator.preprocessing["size"] in (32, [32, 32])
     for mode in ("L", "RGB"):
         pixels = annotator.preprocess(Image.new(mode, (50, 40), "white"))
@@ -141,7 +157,7 @@ def test_the_built_in_annotator_is_an_ordinary_model(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     model = resolve("builtin:glyph-clip")
     assert model.spec == "builtin:glyph-clip" and model.name.startswith(f"local-dir:{tmp_path}")
-    votes, probs, _ = ClipAnnotator(model, ["a {}"], ["one", "two"]).annotate(batch(2))
+    votes, probs, _ = judged(ClipAnnotator(model, ["a {}"], ["one", "two"]), batch(2))
     assert votes.shape == (2, 1) and torch.allclose(probs.float().sum(dim=1), torch.ones(2), atol=1e-2)
 
 
@@ -175,7 +191,7 @@ def test_quick_gelu_follows_the_weights(monkeypatch):
     monkeypatch.setattr(open_clip, "create_model_from_pretrained", create)
     for spec in ("ViT-B-32/openai", "ViT-B-32/laion2b_s34b_b79k"):
         with pytest.raises(RuntimeError, match="far enough"):
-            annotators._load(resolve(spec))
+            models._load(resolve(spec), "fp32")
     assert asked["ViT-B-32", "openai"]["force_quick_gelu"] is True
     assert asked["ViT-B-32", "laion2b_s34b_b79k"]["force_quick_gelu"] is False
     assert all(options["weights_only"] is True for options in asked.values())
@@ -219,11 +235,11 @@ def test_folders_that_hold_no_model_are_told_in_one_line(tmp_path, tiny):
     (folder / "open_clip_config.json").write_text(config)
     assert "holds no weights" in refused(resolve, spec)
     (folder / "open_clip_model.safetensors").write_bytes(b"junk")
-    assert "cannot load local-dir:" in refused(load_model, resolve(spec))
+    assert "cannot load local-dir:" in refused(load_open_clip, resolve(spec))
     wrong = dict(load_file(tiny / "open_clip_model.safetensors"))
     wrong.pop("text_projection")
     save_file(wrong, folder / "open_clip_model.safetensors")
-    assert "cannot load local-dir:" in refused(load_model, resolve(spec))
+    assert "cannot load local-dir:" in refused(load_open_clip, resolve(spec))
 
 
 def test_weights_that_are_no_numbers_are_refused(tmp_path):
@@ -247,9 +263,9 @@ def test_weights_never_run_code(tmp_path):
     folder = save_tiny_clip(tmp_path / "model")
     (folder / "open_clip_model.safetensors").unlink()
     torch.save({"state_dict": Trap(tmp_path / "trapped")}, folder / "open_clip_pytorch_model.bin")
-    assert "cannot load" in refused(load_model, resolve(f"local-dir:{folder}"))
+    assert "cannot load" in refused(load_open_clip, resolve(f"local-dir:{folder}"))
     (folder / "open_clip_pytorch_model.bin").write_bytes(pickle.dumps(Trap(tmp_path / "trapped")))
-    assert "cannot load" in refused(load_model, resolve(f"local-dir:{folder}"))
+    assert "cannot load" in refused(load_open_clip, resolve(f"local-dir:{folder}"))
     assert not (tmp_path / "trapped").exists()
     pickle.loads(pickle.dumps(Trap(tmp_path / "trapped")))
     assert (tmp_path / "trapped").exists()  # the trap works where code is run
@@ -271,7 +287,7 @@ def test_without_network_a_hub_model_is_given_up_within_seconds(spec, monkeypatc
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")  # nothing listens there
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     start = time.monotonic()
-    message = refused(load_model, resolve(spec))
+    message = refused(load_open_clip, resolve(spec))
     assert time.monotonic() - start < 10
     assert "cannot be reached" in message and "local-dir:FOLDER" in message and spec in message
     assert huggingface_hub.constants.HF_HUB_OFFLINE is False
@@ -279,14 +295,14 @@ def test_without_network_a_hub_model_is_given_up_within_seconds(spec, monkeypatc
 
 
 def test_a_name_server_that_never_answers_does_not_hang(monkeypatch):
-    monkeypatch.setattr(annotators, "NETWORK_SECONDS", 0.2)
+    monkeypatch.setattr(models, "NETWORK_SECONDS", 0.2)
     end = threading.Event()
 
     def never(*args, **kwargs):
         end.wait(30)
         raise OSError
 
-    monkeypatch.setattr(annotators.urllib.request, "urlopen", never)
+    monkeypatch.setattr(models.urllib.request, "urlopen", never)
     start = time.monotonic()
-    assert annotators._hub_answers() is False and time.monotonic() - start < 5
+    assert models._hub_answers() is False and time.monotonic() - start < 5
     end.set()

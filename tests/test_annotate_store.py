@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from coreg.annotate import blocks
 from coreg.annotate.blocks import DamagedBlockError, read_block, write_block
 from coreg.annotate.store import AnnotationStore, StoreWriter, make_manifest, refuse_other_job
-from coreg.data.sources import ImageList
+from coreg.data.images import ImageList
 from coreg.errors import UserError
 
 NAMES, TEMPLATES = ["cat", "dog", "猫"], ["a {}", "the {}"]

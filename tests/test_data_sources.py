@@ -17,7 +17,8 @@ from sklearn.datasets import load_digits
 
 from coreg.data import decode as decoding
 from coreg.data.decode import UnreadableImage, decode, read_image
-from coreg.data.sources import escape, list_hash, open_images, require_readable, unescape
+from coreg.data.images import escape, list_hash, unescape
+from coreg.data.sources import open_images, require_readable
 from coreg.errors import UserError
 
 
@@ -381,7 +382,9 @@ def test_decode_squashes_like_pillow_and_leaves_unreadable_rows_zero(tmp_path):
         picture.save(tmp_path / f"{name}.png")
     (tmp_path / "b.png").write_bytes(b"junk")
     images = open_images(str(tmp_path))
-    pixels = decode(images, np.array([2, 1, 0, 2]), size=8, channels=3, workers=2)
+    failed = {}
+    pixels = decode(images, np.array([2, 1, 0, 2]), 8, 3, 2, failed)
+    assert failed == {1: "not an image of a known format"}
     assert pixels.dtype == torch.uint8 and pixels.shape == (4, 3, 8, 8)
     for place, picture in [(0, pictures[1]), (2, pictures[0]), (3, pictures[1])]:
         wanted = np.asarray(picture.resize((8, 8), Image.Resampling.BILINEAR))

@@ -7,7 +7,14 @@ import pytest
 from sklearn.metrics import accuracy_score, recall_score
 
 from coreg.learn.division import Division
-from coreg.report.metrics import accuracy, division_health, mean_prediction_entropy, per_class_accuracy, wilson_interval
+from coreg.report.metrics import (
+    accuracy,
+    collapse_warnings,
+    division_health,
+    mean_prediction_entropy,
+    per_class_accuracy,
+    wilson_interval,
+)
 
 
 def test_accuracy_counts_known_labels_alone():
@@ -61,3 +68,11 @@ def test_division_health_without_labels_says_nothing_about_truth():
     division = Division(np.ones(2), np.ones(2, dtype=bool))
     found = division_health([division] * 2, [log_p] * 2, np.ones((2, 2), dtype=bool), np.zeros(2, int), np.full(2, -1))
     assert not any(name.startswith("truth") for name in found)
+
+
+def test_collapse_is_put_into_words():
+    names = ["ant", "bee", "cat", "dog"]
+    assert collapse_warnings(np.arange(40) % 4, names) == []
+    said = collapse_warnings(np.array([0] * 39 + [1]), names)
+    assert "3 of 4 classes are hardly ever predicted (bee, cat, dog)" not in said[0]  # bee: 1 of 40 is a tenth of a share
+    assert said[0].startswith("2 of 4 classes") and "cat, dog" in said[0] and "called ant" in said[1]

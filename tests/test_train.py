@@ -4,6 +4,8 @@ import json
 
 import pytest
 import torch
+import yaml
+from conftest import SMALL_JOB
 
 import train_coreg
 from coreg.run import checkpoint
@@ -173,3 +175,92 @@ def test_two_jobs_cannot_share_a_folder(annotations, tmp_path, capsys):
         arguments = ["--annotations", str(annotations), "--recipe", "digits", "--output_dir", str(output), *SHORT]
         message = fails(capsys, *arguments)
     assert "another job is running" in message
+
+
+def small_run(store, output, *more):
+    train_coreg.main(["--annotations", str(store), "--output_dir", str(output), *SMALL_JOB, *more])
+    state = checkpoint.load(output / "checkpoints", checkpoint.latest(output / "checkpoints"))
+    return state, json.loads((output / "report.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def small(small_store, tmp_path_factory):
+    return small_run(small_store, tmp_path_factory.mktemp("small") / "run")
+
+
+def weights_of(state):
+    return torch.cat([tensor.flatten() for name, tensor in state["learners"][0].items() if name.startswith("net.")])
+
+
+@pytest.mark.parametrize(
+    "switch",
+    [
+        ["--preset", "paper"],
+        ["--preset", "fast"],
+        ["--co_pseudo_labels", "false"],
+        ["--use_unlabeled", "false"],
+        ["--contrast_weight", "0"],
+        ["--contrast", "supervised"],
+        ["--contrast", "hcp"],
+        ["--contrast", "hcpn"],
+        ["--contrast", "unsupervised"],
+        ["--prototype_weight", "0"],
+        ["--prototype_form", "paper"],
+        ["--prototype_update", "all"],
+        ["--mixup_alpha", "0"],
+        ["--alignment", "none"],
+        ["--alignment", "annotator"],
+        ["--squared_error", "sum"],
+        ["--guess_mode", "eval"],
+        ["--division_view", "plain"],
+        ["--warmup_view", "weak"],
+        ["--entropy_weight", "0"],
+        ["--key_reset", "never"],
+        ["--history", "1"],
+        ["--warmup_epochs", "3"],
+        ["--queue_size", "5000"],
+        ["--batch_size", "96"],
+    ],
+    ids=" ".join,
+)
+def test_every_switch_trains_and_changes_the_result(small_store, small, tmp_path, switch):
+    state, report = small_run(small_store, tmp_path / "run", *switch)
+    assert weights_of(state).isfinite().all() and 0 <= report["accuracy"]["test"]["ensemble"] <= 1
+    if switch == ["--queue_size", "5000"]:
+        return  # nothing was pushed out of a queue larger than the data: only then may the result differ
+    if switch[0] == "--guess_mode":
+        return  # without batch statistics both modes predict the same
+    assert not torch.equal(weights_of(state), weights_of(small[0]))
+
+
+def test_merged_guesses_are_the_same_where_no_batch_statistics_are(small_store, small, tmp_path):
+    state, _ = small_run(small_store, tmp_path / "run", "--guess_mode", "eval")
+    torch.testing.assert_close(weights_of(state), weights_of(small[0]), rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("mode", ["replace", "replace+repeat", "extra_ce"])
+def test_few_shot_labels_are_trusted_and_counted(small_store, tmp_path, mode):
+    state, report = small_run(small_store, tmp_path / "run", "--few_shot", "2", "--label_mode", mode)
+    assert report["labels_used"] == 6
+    assert all((weight == 1).sum() >= 6 for weight in state["weights"])
+
+
+def test_a_persons_own_labels(small_store, tmp_path, capsys):
+    own = tmp_path / "mine.csv"
+    own.write_text("path,label\ntrain/a/0.png,b\ntrain/b/1.png,b\n")
+    _, report = small_run(small_store, tmp_path / "run", "--labels", str(own))
+    assert report["labels_used"] == 2
+    assert sorted((tmp_path / "run" / "known_labels.csv").read_text().splitlines()) == sorted(own.read_text().splitlines())
+    own.write_text("path,label\ntrain/a/0.png,a\ntrain/b/1.png,b\n")
+    arguments = ["--annotations", str(small_store), "--output_dir", str(tmp_path / "run"), *SMALL_JOB, "--labels", str(own)]
+    assert "known_labels was" in fails(capsys, *arguments)
+    own.write_text("path,label\ntest/a/0.png,a\n")
+    assert "labels test images" in fails(capsys, *arguments)
+
+
+def test_print_config_shows_preset_below_recipe_below_command_line(capsys):
+    train_coreg.main(["--preset", "paper", "--recipe", "digits", "--history", "3", "--print_config"])
+    settings = yaml.safe_load(capsys.readouterr().out)
+    assert settings["preset"] == "paper" and settings["alignment"] == "none"  # the preset's
+    assert settings["contrast_after"] == 4  # the recipe's
+    assert settings["history"] == 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -33,7 +34,8 @@ def write_atomically(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise UserError(
             f"cannot write {path}: {error.strerror}; what is written is kept, run the same command again"
         ) from None
@@ -76,3 +78,26 @@ def read_block(path: Path, index: int, job: str) -> tuple[dict[str, np.ndarray],
         return tensors, {int(row): reason for row, reason in errors.items()}, checksum
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise DamagedBlockError(f"it cannot be read ({' '.join(str(error).split())})") from None
+
+
+def read_errors(path: Path) -> dict[int, str]:
+    """The reasons of a block's unreadable rows, from its header alone and without verifying the block.
+
+    Raises:
+        DamagedBlockError: the header cannot be read.
+    """
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return {int(row): reason for row, reason in json.loads((file.metadata() or {})["coreg"])["errors"].items()}
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedBlockError(f"it cannot be read ({' '.join(str(error).split())})") from None
+
+
+def pack_answers(answers: list[list[str]]) -> np.ndarray:
+    """The raw answers of a chat model, n images by T templates, as uint8 (B,): JSON, so that no answer can break it."""
+    return np.frombuffer(json.dumps(answers, ensure_ascii=False).encode("utf-8", "replace"), dtype=np.uint8)
+
+
+def unpack_answers(packed: np.ndarray) -> list[list[str]]:
+    """The inverse of `pack_answers`."""
+    return json.loads(packed.tobytes())

@@ -7,7 +7,7 @@ import stat
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from coreg.errors import UserError
 
 if TYPE_CHECKING:
-    from coreg.data.sources import ImageList
+    from coreg.data.images import ImageList
 
 # Formats that Pillow decodes by itself. EPS is left out on purpose: Pillow hands it to Ghostscript, an interpreter.
 # "JPEG" includes MPO. Formats that this Pillow was built without are left out: asking for them is an error.
@@ -33,6 +33,8 @@ MAX_ASPECT = 200  # a 1 x 60000 image within MAX_PIXELS would explode when its s
 
 # Above MAX_PIXELS we refuse ourselves; Pillow's warning would only be printed beside it.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+# Damaged EXIF and TIFF tags do not matter while the pixels can be read; of a million images thousands would be remarked.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 
 class UnreadableImage(Exception):  # noqa: N818
@@ -40,7 +42,30 @@ class UnreadableImage(Exception):  # noqa: N818
 
 
 def read_image(path: str | Path) -> Image.Image:
-    """Read one image file.
+    """Read one image file; see `decode_image` for what becomes of its pixels.
+
+    Returns:
+        PIL image of mode "L" (grey files) or "RGB".
+
+    Raises:
+        UnreadableImage: missing, not a regular file, empty, or for the reasons of `decode_image`.
+    """
+    try:
+        # A FIFO that is called x.jpg would block the open for ever, so the kind of file is looked at first.
+        status = Path(path).stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise UnreadableImage("not a regular file")
+        if status.st_size == 0:
+            raise UnreadableImage("empty file")
+    except FileNotFoundError:
+        raise UnreadableImage("no such file") from None
+    except (OSError, ValueError) as error:
+        raise UnreadableImage(" ".join((getattr(error, "strerror", None) or str(error)).split())) from None
+    return decode_image(path)
+
+
+def decode_image(file: str | Path | BinaryIO) -> Image.Image:
+    """Decode one image from a regular file or from memory.
 
     EXIF orientation is applied; palettes, CMYK and other colour spaces become RGB; transparent parts are laid over
     white; 16-bit grey is scaled to 8 bits by its full range, 32-bit and float grey by their own range; animations give
@@ -50,24 +75,16 @@ def read_image(path: str | Path) -> Image.Image:
         PIL image of mode "L" (grey files) or "RGB".
 
     Raises:
-        UnreadableImage: missing, not a regular file, empty, truncated, of no known format, a decompression bomb (more
-            than `MAX_PIXELS` pixels), or one side is more than `MAX_ASPECT` times the other.
+        UnreadableImage: truncated, of no known format, a decompression bomb (more than `MAX_PIXELS` pixels), or one side
+            is more than `MAX_ASPECT` times the other.
     """
     try:
-        # A FIFO that is called x.jpg would block the open for ever, so the kind of file is looked at first.
-        status = Path(path).stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise UnreadableImage("not a regular file")
-        if status.st_size == 0:
-            raise UnreadableImage("empty file")
-        with Image.open(path, formats=FORMATS) as image:
+        with Image.open(file, formats=FORMATS) as image:
             _check_size(image.width, image.height)
             image.load()
             return _to_8_bit(_upright(image))
     except UnreadableImage:
         raise
-    except FileNotFoundError:
-        raise UnreadableImage("no such file") from None
     except UnidentifiedImageError:
         raise UnreadableImage("not an image of a known format") from None
     except OSError as error:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from coreg.data.sources import _lookup as lookup
+from coreg.data.images import lookup
 from coreg.data.keyed import keyed_generator
 from coreg.errors import UserError
 

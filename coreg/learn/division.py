@@ -74,8 +74,9 @@ def divide(
         seed: of the mixture's initialisation.
         threshold: w above it is P.
         smallest: the least size of P, as far as there are usable images.
-        monotone: for losses below the smaller mean use the posterior at that mean. The posterior itself is not monotone
-            when the two variances differ, so that the easiest images can land in U.
+        monotone: for losses outside the two means use the posterior at the nearer mean. The posterior itself falls with
+            the loss only between the means: where the variances differ, the broader component takes both tails, so that
+            the easiest images can land in U, or the hardest ones in P.
     """
     weight = np.zeros(history.shape[1])
     if not usable.any():
@@ -99,7 +100,7 @@ def divide(
         if mixture.weights_.min() * len(smooth) < 1e-3:
             weight[usable] = 1.0
         else:
-            at = np.maximum(smooth, means[small]) if monotone else smooth
+            at = smooth.clip(means[small], means[1 - small]) if monotone else smooth
             weight[usable] = mixture.predict_proba(at[:, None])[:, small]
     found.trusted = weight > threshold
     if found.trusted.sum() < smallest:

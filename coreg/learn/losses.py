@@ -4,7 +4,7 @@ Rows are never averaged here: under data parallelism a loss is a mean over the r
 sums the rows it holds and divides by the global count. Reductions run in float32 or wider, whatever the inputs are.
 
 Shapes: n rows, C classes, b anchors, M rows to contrast with, D = 128 projected features.
-Source: "Pre-Trained Vision-Language Models as (Noisy) Partial Annotators" (AAAI), called AAAI below, its journal
+Source: "Pre-Trained Vision-Language Models as Partial Annotators" (AAAI), called AAAI below, its journal
 extension (arXiv 2506.03229), and the public reference code where the texts leave a choice.
 """
 

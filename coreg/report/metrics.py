@@ -46,7 +46,7 @@ def division_health(
     """How a division looks, mostly without ground truth: what a person watches to see whether a run is sound.
 
     Args:
-        divisions, log_ps: of both networks; log probabilities are (N, C), aligned.
+        divisions, log_ps: of both networks; log probabilities are (N, C), before alignment.
         candidates: bool (N, C). annotator: int64 (N,), its predictions. labels: int64 (N,), -1 unknown.
 
     Returns:
@@ -77,3 +77,28 @@ def division_health(
                 health[f"truth/accuracy_in_{name}"] = float(np.mean([(p[r] == labels[r]).mean() for p, r in filled]))
                 health[f"truth/candidate_coverage_in_{name}"] = float(np.mean([inside[r].mean() for _, r in filled]))
     return health
+
+
+def collapse_warnings(predictions: np.ndarray, class_names: list[str]) -> list[str]:
+    """Plain words about classes that the trained networks hardly ever name on the training images; empty when all is well.
+
+    A class counts as lost below a tenth of an even share, and predictions as collapsed when one class takes half of them
+    although there are more than three.
+
+    Args:
+        predictions: int64 (N,).
+    """
+    counts = np.bincount(predictions, minlength=len(class_names))
+    lost = [name for name, count in zip(class_names, counts) if count < len(predictions) / len(class_names) / 10]
+    said = []
+    if lost:
+        named = ", ".join(lost[:5]) + (", …" if len(lost) > 5 else "")
+        said.append(f"{len(lost)} of {len(class_names)} classes are hardly ever predicted ({named})")
+    if len(class_names) > 3 and counts.max() > len(predictions) / 2:
+        said.append(f"more than half of all images are called {class_names[counts.argmax()]}")
+    if said:
+        said.append(
+            "unless your images are like that, the labels have collapsed: look at what the annotator names, then try "
+            "other templates or class names, or give a few true labels with --labels"
+        )
+    return said

@@ -132,6 +132,16 @@ def write_labels(
     return int(review.sum())
 
 
+def write_known_labels(path: Path, store: AnnotationStore, known: np.ndarray) -> None:
+    """The labels that training is given, as a CSV that `--labels` reads back; known: int64 over the store, -1 unknown."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        writer = csv.writer(file)
+        writer.writerow(["path", "label"])
+        writer.writerows((store.paths[row], store.class_names[known[row]]) for row in np.flatnonzero(known >= 0))
+    temporary.replace(path)
+
+
 def build_report(
     method: str,
     store: AnnotationStore,
@@ -208,6 +218,8 @@ def summary(report: dict[str, Any], root: Path) -> str:
                 lines.append(f"{name[:28]:<{width}}{row['annotator']:>10.0%}{row['ensemble']:>10.0%}   n = {row['n']}")
     else:
         lines.append("No true labels are known, so there is no accuracy to report.")
+    if report.get("warnings"):
+        lines += ["", "Warning: " + "; ".join(report["warnings"]) + "."]
     lines += [
         "",
         f"{report['parameters'] / 1e6:.2f} M parameters a network, {report['images_per_second']:.0f} images/s, "

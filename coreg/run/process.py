@@ -30,19 +30,22 @@ def build_accelerator(
     Raises:
         UserError: the launcher started a number of processes that this one does not see.
     """
-    accelerator = Accelerator(
-        cpu=not torch.cuda.is_available(),
-        mixed_precision=mixed_precision,
-        log_with=None if log_with in (None, "none") else log_with,
-        project_dir=project_dir,
-        # losses are scaled by hand and learning rates set by hand: accelerate steps nothing on our behalf
-        step_scheduler_with_optimizer=False,
-        kwargs_handlers=[
-            # the projector gets no gradient before the contrastive gate opens
-            DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False),
-            InitProcessGroupKwargs(timeout=timedelta(minutes=timeout_minutes)),
-        ],
-    )
+    try:
+        accelerator = Accelerator(
+            cpu=not torch.cuda.is_available(),
+            mixed_precision=mixed_precision,
+            log_with=None if log_with in (None, "none") else log_with,
+            project_dir=project_dir,
+            # losses are scaled by hand and learning rates set by hand: accelerate steps nothing on our behalf
+            step_scheduler_with_optimizer=False,
+            kwargs_handlers=[
+                # the projector gets no gradient before the contrastive gate opens
+                DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False),
+                InitProcessGroupKwargs(timeout=timedelta(minutes=timeout_minutes)),
+            ],
+        )
+    except ValueError as error:
+        raise UserError(f"the processes cannot start: {' '.join(str(error).split())}") from None
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != launched:
         raise UserError(

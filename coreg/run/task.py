@@ -51,8 +51,12 @@ class Task:
     test_labels: np.ndarray
 
 
-def known_labels(job: JobConfig, store: AnnotationStore, train: np.ndarray) -> np.ndarray:
-    """Classes that a person gave, int64 (N,) over the training images, -1 elsewhere."""
+def known_labels(job: JobConfig, store: AnnotationStore) -> np.ndarray:
+    """Classes that a person gave, int64 over all rows of the store, -1 elsewhere.
+
+    Raises:
+        UserError: labels of test images, or no labels to draw from.
+    """
     known = np.full(len(store.paths), -1)
     if job.labels:
         rows, classes = read_labels(job.labels, store.paths, store.class_names)
@@ -62,15 +66,21 @@ def known_labels(job: JobConfig, store: AnnotationStore, train: np.ndarray) -> n
     elif job.few_shot:
         if store.labels is None:
             raise UserError("--few_shot draws from true labels, and the store has none; give your own with --labels FILE")
+        train = np.flatnonzero((store.split == 0) & ~store.unreadable)
         rows = few_shot_draw(store.labels, train, job.few_shot, len(store.class_names), job.seed)
         known[rows] = store.labels[rows]
-    return known[train]
+    return known
 
 
 def prepare(
-    accelerator: Accelerator, job: JobConfig, look: ImageConfig, method: CoRegOptions, store: AnnotationStore
+    accelerator: Accelerator,
+    job: JobConfig,
+    look: ImageConfig,
+    method: CoRegOptions,
+    store: AnnotationStore,
+    known: np.ndarray,
 ) -> Task:
-    """Candidate sets from the store, and its images as one uint8 tensor."""
+    """Candidate sets from the store and from `known_labels`, and the images as one uint8 tensor."""
     images = store.images()
     candidates, unreadable = candidate_sets(store, job.candidates), store.unreadable
     labels = np.full(len(store.paths), -1) if store.labels is None else store.labels
@@ -80,7 +90,7 @@ def prepare(
     test = np.flatnonzero((store.split == 1) & ~unreadable)
     if len(train) < 2:
         raise UserError(f"the store {store.root} has {len(train)} readable training images; Co-Reg needs at least 2")
-    known = known_labels(job, store, train)
+    known = known[train]
     given, n_classes = np.flatnonzero(known >= 0), len(store.class_names)
     candidates = candidates[train]
     candidates[given] = np.arange(n_classes) == known[given, None]
@@ -89,7 +99,9 @@ def prepare(
 
     def load(rows: np.ndarray) -> TrainingImages:
         pixels = decode(images, rows, look.image_size, look.channels, job.workers).to(accelerator.device)
-        return TrainingImages(pixels, torch.from_numpy(rows), augmentation, accelerator.device, job.seed)
+        return TrainingImages(
+            pixels, torch.from_numpy(rows), augmentation, accelerator.device, job.seed, getattr(torch, job.dtype)
+        )
 
     probs = store.probs()[train].astype(np.float64)
     prior = probs.mean(axis=0) if method.alignment == "annotator" else np.full(n_classes, 1 / n_classes)
@@ -125,4 +137,4 @@ def predict(
     # a process without rows passes an empty batch, so that all results have their shapes
     batches = images.in_batches(view, rows, batch_size, key) if len(rows) else [images.view(view, rows, key)]
     logits, features = zip(*(net(batch) for batch in batches))
-    return gather_rows(torch.cat(logits).float(), n), gather_rows(torch.cat(features), n)
+    return gather_rows(torch.cat(logits).to(images.dtype), n), gather_rows(torch.cat(features), n)

@@ -77,6 +77,7 @@ def build_training(
     accelerator: Accelerator, job: JobConfig, look: ImageConfig, method: CoRegOptions, n_classes: int
 ) -> Training:
     """Two networks of one architecture with different initialisation, sharing prototypes, and what trains them."""
+    dtype = getattr(torch, job.dtype)
     prototypes = Prototypes(n_classes, method.projection_dim)
     arguments = parse_backbone_args(look.backbone_args)
     nets = []
@@ -87,7 +88,7 @@ def build_training(
         if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
             net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
         nets.append(net.to(memory_format=torch.channels_last))
-    learners = [CoRegLearner(net, prototypes, method).to(accelerator.device) for net in nets]
+    learners = [CoRegLearner(net, prototypes, method).to(accelerator.device, dtype) for net in nets]
     for learner, peer in zip(learners, reversed(nets)):
         learner.set_peer(peer)
     optimizers = [

@@ -1,0 +1,154 @@
+"""Which process annotates which block, agreed upon through the folder alone: processes may come, go and be killed.
+
+A process that works on a store keeps a file `claims/<process>.alive` fresh and takes a block by creating
+`claims/<block>.claim` with its name in it, which only one process can do. The claim of a process that ended or has not
+been heard of for `STALE_SECONDS` is taken over. Claims only save work: should two processes ever annotate the same block,
+because a network disk showed one of them an old picture, then both write the same bytes, each in one rename.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import secrets
+import shutil
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+
+from coreg.errors import UserError
+
+STALE_SECONDS = 180.0  # well above the minute for which network disks may show old file times
+BEAT_SECONDS = 10.0
+
+
+def this_machine() -> str:
+    """A name for the set of processes that see each other: the host, and the container where there is one."""
+    try:
+        namespace = f"-{Path('/proc/self/ns/pid').stat().st_ino}"
+    except OSError:
+        namespace = ""
+    return f"{platform.node()}{namespace}".replace("/", "_")
+
+
+class BlockQueue:
+    """The blocks of a store that are still to be annotated, as one of the processes that share the folder sees them.
+
+    Use it as a context manager: inside, this process counts as alive.
+    """
+
+    def __init__(self, root: Path, files: Sequence[Path], start: float = 0.0) -> None:
+        """Prepare a queue.
+
+        Args:
+            root: folder of the store.
+            files: the files of all blocks; a block is finished when its file is there.
+            start: where to begin looking for free blocks, as a share in [0, 1); processes that begin at different
+                places seldom want the same block.
+        """
+        self.root, self.files = root / "claims", files
+        self.order = [(int(start * len(files)) + step) % len(files) for step in range(len(files))]
+        self.name = f"{this_machine()}.{os.getpid()}.{secrets.token_hex(4)}"
+        self.alive = self.root / f"{self.name}.alive"
+        self.mine: set[int] = set()
+        self._ended = threading.Event()
+        self._beating = threading.Thread(target=self._keep_alive, daemon=True)
+
+    def __enter__(self) -> BlockQueue:
+        try:
+            self.root.mkdir(exist_ok=True)
+            self.alive.touch()
+        except OSError as error:
+            raise UserError(f"cannot write into {self.root}: {error.strerror}; run the same command again") from None
+        self._beating.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._ended.set()
+        self._beating.join()
+        for index in list(self.mine):
+            self.release(index)
+        with contextlib.suppress(OSError):
+            self.alive.unlink()
+
+    def _keep_alive(self) -> None:
+        while not self._ended.wait(BEAT_SECONDS):
+            with contextlib.suppress(OSError):  # removed by a process that found the job finished
+                os.utime(self.alive)
+
+    def finished(self) -> list[bool]:
+        """Which blocks are there, by one look into the folder."""
+        names = set(os.listdir(self.files[0].parent))
+        return [file.name in names for file in self.files]
+
+    def claim(self) -> int | None:
+        """Take a free block; None when every block is finished or in work."""
+        done = self.finished()
+        for index in self.order:
+            if done[index] or index in self.mine or not self._take(index):
+                continue
+            self.mine.add(index)
+            if not self.files[index].exists():  # it may have been finished since the look into the folder
+                return index
+            self.release(index)
+        return None
+
+    def release(self, index: int) -> None:
+        """Give a block back, finished or not."""
+        self.mine.discard(index)
+        with contextlib.suppress(OSError):
+            if self._claim(index).read_text(encoding="utf-8") == self.name:
+                self._claim(index).unlink()
+
+    def _claim(self, index: int) -> Path:
+        return self.root / f"{index:05d}.claim"
+
+    def _take(self, index: int) -> bool:
+        claim = self._claim(index)
+        try:
+            with claim.open("x", encoding="utf-8") as file:
+                file.write(self.name)
+            return True
+        except FileExistsError:
+            pass
+        except OSError as error:
+            raise UserError(f"cannot write {claim}: {error.strerror}; run the same command again") from None
+        try:
+            owner = claim.read_text(encoding="utf-8")
+            if not self._is_gone(self.root / f"{owner}.alive" if owner else claim, owner):
+                return False
+            mine = self.root / f"{self.name}.take"
+            mine.write_text(self.name, encoding="utf-8")
+            mine.replace(claim)
+            # Of two processes that take over at the same time, the one that wrote last has it.
+            return claim.read_text(encoding="utf-8") == self.name
+        except OSError:  # released, or taken over by another process, at this very moment
+            return False
+
+    def _is_gone(self, sign: Path, owner: str) -> bool:
+        """Whether the process that touches the file `sign` has ended, or has not been heard of for long."""
+        machine, _, rest = owner.rpartition(".")[0].rpartition(".")
+        if machine == this_machine() and rest.isdigit() and not _runs(int(rest)):
+            return True
+        try:
+            last = sign.stat().st_mtime
+            self.alive.touch()  # the clock of the disk, not of this machine
+            return self.alive.stat().st_mtime - last > STALE_SECONDS
+        except FileNotFoundError:
+            return not sign.exists()
+
+    def clear(self) -> None:
+        """Remove all claims; for when every block is there."""
+        shutil.rmtree(self.root, ignore_errors=True)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # it belongs to somebody else
+        return True
+    return True

@@ -1,0 +1,184 @@
+"""One store from several: parts of one job, other images, or other annotators of the same images."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from coreg.annotate.blocks import DamagedBlockError, pack_answers, read_block, unpack_answers
+from coreg.annotate.manifest import block_files, job_hash, make_manifest, read_manifest
+from coreg.annotate.store import AnnotationStore, paths_of_lines
+from coreg.annotate.writer import StoreWriter
+from coreg.data.images import ImageList
+from coreg.data.joined import joined_paths, joined_spec
+from coreg.errors import UserError
+
+
+def merge(folders: Sequence[str], output: str) -> tuple[Path, str]:
+    """Make one store from several; what they have in common says how.
+
+    * Stores of the same job, finished or not: every whole block of any of them. Missing blocks are then annotated by the
+      command that began them.
+    * Other images, but the same class names, templates and model: all images, part by part.
+    * The same images and class names, but other models or templates: the votes of all templates side by side, and the mean
+      of the probabilities over all templates. Candidate rules then work on all annotators together.
+
+    Returns:
+        the new store's folder, and what was done, for a person.
+
+    Raises:
+        UserError: the stores do not fit together, are damaged, or `output` is taken.
+    """
+    root = Path(output)
+    if len(folders) < 2:
+        raise UserError("merge needs at least two stores: python -m coreg.annotate.store merge ann1 ann2 --output_dir ann")
+    if root.exists() and (not root.is_dir() or any(root.iterdir())):
+        raise UserError(f"{root} is there already; give a new --output_dir")
+    manifests = [read_manifest(Path(folder)) for folder in folders]
+    if len({job_hash(manifest) for manifest in manifests}) == 1:
+        return root, _same_job([Path(folder) for folder in folders], manifests[0], root)
+    stores = [AnnotationStore.open(folder) for folder in folders]
+    first = stores[0]
+    for store in stores[1:]:
+        if store.class_names != first.class_names:
+            raise UserError(f"{store.root} has other class names than {first.root}; stores that are merged have the same")
+    if len({store.manifest["images"]["sha256"] for store in stores}) == 1:
+        return root, _side_by_side(stores, root)
+    for store in stores[1:]:
+        for key in ("templates", "model"):
+            if store.manifest[key] != first.manifest[key]:
+                raise UserError(
+                    f"{store.root} has other images and another {key} than {first.root}; stores are merged that have "
+                    f"the same images, or the same model and templates"
+                )
+    return root, _one_behind_the_other(stores, root)
+
+
+def _same_job(folders: list[Path], manifest: dict[str, Any], root: Path) -> str:
+    job = job_hash(manifest)
+    found = {}
+    for folder in folders:
+        for index, file in enumerate(block_files(folder, manifest)):
+            if index not in found:
+                try:
+                    read_block(file, index, job)
+                    found[index] = file
+                except DamagedBlockError:  # missing here, or damaged: another part may have it
+                    continue
+    (root / "blocks").mkdir(parents=True)
+    targets = block_files(root, manifest)
+    for index, file in found.items():
+        shutil.copyfile(file, targets[index])
+    for name in ("images.txt", "samples.safetensors", "manifest.json"):  # the manifest last: now it is a store
+        shutil.copyfile(folders[0] / name, root / name)
+    if len(found) < len(targets):
+        missing = f"{len(found)} of {len(targets)} blocks are there"
+        return f"{missing}; annotate the others with the same annotate_vlm.py command and --output_dir {root}"
+    lines = (root / "images.txt").read_bytes().split(b"\n")[:-1]
+    StoreWriter(root, manifest).finish(paths_of_lines(lines))
+    return f"all {len(targets)} blocks are there"
+
+
+def _side_by_side(stores: list[AnnotationStore], root: Path) -> str:
+    """Columns: all templates of all annotators."""
+    first = stores[0]
+    specs = [store.manifest["model"]["spec"] for store in stores]
+    names = [template for store in stores for template in store.templates]
+    if len(set(names)) < len(names):
+        names = [f"{spec}: {template}" for spec, store in zip(specs, stores) for template in store.templates]
+    weights = hashlib.sha256("\n".join(store.hash for store in stores).encode()).hexdigest()
+    images = ImageList(first.images_spec, first.paths, first.labels, first.split, None, pixels=lambda row: None)
+    writer = _writer(root, images, stores, names, {"spec": " + ".join(specs), "weights": f"sha256 {weights}"}, None)
+    votes = [store.votes() for store in stores]
+    probs = [store.probs() for store in stores]
+    counts = [len(store.templates) for store in stores]
+    unreadable = np.logical_and.reduce([store.unreadable for store in stores])
+    reasons = {row: why for row, why in StoreWriter(first.root, first.manifest).unreadable().items() if unreadable[row]}
+    for index in range(len(writer.files)):
+        part = slice(writer.rows(index).start, writer.rows(index).stop)
+        mean = sum(count * table[part].astype(np.float32) for count, table in zip(counts, probs)) / sum(counts)
+        tensors = {"votes": np.concatenate([table[part] for table in votes], axis=1), "probs": mean.astype(np.float16)}
+        # What one annotator could read can be read: the others abstain there, as they did.
+        writer.write(index, tensors, {row: why for row, why in reasons.items() if row in writer.rows(index)})
+    writer.finish(first.paths)
+    return f"{len(stores)} annotators of the same {len(first)} images, {len(names)} templates in all"
+
+
+def _one_behind_the_other(stores: list[AnnotationStore], root: Path) -> str:
+    """Rows: all images of all parts."""
+    specs = [store.images_spec for store in stores]
+    paths = joined_paths([store.paths for store in stores])
+    labels = [np.full(len(store), -1) if store.labels is None else store.labels for store in stores]
+    split = np.concatenate([store.split for store in stores])
+    images = ImageList(joined_spec(specs), paths, np.concatenate(labels), split, None, pixels=lambda row: None)
+    first = stores[0]
+    writer = _writer(root, images, stores, first.templates, first.manifest["model"], first.manifest["features"])
+    waiting: list[dict[str, np.ndarray]] = []
+    errors: dict[int, str] = {}
+    index = 0
+    for tensors, bad in _blocks_of(stores):
+        waiting.append(tensors)
+        errors |= bad
+        while index < len(writer.files) and sum(len(part["votes"]) for part in waiting) >= len(writer.rows(index)):
+            rows = writer.rows(index)
+            whole = _concatenated(waiting)
+            here, waiting = _split(whole, len(rows))
+            writer.write(index, here, {row: errors.pop(row) for row in sorted(errors) if row in rows})
+            index += 1
+    writer.finish(paths)
+    return f"{len(paths)} images of {len(stores)} parts"
+
+
+def _blocks_of(stores: list[AnnotationStore]) -> Iterator[tuple[dict[str, np.ndarray], dict[int, str]]]:
+    offset = 0
+    for store in stores:
+        job = job_hash(store.manifest)
+        for index, file in enumerate(block_files(store.root, store.manifest)):
+            tensors, bad, _ = read_block(file, index, job)
+            yield tensors, {row + offset: reason for row, reason in bad.items()}
+        offset += len(store)
+
+
+def _concatenated(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    whole = {}
+    for name in parts[0]:
+        pieces = [part[name] for part in parts]
+        if name == "answers":
+            whole[name] = pack_answers([row for piece in pieces for row in unpack_answers(piece)])
+        else:
+            whole[name] = np.concatenate(pieces)
+    return whole
+
+
+def _split(whole: dict[str, np.ndarray], count: int) -> tuple[dict[str, np.ndarray], list[dict[str, np.ndarray]]]:
+    """The first `count` rows, and what is left, if anything."""
+    rest = len(whole["votes"]) - count
+    here, there = {}, {}
+    for name, table in whole.items():
+        if name == "answers":
+            answers = unpack_answers(table)
+            here[name], there[name] = pack_answers(answers[:count]), pack_answers(answers[count:])
+        else:
+            here[name], there[name] = table[:count], table[count:]
+    return here, [there] if rest else []
+
+
+def _writer(
+    root: Path,
+    images: ImageList,
+    stores: list[AnnotationStore],
+    templates: Sequence[str],
+    model: dict[str, str],
+    features: int | None,
+) -> StoreWriter:
+    told = stores[0].manifest
+    kept = {key: told.get(key) for key in ("data_root", "preprocessing", "versions")}
+    manifest = make_manifest(images, told["class_names"], templates, model, told["block_size"], features=features, **kept)
+    writer = StoreWriter(root, manifest)
+    writer.begin(images)
+    return writer

@@ -1,0 +1,408 @@
+"""Candidate sets made from true labels: the synthetic noise of the literature, as ordinary annotation stores.
+
+    python -m coreg.annotate.synthetic --images torchvision:CIFAR10 --rule flip --q 0.1 --eta 0.2 --output_dir ann
+        candidate sets as in the experiments of ALIM, IRNet and Co-Reg; train on them with train_coreg.py --annotations ann
+
+Rules: `flip` (q: chance of every wrong class; eta: share of images whose truth is exchanged for a wrong class), `pico`
+(the variant of PiCO+), `uniform` (the truth is always in), `hierarchical` (as flip, within super-classes), `instance`
+(wrong classes by the probabilities that a classifier gives them). Every draw is a hash of (seed, rule's step, image), so
+an image's candidates depend neither on the other images nor on the machine. No image is decoded.
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import hashlib
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+
+import coreg
+from coreg.annotate.prompts import read_class_names
+from coreg.annotate.store import AnnotationStore, StoreWriter, make_manifest
+from coreg.config import option, parse
+from coreg.data.keyed import keyed_uniform
+from coreg.data.sources import open_images
+from coreg.errors import UserError, exits_with_one_line
+
+BLOCK_SIZE = 16_384  # rows a block of the store
+# rule -> the options that it takes, with their defaults
+TAKES: dict[str, dict[str, float | None]] = {
+    "flip": {"q": 0.1, "eta": 0.0},
+    "pico": {"q": 0.1, "eta": 0.0},
+    "uniform": {"q": 0.1},
+    "hierarchical": {"q": 0.1, "eta": 0.0, "superclasses": None},
+    "instance": {"rho": 0.4, "eta": 0.0, "probabilities": None},
+}
+
+
+# ---- generators -----------------------------------------------------------------------------------------------------
+
+
+def uniforms(seed: int, step: str, rows: np.ndarray, columns: int) -> np.ndarray:
+    """The draws of one step of a generator.
+
+    Args:
+        seed: of the candidate sets.
+        step: `sets` (C columns), `noise` (2 columns: whether, and which class) or, of `pico`, `round 0`, `round 1` ...
+        rows: int64 (n,), row numbers of the images.
+        columns: numbers an image.
+
+    Returns:
+        float64 (n, columns), uniform in [0, 1).
+    """
+    return keyed_uniform((seed, "synthetic", step), torch.from_numpy(rows), columns).double().numpy()
+
+
+def flip(labels: np.ndarray, n_classes: int, q: float, eta: float, seed: int) -> np.ndarray:
+    """Random flips, then noise: the procedure of ALIM (Xu et al., 2023), IRNet and Co-Reg.
+
+    A wrong class joins the truth when its draw u < q. Then, when an image's draw u <= eta, one class drawn uniformly
+    from outside the set takes the place of the truth; a full set stays. Nothing is drawn again, so that sets may have one
+    member, E|S| = 1 + (C-1) q, and the share of sets without the truth is eta but for full sets.
+
+    Args:
+        labels: int (N,) true classes in [0, C). n_classes: C >= 2. q, eta: in [0, 1]. seed: of all draws.
+
+    Returns:
+        bool (N, C); no row is empty.
+
+    Raises:
+        UserError: q or eta out of range.
+        ValueError: labels or n_classes out of range.
+    """
+    truth = _truth(labels, n_classes, q=q, eta=eta)
+    return _exchange_truth(truth | _others(truth, seed, q), labels, eta, seed)
+
+
+def pico(labels: np.ndarray, n_classes: int, q: float, eta: float, seed: int) -> np.ndarray:
+    """The variant of PiCO+ (Wang et al., 2022): the truth with probability 1 - eta, others with q, never empty.
+
+    Empty sets are drawn again as a whole, which lowers the noise: P(truth not in S) is
+    1 - (1-eta) / (1 - eta (1-q)^(C-1)), below eta. Arguments, result and errors as for `flip`.
+
+    Raises:
+        UserError: also when nearly every set would be empty, so that drawing again would not end.
+    """
+    truth = _truth(labels, n_classes, q=q, eta=eta)
+    if eta * (1 - q) ** (n_classes - 1) > 0.99:
+        raise UserError(f"with --q {q} and --eta {eta} nearly every candidate set is empty; give a larger --q")
+    chance = np.where(truth, 1 - eta, q)
+    candidates, empty, number = np.zeros_like(truth), np.arange(len(labels)), 0
+    while len(empty):
+        drawn = uniforms(seed, f"round {number}", empty, n_classes) < chance[empty]
+        candidates[empty] = drawn
+        empty, number = empty[~drawn.any(axis=1)], number + 1
+    return candidates
+
+
+def uniform(labels: np.ndarray, n_classes: int, q: float, seed: int) -> np.ndarray:
+    """The truth always, every other class with probability q: clean partial labels as in PiCO (Wang et al., ICLR 2022).
+
+    With q = 0.5 every set that holds the truth is equally likely (Feng et al., 2020, but for the full set). Arguments,
+    result and errors as for `flip`, of which this is the case eta = 0.
+    """
+    return flip(labels, n_classes, q, 0.0, seed)
+
+
+def hierarchical(labels: np.ndarray, superclass_of: np.ndarray, q: float, eta: float, seed: int) -> np.ndarray:
+    """`flip` with wrong classes from the super-class of the truth alone, as in CIFAR-100H (PiCO).
+
+    A truth is exchanged for a class of its super-class; where the set holds all of them, it stays.
+
+    Args:
+        labels: int (N,) true classes in [0, C). superclass_of: int (C,), the super-class of each class. q, eta, seed: as
+            for `flip`.
+
+    Returns:
+        bool (N, C); no row is empty.
+
+    Raises:
+        UserError, ValueError: as `flip`.
+    """
+    truth = _truth(labels, len(superclass_of), q=q, eta=eta)
+    related = superclass_of[labels][:, None] == superclass_of
+    return _exchange_truth(truth | (_others(truth, seed, q) & related), labels, eta, seed, related)
+
+
+def instance(labels: np.ndarray, probs: np.ndarray, rho: float, eta: float, seed: int) -> np.ndarray:
+    """Wrong classes by how probable a classifier finds them in this image: VALEN (Xu et al., NeurIPS 2021).
+
+    With the truth's probability set to 0, r = probs * rho / mean(probs), the mean over all C classes and r cut off at 1;
+    class j joins when its draw u < r_j. The truth is in. E|S| is about 1 + rho C, less what is cut off; rho is 0.4 for
+    sets of 10 classes and 0.04 for CIFAR-100. Then the noise of `flip`.
+
+    Args:
+        labels: int (N,) true classes in [0, C).
+        probs: float (N, C), probabilities of a classifier in evaluation mode on images normalised as it expects.
+        rho: in [0, 1]. eta, seed: as for `flip`.
+
+    Returns:
+        bool (N, C); no row is empty.
+
+    Raises:
+        UserError: rho or eta out of range. ValueError: labels or the shape of probs out of range.
+    """
+    truth = _truth(labels, probs.shape[1], rho=rho, eta=eta)
+    wrong = np.where(truth, 0.0, probs)
+    mean = wrong.mean(axis=1, keepdims=True)
+    # a classifier that is certain of the truth says nothing about the others: none of them joins
+    chance = np.divide(wrong * rho, mean, out=np.zeros_like(wrong), where=mean > 0)
+    return _exchange_truth(truth | _others(truth, seed, chance), labels, eta, seed)
+
+
+def _truth(labels: np.ndarray, n_classes: int, **shares: float) -> np.ndarray:
+    """bool (N, C) with the label alone, after all arguments have been checked."""
+    for name, value in shares.items():
+        if not 0 <= value <= 1:
+            raise UserError(f"--{name} is {value}; give a number from 0 to 1")
+    if n_classes < 2 or (len(labels) and not 0 <= labels.min() <= labels.max() < n_classes):
+        raise ValueError(f"labels have to lie in [0, {n_classes}) and classes to be at least 2")
+    return labels[:, None] == np.arange(n_classes)
+
+
+def _others(truth: np.ndarray, seed: int, chance: float | np.ndarray) -> np.ndarray:
+    """Each class by its own draw u < chance."""
+    return uniforms(seed, "sets", np.arange(len(truth)), truth.shape[1]) < chance
+
+
+def _exchange_truth(
+    candidates: np.ndarray, labels: np.ndarray, eta: float, seed: int, related: np.ndarray | None = None
+) -> np.ndarray:
+    """Exchange the truth for a class outside the set (and in `related`) in the images whose draw u <= eta."""
+    draws = uniforms(seed, "noise", np.arange(len(labels)), 2)
+    outside = ~candidates if related is None else ~candidates & related
+    free = outside.sum(axis=1)
+    # u may be exactly 0, which eta = 0 must not count as reached
+    rows = np.flatnonzero((draws[:, 0] <= eta) & (eta > 0) & (free > 0))
+    place = (draws[rows, 1] * free[rows]).astype(np.int64)
+    chosen = (outside[rows].cumsum(axis=1) > place[:, None]).argmax(axis=1)
+    candidates[rows, labels[rows]] = False
+    candidates[rows, chosen] = True
+    return candidates
+
+
+@dataclass(frozen=True)
+class NoiseReport:
+    """What candidate sets really are like, all of it counted.
+
+    Attributes:
+        partial_accuracy: share of the sets that hold the truth.
+        eta: 1 - partial_accuracy.
+        mean_candidates: mean |S|.
+        q: (mean |S| - 1) / (C - 1), the flip probability that gives sets of this size.
+        wrong: share of the wrong classes that are candidates; q plus what the exchanged truths bring.
+        single, full: share of the sets with one member, and with all C.
+    """
+
+    partial_accuracy: float
+    eta: float
+    mean_candidates: float
+    q: float
+    wrong: float
+    single: float
+    full: float
+
+    def __str__(self) -> str:
+        return (
+            f"truth among the candidates {self.partial_accuracy:.2%} (eta {self.eta:.4f}), mean candidates "
+            f"{self.mean_candidates:.4f} (q {self.q:.4f}), wrong classes that are candidates {self.wrong:.2%}, "
+            f"sets of one {self.single:.2%}, full sets {self.full:.2%}"
+        )
+
+
+def noise_report(candidates: np.ndarray, labels: np.ndarray) -> NoiseReport:
+    """The real noise rates of candidate sets bool (N, C) under true labels int (N,), N >= 1 and C >= 2."""
+    sizes, n_classes = candidates.sum(axis=1), candidates.shape[1]
+    held = float(candidates[np.arange(len(labels)), labels].mean())
+    mean = float(sizes.mean())
+    return NoiseReport(
+        partial_accuracy=held,
+        eta=1 - held,
+        mean_candidates=mean,
+        q=(mean - 1) / (n_classes - 1),
+        wrong=(mean - held) / (n_classes - 1),
+        single=float((sizes == 1).mean()),
+        full=float((sizes == n_classes).mean()),
+    )
+
+
+# ---- the command ----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class SyntheticConfig:
+    """Which images get which candidate sets, and where they go."""
+
+    images: str = option("builtin:digits", "labelled images: folder, .csv list, torchvision data set or builtin:digits")
+    rule: Literal["flip", "pico", "uniform", "hierarchical", "instance"] = option("flip", "how candidates are drawn")
+    q: float | None = option(None, "chance of every wrong class to be a candidate (default: 0.1)")
+    eta: float | None = option(None, "share of the images whose truth is no candidate (default: 0)")
+    rho: float | None = option(None, "of rule instance: wrong candidates an image / C (default: 0.4; 0.04 for 100 classes)")
+    probabilities: str | None = option(None, "of rule instance: .safetensors file with the tensor probs, float (N, C)")
+    superclasses: str | None = option(None, "of rule hierarchical: CSV file with the columns class,superclass")
+    seed: int = option(0, "of all draws")
+    classes: str | None = option(None, "text file with one class name a line; default: the names that the images carry")
+    output_dir: str = option("runs/synthetic/annotations", "folder of the annotation store")
+    data_root: str = option("data", "where torchvision data sets lie or are downloaded to")
+
+
+def annotate(config: SyntheticConfig) -> tuple[AnnotationStore, np.ndarray]:
+    """Draw the candidate sets and write them as an annotation store.
+
+    Every candidate is the vote of one "template", in an order drawn for each image; the probabilities are uniform over the
+    candidates; there are no features. Test images are annotated like the others.
+
+    Returns:
+        The verified store, and the bool (N, C) candidate sets in it.
+
+    Raises:
+        UserError: something in the job is wrong; nothing has been written then.
+    """
+    taken = _taken(config)
+    names = read_class_names(config.classes) if config.classes else None
+    images = open_images(config.images, names, config.data_root)
+    names = names or images.class_names
+    if names is None:
+        raise UserError(f"{config.images} says no class names: write them one a line and add --classes classes.txt")
+    labels = np.full(len(images), -1) if images.labels is None else images.labels
+    unknown = np.flatnonzero(labels < 0)
+    if len(unknown):
+        raise UserError(
+            f"{len(unknown)} of {len(images)} images have no known label (the first, {images.paths[unknown[0]]!r}); "
+            f"synthetic candidates need them all: name the folders like the classes, or list path,label in a CSV file"
+        )
+    candidates = _candidates(config, taken, labels, names)
+    told = ",".join(f"{name}={value}" for name, value in taken.items() if isinstance(value, float))
+    spec = f"synthetic:{config.rule}({told},seed={config.seed})"
+    # there are no weights; the sets themselves stand for labels, probabilities and super-classes they were made of
+    content = hashlib.sha256(np.packbits(candidates, axis=1).tobytes()).hexdigest()
+    width = int(candidates.sum(axis=1).max())
+    job = make_manifest(
+        images,
+        names,
+        [f"synthetic candidate {number} ({{}})" for number in range(1, width + 1)],
+        {"spec": spec, "weights": content},
+        BLOCK_SIZE,
+        features=None,
+        data_root=str(Path(config.data_root).resolve()),
+        preprocessing=None,
+        versions={"coreg": coreg.__version__, "numpy": np.__version__, "torch": torch.__version__},
+    )
+    votes = _as_votes(candidates, width, config.seed)
+    probs = (candidates / candidates.sum(axis=1, keepdims=True)).astype(np.float16)
+    writer = StoreWriter(Path(config.output_dir), job)
+    writer.begin(images)
+    for index in range(len(writer.files)):
+        rows = writer.rows(index)
+        block = slice(rows.start, rows.stop)
+        writer.write(index, {"votes": votes[block], "probs": probs[block]}, {})
+    writer.finish(images.paths)
+    return AnnotationStore.open(config.output_dir), candidates
+
+
+def _taken(config: SyntheticConfig) -> dict[str, float | str | None]:
+    """The options that the rule takes, with their values."""
+    takes = TAKES[config.rule]
+    for name in ("q", "eta", "rho", "superclasses", "probabilities"):
+        given = getattr(config, name)
+        if given is not None and name not in takes:
+            fits = " or ".join(f"--rule {rule}" for rule, options in TAKES.items() if name in options)
+            raise UserError(f"--rule {config.rule} takes no --{name}; leave it out, or write {fits}")
+        if given is None and name in takes and takes[name] is None:
+            raise UserError(f"--rule {config.rule} needs --{name} FILE (--help says what is in it)")
+    return {name: default if getattr(config, name) is None else getattr(config, name) for name, default in takes.items()}
+
+
+def _candidates(
+    config: SyntheticConfig, taken: dict[str, float | str | None], labels: np.ndarray, names: Sequence[str]
+) -> np.ndarray:
+    if config.rule == "hierarchical":
+        return hierarchical(labels, read_superclasses(config.superclasses, names), taken["q"], taken["eta"], config.seed)
+    if config.rule == "instance":
+        probs = read_probabilities(config.probabilities, len(labels), len(names))
+        return instance(labels, probs, taken["rho"], taken["eta"], config.seed)
+    rule = {"flip": flip, "pico": pico, "uniform": uniform}[config.rule]
+    return rule(labels, len(names), **taken, seed=config.seed)
+
+
+def _as_votes(candidates: np.ndarray, width: int, seed: int) -> np.ndarray:
+    """int16 (N, width): each image's candidates in an order of its own, -1 behind them."""
+    order = uniforms(seed, "order", np.arange(len(candidates)), candidates.shape[1])
+    # vote 0 stands for "the single template" elsewhere: it must be neither the truth nor the lowest class by rule
+    votes = np.where(candidates, order, 2.0).argsort(axis=1, kind="stable")[:, :width].astype(np.int16)
+    votes[np.arange(width) >= candidates.sum(axis=1, keepdims=True)] = -1
+    return votes
+
+
+def read_probabilities(path: str, n_images: int, n_classes: int) -> np.ndarray:
+    """The tensor `probs` of a safetensors file, as float64 (n_images, n_classes); row i belongs to image i of the list.
+
+    Raises:
+        UserError: no such file or tensor, another shape, or numbers that are no probabilities.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            probs = file.get_tensor("probs").double().numpy()
+    except (SafetensorError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"cannot read the tensor probs in {path}: {reason}; write it with safetensors.save_file") from None
+    if probs.shape != (n_images, n_classes):
+        raise UserError(f"{path} holds probs of shape {probs.shape}; wanted ({n_images}, {n_classes}): images, classes")
+    if not (np.isfinite(probs).all() and (probs >= 0).all() and np.allclose(probs.sum(axis=1), 1, atol=0.02)):
+        raise UserError(f"{path} holds probs whose rows are not probabilities that sum to 1; apply softmax to logits")
+    return probs
+
+
+def read_superclasses(path: str, names: Sequence[str]) -> np.ndarray:
+    """int64 (C,): the number of each class's super-class, read from a CSV file with the columns class,superclass.
+
+    Raises:
+        UserError: no such file or columns, or a class that is unknown, missing or there twice.
+    """
+    found: dict[str, str] = {}
+    try:
+        with Path(path).open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file, restval="")
+            if not {"class", "superclass"}.issubset(reader.fieldnames or []):
+                raise UserError(f"{path} has the header {','.join(reader.fieldnames or [])!r}; wanted class,superclass")
+            for row in reader:
+                name = row["class"]
+                if name not in names or name in found or not row["superclass"]:
+                    near = difflib.get_close_matches(name, names, n=1)
+                    hint = f" (is it {near[0]!r}?)" if near and name not in names else ""
+                    raise UserError(
+                        f"{path} line {reader.line_num} names the class {name!r}{hint}; write every class name once, "
+                        f"with its super-class"
+                    )
+                found[name] = row["superclass"]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"cannot read {path}: {error}; write a CSV file with the columns class,superclass") from None
+    if missing := [name for name in names if name not in found]:
+        raise UserError(f"{path} gives {missing[0]!r} no super-class ({len(missing)} classes miss theirs); add a line each")
+    return np.unique([found[name] for name in names], return_inverse=True)[1].astype(np.int64)
+
+
+@exits_with_one_line
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse the command line, write the store, and say how noisy the candidates really are."""
+    (config,) = parse(SyntheticConfig, argv=argv, prog="python -m coreg.annotate.synthetic", description=__doc__)
+    store, candidates = annotate(config)
+    print(f"{store.root}: {len(store)} images, {len(store.class_names)} classes, {store.manifest['model']['spec']}")
+    for index, split in enumerate(("train", "test")):
+        rows = np.flatnonzero(store.split == index)
+        if len(rows):
+            print(f"  {split:5} {noise_report(candidates[rows], store.labels[rows])}")
+    print(f"next: accelerate launch train_coreg.py --annotations {shlex.quote(str(store.root))} --output_dir runs/mine")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

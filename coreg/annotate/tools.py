@@ -1,0 +1,248 @@
+"""Tools for annotation stores: look into one, check it, take its evidence elsewhere, make one of several.
+
+python -m coreg.annotate.store info ann
+python -m coreg.annotate.store verify ann
+python -m coreg.annotate.store export ann --output candidates.csv
+python -m coreg.annotate.store merge ann1 ann2 --output_dir ann
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from coreg.annotate.blocks import write_atomically
+from coreg.annotate.candidates import candidate_sets
+from coreg.annotate.manifest import block_files, read_manifest
+from coreg.annotate.merge import merge
+from coreg.annotate.store import AnnotationStore
+from coreg.annotate.summary import summary
+from coreg.annotate.writer import StoreWriter
+from coreg.config import option, parse
+from coreg.data.decode import UnreadableImage
+from coreg.errors import UserError, exits_with_one_line
+
+SPLITS = ("train", "test")
+
+
+# ---- info and verify ------------------------------------------------------------------------------------------------
+
+
+def info(folder: str) -> str:
+    """What a store holds, finished or not, for a person."""
+    root = Path(folder)
+    manifest = read_manifest(root)
+    files = block_files(root, manifest)
+    there = [file for file in files if file.exists()]
+    size = sum(file.stat().st_size for file in root.rglob("*") if file.is_file())
+    model = ", ".join(f"{key} {value}" for key, value in manifest["model"].items())
+    bad = StoreWriter(root, manifest).unreadable()
+    lines = [
+        f"images     {manifest['images']['count']} of {manifest['images']['spec']}",
+        f"model      {model}",
+        f"features   {manifest['features'] or 'none'}",
+        f"blocks     {len(there)} of {len(files)}, {manifest['block_size']} images each, {size / 1e6:.1f} MB in all",
+        f"unreadable {len(bad)}" + "".join(f"\n  row {row}: {reason}" for row, reason in list(bad.items())[:20]),
+    ]
+    if len(there) == len(files) and (root / "errors.csv").exists():
+        return "\n".join([*lines, summary(AnnotationStore.open(root))])
+    return "\n".join([*lines, f"unfinished: run the annotate_vlm.py command that began {root} again"])
+
+
+def verify(folder: str) -> tuple[str, bool]:
+    """Check every byte of a store.
+
+    Returns:
+        what was found, for a person; whether the store is finished and whole.
+    """
+    root = Path(folder)
+    manifest = read_manifest(root)
+    writer = StoreWriter(root, manifest)
+    missing = [index for index, file in enumerate(writer.files) if not file.exists()]
+    damaged = [index for index in range(len(writer.files)) if index not in missing and not writer.is_written(index)]
+    if not missing and not damaged:
+        store = AnnotationStore.open(root)  # the lists, too
+        return f"{root} is whole: {len(writer.files)} blocks, {len(store)} images, sha256 {store.hash}", True
+    lines = [f"{file.name} is damaged" for file in (writer.files[index] for index in damaged)]
+    lines += [f"{len(missing)} of {len(writer.files)} blocks are missing"] if missing else []
+    again = "run the annotate_vlm.py command that made it again: damaged and missing blocks are annotated anew"
+    return "\n".join([*lines, again]), False
+
+
+# ---- export ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class ExportConfig:
+    """Where evidence goes, and what of it."""
+
+    output: str | None = option(None, "a .csv or .parquet file, or a new folder for images sorted by class")
+    candidates: str = option("union", "candidate rule: union, votes:V, topk:K, prob:P, ratio:R or cumulative:P")
+
+
+def export(folder: str, config: ExportConfig) -> str:
+    """Write candidate sets and probabilities in a form that other programs read; returns what was done.
+
+    Raises:
+        UserError: there is no such store, a form that is not known, or the output is there already.
+    """
+    if config.output is None:
+        raise UserError("--output is missing; write for example: export ann --output candidates.csv")
+    store, target = AnnotationStore.open(folder), Path(config.output)
+    if target.exists():
+        raise UserError(f"{target} is there already; give another --output")
+    if target.suffix == ".csv":
+        _to_csv(store, target, config.candidates)
+    elif target.suffix == ".parquet":
+        _to_parquet(store, target, config.candidates)
+    elif target.suffix:
+        raise UserError(f"{target} is of no known form; write a .csv or .parquet file, or a folder without a dot")
+    else:
+        count = _to_folder(store, target)
+        return f"{target}: {count} images sorted by their most probable class, {len(store) - count} left out as unreadable"
+    return f"{target}: {len(store)} images"
+
+
+def _rows(store: AnnotationStore, rule: str) -> Iterator[dict[str, Any]]:
+    """One mapping an image: who it is, its best class, its candidates and all probabilities."""
+    candidates, probs, names = candidate_sets(store, rule), store.probs(), store.class_names
+    best = probs.argmax(axis=1)
+    for row, path in enumerate(store.paths):
+        known = store.labels is not None and store.labels[row] >= 0
+        yield {
+            "row": row,
+            "path": path,
+            "split": SPLITS[store.split[row]],
+            "label": names[store.labels[row]] if known else None,
+            "unreadable": bool(store.unreadable[row]),
+            "best": None if store.unreadable[row] else names[best[row]],
+            "probability": float(probs[row, best[row]]),
+            "candidates": [names[index] for index in np.flatnonzero(candidates[row])],
+            "probabilities": probs[row],
+        }
+
+
+def _to_csv(store: AnnotationStore, target: Path, rule: str) -> None:
+    text = io.StringIO(newline="")
+    table = csv.writer(text)
+    heads = ["row", "path", "split", "label", "unreadable", "best", "probability", "candidates"]
+    table.writerow([*heads, *(f"p({name})" for name in store.class_names)])
+    for row in _rows(store, rule):
+        row["candidates"] = json.dumps(row["candidates"], ensure_ascii=False)
+        row["probability"] = f"{row['probability']:.4g}"
+        table.writerow([*(row[head] for head in heads), *(f"{share:.4g}" for share in row["probabilities"])])
+    write_atomically(target, os.fsencode(text.getvalue()))
+
+
+def _to_parquet(store: AnnotationStore, target: Path, rule: str) -> None:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise UserError(
+            "Parquet needs pyarrow, which is not installed: pip install pyarrow, or write a .csv file"
+        ) from None
+    rows = list(_rows(store, rule))
+    columns = {key: [row[key] for row in rows] for key in rows[0]}
+    columns["path"] = [path.encode("utf-8", "backslashreplace").decode() for path in columns["path"]]  # Parquet holds text
+    columns["probabilities"] = [table.astype(np.float32) for table in columns["probabilities"]]
+    file = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table(columns), file)
+    write_atomically(target, file.getvalue())
+
+
+def _to_folder(store: AnnotationStore, target: Path) -> int:
+    """`target/SPLIT/CLASS/path`: links to files, copies of what is no file; returns how many."""
+    images = store.images()
+    root = getattr(images.pixels, "root", None)
+    folders = [name.replace("/", "_").lstrip(".") or "_" for name in store.class_names]
+    if len(set(folders)) < len(folders):
+        raise UserError(f"class names of {store.root} give the same folder names; write a .csv file instead")
+    best, count = store.probs().argmax(axis=1), 0
+    for row, path in enumerate(store.paths):
+        if store.unreadable[row]:
+            continue
+        place = target / SPLITS[store.split[row]] / folders[best[row]] / path
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if root is not None:
+            place.symlink_to(Path(root, path))
+        else:
+            try:
+                images.load(row).save(place if place.suffix == ".png" else place.with_name(place.name + ".png"), "PNG")
+            except UnreadableImage as error:
+                raise UserError(f"{path!r} could be read before and cannot now: {error}; annotate again") from None
+        count += 1
+    return count
+
+
+# ---- command line ---------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class MergeConfig:
+    """Where the new store goes."""
+
+    output_dir: str | None = option(None, "folder of the new annotation store")
+
+
+def _merge(folders: list[str], options: list[str]) -> int:
+    (config,) = parse(MergeConfig, argv=options, prog="python -m coreg.annotate.store merge")
+    if config.output_dir is None:
+        raise UserError("--output_dir is missing; write: merge ann1 ann2 --output_dir ann")
+    root, done = merge(folders, config.output_dir)
+    print(f"{root}: {done}")
+    return 0
+
+
+def _export(folders: list[str], options: list[str]) -> int:
+    (config,) = parse(ExportConfig, argv=options, prog="python -m coreg.annotate.store export")
+    print(export(_only(folders), config))
+    return 0
+
+
+def _info(folders: list[str], options: list[str]) -> int:
+    print(info(_only(folders)))
+    return 0
+
+
+def _verify(folders: list[str], options: list[str]) -> int:
+    said, whole = verify(_only(folders))
+    print(said)
+    return 0 if whole else 1
+
+
+def _only(folders: list[str]) -> str:
+    if len(folders) != 1:
+        raise UserError(f"write the folder of one annotation store, not {len(folders)}")
+    return folders[0]
+
+
+COMMANDS: dict[str, Callable[[list[str], list[str]], int]] = {
+    "info": _info,
+    "verify": _verify,
+    "export": _export,
+    "merge": _merge,
+}
+
+
+@exits_with_one_line
+def main(argv: Sequence[str] | None = None) -> int:
+    """`python -m coreg.annotate.store COMMAND DIR ...`; the exit code of `verify` is 1 for a store that is not whole."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help"):
+        print(__doc__)
+        return 0
+    command = COMMANDS.get(words[0])
+    if command is None:
+        raise UserError(f"unknown command {words[0]}; write one of {', '.join(COMMANDS)} and the folder of a store")
+    dashes = next((place for place, word in enumerate(words) if word.startswith("-")), len(words))
+    return command(words[1:dashes], words[dashes:])

@@ -1,0 +1,226 @@
+"""The loop of `annotate_vlm.py`: take a block, annotate it, write it, take the next, until every block is there.
+
+Nothing in here waits for another process except at the very end, when all blocks that are left are in work elsewhere.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from coreg.annotate.annotators import Annotator, ClipAnnotator
+from coreg.annotate.blocks import DamagedBlockError, pack_answers, read_block
+from coreg.annotate.claims import BlockQueue
+from coreg.annotate.manifest import block_files, job_hash
+from coreg.annotate.writer import StoreWriter
+from coreg.data.decode import UnreadableImage
+from coreg.data.images import ImageList
+from coreg.errors import UserError
+
+POLL_SECONDS = 0.5
+
+
+class Progress:
+    """A progress bar over the images of all processes, drawn by one of them; it counts the blocks in the folder."""
+
+    def __init__(self, queue: BlockQueue, writer: StoreWriter, shown: bool) -> None:
+        self.queue, self.sizes = queue, np.array([len(writer.rows(index)) for index in range(len(writer.files))])
+        self.looked, self.written = time.monotonic(), self._written()
+        self.bar = tqdm(
+            total=int(self.sizes.sum()), initial=self.written, unit="image", desc="annotating", disable=not shown
+        )
+
+    def _written(self) -> int:
+        return int(self.sizes[self.queue.finished()].sum())
+
+    def show(self, unwritten: int = 0) -> None:
+        """Draw; `unwritten` is the number of images this process has annotated and not written yet."""
+        if self.bar.disable:
+            return
+        if time.monotonic() - self.looked > POLL_SECONDS or not unwritten:
+            self.looked, self.written = time.monotonic(), self._written()
+        # The bar never goes back, as it would when a block is written by somebody else in the meantime.
+        self.bar.update(max(0, min(self.written + unwritten, self.bar.total) - self.bar.n))
+
+
+def work(queue: BlockQueue, annotate_from: Callable[[int], None], progress: Progress) -> None:
+    """Annotate blocks until all of them are there.
+
+    Args:
+        queue: entered already.
+        annotate_from: takes a claimed block; annotates and writes it and all others that it can claim.
+        progress: the bar.
+    """
+    try:
+        while not all(queue.finished()):
+            first = queue.claim()
+            if first is None:  # the rest is in work elsewhere; if one of those processes dies, its block comes back
+                time.sleep(POLL_SECONDS)
+            else:
+                annotate_from(first)
+            progress.show()
+    finally:
+        progress.bar.close()  # an error message begins on a new line
+
+
+def check_errors(writer: StoreWriter, images: ImageList, most: int | None) -> None:
+    """Stop when more than `most` images could not be read so far, by any process.
+
+    Raises:
+        UserError: with the first of them.
+    """
+    if most is None:
+        return
+    bad = writer.unreadable()
+    if len(bad) > most:
+        row = min(bad)
+        raise UserError(
+            f"{len(bad)} images cannot be read and --max_errors is {most} (the first, {images.paths[row]!r}: {bad[row]}); "
+            f"see python -m coreg.annotate.store info {writer.root}, then raise --max_errors and run the same command again"
+        )
+
+
+# ---- from images ----------------------------------------------------------------------------------------------------
+
+
+class Preprocessed(Dataset):
+    """Row -> (row, preprocessed image, reason); an image that cannot be read is black and has a reason."""
+
+    def __init__(self, images: ImageList, preprocess: Callable[[Image.Image], Any]) -> None:
+        self.images, self.preprocess = images, preprocess
+
+    def __getitem__(self, row: int) -> tuple[int, Any, str]:
+        try:
+            return row, self.preprocess(self.images.load(row)), ""
+        except UnreadableImage as error:
+            return row, self.preprocess(Image.new("RGB", (32, 32))), str(error)
+
+
+class _Collate:
+    """List of rows -> (rows, batch, reasons); a plain object, so that it can be sent to worker processes."""
+
+    def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
+        self.collate = collate
+
+    def __call__(self, items: list[tuple[int, Any, str]]) -> tuple[list[int], Any, list[str]]:
+        rows, pixels, reasons = zip(*items)
+        return list(rows), self.collate(list(pixels)), list(reasons)
+
+
+class ClaimedBatches:
+    """Batches of rows of the blocks that this process claims as it goes.
+
+    A block is claimed when the decoding processes run out of rows, so a fast process takes many blocks and a slow one few.
+    Batches never cross the border of a block: a block's content does not depend on which others were done before.
+    """
+
+    def __init__(self, first: int, queue: BlockQueue, writer: StoreWriter, size: int) -> None:
+        self.queue, self.writer, self.size = queue, writer, size
+        self.claimed = deque([first])
+
+    def __iter__(self) -> Iterator[list[int]]:
+        index: int | None = self.claimed[0]
+        while index is not None:
+            rows = self.writer.rows(index)
+            for start in range(0, len(rows), self.size):
+                yield list(rows[start : start + self.size])
+            index = self.queue.claim()
+            if index is not None:
+                self.claimed.append(index)
+
+
+def annotate_images(
+    first: int,
+    images: ImageList,
+    annotator: Annotator,
+    writer: StoreWriter,
+    queue: BlockQueue,
+    progress: Progress,
+    batch_size: int,
+    workers: int,
+    max_errors: int | None,
+) -> None:
+    """Annotate block `first` and then every other block that can be claimed, writing each as soon as it is complete.
+
+    Raises:
+        UserError: more than `max_errors` images cannot be read, or the disk is full.
+    """
+    batches = ClaimedBatches(first, queue, writer, batch_size)
+    loader = DataLoader(
+        Preprocessed(images, annotator.preprocess),
+        batch_sampler=batches,
+        collate_fn=_Collate(annotator.collate),
+        num_workers=workers,
+        pin_memory=torch.cuda.is_available(),
+    )
+    parts: list[dict[str, torch.Tensor | list]] = []
+    errors: dict[int, str] = {}
+    done = 0
+    for rows, pixels, reasons in loader:
+        # Results stay on the device until the block is complete, so that nothing waits for it batch by batch.
+        parts.append(annotator.annotate(pixels))
+        errors |= {row: reason for row, reason in zip(rows, reasons) if reason}
+        done += len(rows)
+        if done == len(writer.rows(batches.claimed[0])):
+            index = batches.claimed.popleft()
+            writer.write(index, _joined(parts), errors)
+            queue.release(index)
+            parts, errors, done = [], {}, 0
+            check_errors(writer, images, max_errors)
+        progress.show(done)
+
+
+def _joined(parts: list[dict[str, torch.Tensor | list]]) -> dict[str, np.ndarray]:
+    """The columns of a block, put together from its batches."""
+    columns = {}
+    for name in parts[0]:
+        pieces = [part[name] for part in parts]
+        if name == "answers":
+            columns[name] = pack_answers([row for piece in pieces for row in piece])
+        else:
+            columns[name] = torch.cat(pieces).cpu().numpy()
+    return columns
+
+
+# ---- from features --------------------------------------------------------------------------------------------------
+
+
+def rescore_features(
+    first: int,
+    source: Path,
+    told: dict[str, Any],
+    annotator: ClipAnnotator,
+    writer: StoreWriter,
+    queue: BlockQueue,
+    progress: Progress,
+    batch_size: int,
+) -> None:
+    """As `annotate_images`, but from the features in the blocks of another store, whose manifest is `told`.
+
+    Raises:
+        UserError: a block of that store is damaged.
+    """
+    files, job = block_files(source, told), job_hash(told)
+    index: int | None = first
+    while index is not None:
+        try:
+            tensors, errors, _ = read_block(files[index], index, job)
+        except DamagedBlockError as error:
+            raise UserError(
+                f"{files[index]} is damaged: {error}; run the annotate_vlm.py command that made {source} again"
+            ) from None
+        features = tensors["features"]
+        parts = [annotator.judge(features[start : start + batch_size]) for start in range(0, len(features), batch_size)]
+        writer.write(index, _joined(parts) | {"features": features}, errors)
+        queue.release(index)
+        progress.show()
+        index = queue.claim()

@@ -1,0 +1,157 @@
+"""What a source of images gives: an `ImageList`, whose paths take little memory, with labels in the asked-for classes."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import posixpath
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+TRAIN, TEST = 0, 1
+SPLITS = {"": TRAIN, "train": TRAIN, "0": TRAIN, "test": TEST, "1": TEST}
+
+
+class Paths(Sequence[str]):
+    """N paths in one block of bytes: some 60 bytes a path instead of 150, and not copied by worker processes.
+
+    (Python objects are written to when they are looked at, because references are counted; a list of a million strings
+    would be copied into every forked worker sooner or later.)
+    """
+
+    def __init__(self, encoded: Sequence[bytes]) -> None:
+        """Take file-system-encoded paths, in order."""
+        self.bytes = b"".join(encoded)
+        self.ends = np.cumsum(np.fromiter(map(len, encoded), dtype=np.int64, count=len(encoded)))
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, row: int | slice) -> str | list[str]:
+        if isinstance(row, slice):
+            return [self[index] for index in range(*row.indices(len(self)))]
+        row = int(row)
+        if not -len(self) <= row < len(self):
+            raise IndexError(row)
+        row %= len(self)
+        return os.fsdecode(self.bytes[self.ends[row - 1] if row else 0 : self.ends[row]])
+
+    def __iter__(self) -> Iterator[str]:
+        start = 0
+        for end in self.ends:
+            yield os.fsdecode(self.bytes[start:end])
+            start = end
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, Paths):
+            return self.bytes == other.bytes and np.array_equal(self.ends, other.ends)
+        return isinstance(other, Sequence) and len(self) == len(other) and all(a == b for a, b in zip(self, other))
+
+    __hash__ = None
+
+
+@dataclass
+class ImageList:
+    """N images whose row number is their identity everywhere, in an order that does not depend on the machine.
+
+    Attributes:
+        spec: what `open_images` takes to open the same list again; absolute for files.
+        paths: N unique posix paths relative to the folder (or made-up names for data sets), sorted bytewise.
+        labels: int64 (N,), -1 where unknown, or None without any; for reporting only.
+        split: uint8 (N,), 0 = train, 1 = test.
+        class_names: what the data set itself says, in label order, or None.
+        pixels: row -> PIL image.
+    """
+
+    spec: str
+    paths: Sequence[str]
+    labels: np.ndarray | None
+    split: np.ndarray
+    class_names: list[str] | None
+    pixels: Callable[[int], Image.Image]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def load(self, row: int) -> Image.Image:
+        """Image `row` as a PIL image of mode "L" or "RGB".
+
+        Raises:
+            UnreadableImage: with the reason.
+        """
+        return self.pixels(row)
+
+
+def escape(path: str) -> str:
+    """`path` on one line: backslash, newline and carriage return are escaped with a backslash."""
+    return path.replace("\\", "\\\\").replace("\n", "\\n").replace("\r", "\\r")
+
+
+def unescape(line: str) -> str:
+    """The inverse of `escape`."""
+    return re.sub(r"\\(.)", lambda match: {"n": "\n", "r": "\r"}.get(match[1], match[1]), line)
+
+
+def list_hash(paths: Iterable[str]) -> str:
+    """sha256 (hex) of the escaped paths, one a line: the identity of an image list and its order."""
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(os.fsencode(escape(path)) + b"\n")
+    return digest.hexdigest()
+
+
+# ---- class names and labels -----------------------------------------------------------------------------------------
+
+
+def _plain(name: str) -> str:
+    """What is left of a name when case, spaces, underscores and hyphens do not count."""
+    return re.sub(r"[\s_-]+", "", name).casefold()
+
+
+def lookup(class_names: Sequence[str]) -> Callable[[str], int]:
+    """A function from a written name to its class index, -1 for none: spelled exactly, or alike and not ambiguous."""
+    exact = {name: index for index, name in enumerate(class_names)}
+    plain = [_plain(name) for name in class_names]
+    alike = {key: index for index, key in enumerate(plain) if plain.count(key) == 1}
+    return lambda name: exact.get(name, alike.get(_plain(name), -1))
+
+
+def translated(labels: np.ndarray, own: Sequence[str], wanted: Sequence[str] | None) -> np.ndarray | None:
+    """Labels of a data set with class names `own`, expressed in the classes `wanted`; None when nothing corresponds.
+
+    Names that are spelled alike correspond. Where there are equally many and no name says otherwise, `wanted` is taken
+    for other words in the same order.
+    """
+    if wanted is None:
+        return labels
+    find = lookup(wanted)
+    table = np.array([find(name) for name in own], dtype=np.int64)
+    if len(own) == len(wanted) and ((table < 0) | (table == np.arange(len(own)))).all():
+        return labels
+    if (table < 0).all():
+        return None
+    return np.where(labels < 0, -1, table[labels])
+
+
+def folder_labels(paths: Paths, class_names: Sequence[str] | None) -> tuple[np.ndarray | None, np.ndarray]:
+    """What the folders of a path say: `test/` at its beginning, and the innermost folder that is called like a class.
+
+    Returns:
+        labels int64 (N,), -1 where no folder is called so, or None where none is at all; split uint8 (N,).
+    """
+    split = np.fromiter((TEST if path.startswith("test/") else TRAIN for path in paths), np.uint8, len(paths))
+    if class_names is None:
+        return None, split
+    find = lookup(class_names)
+    of_folder: dict[str, int] = {}
+    labels = np.full(len(paths), -1, dtype=np.int64)
+    for row, path in enumerate(paths):
+        folder = posixpath.dirname(path)
+        if folder not in of_folder:
+            of_folder[folder] = next((i for part in folder.split("/")[::-1] if (i := find(part)) >= 0), -1)
+        labels[row] = of_folder[folder]
+    return (labels if (labels >= 0).any() else None), split

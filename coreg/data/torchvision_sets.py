@@ -1,0 +1,121 @@
+"""Data sets that torchvision knows, as image lists."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import shutil
+import socket
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from coreg.data.decode import UnreadableImage
+from coreg.data.images import SPLITS, ImageList, Paths, translated
+from coreg.errors import UserError
+
+_SIGNS = (
+    "Speed limit 20|Speed limit 30|Speed limit 50|Speed limit 60|Speed limit 70|Speed limit 80|"
+    "Speed limit 80 cancelled|Speed limit 100|Speed limit 120|No passing|No truck overtaking|"
+    "Only have priority at the next intersection|Priority road|Give way|Stop|All vehicles prohibited|"
+    "Trucks prohibited|No entry|Caution!|Curve (to the left)|Curve (to the right)|Continuous curves|Rough road|"
+    "Slippery road|The road narrows on the right|Construction site|Signal light|Pay attention to pedestrians|"
+    "Pay attention to children|Watch out for bikes|Watch out for snow/ice on the road|Deer ahead|Unlimited speed|"
+    "Turn right|Turn left|Go straight|Go straight and turn right|Go straight and turn left|Drive on the right|"
+    "Drive on the left|Driving around the island|Lift ban on no passing|Lift ban on truck overtaking"
+)
+_FACES = ("Angry", "Disgust", "Fear", "Happy", "Sad", "Surprise", "Neutral")
+
+# Class names of the torchvision sets in label order; None: the set says them itself. EuroSAT has no official split.
+TORCHVISION: dict[str, list[str] | None] = {
+    "CIFAR10": None,
+    "CIFAR100": None,
+    "SVHN": [f"number {digit}" for digit in range(10)],
+    "FashionMNIST": None,
+    "EuroSAT": None,
+    "FER2013": [f"{face} Facial Expression" for face in _FACES],
+    "GTSRB": [f"German Traffic Sign: {sign}" for sign in _SIGNS.split("|")],
+}
+
+
+@dataclass
+class _Parts:
+    """Pixels of data sets that are put one behind the other."""
+
+    parts: list[Any]
+
+    def __call__(self, row: int) -> Image.Image:
+        for part in self.parts:
+            if row < len(part):
+                try:
+                    image = part[row][0]
+                    return image if image.mode in ("L", "RGB") else image.convert("RGB")
+                except Exception as error:
+                    raise UnreadableImage(" ".join(f"{type(error).__name__}: {error}".split())) from None
+            row -= len(part)
+        raise IndexError(row)
+
+
+def torchvision_set(name: str, class_names: Sequence[str] | None, data_root: str) -> ImageList:
+    if name not in TORCHVISION:
+        near = difflib.get_close_matches(name, TORCHVISION, n=1, cutoff=0.4)
+        hint = f", did you mean {near[0]}?" if near else ""
+        raise UserError(f"no torchvision data set {name}{hint} (there are: {', '.join(TORCHVISION)})")
+    # "test" before "train", so that the made-up names are sorted bytewise like all others
+    splits = ("train",) if name == "EuroSAT" else ("test", "train")
+    parts = [_torchvision_part(name, split, data_root) for split in splits]
+    own = TORCHVISION[name] or list(parts[0].classes)
+    paths = [f"{split}/{row:06d}" for split, part in zip(splits, parts) for row in range(len(part))]
+    split = np.concatenate([np.full(len(part), SPLITS[name], np.uint8) for name, part in zip(splits, parts)])
+    labels = translated(np.concatenate([_torchvision_labels(part) for part in parts]), own, class_names)
+    return ImageList(f"torchvision:{name}", Paths([os.fsencode(path) for path in paths]), labels, split, own, _Parts(parts))
+
+
+def _torchvision_part(name: str, split: str, data_root: str) -> Any:
+    from torchvision import datasets
+
+    if name == "EuroSAT":
+        choice: dict[str, Any] = {}
+    else:
+        choice = {"split": split} if name in ("SVHN", "FER2013", "GTSRB") else {"train": split == "train"}
+    build = getattr(datasets, name)
+    try:
+        return build(data_root, **choice)
+    except (RuntimeError, OSError):
+        pass  # not there yet
+    is_new = not Path(data_root).exists()
+    try:
+        if name == "FER2013":  # lies behind a login: torchvision cannot fetch it
+            raise OSError("torchvision cannot download it; put fer2013.csv from Kaggle into a folder fer2013 there")
+        with _network_timeout(20):
+            return build(data_root, download=True, **choice)
+    except Exception as error:  # torchvision lets every kind of network, archive and checksum error through
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if is_new:  # leave no folder with half a download behind
+            shutil.rmtree(data_root, ignore_errors=True)
+        raise UserError(
+            f"data set {name} is not in {data_root} and could not be had: {reason} "
+            f"(copy it there from a machine with network, or give --data_root)"
+        ) from None
+
+
+def _torchvision_labels(part: Any) -> np.ndarray:
+    labels = getattr(part, "targets", getattr(part, "labels", None))
+    if labels is None:
+        labels = [-1 if label is None else label for _, label in part._samples]
+    return np.asarray(labels, dtype=np.int64)
+
+
+@contextmanager
+def _network_timeout(seconds: float) -> Iterator[None]:
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)

@@ -1,0 +1,32 @@
+"""A job that is small and odd enough to find mistakes quickly: 97 training images of three classes, float64."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+# batches of 13 of 97 images: uneven tails everywhere
+SMALL_JOB = [
+    "--recipe", "digits", "--dtype", "float64", "--channels", "3", "--image_size", "12", "--backbone_args",
+    '{"norm": "group", "widths": [8, 16], "depths": [1, 1]}', "--epochs", "3", "--warmup_epochs", "1",
+    "--contrast_after", "-1", "--batch_size", "13", "--queue_size", "50", "--projection_dim", "8", "--workers", "0",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def small_store(tmp_path_factory):
+    """97 training and 5 test images with synthetic candidate sets, as an annotation store."""
+    from coreg.annotate import synthetic
+
+    root, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
+    for split, n in (("train", 97), ("test", 5)):
+        for i in range(n):
+            folder = root / "images" / split / "abc"[i % 3]
+            folder.mkdir(parents=True, exist_ok=True)
+            pixels = rng.integers(0, 256, (12, 12, 3)) // 2 + np.array([100, 60, 20])[[i % 3, (i + 1) % 3, (i + 2) % 3]]
+            Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"{i}.png")
+    (root / "classes.txt").write_text("a\nb\nc\n")
+    synthetic.main([
+        "--images", str(root / "images"), "--classes", str(root / "classes.txt"), "--rule", "flip", "--q", "0.3",
+        "--eta", "0.2", "--output_dir", str(root / "store"),
+    ])  # fmt: skip
+    return root / "store"

@@ -1,0 +1,375 @@
+"""Synthetic candidate sets: each generator against its procedure written out image by image, and against closed forms."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from coreg.annotate import synthetic
+from coreg.annotate.candidates import candidate_sets
+from coreg.annotate.store import AnnotationStore
+from coreg.annotate.synthetic import flip, hierarchical, instance, main, noise_report, pico, uniform, uniforms
+from coreg.errors import UserError
+
+LABELS = np.random.default_rng(5).integers(0, 7, 60)
+SUPERCLASS_OF = np.array([0, 0, 0, 1, 1, 2, 1])  # class 5 is alone in its super-class
+
+
+def draws(seed, step, n, columns):
+    return uniforms(seed, step, np.arange(n), columns).tolist()
+
+
+def exchange(candidates, label, u, v, eta, allowed):
+    """Step 2 of the flip procedure for one image: a set of classes in, a set out."""
+    outside = [j for j in allowed if j not in candidates]
+    if eta > 0 and u <= eta and outside:
+        return candidates - {label} | {outside[int(v * len(outside))]}
+    return candidates
+
+
+def as_matrix(sets, n_classes):
+    return np.array([[j in chosen for j in range(n_classes)] for chosen in sets])
+
+
+def flip_by_loop(labels, n_classes, q, eta, seed, superclass_of=None):
+    first, second = draws(seed, "sets", len(labels), n_classes), draws(seed, "noise", len(labels), 2)
+    sets = []
+    for i, label in enumerate(labels.tolist()):
+        allowed = [j for j in range(n_classes) if superclass_of is None or superclass_of[j] == superclass_of[label]]
+        chosen = {label}
+        for j in allowed:
+            if j != label and first[i][j] < q:
+                chosen.add(j)
+        sets.append(exchange(chosen, label, *second[i], eta, allowed))
+    return as_matrix(sets, n_classes)
+
+
+@pytest.mark.parametrize("q", [0.0, 0.1, 0.6, 1.0])
+@pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
+def test_flip_is_the_procedure_image_by_image(q, eta):
+    for n_classes in (7, 12):
+        expected = flip_by_loop(LABELS, n_classes, q, eta, 3)
+        found = flip(LABELS, n_classes, q, eta, 3)
+        assert found.dtype == bool and (found == expected).all() and found.any(axis=1).all()
+    related = hierarchical(LABELS, SUPERCLASS_OF, q, eta, 3)
+    assert (related == flip_by_loop(LABELS, 7, q, eta, 3, SUPERCLASS_OF)).all()
+
+
+@pytest.mark.parametrize(("q", "eta"), [(0.0, 0.3), (0.1, 0.0), (0.1, 0.5), (0.3, 1.0)])
+def test_pico_draws_whole_sets_again_until_they_are_not_empty(q, eta):
+    rounds = [draws(1, f"round {number}", len(LABELS), 7) for number in range(60)]
+    sets = []
+    for i, label in enumerate(LABELS.tolist()):
+        tries = ({j for j in range(7) if u[i][j] < (1 - eta if j == label else q)} for u in rounds)
+        sets.append(next(chosen for chosen in tries if chosen))
+    assert (pico(LABELS, 7, q, eta, 1) == as_matrix(sets, 7)).all()
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.4])
+def test_instance_follows_the_classifier_image_by_image(eta):
+    probs = torch.randn(60, 7, generator=torch.Generator().manual_seed(0)).mul(3).softmax(dim=1).double().numpy()
+    probs[0] = np.eye(7)[LABELS[0]]  # certain of the truth: 0 / 0
+    probs[1] = np.eye(7)[(LABELS[1] + 1) % 7]  # all on one wrong class: its ratio exceeds 1
+    first, second = draws(2, "sets", 60, 7), draws(2, "noise", 60, 2)
+    sets = []
+    for i, label in enumerate(LABELS.tolist()):
+        a = probs[i].copy()
+        a[label] = 0
+        with np.errstate(invalid="ignore"):
+            r = a / a.max()
+            r = np.nan_to_num(np.minimum(r * 0.4 / r.mean(), 1))
+        chosen = {label} | {j for j in range(7) if first[i][j] < r[j]}
+        sets.append(exchange(chosen, label, *second[i], eta, range(7)))
+    found = instance(LABELS, probs, 0.4, eta, 2)
+    assert (found == as_matrix(sets, 7)).all()
+    if eta == 0:
+        assert found[0].sum() == 1 and found[1].sum() == 2
+
+
+def within(share, expected, n, spread=0.25):
+    """Whether a mean over n draws lies within five standard errors of what is expected; spread = variance of a draw."""
+    return abs(share - expected) < 5 * (spread / n) ** 0.5
+
+
+@pytest.mark.parametrize(("q", "size"), [(0.01, 1.99), (0.03, 3.97), (0.05, 5.95)])
+def test_flip_has_the_published_sizes_and_noise(q, size):
+    labels = np.arange(20_000) % 100
+    report = noise_report(flip(labels, 100, q, 0.2, 0), labels)
+    assert within(report.mean_candidates, size, 20_000, spread=99 * q)
+    assert within(report.eta, 0.2, 20_000, spread=0.16)
+    assert report.wrong == pytest.approx(report.q + report.eta / 99)
+    assert within(report.single, (1 - q) ** 99, 20_000)
+
+
+@pytest.mark.parametrize(
+    ("classes", "q", "eta", "effective"),
+    [(100, 0.01, 0.2, 0.136), (100, 0.03, 0.2, 0.192), (100, 0.05, 0.2, 0.199), (10, 0.1, 0.2, 0.133)],
+)
+def test_pico_is_less_noisy_than_its_eta(classes, q, eta, effective):
+    labels = np.arange(20_000) % classes
+    report = noise_report(pico(labels, classes, q, eta, 0), labels)
+    exact = 1 - (1 - eta) / (1 - eta * (1 - q) ** (classes - 1))
+    assert exact == pytest.approx(effective, abs=6e-4)
+    assert within(report.eta, exact, 20_000)
+
+
+def test_other_rules_have_the_expected_sizes():
+    labels = np.arange(20_000) % 10
+    clean = noise_report(uniform(labels, 10, 0.5, 0), labels)
+    assert clean.partial_accuracy == 1 and within(clean.mean_candidates, 5.5, 20_000, spread=9 / 4)
+    assert (uniform(labels, 10, 0.3, 0) == flip(labels, 10, 0.3, 0.0, 0)).all()
+    supers = np.arange(10) // 5
+    related = hierarchical(labels, supers, 0.5, 0.3, 0)
+    assert not related[supers[labels][:, None] != supers].any()
+    assert within(noise_report(related, labels).mean_candidates, 1 + 4 * 0.5, 20_000, spread=1)
+    # a set of all 5 relatives keeps its truth
+    assert within(noise_report(related, labels).eta, 0.3 * (1 - 0.5**4), 20_000)
+    even = np.full((20_000, 10), 0.1)  # nothing to cut off: 1 + rho C, the mean being over all C
+    assert within(noise_report(instance(labels, even, 0.4, 0.0, 0), labels).mean_candidates, 5.0, 20_000, spread=9 / 4)
+
+
+def test_every_wrong_class_takes_the_truths_place_equally_often():
+    labels = np.zeros(20_000, dtype=np.int64)
+    taken = flip(labels, 5, 0.0, 1.0, 4).mean(axis=0)
+    assert taken[0] == 0 and all(within(share, 0.25, 20_000) for share in taken[1:])
+
+
+def test_degenerate_cases():
+    labels = np.arange(50) % 2
+    truth = labels[:, None] == np.arange(2)
+    assert (flip(labels, 2, 0.0, 0.0, 0) == truth).all()
+    assert (flip(labels, 2, 0.0, 1.0, 0) == ~truth).all()
+    assert flip(labels, 2, 1.0, 1.0, 0).all()  # full sets cannot lose their truth
+    assert pico(labels, 2, 1.0, 0.0, 0).all()
+    assert (pico(labels, 2, 1.0, 1.0, 0) == ~truth).all()
+    assert (pico(labels, 2, 0.0, 0.9, 0) == truth).all()  # all that is left after drawing again
+    assert flip(labels[:0], 2, 0.5, 0.5, 0).shape == (0, 2)
+    alone = hierarchical(labels, np.arange(2), 1.0, 1.0, 0)
+    assert (alone == truth).all()
+
+
+def test_a_draw_of_exactly_eta_counts_but_not_for_no_noise(monkeypatch):
+    monkeypatch.setattr(synthetic, "uniforms", lambda seed, step, rows, columns: np.full((len(rows), columns), 0.25))
+    labels = np.array([0, 1])
+    assert (flip(labels, 3, 0.25, 0.25, 0) == [[0, 1, 0], [1, 0, 0]]).all()  # u < q is strict, u <= eta is not
+    assert (flip(labels, 3, 0.26, 0.24, 0)).all()
+    monkeypatch.setattr(synthetic, "uniforms", lambda seed, step, rows, columns: np.zeros((len(rows), columns)))
+    assert (flip(labels, 3, 0.0, 0.0, 0) == [[1, 0, 0], [0, 1, 0]]).all()
+
+
+def test_draws_belong_to_the_image_and_the_seed():
+    labels = np.arange(100) % 10
+    all_of_them = flip(labels, 10, 0.3, 0.3, 1)
+    assert (flip(labels[:30], 10, 0.3, 0.3, 1) == all_of_them[:30]).all()
+    assert (pico(labels[:30], 10, 0.05, 0.9, 1) == pico(labels, 10, 0.05, 0.9, 1)[:30]).all()
+    assert (flip(labels, 10, 0.3, 0.3, 2) != all_of_them).any()
+
+
+def test_the_report_counts_a_hand_made_case():
+    candidates = np.array([[1, 0, 0], [1, 1, 0], [1, 1, 1], [0, 1, 0]], dtype=bool)
+    report = noise_report(candidates, np.array([0, 0, 2, 2]))
+    assert report.partial_accuracy == 0.75 and report.eta == 0.25 and report.mean_candidates == 7 / 4
+    assert report.q == 0.375 and report.wrong == 4 / 8 and report.single == 0.5 and report.full == 0.25
+
+
+@pytest.mark.parametrize("wrong", [-0.1, 1.1, float("nan")])
+def test_shares_out_of_range_are_refused(wrong):
+    for make in (
+        lambda: flip(LABELS, 7, wrong, 0.1, 0),
+        lambda: pico(LABELS, 7, 0.1, wrong, 0),
+        lambda: uniform(LABELS, 7, wrong, 0),
+        lambda: hierarchical(LABELS, SUPERCLASS_OF, wrong, 0.1, 0),
+        lambda: instance(LABELS, np.full((60, 7), 1 / 7), wrong, 0.1, 0),
+    ):
+        with pytest.raises(UserError, match="from 0 to 1"):
+            make()
+    with pytest.raises(UserError, match="nearly every candidate set is empty"):
+        pico(LABELS, 7, 0.0, 1.0, 0)
+    with pytest.raises(ValueError, match=r"\[0, 6\)"):
+        flip(LABELS, 6, 0.1, 0.1, 0)
+    with pytest.raises(ValueError, match="at least 2"):
+        flip(np.zeros(3, dtype=np.int64), 1, 0.1, 0.1, 0)
+
+
+# ---- the command ----------------------------------------------------------------------------------------------------
+
+NAMES = ["red thing", "green thing", "blue thing", "odd thing"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder of 40 labelled images, a quarter of them test, with lists beside it; the images are not even readable."""
+    root = tmp_path_factory.mktemp("place")
+    for number in range(40):
+        folder = root / "photos" / ("test" if number % 4 == 0 else "train") / NAMES[number % 3].replace(" ", "_")
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{number:02d}.png").write_bytes(b"never decoded")
+    (root / "classes.txt").write_text("\n".join(NAMES) + "\n")
+    (root / "supers.csv").write_text(
+        "class,superclass\n" + "".join(f"{name},{'odd' if name[0] in 'bo' else 'even'}\n" for name in NAMES)
+    )
+    probs = torch.rand(40, 4, generator=torch.Generator().manual_seed(1))
+    save_file({"probs": (probs / probs.sum(1, keepdim=True)).half()}, root / "p.safetensors")
+    return root
+
+
+def arguments(place, output, *more):
+    return ["--images", str(place / "photos"), "--classes", str(place / "classes.txt"), "--output_dir", str(output), *more]
+
+
+def fails(capsys, argv):
+    """The one line that `main` leaves on stderr with exit code 2."""
+    with pytest.raises(SystemExit) as raised:
+        main(argv)
+    assert raised.value.code == 2
+    lines = capsys.readouterr().err.strip().split("\n")
+    assert len(lines) == 1 and lines[0].startswith("error: "), lines
+    return lines[0]
+
+
+def truth_of(store):
+    return np.array([NAMES.index(path.split("/")[1].replace("_", " ")) for path in store.paths])
+
+
+def test_the_command_writes_the_generated_sets_as_an_ordinary_store(place, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(synthetic, "BLOCK_SIZE", 16)
+    main(arguments(place, tmp_path / "my ann", "--q", "0.5", "--eta", "0.3", "--seed", "7"))
+    store = AnnotationStore.open(tmp_path / "my ann")
+    labels = truth_of(store)
+    expected = flip(labels, 4, 0.5, 0.3, 7)
+    assert (candidate_sets(store) == expected).all() and (store.labels == labels).all()
+    assert (store.split == [path.startswith("test/") for path in store.paths]).all() and store.split.sum() == 10
+    votes, sizes = store.votes(), expected.sum(axis=1)
+    assert votes.dtype == np.int16 and votes.shape == (40, sizes.max()) == (40, len(store.templates))
+    for row, size, chosen in zip(votes.tolist(), sizes, expected):
+        assert sorted(row[:size]) == np.flatnonzero(chosen).tolist() and set(row[size:]) <= {-1}
+    assert np.allclose(store.probs(), expected / sizes[:, None], atol=1e-3) and store.probs().dtype == np.float16
+    assert store.features() is None and store.manifest["model"]["spec"] == "synthetic:flip(q=0.5,eta=0.3,seed=7)"
+    assert store.images().paths == store.paths
+    text = capsys.readouterr().out
+    for index, split in enumerate(("train", "test")):
+        rows = store.split == index
+        assert f"  {split:5} {noise_report(expected[rows], labels[rows])}" in text
+    assert f"next: accelerate launch train_coreg.py --annotations '{tmp_path}/my ann'" in text
+
+
+def test_the_first_vote_is_any_candidate(tmp_path):
+    main(["--q", "0.5", "--output_dir", str(tmp_path / "ann")])
+    store = AnnotationStore.open(tmp_path / "ann")
+    first, sets = store.votes()[:, 0], candidate_sets(store)
+    expected = (sets[np.arange(len(sets)), store.labels] / sets.sum(axis=1)).mean()  # a candidate drawn uniformly is true
+    assert within((first == store.labels).mean(), expected, len(first))
+    assert within((first == sets.argmax(axis=1)).mean(), (1 / sets.sum(axis=1)).mean(), len(first))
+
+
+@pytest.mark.parametrize("rule", ["pico", "uniform", "hierarchical", "instance"])
+def test_the_command_knows_every_rule(place, tmp_path, rule):
+    more = {"hierarchical": ["--superclasses", str(place / "supers.csv"), "--q", "0.9"], "uniform": ["--q", "0.2"]}
+    more["instance"] = ["--probabilities", str(place / "p.safetensors"), "--rho", "0.3"]
+    main(arguments(place, tmp_path / "ann", "--rule", rule, *more.get(rule, [])))
+    store = AnnotationStore.open(tmp_path / "ann")
+    labels = truth_of(store)
+    probs = synthetic.read_probabilities(str(place / "p.safetensors"), 40, 4)
+    expected = {
+        "pico": lambda: pico(labels, 4, 0.1, 0.0, 0),
+        "uniform": lambda: uniform(labels, 4, 0.2, 0),
+        "hierarchical": lambda: hierarchical(labels, np.array([0, 0, 1, 1]), 0.9, 0.0, 0),
+        "instance": lambda: instance(labels, probs, 0.3, 0.0, 0),
+    }[rule]()
+    assert (candidate_sets(store) == expected).all()
+    assert store.manifest["model"]["spec"].startswith(f"synthetic:{rule}(")
+
+
+def test_the_same_command_again_gives_the_same_store_and_another_is_refused(place, tmp_path, capsys):
+    command = arguments(place, tmp_path / "ann", "--q", "0.5")
+    main(command)
+    digest = AnnotationStore.open(tmp_path / "ann").hash
+    main(command)
+    assert AnnotationStore.open(tmp_path / "ann").hash == digest
+    shutil.rmtree(tmp_path / "ann" / "blocks")
+    (tmp_path / "ann" / "blocks").mkdir()
+    main(command)  # finishes what was lost
+    assert AnnotationStore.open(tmp_path / "ann").hash == digest
+    message = fails(capsys, [*command, "--seed", "1"])
+    assert "another job" in message and AnnotationStore.open(tmp_path / "ann").hash == digest
+
+
+def test_train_coreg_reads_the_store_unchanged(tmp_path, capsys):
+    import train_coreg
+
+    generator = np.random.default_rng(0)
+    for number in range(24):
+        folder = tmp_path / "photos" / ("test" if number % 4 == 0 else "train") / f"thing {number % 3}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(generator.integers(0, 255, (16, 16), dtype=np.uint8)).save(folder / f"{number}.png")
+    (tmp_path / "classes.txt").write_text("thing 0\nthing 1\nthing 2\n")
+    main(arguments(tmp_path, tmp_path / "ann", "--q", "0.3", "--eta", "0.2"))
+    run = ["--annotations", str(tmp_path / "ann"), "--output_dir", str(tmp_path / "run"), "--recipe", "digits"]
+    train_coreg.main([*run, "--epochs", "2", "--warmup_epochs", "1", "--batch_size", "8", "--report_to", "none"])
+    assert (tmp_path / "run" / "report.json").exists() and "Co-Reg" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--q", "1.5"], "--q is 1.5"),
+        (["--rule", "uniform", "--eta", "0.2"], "takes no --eta; leave it out, or write --rule flip"),
+        (["--rule", "flip", "--rho", "0.2"], "write --rule instance"),
+        (["--rule", "instance"], "needs --probabilities FILE"),
+        (["--rule", "hierarchical"], "needs --superclasses FILE"),
+        (["--rule", "flop"], "invalid choice"),
+        (["--rule", "instance", "--probabilities", "no.safetensors"], "cannot read the tensor probs"),
+        (["--rule", "hierarchical", "--superclasses", "no.csv"], "cannot read no.csv"),
+    ],
+)
+def test_wrong_options_end_in_one_line(place, tmp_path, monkeypatch, capsys, more, words):
+    monkeypatch.chdir(tmp_path)
+    assert words in fails(capsys, arguments(place, tmp_path / "ann", *more))
+    assert not (tmp_path / "ann").exists()
+
+
+def test_images_without_a_known_label_are_an_error(place, tmp_path, capsys):
+    (tmp_path / "list.csv").write_text("path,label\na.png,red thing\nb.png,\n")
+    argv = ["--images", str(tmp_path / "list.csv"), "--output_dir", str(tmp_path / "ann")]
+    assert "no class names" in fails(capsys, argv)
+    argv += ["--classes", str(place / "classes.txt")]
+    assert "1 of 2 images have no known label (the first, 'b.png')" in fails(capsys, argv)
+    (tmp_path / "list.csv").write_text("path\na.png\nb.png\n")
+    assert "2 of 2 images" in fails(capsys, argv)
+    assert not (tmp_path / "ann").exists()
+
+
+@pytest.mark.parametrize(
+    ("tensors", "words"),
+    [
+        ({"probs": torch.full((39, 4), 0.25)}, "shape (39, 4); wanted (40, 4)"),
+        ({"logits": torch.full((40, 4), 0.25)}, "cannot read the tensor probs"),
+        ({"probs": torch.full((40, 4), 3.0)}, "apply softmax"),
+        ({"probs": torch.full((40, 4), float("nan"))}, "apply softmax"),
+        ({"probs": torch.tensor([-0.5, 0.5, 0.5, 0.5]).repeat(40, 1)}, "apply softmax"),
+    ],
+)
+def test_wrong_probabilities_are_refused(place, tmp_path, capsys, tensors, words):
+    save_file(tensors, tmp_path / "p.safetensors")
+    more = ["--rule", "instance", "--probabilities", str(tmp_path / "p.safetensors")]
+    assert words in fails(capsys, arguments(place, tmp_path / "ann", *more))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("class;superclass\n", "wanted class,superclass"),
+        ("", "wanted class,superclass"),
+        ("class,superclass\nred thin,a\n", "line 2 names the class 'red thin' (is it 'red thing'?)"),
+        ("class,superclass\nred thing,a\nred thing,b\n", "line 3 names the class 'red thing'; write every class name once"),
+        ("class,superclass\nred thing,\n", "with its super-class"),
+        ("class,superclass\nred thing,a\n", "gives 'green thing' no super-class (3 classes"),
+    ],
+)
+def test_wrong_superclasses_are_refused(place, tmp_path, capsys, text, words):
+    (tmp_path / "s.csv").write_text(text)
+    more = ["--rule", "hierarchical", "--superclasses", str(tmp_path / "s.csv")]
+    assert words in fails(capsys, arguments(place, tmp_path / "ann", *more))

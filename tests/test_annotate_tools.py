@@ -1,0 +1,273 @@
+"""Store tools: what they say about good, unfinished and damaged stores, and that what they write is what was stored."""
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from coreg.annotate.blocks import pack_answers
+from coreg.annotate.candidates import candidate_sets
+from coreg.annotate.store import AnnotationStore, StoreWriter, make_manifest
+from coreg.annotate.tools import main
+from coreg.data.sources import open_images
+
+NAMES = ["cat", "dog", "ca/rs"]
+
+
+def photos(root, count=11, shift=0):
+    for number in range(count):
+        path = root / ("test" if number % 4 == 0 else "train") / NAMES[number % 2] / f"{number:02d}, 'é'\n.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (3, 3), (number, shift, 0)).save(path)
+    return root
+
+
+def evidence(count, templates, seed, features=4):
+    generator = np.random.default_rng(seed)
+    tensors = {
+        "votes": generator.integers(-1, 3, (count, templates)).astype(np.int16),
+        "probs": generator.dirichlet(np.ones(3), count).astype(np.float16),
+    }
+    return tensors | ({"features": generator.normal(size=(count, features)).astype(np.float16)} if features else {})
+
+
+def write_store(
+    root, images, templates=("a {}", "the {}"), seed=0, skip=(), spec="m", errors=None, features=4, block_size=4
+):
+    told = {"features": features, "data_root": "data", "preprocessing": {}, "versions": {}}
+    writer = StoreWriter(root, make_manifest(images, NAMES, templates, {"spec": spec, "weights": "w"}, block_size, **told))
+    writer.begin(images)
+    whole = evidence(len(images), len(templates), seed, features)
+    for index in set(range(len(writer.files))) - set(skip):
+        rows = writer.rows(index)
+        bad = {row: reason for row, reason in (errors or {}).items() if row in rows}
+        writer.write(index, {name: table[rows.start : rows.stop] for name, table in whole.items()}, bad)
+    if not skip:
+        writer.finish(images.paths)
+    return whole
+
+
+@pytest.fixture
+def place(tmp_path):
+    images = open_images(str(photos(tmp_path / "photos")), NAMES)
+    write_store(tmp_path / "ann", images, errors={3: "empty file"})
+    return tmp_path, images
+
+
+def fails(capsys, *words):
+    with pytest.raises(SystemExit) as raised:
+        main([str(word) for word in words])
+    assert raised.value.code == 2
+    line = capsys.readouterr().err.strip()
+    assert "\n" not in line and line.startswith("error: ")
+    return line
+
+
+def test_info_and_verify_of_a_whole_store(place, capsys):
+    root = place[0] / "ann"
+    assert main(["info", str(root)]) == 0
+    text = capsys.readouterr().out
+    for words in (
+        "images     11 of",
+        "model      spec m, weights w",
+        "blocks     3 of 3",
+        "row 3: empty file",
+        "zero-shot",
+    ):
+        assert words in text
+    assert main(["verify", str(root)]) == 0
+    assert f"is whole: 3 blocks, 11 images, sha256 {AnnotationStore.open(root).hash}" in capsys.readouterr().out
+    done = subprocess.run(
+        [sys.executable, "-m", "coreg.annotate.store", "verify", str(root)], capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "is whole" in done.stdout and done.stderr == ""
+
+
+def test_info_and_verify_of_an_unfinished_and_damaged_store(place, capsys):
+    root, images = place
+    write_store(root / "half", images, skip={1})
+    assert main(["info", str(root / "half")]) == 0
+    assert "blocks     2 of 3" in (text := capsys.readouterr().out) and "unfinished: run" in text
+    content = bytearray((root / "half" / "blocks" / "00002.safetensors").read_bytes())
+    content[-1] ^= 1
+    (root / "half" / "blocks" / "00002.safetensors").write_bytes(content)
+    assert main(["verify", str(root / "half")]) == 1
+    text = capsys.readouterr().out
+    assert "00002.safetensors is damaged" in text and "1 of 3 blocks are missing" in text and "annotated anew" in text
+    (root / "ann" / "images.txt").write_text("changed\n")
+    assert "images.txt was changed" in fails(capsys, "verify", root / "ann")
+
+
+@pytest.mark.parametrize("rule", ["union", "topk:2"])
+def test_export_to_csv(place, rule):
+    root, images = place
+    assert main(["export", str(root / "ann"), "--output", str(root / "out.csv"), "--candidates", rule]) == 0
+    store = AnnotationStore.open(root / "ann")
+    with (root / "out.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 11 and [row["path"] for row in rows] == list(images.paths)
+    candidates = candidate_sets(store, rule)
+    for index, row in enumerate(rows):
+        assert row["split"] == ("test" if images.paths[index].startswith("test/") else "train")
+        assert row["label"] == images.paths[index].split("/")[1]
+        assert json.loads(row["candidates"]) == [NAMES[c] for c in np.flatnonzero(candidates[index])]
+        probs = [float(row[f"p({name})"]) for name in NAMES]
+        assert np.allclose(probs, store.probs()[index], rtol=1e-3)
+        assert row["best"] == ("" if index == 3 else NAMES[int(np.argmax(store.probs()[index]))])
+        assert float(row["probability"]) == max(probs)
+
+
+def test_export_to_a_folder_that_torchvision_reads(place):
+    from torchvision.datasets import ImageFolder
+
+    root, images = place
+    assert main(["export", str(root / "ann"), "--output", str(root / "out")]) == 0
+    store = AnnotationStore.open(root / "ann")
+    found = {}
+    for split in ("train", "test"):
+        folder = ImageFolder(root / "out" / split)
+        for path, label in folder.samples:
+            number = Image.open(path).getpixel((0, 0))[0]
+            found[number] = (split, folder.classes[label])
+    wanted = {}
+    for row in set(range(11)) - {3}:
+        name = NAMES[int(store.probs()[row].argmax())].replace("/", "_")
+        wanted[images.load(row).getpixel((0, 0))[0]] = ("train", "test")[store.split[row]], name
+    assert found == wanted
+    digits = open_images("builtin:digits")
+    told = {"features": None, "data_root": "data", "preprocessing": {}, "versions": {}}
+    writer = StoreWriter(root / "digits", make_manifest(digits, digits.class_names, ["{}"], {"spec": "m"}, 2000, **told))
+    writer.begin(digits)
+    probs = np.eye(10, dtype=np.float16)[digits.labels]
+    writer.write(0, {"votes": digits.labels[:, None].astype(np.int16), "probs": probs}, {})
+    writer.finish(digits.paths)
+    assert main(["export", str(root / "digits"), "--output", str(root / "pngs")]) == 0
+    row = int(np.flatnonzero(digits.split == 0)[0])
+    path = root / "pngs" / "train" / digits.class_names[digits.labels[row]] / f"{digits.paths[row]}.png"
+    assert (np.asarray(Image.open(path)) == np.asarray(digits.load(row))).all() and not path.is_symlink()
+
+
+def test_export_to_parquet(place, capsys, monkeypatch):
+    root, images = place
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "pyarrow", None)
+        assert "pip install pyarrow" in fails(capsys, "export", root / "ann", "--output", root / "out.parquet")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    main(["export", str(root / "ann"), "--output", str(root / "out.parquet")])
+    table = parquet.read_table(root / "out.parquet").to_pydict()
+    store = AnnotationStore.open(root / "ann")
+    assert table["path"] == list(images.paths) and np.allclose(table["probabilities"], store.probs().astype(np.float32))
+    assert table["candidates"][0] == [NAMES[c] for c in np.flatnonzero(candidate_sets(store)[0])]
+
+
+def test_parts_of_one_job_are_merged_block_by_block(place, capsys):
+    root, images = place
+    write_store(root / "one", images, skip={0, 2}, errors={3: "empty file"})
+    write_store(root / "two", images, skip={1}, errors={3: "empty file"})
+    write_store(root / "three", images, skip={1, 2}, errors={3: "empty file"})
+    (root / "two" / "blocks" / "00002.safetensors").write_bytes(b"junk")
+    assert main(["merge", str(root / "one"), str(root / "two"), "--output_dir", str(root / "part")]) == 0
+    assert "2 of 3 blocks are there; annotate the others" in capsys.readouterr().out
+    assert "unfinished (1 of 3" in fails(capsys, "export", root / "part", "--output", root / "x.csv")
+    write_store(root / "four", images, skip={0, 1})
+    main(["merge", *(str(root / name) for name in ("one", "two", "three", "four")), "--output_dir", str(root / "all")])
+    assert "all 3 blocks are there" in capsys.readouterr().out
+    merged, whole = AnnotationStore.open(root / "all"), AnnotationStore.open(root / "ann")
+    assert merged.hash == whole.hash
+    assert (root / "all" / "errors.csv").read_bytes() == (root / "ann" / "errors.csv").read_bytes()
+
+
+def test_other_images_are_put_one_behind_the_other(place, capsys):
+    root, first = place
+    second = open_images(str(photos(root / "more", count=6, shift=9)), NAMES)
+    write_store(root / "ann2", second, seed=1, errors={5: "not an image"}, block_size=5)
+    main(["merge", str(root / "ann"), str(root / "ann2"), "--output_dir", str(root / "all")])
+    assert "17 images of 2 parts" in capsys.readouterr().out
+    merged, one, two = (AnnotationStore.open(root / name) for name in ("all", "ann", "ann2"))
+    for name in ("votes", "probs", "features"):
+        assert (getattr(merged, name)() == np.concatenate([getattr(one, name)(), getattr(two, name)()])).all()
+    assert merged.paths == [f"0/{path}" for path in one.paths] + [f"1/{path}" for path in two.paths]
+    assert merged.paths == sorted(merged.paths, key=os.fsencode)
+    assert (merged.labels == np.concatenate([one.labels, two.labels])).all()
+    assert (merged.split == np.concatenate([one.split, two.split])).all()
+    assert np.flatnonzero(merged.unreadable).tolist() == [3, 16]
+    images = merged.images()  # opens both folders again
+    assert images.load(0).getpixel((0, 0)) == first.load(0).getpixel((0, 0))
+    assert images.load(12).getpixel((0, 0)) == second.load(1).getpixel((0, 0)) and (images.labels == merged.labels).all()
+
+
+def test_other_annotators_of_the_same_images_vote_together(place, capsys):
+    root, images = place
+    write_store(
+        root / "other",
+        images,
+        ("my {}", "a {}", "no {}"),
+        seed=2,
+        spec="n",
+        errors={3: "empty file", 4: "x"},
+        features=None,
+    )
+    main(["merge", str(root / "ann"), str(root / "other"), "--output_dir", str(root / "all")])
+    assert "2 annotators of the same 11 images, 5 templates in all" in capsys.readouterr().out
+    merged, one, two = (AnnotationStore.open(root / name) for name in ("all", "ann", "other"))
+    assert merged.templates == ["m: a {}", "m: the {}", "n: my {}", "n: a {}", "n: no {}"]
+    assert (merged.votes() == np.concatenate([one.votes(), two.votes()], axis=1)).all()
+    mean = (2 * one.probs().astype(float) + 3 * two.probs().astype(float)) / 5
+    assert np.allclose(merged.probs(), mean, atol=1e-3) and merged.features() is None
+    assert np.flatnonzero(merged.unreadable).tolist() == [3]  # row 4 could be read by one of them
+    spoke = [(store.votes() >= 0).any(axis=1)[:, None] for store in (one, two)]
+    union = (candidate_sets(one) & spoke[0]) | (candidate_sets(two) & spoke[1])
+    union[~union.any(axis=1)] = True
+    assert (candidate_sets(merged) == union).all()
+    assert merged.images().paths == images.paths
+
+
+def test_answers_are_kept_by_merging(place):
+    root, images = place
+    more = open_images(str(photos(root / "more", count=3)), NAMES)
+    for name, part in (("x", images), ("y", more)):
+        told = {"features": None, "data_root": "data", "preprocessing": {}, "versions": {}}
+        writer = StoreWriter(root / name, make_manifest(part, NAMES, ["{}"], {"spec": "m"}, 4, **told))
+        writer.begin(part)
+        for index in range(len(writer.files)):
+            tensors = evidence(len(writer.rows(index)), 1, index, None)
+            writer.write(
+                index, tensors | {"answers": pack_answers([[f'{name}{row}\n"é'] for row in writer.rows(index)])}, {}
+            )
+        writer.finish(part.paths)
+    main(["merge", str(root / "x"), str(root / "y"), "--output_dir", str(root / "all")])
+    wanted = [[f'x{row}\n"é'] for row in range(11)] + [[f'y{row}\n"é'] for row in range(3)]
+    assert AnnotationStore.open(root / "all").answers() == wanted
+    assert AnnotationStore.open(root / "ann").answers() is None
+
+
+def test_what_cannot_be_done_is_told_in_one_line(place, capsys):
+    root, _ = place
+    ann = root / "ann"
+    assert "unknown command check" in fails(capsys, "check", ann)
+    assert "write the folder of one annotation store, not 0" in fails(capsys, "info")
+    assert "does not exist" in fails(capsys, "verify", root / "nowhere")
+    assert "--output is missing" in fails(capsys, "export", ann)
+    assert "no known form" in fails(capsys, "export", ann, "--output", root / "x.json")
+    assert "is there already" in fails(capsys, "export", ann, "--output", root / "photos")
+    assert "unknown candidate rule" in fails(capsys, "export", ann, "--output", root / "x.csv", "--candidates", "best")
+    assert not (root / "x.csv").exists()
+    assert "at least two stores" in fails(capsys, "merge", ann, "--output_dir", root / "new")
+    assert "--output_dir is missing" in fails(capsys, "merge", ann, ann)
+    assert "is there already" in fails(capsys, "merge", ann, ann, "--output_dir", root / "photos")
+    more = open_images(str(photos(root / "more", count=3)), NAMES)
+    write_store(root / "other", more, spec="n")
+    assert "other images and another model" in fails(capsys, "merge", ann, root / "other", "--output_dir", root / "new")
+    shutil.copytree(ann, root / "names")
+    told = json.loads((ann / "manifest.json").read_text())
+    (root / "names" / "manifest.json").write_text(json.dumps(told | {"class_names": ["x", "y", "z"]}))
+    line = fails(capsys, "merge", ann, root / "names", "--output_dir", root / "new")
+    assert "damaged" in line or "other class names" in line
+    assert not (root / "new").exists()
+    assert main(["--help"]) == 0 and "merge ann1 ann2" in capsys.readouterr().out

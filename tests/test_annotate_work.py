@@ -1,0 +1,210 @@
+"""The loop over blocks: balanced, elastic, and the same store whatever happens to the processes."""
+
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_annotate_annotators import save_tiny_clip
+
+import annotate_vlm
+from annotate_vlm import main
+from coreg.annotate import work as loop
+from coreg.annotate.claims import BlockQueue
+from coreg.annotate.store import AnnotationStore, StoreWriter, make_manifest
+from coreg.annotate.work import Progress, annotate_images, work
+from coreg.data.sources import open_images
+from coreg.errors import UserError
+
+NAMES = ["red thing", "green thing", "blue thing"]
+
+
+class Brightness:
+    """An annotator that is one small class: it names class 0, 1 or 2 by the mean of the first pixel row."""
+
+    features = None
+    preprocessing = {"what": "mean"}  # noqa: RUF012
+    collate = staticmethod(torch.stack)
+
+    def __init__(self, seconds=0.0):
+        self.seconds, self.images = seconds, 0
+
+    @staticmethod
+    def preprocess(image):
+        return torch.tensor(float(np.asarray(image.convert("L"), dtype=float)[0].mean()))
+
+    def annotate(self, batch):
+        time.sleep(self.seconds)
+        self.images += len(batch)
+        votes = (batch / 86).to(torch.int16)
+        probs = torch.nn.functional.one_hot(votes.long(), 3).half()
+        return {"votes": votes[:, None], "probs": probs}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("folder")
+    generator = np.random.default_rng(0)
+    for number in range(61):
+        pixels = generator.integers(0, 90, (24, 24, 3), dtype=np.uint8)
+        pixels[..., number % 3] += 120
+        Image.fromarray(pixels).save(root / f"{number:03d}.png")
+    (root / "030.png").write_bytes(b"")
+    (root / "060.png").write_text("no image")
+    return root
+
+
+def begun(folder, root, block_size=4):
+    images = open_images(str(folder), NAMES)
+    model = {"spec": "m", "weights": "w"}
+    told = {"features": None, "data_root": "data", "preprocessing": None, "versions": {}}
+    writer = StoreWriter(root, make_manifest(images, NAMES, ["{}"], model, block_size, **told))
+    writer.begin(images)
+    return images, writer
+
+
+def take_part(images, writer, annotator, start=0.0, max_errors=None, workers=0):
+    with BlockQueue(writer.root, writer.files, start) as queue:
+        progress = Progress(queue, writer, shown=False)
+
+        def annotate_from(first):
+            annotate_images(first, images, annotator, writer, queue, progress, 3, workers, max_errors)
+
+        work(queue, annotate_from, progress)
+
+
+def test_a_slow_process_does_not_hold_a_fixed_share(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "POLL_SECONDS", 0.02)
+    images, writer = begun(folder, tmp_path / "alone")
+    take_part(images, writer, Brightness())
+    writer.finish(images.paths)
+
+    images, writer = begun(folder, tmp_path / "ann")
+    workers = [Brightness(seconds) for seconds in (0.15, 0.002, 0.01)]
+    threads = [
+        threading.Thread(target=take_part, args=(images, StoreWriter(writer.root, writer.manifest), annotator, rank / 3))
+        for rank, annotator in enumerate(workers)
+    ]
+    start = time.monotonic()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    # 16 blocks of two batches: the slow one alone would need 4.8 s and a third of them 1.6 s
+    assert time.monotonic() - start < 1.4
+    assert sum(annotator.images for annotator in workers) == 61  # and nothing was done twice
+    assert workers[0].images < 61 / 3 < workers[1].images
+    writer.finish(images.paths)
+    one, many = (AnnotationStore.open(tmp_path / name) for name in ("alone", "ann"))
+    assert one.hash == many.hash and np.flatnonzero(many.unreadable).tolist() == [30, 60]
+    bright = [int(Brightness.preprocess(images.load(row)) / 86) for row in range(61) if row not in (30, 60)]
+    assert many.votes()[~many.unreadable, 0].tolist() == bright and len(set(bright)) > 1
+
+
+def test_too_many_errors_stop_the_job_and_a_higher_limit_goes_on(folder, tmp_path):
+    images, writer = begun(folder, tmp_path / "ann")
+    with pytest.raises(UserError) as raised:
+        take_part(images, writer, Brightness(), max_errors=0)
+    message = str(raised.value)
+    assert "1 images cannot be read and --max_errors is 0 (the first, '030.png': empty file)" in message
+    assert "\n" not in message and len(list((writer.root / "blocks").iterdir())) == 8  # up to the block with 030.png
+    # another process counts what the first one found
+    with pytest.raises(UserError, match="2 images cannot be read and --max_errors is 1"):
+        take_part(images, StoreWriter(writer.root, writer.manifest), Brightness(), max_errors=1)
+    take_part(images, writer, Brightness(), max_errors=2)
+    writer.finish(images.paths)
+    assert AnnotationStore.open(writer.root).unreadable.sum() == 2
+    assert os.listdir(writer.root / "claims") == []
+
+
+def test_progress_counts_the_blocks_of_all_processes(folder, tmp_path, capfd):
+    _, writer = begun(folder, tmp_path / "ann")
+    other = StoreWriter(writer.root, writer.manifest)
+    for index in (0, 15):  # 4 images and the last one
+        count = len(writer.rows(index))
+        other.write(index, {"votes": np.zeros((count, 1), np.int16), "probs": np.ones((count, 3), np.float16)}, {})
+    with BlockQueue(writer.root, writer.files) as queue:
+        progress = Progress(queue, writer, shown=True)
+        assert (progress.bar.n, progress.bar.total) == (5, 61)
+        progress.show(3)
+        assert progress.bar.n == 8
+        other.write(1, {"votes": np.zeros((4, 1), np.int16), "probs": np.ones((4, 3), np.float16)}, {})
+        progress.show(0)
+        assert progress.bar.n == 9
+        progress.show(0)
+        assert progress.bar.n == 9
+        progress.bar.close()
+    assert "9/61" in capfd.readouterr().err
+
+
+# ---- real processes -------------------------------------------------------------------------------------------------
+
+# annotate_vlm.py whose processes are killed when they have written some blocks: the one with rank r after its r-th number.
+DIES = """
+import os, sys
+from coreg.annotate import blocks
+import annotate_vlm
+left = [int(number) for number in sys.argv[1].split(",")]
+rank, real = int(os.environ.get("RANK", "0")), blocks.write_block
+
+def write_block(*arguments):
+    real(*arguments)
+    left[rank] -= 1
+    if left[rank] == 0:
+        os.kill(os.getpid(), 9)
+
+annotate_vlm.StoreWriter.write.__globals__["write_block"] = write_block
+annotate_vlm.main(sys.argv[2:])
+"""
+
+
+def launched(processes, script, *arguments):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(annotate_vlm.__file__).parent)}
+    return subprocess.run([*command, str(script), *arguments], env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.multiprocess
+def test_kill_and_restart_matrix(folder, tmp_path):
+    """Two processes are killed, then three, then one or two finish: the same store, byte by byte."""
+    save_tiny_clip(tmp_path / "model")
+    (tmp_path / "classes.txt").write_text("\n".join(NAMES))
+    (tmp_path / "dies.py").write_text(DIES)
+
+    def arguments(output):
+        options = f"--images {folder} --vlm local-dir:{tmp_path}/model --classes {tmp_path}/classes.txt --workers 0"
+        return [*options.split(), "--batch_size", "3", "--block_size", "4", "--output_dir", str(output)]
+
+    main(arguments(tmp_path / "whole"))
+    output = tmp_path / "ann"
+    killed = launched(2, tmp_path / "dies.py", "3,5", *arguments(output))
+    assert killed.returncode != 0 and not (output / "errors.csv").exists()
+    written = {file.name for file in (output / "blocks").glob("0*")}
+    assert 3 <= len(written) <= 8 and "00000.safetensors" in written
+    killed = launched(3, tmp_path / "dies.py", "1,1,1", *arguments(output))
+    assert killed.returncode != 0 and not (output / "errors.csv").exists()
+    assert written < {file.name for file in (output / "blocks").glob("0*")}
+    content = bytearray((output / "blocks" / "00000.safetensors").read_bytes())
+    content[-1] ^= 255
+    (output / "blocks" / "00000.safetensors").write_bytes(content)  # and a disk that lies
+    copy = shutil.copytree(output, tmp_path / "copy")
+    main(arguments(output))
+    done = launched(2, annotate_vlm.__file__, *arguments(copy))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("damaged, annotated again: 00000.safetensors") == 1
+    assert done.stdout.count("next: accelerate launch train_coreg.py") == 1
+    whole = AnnotationStore.open(tmp_path / "whole")
+    for root in (output, copy):
+        for file in sorted((tmp_path / "whole" / "blocks").iterdir()):
+            assert (root / "blocks" / file.name).read_bytes() == file.read_bytes()
+        assert AnnotationStore.open(root).hash == whole.hash
+        assert (root / "errors.csv").read_bytes() == (tmp_path / "whole" / "errors.csv").read_bytes()
+        assert sorted(os.listdir(root / "blocks")) == sorted(os.listdir(tmp_path / "whole" / "blocks"))
+        assert not (root / "claims").exists()

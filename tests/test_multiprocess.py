@@ -1,0 +1,85 @@
+"""N processes compute what one computes: real processes started by the real launcher, float64, odd sizes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SMALL_JOB
+
+from coreg.run import checkpoint
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "train_coreg.py"
+
+
+def launch(processes, small_store, output, *more, launcher="accelerate"):
+    """Start train_coreg.py in `processes` processes as a user would; gives the finished process."""
+    script = [
+        str(ROOT / "train_coreg.py"),
+        "--annotations",
+        str(small_store),
+        "--output_dir",
+        str(output),
+        *SMALL_JOB,
+        *more,
+    ]
+    if launcher == "accelerate":
+        config = ["--config_file", str(ROOT / "accelerate_configs" / "cpu.yaml"), "--num_processes", str(processes)]
+        start = [sys.executable, "-m", "accelerate.commands.launch", *config]
+    else:
+        start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run([*start, *script], env=environment, capture_output=True, text=True, timeout=300, check=False)
+
+
+def final_state(output):
+    return checkpoint.load(output / "checkpoints", checkpoint.latest(output / "checkpoints"))
+
+
+@pytest.fixture(scope="module")
+def alone(small_store, tmp_path_factory):
+    output = tmp_path_factory.mktemp("alone") / "run"
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), "--annotations", str(small_store), "--output_dir", str(output), *SMALL_JOB],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True, timeout=300,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    return final_state(output)
+
+
+def same(ours, theirs, rtol=1e-10):
+    """Every tensor of two checkpoints, whole numbers exactly and float64 within `rtol` of the largest entry."""
+    for a, b in zip(ours["learners"], theirs["learners"]):
+        assert a.keys() == b.keys()
+        for name in a:
+            if a[name].is_floating_point():
+                assert (a[name] - b[name]).abs().max() <= rtol * a[name].abs().max().clamp_min(1e-3), name
+            else:
+                assert torch.equal(a[name], b[name]), name
+    for key in ("losses", "weights"):
+        for a, b in zip(ours[key], theirs[key]):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize(("processes", "launcher"), [(2, "accelerate"), (4, "torchrun")])
+def test_several_processes_train_like_one(small_store, alone, tmp_path, processes, launcher):
+    done = launch(processes, small_store, tmp_path / "run", launcher=launcher)
+    assert done.returncode == 0, done.stderr[-2000:]
+    same(alone, final_state(tmp_path / "run"))
+    assert (tmp_path / "run" / "report.json").is_file()
+
+
+@pytest.mark.multiprocess
+def test_a_process_that_is_told_of_others_it_cannot_find_is_refused(small_store, tmp_path):
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), "--annotations", str(small_store), "--output_dir", str(tmp_path / "run")],
+        env=os.environ | {"WORLD_SIZE": "2", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2 and "error: the processes cannot start" in done.stderr
+    assert not (tmp_path / "run").exists()

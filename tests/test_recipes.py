@@ -1,0 +1,179 @@
+"""Every recipe: that it can be used, that its values are the published ones, and that its commands are typed correctly."""
+
+import csv
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from annotate_vlm import AnnotateConfig
+from coreg.annotate.prompts import read_class_names
+from coreg.annotate.synthetic import SyntheticConfig, read_superclasses
+from coreg.config import parse, read_recipe
+from coreg.data.augment import RANDAUGMENT
+from coreg.data.sources import TORCHVISION
+from coreg.learn.options import PRESETS, CoRegOptions
+from coreg.nets.model import CoRegNet, create_backbone, parse_backbone_args
+from coreg.recipes import FOLDER, listing
+from coreg.recipes.__main__ import main
+from coreg.settings import ImageConfig, JobConfig, check
+
+NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
+PAPERS = [name for name in NAMES if name not in ("digits", "folder")]
+ROOT = FOLDER.parent.parent
+
+
+def settings(name):
+    return parse(JobConfig, ImageConfig, CoRegOptions, argv=["--recipe", name], presets=PRESETS)
+
+
+def header(name):
+    lines = (FOLDER / f"{name}.yaml").read_text(encoding="utf-8").split("\n")
+    return [line[1:] for line in lines[: next(i for i, line in enumerate(lines) if not line.startswith("#"))]]
+
+
+def commands(name):
+    return [shlex.split(line) for line in header(name) if line.startswith("   ") and (".py" in line or "python -m" in line)]
+
+
+def test_all_data_sets_are_there():
+    wanted = "cifar10 cifar100 cifar100_synthetic eurosat fashion_mnist fer2013 gtsrb svhn digits folder".split()
+    assert set(wanted) <= set(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_can_be_trained_with(name):
+    job, look, method = settings(name)
+    check(job, method)
+    views = look.augmentation()
+    images = torch.from_numpy(
+        np.random.default_rng(0).integers(0, 256, (2, look.channels, views.size, views.size), np.uint8)
+    )
+    seen = views.strong(images, torch.arange(2), (0, "view"))
+    assert seen.shape == images.shape and seen.isfinite().all()
+    backbone = create_backbone(look.backbone, 3, look.channels, parse_backbone_args(look.backbone_args), False)
+    net = CoRegNet(backbone.eval(), method.projection_dim)
+    with torch.no_grad():
+        maps, (logits, features) = backbone.forward_features(seen), net(seen)
+    assert logits.shape == (2, 3) and features.shape == (2, method.projection_dim)
+    # the last stage of the papers' network ends with 4x4 maps, whatever the data set
+    assert maps.shape[-1] == 4 or name not in PAPERS
+
+
+# name: W, epochs, channels, size, padding, flip, RandomAugment, mean, std; from the tables of the reference implementation
+PUBLISHED = {
+    "cifar10": (50, 800, 3, 32, 4, True, True, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+    "cifar100": (100, 800, 3, 32, 4, True, True, (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
+    "cifar100_synthetic": (200, 800, 3, 32, 4, True, True, (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
+    "svhn": (50, 800, 3, 32, 4, False, True, (0.5,) * 3, (0.5,) * 3),
+    "fashion_mnist": (50, 100, 1, 28, 4, True, False, (0.1307,), (0.3081,)),
+    "eurosat": (50, 100, 3, 64, 8, True, True, (0.5,) * 3, (0.5,) * 3),
+    "fer2013": (50, 100, 1, 64, 8, True, False, (0.5,), (0.5,)),
+    "gtsrb": (50, 100, 3, 64, 8, False, True, (0.5,) * 3, (0.5,) * 3),
+}
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_the_values_are_the_published_ones(name):
+    warmup, epochs, channels, size, padding, flip, operations, mean, std = PUBLISHED[name]
+    job, look, method = settings(name)
+    views = look.augmentation()
+    assert (method.warmup_epochs, job.epochs, look.channels) == (warmup, epochs, channels)
+    assert (views.size, views.padding, views.flip, views.mean, views.std) == (size, padding, flip, mean, std)
+    if operations:
+        assert (views.strong_count, views.cutout, views.cutout_fixed) == (1, 0.5, 0)
+        assert set(views.strong_ops) == set(RANDAUGMENT)
+    else:
+        assert (views.strong_count, views.cutout, views.cutout_fixed) == (0, 0, 16)
+    assert (look.backbone, job.preset) == ("preact_resnet18", "reference")
+    assert parse_backbone_args(look.backbone_args).get("first_stride", 1) == (2 if size == 64 else 1)
+    assert (job.batch_size, job.lr, job.lr_floor, job.momentum, job.weight_decay) == (256, 0.01, 1e-5, 0.9, 5e-4)
+    assert job.lr_horizon == 800
+    assert (method.temperature, method.queue_size, method.projection_dim, method.mixup_alpha) == (0.5, 8192, 128, 4)
+
+
+def test_no_recipe_depends_on_a_default_of_its_table():
+    for name in PAPERS:
+        written = read_recipe(name)
+        for (
+            key
+        ) in "image_size channels mean std padding flip strong_count cutout epochs warmup_epochs lr batch_size".split():
+            assert key in written, (name, key)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_commands_on_top_are_typed_correctly(name):
+    stores = []
+    for words in commands(name):
+        if words[:3] == ["python", "-m", "coreg.annotate.synthetic"]:
+            (config,) = parse(SyntheticConfig, argv=words[3:])
+            stores.append(config.output_dir)
+        elif words[2] == "annotate_vlm.py":
+            (config,) = parse(AnnotateConfig, argv=words[3:])
+            stores.append(config.output_dir)
+            if name in PAPERS and config.classes:
+                assert read_class_names(str(ROOT / config.classes))
+        else:
+            assert words[:3] == ["accelerate", "launch", "train_coreg.py"]
+            job, _, _ = parse(JobConfig, ImageConfig, CoRegOptions, argv=words[3:], default_recipe=name, presets=PRESETS)
+            assert [job.annotations] == (stores[-1:] or [None])
+            assert name in ("digits", "folder") or f"--recipe {name}" in " ".join(words)
+    assert commands(name)
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_published_results_are_marked_as_such(name):
+    text = " ".join(header(name))
+    assert re.search(r"Published by the papers, not measured here: test accuracy (in %|\d\d\.\d\d %)", text)
+
+
+def test_the_listing_names_every_recipe_in_one_line(capsys):
+    main()
+    lines = capsys.readouterr().out.split("\n")
+    for name in NAMES:
+        description = listing()[name]
+        assert len(description) > 20 and header(name)[0].strip() == description
+        assert sum(re.fullmatch(f"{name} +{re.escape(description)}", line) is not None for line in lines) == 1
+
+
+# ---- class names ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("file", "count", "first", "last"),
+    [
+        ("svhn", 10, "number 0", "number 9"),
+        ("fer2013", 7, "Angry Facial Expression", "Neutral Facial Expression"),
+        ("gtsrb", 43, "German Traffic Sign: Speed limit 20", "German Traffic Sign: Lift ban on truck overtaking"),
+        ("eurosat_words", 10, "Annual Crop Land", "Sea or Lake"),
+    ],
+)
+def test_class_name_files(file, count, first, last):
+    names = read_class_names(str(FOLDER / "classes" / f"{file}.txt"))
+    assert (len(names), names[0], names[-1]) == (count, first, last)
+
+
+def test_some_signs_lie_at_their_official_numbers():
+    names = read_class_names(str(FOLDER / "classes" / "gtsrb.txt"))
+    official = {12: "Priority road", 13: "Give way", 14: "Stop", 17: "No entry", 40: "Driving around the island"}
+    for index, sign in official.items():
+        assert names[index] == f"German Traffic Sign: {sign}"
+
+
+@pytest.mark.parametrize(("file", "name"), [("svhn", "SVHN"), ("fer2013", "FER2013"), ("gtsrb", "GTSRB")])
+def test_class_name_files_agree_with_the_names_that_torchvision_sets_get(file, name):
+    assert read_class_names(str(FOLDER / "classes" / f"{file}.txt")) == TORCHVISION[name]
+
+
+def test_the_superclasses_are_twenty_of_five():
+    path = str(FOLDER / "classes" / "cifar100_superclasses.csv")
+    with Path(path).open(newline="") as file:
+        table = list(csv.DictReader(file))
+    names = [row["class"] for row in table]
+    assert names == sorted(names) and len(set(names)) == 100  # torchvision's order is alphabetical
+    assert np.bincount(read_superclasses(path, names)).tolist() == [5] * 20
+    of = {row["class"]: row["superclass"] for row in table}
+    assert of["aquarium_fish"] == of["trout"] == "fish" and of["maple_tree"] == "trees" and of["worm"] == of["crab"]
