@@ -23,10 +23,10 @@ test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 test-slow: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -o addopts="-q --strict-markers"
 
 test-multiprocess: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m multiprocess
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m multiprocess -o addopts="-q --strict-markers"
 
 lint: $(READY)
 	$(BIN)/ruff check .

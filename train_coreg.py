@@ -16,14 +16,13 @@ import math
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list, tqdm
 from timm.utils import distribute_bn
-from torch import Tensor
 
 from annotate_vlm import AnnotateConfig, annotate
 from coreg.annotate.candidates import parse_rule
@@ -32,7 +31,7 @@ from coreg.config import as_settings, as_yaml, parse
 from coreg.data.order import ShuffledRows, n_batches
 from coreg.errors import UserError, exits_with_one_line
 from coreg.export import export
-from coreg.learn.coreg import cosine_lr, ramp
+from coreg.learn.coreg import CoRegBatch, WarmUpBatch, cosine_lr, ramp
 from coreg.learn.division import Division, align, divide, division_loss
 from coreg.learn.options import PRESETS, CoRegOptions
 from coreg.learn.pseudo import rescale
@@ -45,10 +44,20 @@ from coreg.run.folder import RunFolder, write_atomically
 from coreg.run.process import build_accelerator, main_process_decides
 from coreg.run.task import Task, known_labels, predict, prepare
 from coreg.run.training import Training, build_training
+from coreg.run.watch import EXIT_INTERRUPTED, GOES_ON, STOP, Watch
 from coreg.settings import ImageConfig, JobConfig, check
 
 # settings that may change between two starts of the same job; what the store holds is compared by its hash
-NOT_THE_JOB = ("output_dir", "annotations", "labels", "workers", "report_to", "print_config")
+NOT_THE_JOB = (
+    "output_dir",
+    "annotations",
+    "labels",
+    "workers",
+    "report_to",
+    "print_config",
+    "checkpoint_minutes",
+    "timeout_minutes",
+)
 
 
 def divide_by(task: Task, training: Training, number: int) -> tuple[Division, Verdict, np.ndarray]:
@@ -83,65 +92,51 @@ def divide_by(task: Task, training: Training, number: int) -> tuple[Division, Ve
     return division, verdict, log_p
 
 
-def advance(bar: tqdm, epochs: float) -> None:
-    """Move the bar by a part of an epoch, but never past its end by a rounding error, about which tqdm would complain."""
-    bar.update(min(epochs, bar.total - bar.n))
+def warm_up(task: Task, training: Training) -> tuple[int, Callable[[int], WarmUpBatch]]:
+    """Steps of the present network's warm-up epoch and how to make each one's batch.
+
+    Images that no template could name teach nothing and are left out.
+    """
+    key = (training.epoch, training.number)
+    rows = ShuffledRows(np.flatnonzero(task.usable), 2 * task.job.batch_size, (task.job.seed, "warm-up", *key))
+
+    def batch(step: int) -> WarmUpBatch:
+        method = task.method
+        return warm_up_batch(task.data, rows.batch(step), task.table, key, method.warmup_view, method.skip_full_sets)
+
+    return rows.per_round, batch
 
 
-def warm_up_epoch(task: Task, training: Training, bar: tqdm) -> dict[str, float]:
-    """One pass over the images for each network; images that no template could name teach nothing and are left out."""
-    curves = {}
-    for number in (0, 1):
-        key = (task.job.seed, "warm-up", training.epoch, number)
-        rows = ShuffledRows(np.flatnonzero(task.usable), 2 * task.job.batch_size, key)
-        sums: dict[str, Tensor] = {}
-        for step in range(rows.per_round):
-            key = (training.epoch, number)
-            batch = warm_up_batch(
-                task.data, rows.batch(step), task.table, key, task.method.warmup_view, task.method.skip_full_sets
-            )
-            training.step(task.accelerator, number, batch, sums)
-            training.images_seen += batch.n
-            advance(bar, 0.5 / rows.per_round)
-        curves |= {f"net{number + 1}/{name}": float(value) / rows.per_round for name, value in sums.items()}
-    return curves
-
-
-def co_train_epoch(task: Task, training: Training, verdicts: Sequence[Verdict], bar: tqdm) -> dict[str, float]:
-    """Each network in turn trains for one epoch on the split that the other one made."""
-    curves, epoch, job, method = {}, training.epoch, task.job, task.method
+def co_train(task: Task, training: Training) -> tuple[int, Callable[[int], CoRegBatch]]:
+    """Steps of the present network's epoch on the split that the other one made, and how to make each one's batch."""
+    epoch, number, job, method = training.epoch, training.number, task.job, task.method
+    own, verdict = training.verdicts[number], training.verdicts[1 - number if method.co_pseudo_labels else number]
+    key = (job.seed, epoch, number)
+    trusted = np.concatenate([np.flatnonzero(verdict.trusted), task.repeated])
+    x = ShuffledRows(trusted, job.batch_size, ("P", *key))
+    u = ShuffledRows(np.flatnonzero(~verdict.trusted & method.use_unlabeled), job.batch_size, ("U", *key))
+    labelled = ShuffledRows(task.extra, job.batch_size, ("labelled", *key))
     gate_epoch = method.warmup_epochs + method.contrast_after + 1
-    for number in (0, 1):
-        own, verdict = verdicts[number], verdicts[1 - number if method.co_pseudo_labels else number]
-        key = (job.seed, epoch, number)
-        trusted = np.concatenate([np.flatnonzero(verdict.trusted), task.repeated])
-        x = ShuffledRows(trusted, job.batch_size, ("P", *key))
-        u = ShuffledRows(np.flatnonzero(~verdict.trusted & method.use_unlabeled), job.batch_size, ("U", *key))
-        labelled = ShuffledRows(task.extra, job.batch_size, ("labelled", *key))
-        # keys made long before the gate opens will have left the queue by then
-        fill_queue = epoch >= gate_epoch - n_batches(method.queue_size, len(x.rows))
-        sums: dict[str, Tensor] = {}
-        for step in range(x.per_round):
-            progress = epoch - method.warmup_epochs + step / x.per_round
-            extra = labelled.batch(step)
-            batch = co_train_batch(
-                task.data,
-                x.batch(step),
-                u.batch(step),
-                verdict,
-                key=(epoch, number, step),
-                mixup_alpha=method.mixup_alpha,
-                ramp=ramp(progress, method.rampup_epochs),
-                gate=epoch >= gate_epoch,
-                fill_queue=fill_queue,
-                own=own if method.guesses == "epoch" else None,
-                labelled=(extra, task.known[extra]) if len(extra) else None,
-            )
-            training.step(task.accelerator, number, batch, sums)
-            training.images_seen += batch.n_x + batch.n_u
-            advance(bar, 0.5 / x.per_round)
-        curves |= {f"net{number + 1}/{name}": float(value) / x.per_round for name, value in sums.items()}
-    return curves
+    # keys made long before the gate opens will have left the queue by then
+    fill_queue = epoch >= gate_epoch - n_batches(method.queue_size, len(x.rows))
+
+    def batch(step: int) -> CoRegBatch:
+        extra = labelled.batch(step)
+        return co_train_batch(
+            task.data,
+            x.batch(step),
+            u.batch(step),
+            verdict,
+            key=(epoch, number, step),
+            mixup_alpha=method.mixup_alpha,
+            ramp=ramp(epoch - method.warmup_epochs + step / x.per_round, method.rampup_epochs),
+            gate=epoch >= gate_epoch,
+            fill_queue=fill_queue,
+            own=own if method.guesses == "epoch" else None,
+            labelled=(extra, task.known[extra]) if len(extra) else None,
+        )
+
+    return x.per_round, batch
 
 
 def test(task: Task, training: Training) -> dict[str, float]:
@@ -153,56 +148,88 @@ def test(task: Task, training: Training) -> dict[str, float]:
     return {f"test/{name}": accuracy(p.argmax(1).cpu().numpy(), task.test_labels) for name, p in predictions.items()}
 
 
-def one_epoch(task: Task, training: Training, bar: tqdm) -> dict[str, float]:
-    """Warm up, or divide and co-train, then agree on statistics and test; gives the epoch's curves."""
-    job, method = task.job, task.method
+def divide_training_set(task: Task, training: Training) -> None:
+    """Both networks divide before either of them trains."""
+    if task.method.key_reset == "epoch":
+        for learner in training.learners:
+            learner.reset_keys()
+    divisions, verdicts, log_ps = zip(*(divide_by(task, training, number) for number in (0, 1)))
+    training.verdicts, training.weights = list(verdicts), [division.weight for division in divisions]
+    training.partial = division_health(divisions, log_ps, task.candidates, task.annotator, task.labels)
+
+
+def one_epoch(task: Task, training: Training, bar: tqdm, at_boundary: Callable[[], None]) -> dict[str, float]:
+    """The rest of the present epoch: warm up, or divide and co-train, then agree on statistics and test.
+
+    Gives the epoch's curves. `at_boundary` is called between steps; whatever it saves, this function can go on from.
+    """
+    job = task.job
     rate = cosine_lr(training.epoch, job.lr, job.lr_floor, job.lr_horizon or job.epochs)
     for optimizer in training.optimizers:
         optimizer.param_groups[0]["lr"] = rate
-    if training.epoch < method.warmup_epochs:
-        curves = warm_up_epoch(task, training, bar)
-    else:
-        if method.key_reset == "epoch":
-            for learner in training.learners:
-                learner.reset_keys()
-        divisions, verdicts, log_ps = zip(*(divide_by(task, training, number) for number in (0, 1)))
-        training.weights = [division.weight for division in divisions]
-        curves = division_health(divisions, log_ps, task.candidates, task.annotator, task.labels)
-        curves |= co_train_epoch(task, training, verdicts, bar)
+    warming_up = training.epoch < task.method.warmup_epochs
+    if not warming_up and not training.verdicts:
+        divide_training_set(task, training)
+    while training.number < 2:
+        count, batch = (warm_up if warming_up else co_train)(task, training)
+        while training.step < count:
+            accumulated = job.gradient_accumulation_steps
+            update = (training.step + 1) % accumulated == 0 or training.step + 1 == count
+            made = batch(training.step)
+            training.optimise(task.accelerator, made, update, accumulated)
+            training.images_seen += made.size
+            # never past its end by a rounding error, about which tqdm would complain
+            bar.update(min(0.5 / count, bar.total - bar.n))
+            if update:
+                at_boundary()
+        training.finish_network()
     if task.accelerator.num_processes > 1:
         # without SyncBatchNorm, processes have seen different rows: agree on the mean statistics
         for net in training.nets:
             distribute_bn(net, task.accelerator.num_processes, reduce=True)
-    return curves | {"lr": rate} | test(task, training)
+    return training.finish_epoch({"lr": rate} | test(task, training))
 
 
-def train(task: Task, training: Training, folder: RunFolder) -> None:
-    """All epochs from where `training` stands, with a checkpoint after each.
+def train(task: Task, training: Training, folder: RunFolder, watch: Watch) -> None:
+    """All epochs from where `training` stands, with a checkpoint after each and whenever `watch` asks for one.
 
     Raises:
         UserError: a loss is no number any more; the last good checkpoint stays.
+        SystemExit: a signal came; a checkpoint was written at the step boundary behind it.
     """
     accelerator, job = task.accelerator, task.job
+    mark = time.perf_counter()
+
+    def save() -> None:
+        nonlocal mark
+        training.seconds, mark = training.seconds + time.perf_counter() - mark, time.perf_counter()
+        main_process_decides(
+            accelerator, lambda: checkpoint.save(folder.checkpoints, training.serial, training.state_dict())
+        )
+        watch.saved()
+
+    def at_boundary() -> None:
+        due = watch.due()
+        if due != GOES_ON:
+            save()
+        if due == STOP:
+            accelerator.print(f"\nStopped by a signal in epoch {training.epoch + 1}; the same command goes on from here.")
+            raise SystemExit(EXIT_INTERRUPTED)
+
     layout = "{desc} {percentage:3.0f}%|{bar}| epoch {n:.1f}/{total} [{elapsed}<{remaining}{postfix}]"
     with tqdm(total=job.epochs, initial=training.epoch, desc="Co-Reg", bar_format=layout) as bar:
         while training.epoch < job.epochs:
-            started = time.perf_counter()
-            curves = one_epoch(task, training, bar)
+            curves = one_epoch(task, training, bar, at_boundary)
             broken = [name for name, value in curves.items() if not math.isfinite(value)]
             if broken:
                 raise UserError(
-                    f"{broken[0]} became {curves[broken[0]]} in epoch {training.epoch + 1}; the checkpoints before it are "
-                    f"kept in {folder.checkpoints}: start anew in another --output_dir with a smaller --lr (now {job.lr})"
+                    f"{broken[0]} became {curves[broken[0]]} in epoch {training.epoch}; the checkpoints before it are kept "
+                    f"in {folder.checkpoints}: start anew in another --output_dir with a smaller --lr (now {job.lr})"
                 )
-            training.epoch += 1
-            training.seconds += time.perf_counter() - started
-            training.curves.append(curves)
             accelerator.log(curves, step=training.epoch)
             shown = {"P": curves.get("division/trusted"), "test": curves.get("test/ensemble")}
             bar.set_postfix_str(", ".join(f"{name} {value:.1%}" for name, value in shown.items() if value is not None))
-            main_process_decides(
-                accelerator, lambda: checkpoint.save(folder.checkpoints, training.epoch, training.state_dict())
-            )
+            save()
 
 
 def finish(task: Task, training: Training, folder: RunFolder, command: str, wall_seconds: float) -> dict[str, Any]:
@@ -286,7 +313,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_backbone(look.backbone, look.backbone_args)
     folder = RunFolder(job.output_dir)
     identity = {k: v for k, v in as_settings(job, look, method).items() if k not in NOT_THE_JOB}
-    accelerator = build_accelerator(job.mixed_precision, job.report_to, job.output_dir)
+    accelerator = build_accelerator(job.mixed_precision, job.report_to, job.output_dir, job.timeout_minutes)
     main_process_decides(accelerator, lambda: folder.refuse_other(identity))
     with contextlib.ExitStack() as held:
         if job.annotations:
@@ -309,15 +336,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         main_process_decides(accelerator, lambda: folder.claim(identity))
         newest = main_process_decides(accelerator, lambda: checkpoint.latest(folder.checkpoints))
         if newest is not None:
-            training.load_state_dict(checkpoint.load(folder.checkpoints, newest))
-            accelerator.print(f"Resuming {folder.root} after epoch {training.epoch} of {job.epochs}.")
+            training.load_state_dict(checkpoint.load(folder.checkpoints, newest), accelerator.device)
+            accelerator.print(f"Going on with {folder.root} behind epoch {training.epoch} of {job.epochs}.")
         if accelerator.is_main_process:
             write_atomically(folder.root / "config.yaml", as_yaml(as_settings(job, look, method)))
             if (known >= 0).any():
                 write_known_labels(folder.root / "known_labels.csv", store, known)
         accelerator.init_trackers("tensorboard", config={k: str(v) for k, v in identity.items()})
         before = training.seconds
-        train(task, training, folder)
+        watch = Watch(accelerator, job.checkpoint_minutes, job.timeout_minutes)
+        with watch.listening(), watch.naming_the_lost():
+            train(task, training, folder, watch)
         command = shlex.join(["train_coreg.py", *argv])
         report = finish(task, training, folder, command, before + time.perf_counter() - started)
         accelerator.end_training()

@@ -41,7 +41,11 @@ class JobConfig:
     lr_horizon: int = option(0, "epochs of the cosine schedule; 0 for --epochs")
     momentum: float = option(0.9, "of SGD")
     weight_decay: float = option(5e-4, "of SGD")
-    mixed_precision: Literal["no", "bf16", "fp16"] = option("no", "autocast on a GPU")
+    gradient_accumulation_steps: int = option(1, "steps whose gradients are averaged before the weights move")
+    mixed_precision: Literal["no", "bf16"] = option("no", "autocast")
+    compile: bool = option(False, "compile the networks with torch.compile")
+    checkpoint_minutes: float = option(10.0, "a checkpoint is written every epoch, and after so many minutes within one")
+    timeout_minutes: float = option(10.0, "a job ends when a process does not answer for so long")
     dtype: Literal["float32", "float64"] = option("float32", "of weights and arithmetic; float64 to compare runs exactly")
     workers: int = option(2, "processes that decode images")
     print_config: bool = option(False, "print the resolved settings as a recipe and stop")
@@ -110,6 +114,9 @@ def check(job: JobConfig, method: CoRegOptions) -> None:
         (job.epochs >= 1, f"--epochs is {job.epochs}; give at least 1"),
         (job.batch_size >= 1, f"--batch_size is {job.batch_size}; give at least 1"),
         (job.lr > 0, f"--lr is {job.lr}; give a number above 0"),
+        (job.gradient_accumulation_steps >= 1, "--gradient_accumulation_steps has to be at least 1"),
+        (job.checkpoint_minutes >= 0, "--checkpoint_minutes has to be 0 (every step) or more"),
+        (job.timeout_minutes > 0, "--timeout_minutes has to be above 0"),
         (job.few_shot >= 0, f"--few_shot is {job.few_shot}; give 0 or more"),
         (not (job.few_shot and job.labels), "--few_shot and --labels exclude each other; give one of them"),
         (job.workers >= 0, f"--workers is {job.workers}; give 0 or more"),

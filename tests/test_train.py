@@ -1,6 +1,8 @@
 """The main job through its own entry point: files written, resumed bit for bit, refused with one line."""
 
 import json
+import os
+import signal
 
 import pytest
 import torch
@@ -9,6 +11,8 @@ from conftest import SMALL_JOB
 
 import train_coreg
 from coreg.run import checkpoint
+from coreg.run.training import Training
+from coreg.run.watch import EXIT_INTERRUPTED
 
 SHORT = ["--epochs", "4", "--warmup_epochs", "1", "--contrast_after", "0", "--queue_size", "256", "--workers", "0"]
 
@@ -79,6 +83,10 @@ class Killed(BaseException):
     pass
 
 
+def final_state(output):
+    return checkpoint.load(output / "checkpoints", checkpoint.latest(output / "checkpoints"))
+
+
 @pytest.mark.parametrize("epoch", [1, 3])
 def test_a_killed_run_goes_on_bit_for_bit(annotations, finished, tmp_path, monkeypatch, epoch):
     """Killed right after the checkpoint of epoch 1 (warm-up) or 3 (co-training with contrast), then started again."""
@@ -86,7 +94,7 @@ def test_a_killed_run_goes_on_bit_for_bit(annotations, finished, tmp_path, monke
 
     def save_then_die(folder, number, state):
         whole(folder, number, state)
-        if number == epoch:
+        if state["epoch"] == epoch and not state["step"]:
             raise Killed
 
     with monkeypatch.context() as patched:
@@ -94,7 +102,7 @@ def test_a_killed_run_goes_on_bit_for_bit(annotations, finished, tmp_path, monke
         with pytest.raises(Killed):
             run(annotations, tmp_path / "run")
     run(annotations, tmp_path / "run")
-    expected, found = (checkpoint.load(folder / "checkpoints", 4) for folder in (finished, tmp_path / "run"))
+    expected, found = (final_state(folder) for folder in (finished, tmp_path / "run"))
     for ours, theirs in zip(expected["learners"], found["learners"]):
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
     for key in ("losses", "weights"):
@@ -107,18 +115,19 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(annotations, finished
 
     def save_then_die(folder, number, state):
         whole(folder, number, state)
-        if number == 3:
+        if state["epoch"] == 3:
             raise Killed
 
     with monkeypatch.context() as patched:
         patched.setattr(checkpoint, "save", save_then_die)
         with pytest.raises(Killed):
             run(annotations, tmp_path / "run")
-    damaged = tmp_path / "run" / "checkpoints" / "00000003" / "state.pt"
+    folder = tmp_path / "run" / "checkpoints"
+    damaged = folder / f"{checkpoint.latest(folder):08d}" / "state.pt"
     damaged.write_bytes(damaged.read_bytes()[:-1000])
     with pytest.warns(UserWarning, match="damaged"):
         run(annotations, tmp_path / "run")
-    expected, found = (checkpoint.load(folder / "checkpoints", 4) for folder in (finished, tmp_path / "run"))
+    expected, found = (final_state(folder) for folder in (finished, tmp_path / "run"))
     assert expected["curves"] == found["curves"]
 
 
@@ -177,10 +186,42 @@ def test_two_jobs_cannot_share_a_folder(annotations, tmp_path, capsys):
     assert "another job is running" in message
 
 
+@pytest.mark.parametrize("switch", [[], ["--preset", "fast"], ["--gradient_accumulation_steps", "3"]], ids=" ".join)
+def test_stopped_at_any_step_by_a_signal_it_goes_on_bit_for_bit(small_store, tmp_path, monkeypatch, capsys, switch):
+    """SIGTERM or SIGUSR1 again and again, after so many steps each time, until the job is through."""
+    whole, _ = small_run(small_store, tmp_path / "whole", *switch)
+    optimise, countdown = Training.optimise, [0]
+
+    def optimise_then_signal(self, *arguments):
+        optimise(self, *arguments)
+        countdown[0] -= 1
+        if countdown[0] == 0:
+            os.kill(os.getpid(), signal.SIGUSR1 if self.epoch % 2 else signal.SIGTERM)
+
+    monkeypatch.setattr(Training, "optimise", optimise_then_signal)
+    steps, stops = iter([1, 5, 3, 11, 2, 7, 4, 9, 1, 6] + [1000] * 5), 0
+    while not (tmp_path / "run" / "report.json").exists():
+        countdown[0] = next(steps)
+        try:
+            state, _ = small_run(small_store, tmp_path / "run", *switch)
+        except SystemExit as stopped:
+            assert stopped.code == EXIT_INTERRUPTED and "Stopped by a signal" in capsys.readouterr().out
+            stops += 1
+    assert stops >= 5
+    for ours, theirs in zip(whole["learners"], state["learners"]):
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert whole["curves"] == state["curves"]
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_averaged_gradients_move_the_weights_less_often(small_store, small, tmp_path):
+    state, _ = small_run(small_store, tmp_path / "run", "--gradient_accumulation_steps", "1000")
+    assert state["updates"] > 0 and not torch.equal(weights_of(state), weights_of(small[0]))
+
+
 def small_run(store, output, *more):
     train_coreg.main(["--annotations", str(store), "--output_dir", str(output), *SMALL_JOB, *more])
-    state = checkpoint.load(output / "checkpoints", checkpoint.latest(output / "checkpoints"))
-    return state, json.loads((output / "report.json").read_text())
+    return final_state(output), json.loads((output / "report.json").read_text())
 
 
 @pytest.fixture(scope="module")

@@ -48,6 +48,11 @@ class WarmUpBatch:
     n: int
     n_informative: int
 
+    @property
+    def size(self) -> int:
+        """Images of the global step."""
+        return self.n
+
 
 @dataclass
 class Guess:
@@ -94,6 +99,11 @@ class CoRegBatch:
     guess: Guess | None = None
     labelled: tuple[Tensor, Tensor] | None = None
     n_labelled: int = 0
+
+    @property
+    def size(self) -> int:
+        """Images of the global step."""
+        return self.n_x + self.n_u
 
 
 class CoRegLearner(nn.Module):

@@ -69,6 +69,14 @@ class Verdict:
     guess: Tensor | None = None
     features: Tensor | None = None
 
+    def state_dict(self) -> dict[str, Tensor | None]:
+        return vars(self) | {"trusted": torch.from_numpy(self.trusted)}
+
+    @classmethod
+    def from_state(cls, state: dict[str, Tensor | None], device: torch.device) -> Verdict:
+        moved = {name: None if value is None else value.to(device) for name, value in state.items() if name != "trusted"}
+        return cls(**moved, trusted=state["trusted"].numpy())
+
 
 def warm_up_batch(
     data: TrainingImages,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,20 +12,23 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 
-from coreg.learn.coreg import CoRegLearner
+from coreg.learn.coreg import CoRegBatch, CoRegLearner, WarmUpBatch
 from coreg.learn.memory import Prototypes
 from coreg.learn.options import CoRegOptions
 from coreg.nets.model import CoRegNet, create_backbone, parse_backbone_args
+from coreg.run.batches import Verdict
 from coreg.settings import ImageConfig, JobConfig
 
 
 @dataclass
 class Training:
-    """Two networks, their learners and optimisers, and how far they are.
+    """Two networks, their learners and optimisers, and how far they are, down to the step.
 
     nets: [net1, net2]. learners: their training steps. steps: the learners wrapped for data parallelism.
     losses: for each network the division losses (N,) of the last epochs, oldest first.
     weights: w (N,) of both networks' last division; empty before the first.
+    epoch: finished epochs; number, step: network (0 or 1) and step to go on with in the present one.
+    verdicts: of this epoch's division; sums, partial: loss parts of this network so far, and curves of this epoch so far.
     curves: one mapping of scalars for each finished epoch. seconds: spent training, over all restarts.
     """
 
@@ -33,22 +37,56 @@ class Training:
     steps: list[nn.Module]
     optimizers: list[torch.optim.Optimizer]
     losses: list[list[np.ndarray]] = field(default_factory=lambda: [[], []])
-    epoch: int = 0
     weights: list[np.ndarray] = field(default_factory=list)
+    epoch: int = 0
+    number: int = 0
+    step: int = 0
+    verdicts: list[Verdict] = field(default_factory=list)
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    partial: dict[str, float] = field(default_factory=dict)
     curves: list[dict[str, float]] = field(default_factory=list)
     seconds: float = 0.0
     images_seen: int = 0
+    updates: int = 0
 
-    def step(self, accelerator: Accelerator, number: int, batch: Any, sums: dict[str, Tensor]) -> None:
-        """Train network `number` (0 or 1) on one batch; adds the loss parts to `sums` on the device, without waiting."""
-        self.nets[number].train()
-        self.nets[1 - number].eval()
-        parts = self.steps[number](batch)
-        accelerator.backward(parts["loss"])
-        self.optimizers[number].step()
-        self.optimizers[number].zero_grad(set_to_none=True)
+    def optimise(self, accelerator: Accelerator, batch: WarmUpBatch | CoRegBatch, update: bool, accumulated: int) -> None:
+        """Train the present network on one batch; loss parts are summed on the device, without waiting for it.
+
+        Args:
+            update: whether the weights move now, or gradients go on adding up.
+            accumulated: number of batches whose gradients are averaged.
+        """
+        self.nets[self.number].train()
+        self.nets[1 - self.number].eval()
+        module = self.steps[self.number]
+        with contextlib.nullcontext() if update else accelerator.no_sync(module):
+            parts = module(batch)
+            accelerator.backward(parts["loss"] / accumulated)
+        if update:
+            self.optimizers[self.number].step()
+            self.optimizers[self.number].zero_grad(set_to_none=True)
         for name, part in parts.items():
-            sums[name] = sums.get(name, 0) + part.detach()
+            self.sums[name] = self.sums.get(name, 0) + part.detach()
+        self.step += 1
+        self.updates += 1
+
+    def finish_network(self) -> None:
+        """Turn the present network's sums into means of this epoch, and go on with the next network."""
+        self.partial |= {f"net{self.number + 1}/{name}": float(x) / self.step for name, x in self.sums.items()}
+        self.sums, self.step, self.number = {}, 0, self.number + 1
+
+    def finish_epoch(self, more: dict[str, float]) -> dict[str, float]:
+        """Close the epoch; gives its curves."""
+        curves = self.partial | more
+        self.curves.append(curves)
+        self.partial, self.verdicts, self.number = {}, [], 0
+        self.epoch += 1
+        return curves
+
+    @property
+    def serial(self) -> int:
+        """A number for a checkpoint of this moment, larger than that of every moment before."""
+        return self.updates + self.epoch
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -56,21 +94,24 @@ class Training:
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "losses": [torch.from_numpy(np.stack(rows)) if rows else None for rows in self.losses],
             "weights": [torch.from_numpy(weight) for weight in self.weights],
-            "epoch": self.epoch,
-            "curves": self.curves,
-            "seconds": self.seconds,
-            "images_seen": self.images_seen,
-        }
+            "verdicts": [verdict.state_dict() for verdict in self.verdicts],
+            "sums": self.sums,
+        } | {name: getattr(self, name) for name in PLAIN}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
         for learner, saved in zip(self.learners, state["learners"]):
             learner.load_state_dict(saved)
         for optimizer, saved in zip(self.optimizers, state["optimizers"]):
             optimizer.load_state_dict(saved)
         self.losses = [[] if rows is None else list(rows.numpy()) for rows in state["losses"]]
         self.weights = [weight.numpy() for weight in state["weights"]]
-        self.epoch, self.curves = state["epoch"], state["curves"]
-        self.seconds, self.images_seen = state["seconds"], state["images_seen"]
+        self.verdicts = [Verdict.from_state(saved, device) for saved in state["verdicts"]]
+        self.sums = {name: value.to(device) for name, value in state["sums"].items()}
+        for name in PLAIN:
+            setattr(self, name, state[name])
+
+
+PLAIN = ("epoch", "number", "step", "partial", "curves", "seconds", "images_seen", "updates")
 
 
 def build_training(
@@ -91,6 +132,9 @@ def build_training(
     learners = [CoRegLearner(net, prototypes, method).to(accelerator.device, dtype) for net in nets]
     for learner, peer in zip(learners, reversed(nets)):
         learner.set_peer(peer)
+        if job.compile:
+            learner.net.compile()
+            learner.key_net.compile()
     optimizers = [
         torch.optim.SGD(learner.net.parameters(), lr=job.lr, momentum=job.momentum, weight_decay=job.weight_decay)
         for learner in learners
