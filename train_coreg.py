@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list, tqdm
+from accelerate.utils import tqdm
 from timm.utils import distribute_bn
 
 from annotate_vlm import AnnotateConfig, annotate
@@ -74,18 +74,18 @@ def divide_by(task: Task, training: Training, number: int) -> tuple[Division, Ve
     aligned = log_p if method.alignment == "none" else align(log_p, task.prior)
     history = [*training.losses[number], division_loss(aligned, task.candidates)][-method.history :]
     training.losses[number] = history
-    # fitted on one process and sent to the others: two fits might differ in the last bit, and then in a whole image
     smallest = min(task.job.batch_size, len(task.usable))
     fitted = task.usable & (task.known < 0)
-    answer = [divide(np.stack(history), fitted, task.job.seed, method.threshold, smallest, method.monotone)]
-    if task.accelerator.num_processes > 1:
-        broadcast_object_list(answer)
-    division: Division = answer[0]
+    # fitted on one process and sent to the others: two fits might differ in the last bit, and then in a whole image
+    division = main_process_decides(
+        task.accelerator,
+        lambda: divide(np.stack(history), fitted, task.job.seed, method.threshold, smallest, method.monotone),
+    )
     # a person's labels are trusted whatever their loss
     division.weight[task.known >= 0], division.trusted[task.known >= 0] = 1.0, True
     targets = rescale(torch.from_numpy(np.exp(aligned)), torch.from_numpy(task.candidates))
-    device = task.accelerator.device
-    verdict = Verdict(torch.from_numpy(division.weight).float().to(device), targets.float().to(device), division.trusted)
+    like = {"device": task.accelerator.device, "dtype": task.data.dtype}
+    verdict = Verdict(torch.from_numpy(division.weight).to(**like), targets.to(**like), division.trusted)
     if method.guesses == "epoch":
         again, _ = predict(net, task.data, "weak", ("guess", training.epoch, number), size)
         verdict.guess, verdict.features = (logits.softmax(1) + again.softmax(1)) / 2, features
@@ -99,10 +99,12 @@ def warm_up(task: Task, training: Training) -> tuple[int, Callable[[int], WarmUp
     """
     key = (training.epoch, training.number)
     rows = ShuffledRows(np.flatnonzero(task.usable), 2 * task.job.batch_size, (task.job.seed, "warm-up", *key))
+    full = task.candidates.all(axis=1) & task.method.skip_full_sets
 
     def batch(step: int) -> WarmUpBatch:
-        method = task.method
-        return warm_up_batch(task.data, rows.batch(step), task.table, key, method.warmup_view, method.skip_full_sets)
+        chosen = rows.batch(step)
+        informative = int((~full[chosen]).sum())
+        return warm_up_batch(task.data, chosen, task.table, key, task.method.warmup_view, informative)
 
     return rows.per_round, batch
 
@@ -227,6 +229,7 @@ def train(task: Task, training: Training, folder: RunFolder, watch: Watch) -> No
                     f"in {folder.checkpoints}: start anew in another --output_dir with a smaller --lr (now {job.lr})"
                 )
             accelerator.log(curves, step=training.epoch)
+            bar.update(training.epoch - bar.n)
             shown = {"P": curves.get("division/trusted"), "test": curves.get("test/ensemble")}
             bar.set_postfix_str(", ".join(f"{name} {value:.1%}" for name, value in shown.items() if value is not None))
             save()
@@ -319,7 +322,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if job.annotations:
             store = AnnotationStore.open(job.annotations)
         else:
-            main_process_decides(accelerator, lambda: held.enter_context(folder.locked()) and None)
+            main_process_decides(accelerator, lambda: held.enter_context(folder.locked()))
             store = annotate(AnnotateConfig(output_dir=str(folder.root / "annotations")), accelerator)
         known = known_labels(job, store)
         identity |= {"store": store.hash, "known_labels": hashlib.sha256(known.tobytes()).hexdigest()}
@@ -332,7 +335,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         task = prepare(accelerator, job, look, method, store, known)
         training = build_training(accelerator, job, look, method, len(store.class_names))
         if job.annotations:
-            main_process_decides(accelerator, lambda: held.enter_context(folder.locked()) and None)
+            main_process_decides(accelerator, lambda: held.enter_context(folder.locked()))
         main_process_decides(accelerator, lambda: folder.claim(identity))
         newest = main_process_decides(accelerator, lambda: checkpoint.latest(folder.checkpoints))
         if newest is not None:

@@ -134,6 +134,7 @@ def parse(
     parser = _Parser(
         groups,
         prog=prog,
+        usage=f"{prog or Path(sys.argv[0]).name} [options]",
         description=description,
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,

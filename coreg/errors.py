@@ -8,7 +8,14 @@ from functools import wraps
 
 
 class UserError(Exception):
-    """Bad input: the message says what was found, what was expected and what to type next, in one line."""
+    """Bad input: the message says what was found, what was expected and what to type next, in one line.
+
+    `told` is set where another process has the same error to tell, so that a job of many processes says it once.
+    """
+
+    def __init__(self, message: str, told: bool = False) -> None:
+        super().__init__(message)
+        self.told = told
 
 
 def exits_with_one_line(main: Callable[..., int | None]) -> Callable[..., int | None]:
@@ -19,7 +26,8 @@ def exits_with_one_line(main: Callable[..., int | None]) -> Callable[..., int | 
         try:
             return main(*args, **kwargs)
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
+            if not error.told:
+                print(f"error: {error}", file=sys.stderr)
             raise SystemExit(2) from None
 
     return wrapped

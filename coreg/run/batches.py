@@ -83,24 +83,22 @@ def warm_up_batch(
     rows: np.ndarray,
     candidates: Tensor,
     key: tuple[int | str, ...],
-    view: str = "strong",
-    skip_full_sets: bool = True,
+    view: str,
+    n_informative: int,
 ) -> WarmUpBatch:
     """This process's share of the global batch `rows`.
 
     Args:
         rows: int64 (n,), the global batch. candidates: bool (N, C) on the training device.
         key: (epoch, network), names the views. view: `strong` as in the reference, or `weak`.
-        skip_full_sets: whether images with a full candidate set are left out of the mean.
+        n_informative: rows of the global batch over which the partial loss is averaged.
     """
     mine = rows[share(len(rows))]
-    where = torch.from_numpy(rows).to(candidates.device)
-    informative = int((~candidates[where].all(dim=1)).sum()) if skip_full_sets else len(rows)
     return WarmUpBatch(
         images=data.view(view, mine, ("warm-up", *key)),
-        candidates=candidates[where[share(len(rows))]],
+        candidates=candidates[torch.from_numpy(mine).to(data.device, non_blocking=True)],
         n=len(rows),
-        n_informative=informative,
+        n_informative=n_informative,
     )
 
 

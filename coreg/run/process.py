@@ -69,5 +69,5 @@ def main_process_decides(accelerator: Accelerator, decide: Callable[[], T]) -> T
     if accelerator.num_processes > 1:
         broadcast_object_list(answer)
     if answer[1] is not None:
-        raise UserError(answer[1])
+        raise UserError(answer[1], told=not accelerator.is_main_process)
     return answer[0]
