@@ -145,6 +145,65 @@ def test_models_trained_with_a_sigmoid_are_scored_by_their_sigmoids(tmp_path):
         assert torch.allclose(probs[row].double(), torch.tensor(mean, dtype=torch.double), atol=2e-3)
 
 
+def save_family(folder, build, config):
+    """A randomly initialised model of another family of open_clip as a model folder."""
+    torch.manual_seed(0)
+    state = build(**config).state_dict()
+    folder.mkdir()
+    save_file({name: value.clone().contiguous() for name, value in state.items()}, folder / "open_clip_model.safetensors")
+    told = {"model_cfg": config | {"custom_text": True}, "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.25] * 3}}
+    (folder / "open_clip_config.json").write_text(json.dumps(told))
+    return folder
+
+
+TOWER = {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
+FAMILIES = {
+    "CoCa": (
+        open_clip.CoCa,
+        {
+            "embed_dim": 16,
+            "vision_cfg": {
+                "image_size": 32, "layers": 1, "width": 16, "head_width": 8, "patch_size": 16,
+                "attentional_pool": True, "attn_pooler_heads": 2, "output_tokens": True,
+            },
+            "text_cfg": TOWER | {"embed_cls": True, "output_tokens": True},
+            "multimodal_cfg": TOWER,
+        },
+    ),
+    "SigLIP with a timm tower": (
+        open_clip.CustomTextCLIP,
+        {
+            "embed_dim": 16,
+            "vision_cfg": {
+                "image_size": 224, "timm_model_name": "vit_tiny_patch16_224", "timm_model_pretrained": False,
+                "timm_pool": "", "timm_proj": "linear",
+            },
+            "text_cfg": TOWER,
+            "init_logit_bias": -10.0,
+        },
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_other_families_in_every_precision(tmp_path, family):
+    spec = resolve(f"local-dir:{save_family(tmp_path / 'model', *FAMILIES[family])}")
+    found = {}
+    for precision in ("fp32", "bf16", "fp16"):
+        annotator = ClipAnnotator(spec, TEMPLATES, NAMES, precision=precision)
+        images = [annotator.preprocess(Image.new("RGB", (50, 40), colour)) for colour in ("red", "blue", "gray")]
+        votes, probs, features = judged(annotator, annotator.collate(images))
+        assert (votes.shape, probs.shape, features.shape) == ((3, 4), (3, 3), (3, 16))
+        found[precision] = features.float(), annotator.towers.scale, annotator.towers.bias
+    for features, *scale_and_bias in found.values():
+        assert scale_and_bias == list(found["fp32"][1:])  # not rounded, whatever the weights are
+        assert ((features * found["fp32"][0]).sum(dim=1) > 0.99).all()
+    model, _, _ = open_clip.create_model_and_transforms(spec.name)
+    with torch.no_grad():
+        wanted = model.eval().encode_image(torch.stack(images), normalize=True)
+    assert torch.allclose(found["fp32"][0], wanted, atol=2e-3)
+
+
 def test_preprocessing_is_the_models_own(tiny):
     annotator = ClipAnnotator(resolve(f"local-dir:{tiny}"), TEMPLATES, NAMES)
     assert annotator.preprocessing["mean"] == [0.5] * 3 and annotator.preprocessing["size"] in (32, [32, 32])
@@ -191,7 +250,7 @@ def test_quick_gelu_follows_the_weights(monkeypatch):
     monkeypatch.setattr(open_clip, "create_model_from_pretrained", create)
     for spec in ("ViT-B-32/openai", "ViT-B-32/laion2b_s34b_b79k"):
         with pytest.raises(RuntimeError, match="far enough"):
-            models._load(resolve(spec), "fp32")
+            models._load(resolve(spec))
     assert asked["ViT-B-32", "openai"]["force_quick_gelu"] is True
     assert asked["ViT-B-32", "laion2b_s34b_b79k"]["force_quick_gelu"] is False
     assert all(options["weights_only"] is True for options in asked.values())

@@ -33,6 +33,8 @@ def test_a_block_is_taken_by_one_process_only(store):
     with BlockQueue(root, files) as three:  # what they left is free again, what is finished is not taken
         assert [three.claim() for _ in range(6)] == [1, 2, 3, 4, 5, None]
         three.clear()
+        files[1].unlink(missing_ok=True)
+        assert three.claim() is None and not (root / "claims").exists()  # somebody found the job finished
     assert not (root / "claims").exists()
 
 

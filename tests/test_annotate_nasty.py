@@ -207,7 +207,7 @@ def test_copies_and_turned_images_are_seen_as_what_they_are(corpus):
     assert not alike("turned.png", "plain.png") and not alike("grey.jpg", "plain.png")
     assert alike("moving.gif", "moving.png") and alike("moving.png", "pages.tif")  # the first frame
     report = (corpus[0] / "ann" / "report.html").read_text(encoding="utf-8")
-    assert "images are copies of others" in report and "&lt;" not in report and "a copy.png = " in report
+    assert "images look to the model like copies of others" in report and "&lt;" not in report and "a copy.png = " in report
 
 
 def test_more_errors_than_allowed_stop_the_job(corpus, capsys):

@@ -271,6 +271,9 @@ def test_a_full_disk_is_told_in_one_line_and_leaves_no_half_block(tmp_path, monk
     message = refused(writer.write, 2, {name: table[6:] for name, table in whole.items()}, {})
     assert "No space left on device" in message and "run the same command again" in message
     assert sorted(os.listdir(tmp_path / "ann" / "blocks")) == ["00000.safetensors", "00001.safetensors"]
+    # a block that another process has written in the meantime is as good
+    writer.write(1, {name: table[3:6] for name, table in whole.items()}, {})
+    assert writer.is_written(1)
 
 
 def test_a_writer_that_is_killed_leaves_only_whole_blocks(tmp_path):

@@ -92,17 +92,23 @@ def open_clip_towers(model: ModelSpec, device: torch.device, precision: str) -> 
     Raises:
         UserError: it cannot be had.
     """
-    network, preprocess, tokenizer = load_open_clip(model, precision)
-    network.to(device)
-    bias = getattr(network, "logit_bias", None)
+    network, preprocess, tokenizer = load_open_clip(model)
+    scale, bias = _scale_and_bias(network)
+    network.to(device, PRECISIONS[precision])
     return Towers(
         image=network.encode_image,
         text=lambda texts: network.encode_text(tokenizer(texts).to(device)),
         preprocess=preprocess,
-        scale=float(network.logit_scale.detach().double().exp()),
-        bias=None if bias is None else float(bias),
+        scale=scale,
+        bias=bias,
         preprocessing=json.loads(json.dumps(network.visual.preprocess_cfg)),
     )
+
+
+def _scale_and_bias(network: torch.nn.Module) -> tuple[float, float | None]:
+    """exp(logit_scale) and logit_bias of a model that is still in float32: in bfloat16 a scale of 100 would become 98.9."""
+    bias = getattr(network, "logit_bias", None)
+    return float(network.logit_scale.detach().double().exp()), None if bias is None else float(bias.detach())
 
 
 @dataclass
@@ -127,7 +133,7 @@ def transformers_towers(model: ModelSpec, device: torch.device, precision: str) 
     try:
         with quiet():
             processor = AutoProcessor.from_pretrained(model.name, **safely)
-            network = AutoModel.from_pretrained(model.name, dtype=PRECISIONS[precision], use_safetensors=True, **safely)
+            network = AutoModel.from_pretrained(model.name, dtype=torch.float32, use_safetensors=True, **safely)
     except Exception as error:  # transformers lets every kind of error through
         raise UserError(
             f"cannot load {model.spec}: {one_line(error)}; save model and processor with transformers"
@@ -135,8 +141,8 @@ def transformers_towers(model: ModelSpec, device: torch.device, precision: str) 
     if not (hasattr(network, "get_image_features") and hasattr(network, "logit_scale")):
         kind = type(network).__name__
         raise UserError(f"{model.spec} is a {kind}, not of the CLIP family; for chat models write chat:FOLDER")
-    network = network.eval().requires_grad_(False).to(device)
-    bias = getattr(network, "logit_bias", None)
+    scale, bias = _scale_and_bias(network)
+    network = network.eval().requires_grad_(False).to(device, PRECISIONS[precision])
     # SigLIP was trained on texts padded to their full length, CLIP reads the last token wherever it is
     padding = "max_length" if bias is not None else True
 
@@ -148,8 +154,8 @@ def transformers_towers(model: ModelSpec, device: torch.device, precision: str) 
         image=lambda images: _pooled(network.get_image_features(pixel_values=images)),
         text=encode_text,
         preprocess=_Pixels(processor.image_processor),
-        scale=float(network.logit_scale.detach().double().exp()),
-        bias=None if bias is None else float(bias),
+        scale=scale,
+        bias=bias,
         preprocessing=json.loads(processor.image_processor.to_json_string()),
     )
 

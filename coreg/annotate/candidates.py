@@ -114,9 +114,13 @@ def candidate_sets(store: AnnotationStore, rule: str = "union") -> np.ndarray:
     Raises:
         UserError: the rule cannot be understood.
     """
+    return candidates_of(store.votes(), store.probs(), rule)
+
+
+def candidates_of(votes: np.ndarray, probs: np.ndarray, rule: str = "union") -> np.ndarray:
+    """As `candidate_sets`, from votes int16 (n, T) and probabilities (n, C) of some of the images."""
     function, value = parse_rule(rule)
-    votes = store.votes()
-    candidates = function(vote_counts(votes, len(store.class_names)), store.probs().astype(np.float32), value)
+    candidates = function(vote_counts(votes, probs.shape[1]), probs.astype(np.float32), value)
     candidates[(votes < 0).all(axis=1)] = True
     return candidates
 

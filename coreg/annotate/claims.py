@@ -113,6 +113,8 @@ class BlockQueue:
             return True
         except FileExistsError:
             pass
+        except FileNotFoundError:  # another process found the job finished and cleared up
+            return False
         except OSError as error:
             raise UserError(f"cannot write {claim}: {error.strerror}; run the same command again") from None
         try:

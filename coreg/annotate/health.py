@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from coreg.annotate.blocks import write_atomically
-from coreg.annotate.candidates import candidate_sets, partial_accuracy, vote_counts
+from coreg.annotate.candidates import candidates_of, vote_counts
 from coreg.annotate.health_html import page
 from coreg.annotate.store import AnnotationStore
 from coreg.data.images import ImageList
@@ -24,98 +25,139 @@ from coreg.errors import UserError, exits_with_one_line
 FEW_IMAGES = 50  # per class; below this a prototype and a class's share of a batch are mostly noise (rule of thumb)
 NEARLY_ALWAYS = 0.95
 GALLERY = 24
-SAME = 4e-3  # features are rounded to 11 bits and differ a little with the place in a batch
+LINES, SAME = 8, 4e-3  # features are compared by their places on 8 random lines; rounding to 11 bits moves them by less
 
 
 @dataclass
 class Health:
-    """What a store looks like.
+    """What a store looks like; sums over the images that could be read.
 
     Attributes:
-        sizes: sizes[k] images have k candidates, k = 0 ... C (unreadable images are left out everywhere here).
+        sizes: int (C + 1,), sizes[k] images have k candidates.
         agreement: float (T, T), share of images on which two templates give the same vote, abstentions left out; NaN where
             there is none.
-        named: float (C,), share of images that have the class among their candidates.
+        unanimity: mean share of the templates that name an image's most named class.
+        named: float (C,), share of the images with a vote that have the class among their candidates.
         most_named: int (C,), images whose most named class it is.
         abstained: float (T,), share of images on which the template abstains.
         contested: rows of the images the templates agree on least, most contested first.
-        duplicates: pairs of rows with the same features, or None where there are no features.
+        duplicates: pairs of rows with the same features but for rounding, or None where there are no features.
         accuracy: `templates` (T,), `classes` zero-shot (C,), `partial` (C,), NaN where nothing is labelled; None without
             labels.
+        splits: with labels, `zero_shot`, `single` (template 0 alone) and `among` (the candidates), each (train, test).
         verdicts: what is wrong, in plain words; empty when nothing is.
     """
 
     sizes: np.ndarray
     agreement: np.ndarray
+    unanimity: float
     named: np.ndarray
     most_named: np.ndarray
     abstained: np.ndarray
     contested: np.ndarray
     duplicates: list[tuple[int, int]] | None
     accuracy: dict[str, np.ndarray] | None
+    splits: dict[str, np.ndarray] | None = None
     verdicts: list[str] = field(default_factory=list)
 
 
+@np.errstate(invalid="ignore", divide="ignore")
 def examine(store: AnnotationStore) -> Health:
-    """Look at a store."""
-    rows = np.flatnonzero(~store.unreadable)
-    votes, probs = store.votes()[rows], store.probs()[rows]
-    classes = len(store.class_names)
-    candidates = candidate_sets(store)[rows]
-    counts = vote_counts(votes, classes)
-    voted = counts.sum(axis=1)
-    share = counts.max(axis=1) / np.maximum(voted, 1)
-    # Least agreement first; among equals, the least probable winner.
-    order = np.lexsort((probs.max(axis=1), np.where(voted > 0, share, -1.0)))
-    features = store.features()
+    """Look at a store, block by block: memory for a few numbers an image, not for its votes, probabilities and features."""
+    classes, templates = len(store.class_names), len(store.templates)
+    sums: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(1))
+    worst = np.empty((0, 3))  # agreement, probability of the winner, row
+    places = []
+    lines = None
+    for rows, tensors in store.parts():
+        readable = ~store.unreadable[rows]
+        rows, votes, probs = rows[readable], tensors["votes"][readable], tensors["probs"][readable].astype(np.float32)
+        candidates = candidates_of(votes, probs)
+        counts = vote_counts(votes, classes)
+        voted = (votes >= 0).any(axis=1)
+        sums["sizes"] = sums["sizes"] + np.bincount(candidates.sum(axis=1), minlength=classes + 1)
+        for name, table in _compared(votes).items():
+            sums[name] = sums[name] + table
+        sums["top"] = sums["top"] + counts.max(axis=1, initial=0).sum()
+        sums["voted"] = sums["voted"] + voted.sum()
+        sums["named"] = sums["named"] + candidates[voted].sum(axis=0)
+        winners = (counts + 0.5 * probs)[voted].argmax(axis=1)
+        sums["most_named"] = sums["most_named"] + np.bincount(winners, minlength=classes)
+        sums["abstained"] = sums["abstained"] + (votes < 0).sum(axis=0)
+        share = np.where(voted, counts.max(axis=1, initial=0) / np.maximum(counts.sum(axis=1), 1), -1.0)
+        # Least agreement first; among equals, the least probable winner.
+        worst = np.concatenate([worst, np.stack([share, probs.max(axis=1, initial=0), rows], axis=1)])
+        worst = worst[np.lexsort(worst.T[::-1])][:GALLERY]
+        if "features" in tensors:
+            features = tensors["features"][readable].astype(np.float32)
+            lines = np.random.default_rng(0).normal(size=(features.shape[1], LINES)) if lines is None else lines
+            places.append(np.concatenate([features @ lines.astype(np.float32), rows[:, None]], axis=1))
+        if store.labels is not None:
+            for name, table in _judged(store.labels[rows], store.split[rows], votes, probs, candidates).items():
+                sums[name] = sums[name] + table
+    count = sums["sizes"].sum()
     health = Health(
-        sizes=np.bincount(candidates.sum(axis=1), minlength=classes + 1),
-        agreement=_agreement(votes),
-        named=candidates[voted > 0].mean(axis=0) if (voted > 0).any() else np.zeros(classes),
-        most_named=np.bincount((counts + 0.5 * probs)[voted > 0].argmax(axis=1), minlength=classes),
-        abstained=(votes < 0).mean(axis=0),
-        contested=rows[order[:GALLERY]],
-        duplicates=None if features is None else _duplicates(features[rows], rows),
-        accuracy=None if store.labels is None else _accuracy(store.labels[rows], votes, probs, candidates),
+        sizes=sums["sizes"].astype(int),
+        agreement=sums["same"] / sums["both"],
+        unanimity=float(sums["top"].sum() / max(1, count) / templates),
+        named=sums["named"] / max(1, sums["voted"].sum()),
+        most_named=sums["most_named"].astype(int),
+        abstained=sums["abstained"] / max(1, count),
+        contested=worst[:, 2].astype(int),
+        duplicates=None if lines is None else _duplicates(np.concatenate(places)),
+        accuracy=None,
     )
+    if store.labels is not None:
+        health.accuracy = {
+            "templates": sums["right votes"] / sums["labelled"].sum(),
+            "classes": sums["right"] / sums["labelled"],
+            "partial": sums["among"] / sums["labelled"],
+        }
+        # Unreadable images are named wrong, and every class is their candidate.
+        labelled = np.bincount(store.split[store.labels >= 0], minlength=2)
+        unreadable = np.bincount(store.split[(store.labels >= 0) & store.unreadable], minlength=2)
+        counts = {"zero_shot": sums["split right"], "single": sums["split single"]}
+        counts["among"] = sums["split among"] + unreadable
+        health.splits = {name: table / labelled for name, table in counts.items()}
     health.verdicts = _verdicts(store, health)
     return health
 
 
-def _agreement(votes: np.ndarray) -> np.ndarray:
-    templates = votes.shape[1]
-    matrix = np.ones((templates, templates))
-    for a in range(templates):
-        for b in range(a + 1):
-            both = (votes[:, a] >= 0) & (votes[:, b] >= 0)
-            same = float((votes[both, a] == votes[both, b]).mean()) if both.any() else np.nan
-            matrix[a, b] = matrix[b, a] = same
-    return matrix
+def _compared(votes: np.ndarray) -> dict[str, np.ndarray]:
+    """(T, T) numbers of images on which two templates both vote, and on which they vote the same."""
+    spoken = (votes >= 0).astype(np.float64)
+    same = np.stack([((votes == votes[:, [t]]) & (votes >= 0)).sum(axis=0) for t in range(votes.shape[1])])
+    return {"both": spoken.T @ spoken, "same": same}
 
 
-def _duplicates(features: np.ndarray, rows: np.ndarray) -> list[tuple[int, int]]:
-    """Pairs of rows with (nearly) the same features: neighbours on a random line are compared, so no N x N matrix."""
-    line = np.random.default_rng(0).normal(size=features.shape[1])
-    order = np.argsort(features.astype(np.float32) @ line.astype(np.float32), kind="stable")
-    pairs = []
-    for start in range(0, len(order) - 1, 4096):  # not all at once, in float32
-        part = order[start : start + 4097]
-        table = features[part].astype(np.float32)
-        same = np.abs(np.diff(table, axis=0)).max(axis=1) <= SAME
-        pairs += [tuple(sorted((int(rows[part[i]]), int(rows[part[i + 1]])))) for i in np.flatnonzero(same)]
-    return sorted(pairs)
-
-
-def _accuracy(labels: np.ndarray, votes: np.ndarray, probs: np.ndarray, candidates: np.ndarray) -> dict[str, np.ndarray]:
-    classes = probs.shape[1]
-    known = labels >= 0
-    named = probs.argmax(axis=1)
-    of_class = [labels == index for index in range(classes)]
+def _judged(
+    labels: np.ndarray, split: np.ndarray, votes: np.ndarray, probs: np.ndarray, candidates: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Numbers of images, per class (C,), per template (T,) and per split (2,)."""
+    rows = np.flatnonzero(labels >= 0)
+    labels, split, classes = labels[rows], split[rows], probs.shape[1]
+    right, among = probs[rows].argmax(axis=1) == labels, candidates[rows, labels]
     return {
-        "templates": (votes[known] == labels[known, None]).mean(axis=0),
-        "classes": np.array([(named[own] == index).mean() if own.any() else np.nan for index, own in enumerate(of_class)]),
-        "partial": np.array([candidates[own, index].mean() if own.any() else np.nan for index, own in enumerate(of_class)]),
+        "split right": np.bincount(split[right], minlength=2),
+        "split single": np.bincount(split[votes[rows, 0] == labels], minlength=2),
+        "split among": np.bincount(split[among], minlength=2),
+        "labelled": np.bincount(labels, minlength=classes),
+        "right": np.bincount(labels[right], minlength=classes),
+        "among": np.bincount(labels[among], minlength=classes),
+        "right votes": (votes[rows] == labels[:, None]).sum(axis=0),
     }
+
+
+def _duplicates(places: np.ndarray) -> list[tuple[int, int]]:
+    """Pairs of rows that lie at the same places on all lines; neighbours on the first line are compared, not all pairs.
+
+    Args:
+        places: float (N, LINES + 1), the last column is the row.
+    """
+    places = places[np.argsort(places[:, 0], kind="stable")]
+    same = np.abs(np.diff(places[:, :LINES], axis=0)).max(axis=1, initial=0) <= SAME
+    pairs = [(int(places[index, LINES]), int(places[index + 1, LINES])) for index in np.flatnonzero(same)]
+    return sorted((min(pair), max(pair)) for pair in pairs)
 
 
 def _verdicts(store: AnnotationStore, health: Health) -> list[str]:
@@ -126,7 +168,7 @@ def _verdicts(store: AnnotationStore, health: Health) -> list[str]:
     if not readable:
         return ["No image could be read: see errors.csv for the reasons."]
     mean = float(np.arange(len(health.sizes)) @ health.sizes) / readable
-    never = np.flatnonzero(health.most_named + (health.named > 0) == 0)
+    never = np.flatnonzero(health.named == 0)
     always = np.flatnonzero(health.named >= NEARLY_ALWAYS)
     few = np.flatnonzero((health.most_named < FEW_IMAGES) & (health.named > 0))
     if mean > len(names) / 2:
@@ -152,7 +194,9 @@ def _verdicts(store: AnnotationStore, health: Health) -> list[str]:
     if bad > 0.05 * total:
         found.append(f"{bad} of {total} images cannot be read: see errors.csv.")
     if health.duplicates and len(health.duplicates) > 0.05 * readable:
-        found.append(f"{len(health.duplicates)} images are copies of others: the same image may be in training and test.")
+        found.append(
+            f"{len(health.duplicates)} images look like copies of others, which may be in training and test at once."
+        )
     if health.sizes[1] == readable:
         found.append("Every image has one candidate: the templates always agree, so there is nothing to choose from.")
     return found
@@ -190,9 +234,7 @@ def as_text(store: AnnotationStore, health: Health) -> str:
             line += f"  {percent(health.accuracy['classes'][index]):>9}  {percent(health.accuracy['partial'][index]):>16}"
         lines.append(line)
     if health.accuracy:
-        known = store.labels[~store.unreadable]
-        partial = partial_accuracy(candidate_sets(store)[~store.unreadable], known)
-        lines += ["", f"label among the candidates: {partial:.1%}; right votes of each template:"]
+        lines += ["", "right votes of each template:"]
         lines += [f"{share:8.1%}  {name}" for share, name in zip(health.accuracy["templates"], store.templates)]
     return "\n".join(lines) + "\n"
 

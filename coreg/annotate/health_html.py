@@ -160,4 +160,4 @@ def _copies(store: AnnotationStore, health: Health) -> list[str]:
     if health.duplicates is None:
         return [*lines, "<p>Copies are not known: this annotator gives no features.</p>"]
     pairs = "".join(f"<li>{_text(store.paths[a])} = {_text(store.paths[b])}</li>" for a, b in health.duplicates[:50])
-    return [*lines, f"<p>{len(health.duplicates)} images are copies of others.</p><ul>{pairs}</ul>"]
+    return [*lines, f"<p>{len(health.duplicates)} images look to the model like copies of others.</p><ul>{pairs}</ul>"]

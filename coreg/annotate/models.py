@@ -146,10 +146,8 @@ def _folder_hash(folder: Path) -> str:
 # ---- loading --------------------------------------------------------------------------------------------------------
 
 
-def load_open_clip(
-    model: ModelSpec, precision: str = "fp32"
-) -> tuple[torch.nn.Module, Callable[[Image.Image], torch.Tensor], Callable]:
-    """Load an open_clip model on the CPU, in eval mode; `precision` fp32, bf16 or fp16 is that of its large weights.
+def load_open_clip(model: ModelSpec) -> tuple[torch.nn.Module, Callable[[Image.Image], torch.Tensor], Callable]:
+    """Load an open_clip model with its weights in float32 on the CPU, in eval mode.
 
     What lies in the cache is used without asking the network; only then is the network tried, for seconds and not for
     minutes. Weights are read as safetensors or with `weights_only`; no code of a model is ever run.
@@ -162,7 +160,7 @@ def load_open_clip(
     """
     try:
         with quiet(), _offline(model.tag is not None or model.name.startswith("hf-hub:")):
-            return _load(model, precision)
+            return _load(model)
     except Exception as error:
         if model.name.startswith("local-dir:"):
             raise UserError(f"cannot load {model.spec}: {one_line(error)}; save it again with open_clip") from None
@@ -173,18 +171,17 @@ def load_open_clip(
         )
     try:
         with quiet():
-            return _load(model, precision)
+            return _load(model)
     except Exception as error:
         raise UserError(f"cannot load {model.spec}: {one_line(error)}; {offline}") from None
 
 
-def _load(model: ModelSpec, precision: str) -> tuple[torch.nn.Module, Callable[[Image.Image], torch.Tensor], Callable]:
+def _load(model: ModelSpec) -> tuple[torch.nn.Module, Callable[[Image.Image], torch.Tensor], Callable]:
     tagged = open_clip.get_pretrained_cfg(model.name, model.tag) if model.tag else {}
     # open_clip only warns when a tag was trained with QuickGELU and the model's name does not say so (ViT-B-32/openai).
     network, preprocess = open_clip.create_model_from_pretrained(
         model.name,
         pretrained=model.tag,
-        precision=precision,
         force_quick_gelu=bool(tagged.get("quick_gelu", False)),
         weights_only=True,
     )

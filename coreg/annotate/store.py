@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -119,6 +119,14 @@ class AnnotationStore:
     def features(self) -> np.ndarray | None:
         """float16 (N, D): image features of length 1, zero for unreadable images; None where the annotator has none."""
         return self._column("features") if self.manifest["features"] else None
+
+    def parts(self) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
+        """Rows int64 (n,) and tensors of one block after another, for what is not to be in memory all at once."""
+        start = 0
+        for file in block_files(self.root, self.manifest):
+            tensors = load_file(file)
+            yield np.arange(start, start + len(tensors["votes"])), tensors
+            start += len(tensors["votes"])
 
     def answers(self) -> list[list[str]] | None:
         """What a chat model answered, N lists of T texts; None where the annotator does not answer in words."""

@@ -7,33 +7,32 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from coreg.annotate.candidates import candidate_sets, mean_candidates, partial_accuracy, vote_counts, zero_shot_accuracy
+from coreg.annotate.health import examine
 from coreg.annotate.store import AnnotationStore
 
 
 def summary(store: AnnotationStore) -> str:
     """What a person wants to know about a store, in a few lines, with the next command to type."""
-    candidates, names, readable = candidate_sets(store), store.class_names, ~store.unreadable
-    counts = vote_counts(store.votes()[readable], len(names))
-    share = (counts > 0).mean(axis=0)  # how often a class is among the candidates
-    agreement = (counts.max(axis=1) / len(store.templates)).mean()
+    health, names, unreadable = examine(store), store.class_names, int(store.unreadable.sum())
+    sizes = health.sizes
     lines = [
         f"{store.root}: {len(store)} images, {len(names)} classes, {len(store.templates)} templates",
-        f"  unreadable images      {store.unreadable.sum()}" + (" (see errors.csv)" if store.unreadable.any() else ""),
-        f"  mean candidates        {mean_candidates(candidates[readable]):.2f} of {len(names)}",
-        f"  template agreement     {agreement:.1%} of the templates name an image's most named class",
-        f"  classes never named    {some(names, share == 0)}",
-        f"  classes always named   {some(names, share == 1)}",
+        f"  unreadable images      {unreadable}" + (" (see errors.csv)" if unreadable else ""),
+        f"  mean candidates        {np.arange(len(sizes)) @ sizes / max(1, sizes.sum()):.2f} of {len(names)}",
+        f"  template agreement     {health.unanimity:.1%} of the templates name an image's most named class",
+        f"  classes never named    {some(names, health.named == 0)}",
+        f"  classes always named   {some(names, health.named == 1)}",
     ]
-    if store.labels is not None:
-        averaged, single = zero_shot_accuracy(store), zero_shot_accuracy(store, single_template=True)
+    if health.splits is not None:
         for index, split in enumerate(("train", "test")):
-            rows = store.split == index
-            if split in averaged:
+            averaged, single, among = (health.splits[name][index] for name in ("zero_shot", "single", "among"))
+            if np.isfinite(averaged):
                 lines.append(
-                    f"  {split:5}                  zero-shot {averaged[split]:.1%} (template 0 alone {single[split]:.1%}), "
-                    f"label among the candidates {partial_accuracy(candidates[rows], store.labels[rows]):.1%}"
+                    f"  {split:5}                  zero-shot {averaged:.1%} (template 0 alone {single:.1%}), "
+                    f"label among the candidates {among:.1%}"
                 )
+    if (store.root / "report.html").exists():
+        lines.append(f"  more                   {store.root / 'report.html'}")
     lines.append(
         f"next: accelerate launch train_coreg.py --annotations {shlex.quote(str(store.root))} --output_dir runs/mine"
     )

@@ -141,7 +141,12 @@ class StoreWriter:
         tensors["probs"][bad] = 1 / tensors["probs"].shape[1]
         if "features" in tensors:
             tensors["features"][bad] = 0
-        write_block(self.files[index], index, self.job, tensors, errors)
+        try:
+            write_block(self.files[index], index, self.job, tensors, errors)
+        except UserError:
+            # Whoever took this block over because we seemed dead may have finished the job and cleared up behind us.
+            if not self.is_written(index):
+                raise
 
     def unreadable(self) -> dict[int, str]:
         """Rows that could not be read in the blocks written so far, by any process, with the reasons."""

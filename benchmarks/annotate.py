@@ -1,0 +1,197 @@
+"""Annotation speed beside the bare forward of the same model, and judging again from features: seconds and peak memory.
+
+    python benchmarks/annotate.py [--model ViT-B-32] [--images 128] [--workers 1] [--rows 50000]
+
+End to end: JPEG files of 256 x 256 on disk -> decoded, preprocessed, encoded, judged under 27 templates, written as blocks
+that are on disk when the clock stops. Bare: the image tower alone, on one preprocessed batch that is already on the device,
+again and again, before and after every end-to-end run. Weights are random: they do not change the speed.
+
+From features: `annotate_vlm.py --rescore` as a process of its own, for 100 new class names and 27 templates, over stores of
+random features. Its peak memory is compared with that of a store of a tenth of the size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+import annotate_vlm
+from coreg.annotate.annotators import ClipAnnotator
+from coreg.annotate.claims import BlockQueue
+from coreg.annotate.models import resolve
+from coreg.annotate.prompts import TEMPLATES
+from coreg.annotate.store import StoreWriter, make_manifest
+from coreg.annotate.work import Progress, annotate_images, work
+from coreg.data.images import ImageList, Paths
+from coreg.data.sources import open_images
+
+NAMES = [f"thing number {number}" for number in range(100)]
+TINY = {
+    "embed_dim": 512,
+    "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "head_width": 32, "patch_size": 16},
+    "text_cfg": {"context_length": 32, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 2},
+}
+
+
+def save_random(folder: Path, config: dict) -> str:
+    """A randomly initialised open_clip model as a folder; returns its spelling for --vlm."""
+    torch.manual_seed(0)
+    model = open_clip.CLIP(**{key: config[key] for key in ("embed_dim", "vision_cfg", "text_cfg")})
+    folder.mkdir()
+    save_file(
+        {name: value.contiguous() for name, value in model.state_dict().items()}, folder / "open_clip_model.safetensors"
+    )
+    told = {"model_cfg": config, "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.25] * 3}}
+    (folder / "open_clip_config.json").write_text(json.dumps(told))
+    return f"local-dir:{folder}"
+
+
+def save_jpegs(folder: Path, count: int) -> None:
+    """Smooth noise, which compresses like a photo."""
+    folder.mkdir()
+    generator = np.random.default_rng(0)
+    for number in range(count):
+        small = Image.fromarray(generator.integers(0, 256, (24, 24, 3), dtype=np.uint8))
+        small.resize((256, 256), Image.Resampling.BICUBIC).save(folder / f"{number:06d}.jpg", quality=90)
+
+
+def bare_rate(annotator: ClipAnnotator, size: int, batch: int, seconds: float) -> float:
+    """Images a second of the image tower alone."""
+    pixels = torch.randn(batch, 3, size, size, device=annotator.device, dtype=annotator.dtype)
+
+    def synchronize() -> None:
+        if annotator.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    with torch.inference_mode():
+        annotator.towers.image(pixels)
+        synchronize()
+        start, count = time.perf_counter(), 0
+        while time.perf_counter() - start < seconds:
+            annotator.towers.image(pixels)
+            synchronize()
+            count += batch
+    return count / (time.perf_counter() - start)
+
+
+def end_to_end_rate(annotator: ClipAnnotator, root: Path, folder: Path, batch: int, workers: int) -> float:
+    """Images a second from files to blocks; loading the model and encoding the texts are left out."""
+    images = open_images(str(folder), NAMES)
+    told = {"features": annotator.features, "data_root": "data", "preprocessing": {}, "versions": {}}
+    model = {"spec": "random", "weights": "random"}
+    writer = StoreWriter(root, make_manifest(images, NAMES, TEMPLATES, model, 2048, **told))
+    writer.begin(images)
+    start = time.perf_counter()
+    with BlockQueue(root, writer.files) as queue:
+        progress = Progress(queue, writer, shown=False)
+        work(
+            queue,
+            lambda first: annotate_images(first, images, annotator, writer, queue, progress, batch, workers, None),
+            progress,
+        )
+    writer.finish(images.paths)
+    return len(images) / (time.perf_counter() - start)
+
+
+def compare_speed(options: argparse.Namespace, place: Path) -> None:
+    """Print both rates in turns and the median of their ratios."""
+    config = open_clip.get_model_config(options.model)
+    size = config["vision_cfg"]["image_size"]
+    spec = save_random(place / "model", config)
+    save_jpegs(place / "photos", options.images)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    annotator = ClipAnnotator(resolve(spec), TEMPLATES, NAMES, device, options.precision)
+    rates, shares = [], []
+    for number in range(options.rounds):  # taken in turns, because other programs come and go
+        before = bare_rate(annotator, size, options.batch, options.seconds)
+        whole = end_to_end_rate(annotator, place / f"ann{number}", place / "photos", options.batch, options.workers)
+        after = bare_rate(annotator, size, options.batch, options.seconds)
+        rates.append((before, whole, after))
+        shares.append(2 * whole / (before + after))
+    print(
+        f"{options.model}, {size} pixels, {options.precision}, batches of {options.batch}, {device}, "
+        f"{torch.get_num_threads()} threads, {options.workers} decoding processes"
+    )
+    for before, whole, after in rates:
+        print(f"  bare {before:8.1f}, end to end {whole:8.1f}, bare {after:8.1f} images/s")
+    print(f"  end to end / bare: {statistics.median(shares):.2f}")
+
+
+def save_features(root: Path, spec: str, rows: int) -> None:
+    """A finished store of random features of length 512."""
+    paths = Paths([b"%08d.jpg" % row for row in range(rows)])
+    images = ImageList("/nowhere", paths, None, np.zeros(rows, np.uint8), None, lambda row: None)
+    model = {"spec": spec, "weights": resolve(spec).weights, "precision": "fp32"}
+    told = {"features": 512, "data_root": "data", "preprocessing": {}, "versions": {}}
+    writer = StoreWriter(root, make_manifest(images, NAMES, TEMPLATES, model, 2048, **told))
+    writer.begin(images)
+    generator = np.random.default_rng(0)
+    for index in range(len(writer.files)):
+        count = len(writer.rows(index))
+        features = generator.normal(size=(count, 512)).astype(np.float32)
+        features = (features / np.linalg.norm(features, axis=1, keepdims=True)).astype(np.float16)
+        votes, probs = np.zeros((count, len(TEMPLATES)), np.int16), np.full((count, len(NAMES)), 0.01, np.float16)
+        writer.write(index, {"votes": votes, "probs": probs, "features": features}, {})
+    writer.finish(paths)
+
+
+def run_child(*arguments: str) -> tuple[float, float]:
+    """Seconds and peak resident memory (MB) of a Python process."""
+    start = time.perf_counter()
+    child = subprocess.Popen([sys.executable, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    _, status, usage = os.wait4(child.pid, 0)
+    if status:
+        raise SystemExit(f"{' '.join(arguments)} failed")
+    return time.perf_counter() - start, usage.ru_maxrss * 1024 / 1e6
+
+
+def rescore(options: argparse.Namespace, place: Path) -> None:
+    """Print seconds and memory of judging again."""
+    spec = save_random(place / "tiny", TINY)
+    (place / "classes.txt").write_text("\n".join(f"other {name}" for name in NAMES))
+    idle = run_child("-c", "import annotate_vlm")
+    print(f"judging again, 512 features, {len(NAMES)} classes, {len(TEMPLATES)} templates")
+    print(f"  importing only           {idle[0]:6.1f} s, {idle[1]:6.0f} MB")
+    for rows in (options.rows // 10, options.rows):
+        save_features(place / f"features-{rows}", spec, rows)
+        script = str(Path(annotate_vlm.__file__))
+        where = ["--classes", str(place / "classes.txt"), "--output_dir", str(place / f"again-{rows}")]
+        seconds, peak = run_child(script, "--rescore", str(place / f"features-{rows}"), *where, "--batch_size", "512")
+        print(f"  {rows:7d} images, in all {seconds:7.1f} s, {peak:6.0f} MB peak")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="ViT-B-32", help="architecture of open_clip")
+    parser.add_argument("--images", type=int, default=128)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16", "fp16"))
+    parser.add_argument("--seconds", type=float, default=8.0, help="of each bare measurement")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rows", type=int, default=50_000, help="of the store that is judged again")
+    options = parser.parse_args(argv)
+    if min(options.images, options.batch, options.rounds, options.rows // 10) < 1:
+        parser.error("--images, --batch and --rounds must be at least 1 and --rows at least 10")
+    with tempfile.TemporaryDirectory() as place:
+        rescore(options, Path(place))
+        compare_speed(options, Path(place))
+
+
+if __name__ == "__main__":
+    main()
