@@ -223,10 +223,13 @@ def test_gtsrb_and_eurosat_are_read_from_torchvisions_folders(tmp_path):
     assert len(images.class_names) == 43 and images.class_names[14] == "German Traffic Sign: Stop"
 
     for name in ("AnnualCrop", "Forest"):
-        put(tmp_path / "eurosat" / "2750" / name / "1.png")
+        for i in range(10):
+            put(tmp_path / "eurosat" / "2750" / name / f"{i}.png")
     images = open_images("EuroSAT", None, str(tmp_path))
-    assert images.class_names == ["AnnualCrop", "Forest"] and images.labels.tolist() == [0, 1]
-    assert not images.split.any()
+    assert images.class_names == ["AnnualCrop", "Forest"] and images.labels.tolist() == [0] * 10 + [1] * 10
+    # no official split: a fifth for testing, the same rows every time
+    assert images.split.sum() == 4 and (images.split == open_images("EuroSAT", None, str(tmp_path)).split).all()
+    assert images.paths[0] == "all/000000"
 
 
 def test_cifar10_keeps_its_own_split_names_and_labels(tmp_path, monkeypatch):

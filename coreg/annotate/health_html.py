@@ -24,6 +24,7 @@ body{font:15px/1.45 system-ui,sans-serif;max-width:68em;margin:2em auto;padding:
 h1{font-size:1.4em}h2{font-size:1.1em;margin-top:2em}
 table{border-collapse:collapse}td,th{padding:.15em .6em;text-align:right;border-bottom:1px solid #e4e4e4}
 td:first-child,th:first-child{text-align:left}
+td:has(.bar){text-align:left}
 .bar{display:inline-block;height:.8em;background:#4a7ab5}
 .bad{border-left:4px solid #c0392b;padding-left:.7em;margin:.4em 0}.good{border-left:4px solid #27804b;padding-left:.7em}
 code{background:#f3f3f3;padding:.1em .3em}.small td{padding:0;width:1.1em;height:1.1em;border:0}

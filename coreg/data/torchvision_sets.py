@@ -17,6 +17,7 @@ from PIL import Image
 
 from coreg.data.decode import UnreadableImage
 from coreg.data.images import SPLITS, ImageList, Paths, translated
+from coreg.data.keyed import keyed_generator
 from coreg.errors import UserError
 
 _SIGNS = (
@@ -67,11 +68,13 @@ def torchvision_set(name: str, class_names: Sequence[str] | None, data_root: str
         hint = f", did you mean {near[0]}?" if near else ""
         raise UserError(f"no torchvision data set {name}{hint} (there are: {', '.join(TORCHVISION)})")
     # "test" before "train", so that the made-up names are sorted bytewise like all others
-    splits = ("train",) if name == "EuroSAT" else ("test", "train")
+    splits = ("all",) if name == "EuroSAT" else ("test", "train")
     parts = [_torchvision_part(name, split, data_root) for split in splits]
     own = TORCHVISION[name] or list(parts[0].classes)
     paths = [f"{split}/{row:06d}" for split, part in zip(splits, parts) for row in range(len(part))]
-    split = np.concatenate([np.full(len(part), SPLITS[name], np.uint8) for name, part in zip(splits, parts)])
+    split = np.concatenate([np.full(len(part), SPLITS.get(kind, 0), np.uint8) for kind, part in zip(splits, parts)])
+    if name == "EuroSAT":  # 80/20 as in the papers, but the same for everyone; the store keeps it
+        split[keyed_generator("EuroSAT", "split").permutation(len(split))[: len(split) // 5]] = SPLITS["test"]
     labels = translated(np.concatenate([_torchvision_labels(part) for part in parts]), own, class_names)
     return ImageList(f"torchvision:{name}", Paths([os.fsencode(path) for path in paths]), labels, split, own, _Parts(parts))
 
