@@ -41,7 +41,7 @@ from coreg.report.report import build_report, summary, write_known_labels, write
 from coreg.run import checkpoint
 from coreg.run.batches import TrainingImages, Verdict, co_train_batch, warm_up_batch
 from coreg.run.folder import RunFolder, write_atomically
-from coreg.run.process import build_accelerator, main_process_decides
+from coreg.run.process import build_accelerator, follow_launcher, main_process_decides
 from coreg.run.task import Task, known_labels, predict, prepare
 from coreg.run.training import Training, build_training
 from coreg.run.watch import EXIT_INTERRUPTED, GOES_ON, STOP, Watch
@@ -307,6 +307,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         prog="train_coreg.py",
         description=__doc__,
     )
+    follow_launcher(job)
     if job.print_config:
         print(as_yaml(as_settings(job, look, method)), end="")
         return

@@ -46,8 +46,11 @@ def save(folder: Path, number: int, state: dict[str, Any]) -> None:
         temporary.rename(final)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         shutil.rmtree(temporary, ignore_errors=True)
+        # behind torch's RuntimeError about its own bookkeeping stands what the system said
+        cause = error if isinstance(error, OSError) else error.__context__
+        reason = getattr(cause, "strerror", None) or str(error).splitlines()[0]
         raise UserError(
-            f"cannot write a checkpoint to {folder} ({getattr(error, 'strerror', None) or str(error).splitlines()[0]}); "
+            f"cannot write a checkpoint to {folder} ({reason}); "
             "the earlier ones are intact: free some space and give the same command again"
         ) from None
     for old in _numbers(folder)[:-KEPT]:

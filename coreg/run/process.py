@@ -8,12 +8,28 @@ from datetime import timedelta
 from typing import TypeVar
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, broadcast_object_list
 
 from coreg.errors import UserError
+from coreg.settings import JobConfig
 
 T = TypeVar("T")
+
+
+def _join_group(timeout: timedelta) -> None:
+    """Set up the process group where a launcher started this process.
+
+    A launcher that starts its processes again keeps its key-value store, with the addresses of those that died in it; so
+    every attempt gets keys of its own.
+    """
+    if "RANK" not in os.environ or "MASTER_ADDR" not in os.environ or dist.is_initialized():
+        return
+    store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
+    store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
 
 
 def build_accelerator(
@@ -31,6 +47,7 @@ def build_accelerator(
         UserError: the launcher started a number of processes that this one does not see.
     """
     try:
+        _join_group(timedelta(minutes=timeout_minutes))
         accelerator = Accelerator(
             cpu=not torch.cuda.is_available(),
             mixed_precision=mixed_precision,
@@ -38,6 +55,8 @@ def build_accelerator(
             project_dir=project_dir,
             # losses are scaled by hand and learning rates set by hand: accelerate steps nothing on our behalf
             step_scheduler_with_optimizer=False,
+            # networks are compiled one by one (`build_training`), not the whole step
+            dynamo_backend="no",
             kwargs_handlers=[
                 # the projector gets no gradient before the contrastive gate opens
                 DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False),
@@ -53,6 +72,20 @@ def build_accelerator(
             f"accelerate launch --config_file accelerate_configs/cpu.yaml --num_processes {launched}, or with torchrun"
         )
     return accelerator
+
+
+def follow_launcher(job: JobConfig) -> None:
+    """Take precision and compilation from the launcher's configuration where the job leaves them at their defaults.
+
+    Raises:
+        UserError: the configuration asks for a precision that there is not.
+    """
+    said = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if said not in ("no", "bf16"):
+        raise UserError(f"the launcher's configuration says mixed_precision: {said}; write bf16 or 'no'")
+    if job.mixed_precision == "no":
+        job.mixed_precision = said
+    job.compile = job.compile or os.environ.get("ACCELERATE_DYNAMO_BACKEND", "NO").upper() != "NO"
 
 
 def main_process_decides(accelerator: Accelerator, decide: Callable[[], T]) -> T:

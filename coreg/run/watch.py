@@ -31,11 +31,11 @@ class Watch:
         self.checkpoint_seconds = 60 * checkpoint_minutes
         self.saved_at = time.monotonic()
         self.received: int | None = None
-        self.groups = []
+        self.group, self.store = None, None
         if accelerator.num_processes > 1:
-            # the second one is kept for finding out who is missing when the first is broken
             limit = timedelta(minutes=timeout_minutes)
-            self.groups = [dist.new_group(backend="gloo", timeout=limit) for _ in range(2)]
+            self.group = dist.new_group(backend="gloo", timeout=limit)
+            self.store = dist.PrefixStore("roll call", dist.distributed_c10d._get_default_store())
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -57,9 +57,9 @@ class Watch:
             answer = STOP
         elif self.accelerator.is_main_process and time.monotonic() - self.saved_at > self.checkpoint_seconds:
             answer = CHECKPOINT
-        if self.groups:
+        if self.group is not None:
             shared = torch.tensor(answer)
-            dist.all_reduce(shared, op=dist.ReduceOp.MAX, group=self.groups[0])
+            dist.all_reduce(shared, op=dist.ReduceOp.MAX, group=self.group)
             answer = int(shared)
         return answer
 
@@ -73,18 +73,32 @@ class Watch:
         try:
             yield
         except RuntimeError as error:
-            if not self.groups:
+            if self.group is None:
                 raise
-            try:
-                limit = timedelta(seconds=SECONDS_TO_ANSWER)
-                dist.monitored_barrier(self.groups[1], timeout=limit, wait_all_ranks=True)
-            except RuntimeError as missing:
-                rank = self.accelerator.process_index
-                print(
-                    f"error: process {rank} lost contact: {' '.join(str(missing).split())}; the checkpoints are intact: "
-                    "give the same command again to go on",
-                    file=sys.stderr,
-                    flush=True,
-                )
-                raise SystemExit(1) from error
-            raise
+            missing = self._silent()
+            if not missing:
+                raise
+            print(
+                f"error: process {self.accelerator.process_index} lost contact with process "
+                f"{', '.join(map(str, missing))} ({str(error).splitlines()[0]}); the checkpoints are intact: give the "
+                "same command again to go on",
+                file=sys.stderr,
+                flush=True,
+            )
+            raise SystemExit(1) from error
+
+    def _silent(self) -> list[int]:
+        """Ranks that do not answer a roll call; it goes through the store, because connections may be broken."""
+        world, me = self.accelerator.num_processes, self.accelerator.process_index
+        missing = set(range(world)) - {me}
+        try:
+            self.store.set(str(me), "here")
+            limit = time.monotonic() + SECONDS_TO_ANSWER
+            while missing and time.monotonic() < limit:
+                missing = {rank for rank in missing if not self.store.check([str(rank)])}
+                time.sleep(0.1)
+            # those who ask later shall still find the store, which may live in this process
+            time.sleep(1)
+        except RuntimeError:
+            return [0]  # the store went with process 0
+        return sorted(missing)

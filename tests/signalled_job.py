@@ -1,0 +1,121 @@
+"""train_coreg.py with a signal at an exactly chosen event; the tests of interrupted jobs start it, it holds no test.
+
+    python signalled_job.py PLAN ARGUMENTS...     one job; PLAN is JSON, see `follow`; a launcher may start several of these
+    python signalled_job.py --several             a line of JSON {"plan", "arguments", "log"} on stdin for each job, one
+                                                  after the other, forked from one process that has imported torch
+
+Events are counted from 1: `warm-up` and `training` behind every step, `division` behind every division, `save` when the
+file of a checkpoint is written but not yet in place, `saved` when it is. With --several one line is printed for each job:
+its exit code, or minus the number of the signal that ended or stopped it. The line `null` lets the job that was stopped go
+on; the answer is its exit code.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+
+import train_coreg
+from coreg.learn.coreg import WarmUpBatch
+from coreg.run import checkpoint
+from coreg.run.training import Training
+
+
+def follow(plan: dict[str, Any]) -> None:
+    """Count events, and send a signal at one of them.
+
+    Args:
+        plan: `signal`, its name; `at`, number of the event; `rank`, the process that counts (0); `to`: `self` (default) or
+            `launcher`; `events`: file that gets the name of every event; `once`: file that is made at the event, and
+            while it exists there is no signal.
+    """
+    if int(os.environ.get("RANK", "0")) != plan.get("rank", 0):
+        return
+    seen = 0
+
+    def event(name: str) -> None:
+        nonlocal seen
+        seen += 1
+        if "events" in plan:
+            with open(plan["events"], "a") as file:
+                file.write(name + "\n")
+        if seen != plan.get("at"):
+            return
+        if "once" in plan:
+            if Path(plan["once"]).exists():
+                return
+            Path(plan["once"]).touch()
+        launcher = plan.get("to") == "launcher"
+        os.kill(os.getppid() if launcher else os.getpid(), getattr(signal, plan["signal"]))
+        if launcher:
+            time.sleep(2)  # it passes the signal on
+
+    def then(function: Callable[..., Any], name: Callable[..., str]) -> Callable[..., Any]:
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            answer = function(*args, **kwargs)
+            event(name(*args))
+            return answer
+
+        return wrapped
+
+    Training.optimise = then(
+        Training.optimise, lambda _, __, batch, *more: "warm-up" if isinstance(batch, WarmUpBatch) else "training"
+    )
+    train_coreg.divide_by = then(train_coreg.divide_by, lambda *_: "division")
+    checkpoint.save = then(checkpoint.save, lambda *_: "saved")
+    torch.save = then(torch.save, lambda *_: "save")
+
+
+def several() -> None:
+    """Answer each line of stdin."""
+    stopped = 0
+    for line in sys.stdin:
+        job = json.loads(line)
+        if job is None:
+            os.kill(stopped, signal.SIGCONT)
+            child = stopped
+        else:
+            child = os.fork() or run(job)
+        _, status = os.waitpid(child, os.WUNTRACED)
+        if os.WIFSTOPPED(status):
+            stopped = child
+        print(-os.WSTOPSIG(status) if os.WIFSTOPPED(status) else os.waitstatus_to_exitcode(status), flush=True)
+
+
+def run(job: dict[str, Any]) -> NoReturn:
+    """The job in this forked process, which then ends."""
+    log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    code = 1
+    try:
+        follow(job["plan"])
+        train_coreg.main(job["arguments"])
+        code = 0
+    except SystemExit as left:
+        code = left.code
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "--several":
+        several()
+    else:
+        follow(json.loads(sys.argv[1]))
+        train_coreg.main(sys.argv[2:])
