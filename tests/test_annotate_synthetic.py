@@ -8,10 +8,11 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from coreg.annotate import synthetic
+from coreg.annotate import noise, synthetic
 from coreg.annotate.candidates import candidate_sets
+from coreg.annotate.noise import flip, hierarchical, instance, noise_report, pico, uniform, uniforms
 from coreg.annotate.store import AnnotationStore
-from coreg.annotate.synthetic import flip, hierarchical, instance, main, noise_report, pico, uniform, uniforms
+from coreg.annotate.synthetic import main
 from coreg.errors import UserError
 
 LABELS = np.random.default_rng(5).integers(0, 7, 60)
@@ -152,11 +153,11 @@ def test_degenerate_cases():
 
 
 def test_a_draw_of_exactly_eta_counts_but_not_for_no_noise(monkeypatch):
-    monkeypatch.setattr(synthetic, "uniforms", lambda seed, step, rows, columns: np.full((len(rows), columns), 0.25))
+    monkeypatch.setattr(noise, "uniforms", lambda seed, step, rows, columns: np.full((len(rows), columns), 0.25))
     labels = np.array([0, 1])
     assert (flip(labels, 3, 0.25, 0.25, 0) == [[0, 1, 0], [1, 0, 0]]).all()  # u < q is strict, u <= eta is not
     assert (flip(labels, 3, 0.26, 0.24, 0)).all()
-    monkeypatch.setattr(synthetic, "uniforms", lambda seed, step, rows, columns: np.zeros((len(rows), columns)))
+    monkeypatch.setattr(noise, "uniforms", lambda seed, step, rows, columns: np.zeros((len(rows), columns)))
     assert (flip(labels, 3, 0.0, 0.0, 0) == [[1, 0, 0], [0, 1, 0]]).all()
 
 
