@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -85,10 +87,20 @@ class Watch:
                 file=sys.stderr,
                 flush=True,
             )
-            raise SystemExit(1) from error
+            # without the usual farewells, which would wait for those who are gone
+            os._exit(1)
 
     def _silent(self) -> list[int]:
-        """Ranks that do not answer a roll call; it goes through the store, because connections may be broken."""
+        """Ranks that do not answer a roll call. When even the store is silent, process 0, which holds it, is gone."""
+        answers: list[list[int]] = []
+        # in a thread, because asking a machine whose cable is cut never returns
+        thread = threading.Thread(target=lambda: answers.append(self._roll_call()), daemon=True)
+        thread.start()
+        thread.join(SECONDS_TO_ANSWER + 5)
+        return answers[0] if answers else [0]
+
+    def _roll_call(self) -> list[int]:
+        """Go through the store, because connections between the processes may be broken."""
         world, me = self.accelerator.num_processes, self.accelerator.process_index
         missing = set(range(world)) - {me}
         try:
@@ -100,5 +112,5 @@ class Watch:
             # those who ask later shall still find the store, which may live in this process
             time.sleep(1)
         except RuntimeError:
-            return [0]  # the store went with process 0
+            return [0]
         return sorted(missing)
