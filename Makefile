@@ -3,11 +3,12 @@ PYTHON ?= python3
 VENV ?= .venv
 SEED ?= 0
 OUTPUT_DIR ?= runs/demo
+JOBS ?= 2
 
 READY := $(VENV)/.installed
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow test-multiprocess lint format
+.PHONY: demo test test-slow test-multiprocess compare bench lint format
 
 $(READY): setup.cfg pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -28,6 +29,14 @@ test-slow: $(READY)
 
 test-multiprocess: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m multiprocess -o addopts="-q --strict-markers"
+
+# Every method on the digits, three seeds, JOBS runs at a time; what is finished is skipped. Hours; the table is in docs/results.md
+compare: $(READY)
+	PYTHON=$(BIN)/python baselines/run_all.sh --jobs $(JOBS) --compute_matched
+
+# Ours against a plain implementation and against the bare passes of the networks; the tables go to docs/benchmarks.md
+bench: $(READY)
+	$(BIN)/python -m benchmarks
 
 lint: $(READY)
 	$(BIN)/ruff check .

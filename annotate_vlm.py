@@ -19,13 +19,30 @@ may also be started one by one on several machines that share the folder.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
+from coreg.annotate.settings import GLYPH_CLIP, AnnotateConfig, check
+from coreg.config import parse
+from coreg.errors import UserError, exits_with_one_line
+
+
+@exits_with_one_line
+def read_settings(argv: Sequence[str] | None = None) -> AnnotateConfig:
+    """The job, as the command line has it."""
+    (config,) = parse(AnnotateConfig, argv=argv, prog="annotate_vlm.py", description=__doc__)
+    check(config)
+    return config
+
+
+if __name__ == "__main__":
+    read_settings()  # what is wrong with it is told before the imports below, which take seconds
+
 import platform
 import time
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import open_clip
 import PIL
@@ -38,45 +55,15 @@ from coreg.annotate.annotators import Annotator, load_annotator
 from coreg.annotate.chat import CHAT_TEMPLATES
 from coreg.annotate.claims import BlockQueue
 from coreg.annotate.health import write_report
-from coreg.annotate.models import GLYPH_CLIP, ModelSpec, resolve
+from coreg.annotate.models import ModelSpec, resolve
 from coreg.annotate.prompts import TEMPLATES, read_class_names, read_templates
 from coreg.annotate.store import AnnotationStore, StoreWriter, make_manifest, refuse_other_job
 from coreg.annotate.summary import summary
 from coreg.annotate.work import POLL_SECONDS, Progress, annotate_images, rescore_features, work
-from coreg.config import option, parse
 from coreg.data.images import ImageList, list_hash, translated
 from coreg.data.sources import open_images, require_readable
 from coreg.demo.annotator import demo_templates
-from coreg.errors import UserError, exits_with_one_line
 from coreg.run.process import build_accelerator, main_process_decides
-
-
-@dataclass
-class AnnotateConfig:
-    """What is annotated, by which model, into which folder."""
-
-    images: str = option(
-        "builtin:digits", "folder, .csv list (path[,label][,split]), .tar shards, torchvision data set or builtin:digits"
-    )
-    vlm: str = option(
-        GLYPH_CLIP,
-        "open_clip NAME/TAG such as ViT-B-32/openai, local-dir:FOLDER, transformers:FOLDER or chat:FOLDER",
-    )
-    classes: str | None = option(None, "text file with one class name a line; default: the names that the images carry")
-    templates: str | None = option(
-        None, "text file with one prompt template a line; default: the papers' 27, for chat models six questions"
-    )
-    output_dir: str = option("runs/demo/annotations", "folder of the annotation store")
-    rescore: str | None = option(None, "annotation store with features to judge again, instead of --images and --vlm")
-    precision: Literal["fp32", "bf16", "fp16"] = option("fp32", "of the model's weights and computations")
-    chat_mode: Literal["likelihood", "generate"] = option(
-        "likelihood", "chat models: likelihood of every class name, or the answer in words"
-    )
-    max_errors: int | None = option(None, "stop when more images than this cannot be read; default: never")
-    batch_size: int = option(64, "images a forward pass, per process")
-    block_size: int = option(2048, "images a block, the unit of work that is kept when the job is stopped")
-    workers: int = option(2, "processes that decode images, per process that annotates")
-    data_root: str = option("data", "where torchvision data sets lie or are downloaded to")
 
 
 @dataclass
@@ -108,6 +95,7 @@ def annotate(config: AnnotateConfig, accelerator: Accelerator | None = None) -> 
         UserError: something in the job is wrong; nothing has been written then. Or more than `max_errors` images cannot
             be read; what was annotated is kept.
     """
+    check(config)
     accelerator = accelerator or build_accelerator(timeout_minutes=60)
     root = Path(config.output_dir)
     # The main process looks at the files and everyone believes it; it keeps the list that it opened.
@@ -185,7 +173,6 @@ def look_at_images(config: AnnotateConfig, opened: list[ImageList]) -> Job:
     Raises:
         UserError: the first thing that is wrong.
     """
-    check_numbers(config)
     model = resolve(config.vlm)
     class_names = read_class_names(config.classes) if config.classes else None
     templates = read_templates(config.templates) if config.templates else default_templates(model)
@@ -213,7 +200,6 @@ def look_at_store(config: AnnotateConfig, opened: list[ImageList]) -> Job:
     Raises:
         UserError: the first thing that is wrong.
     """
-    check_numbers(config)
     store = AnnotationStore.open(config.rescore)
     if store.manifest["features"] is None:
         raise UserError(f"{config.rescore} keeps no features, its annotator gives none; annotate the images again")
@@ -230,12 +216,9 @@ def look_at_store(config: AnnotateConfig, opened: list[ImageList]) -> Job:
     return Job(manifest, model, is_finished(config, manifest, images))
 
 
-def check_numbers(config: AnnotateConfig) -> None:
-    """Raise a UserError for a number that makes no sense."""
-    if min(config.batch_size, config.block_size) < 1 or config.workers < 0:
-        raise UserError("--batch_size and --block_size must be at least 1 and --workers at least 0")
-    if config.max_errors is not None and config.max_errors < 0:
-        raise UserError(f"--max_errors is {config.max_errors}; give 0 or more, or leave it out for no limit")
+def annotate_digits(folder: Path, accelerator: Accelerator) -> AnnotationStore:
+    """The store of the built-in digits, which training scripts use where they are given none."""
+    return annotate(AnnotateConfig(output_dir=str(folder)), accelerator)
 
 
 def is_finished(config: AnnotateConfig, manifest: dict[str, Any], images: ImageList) -> bool:
@@ -277,8 +260,7 @@ def versions() -> dict[str, str]:
 @exits_with_one_line
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line, annotate, and say what came out."""
-    (config,) = parse(AnnotateConfig, argv=argv, prog="annotate_vlm.py", description=__doc__)
-    store = annotate(config)
+    store = annotate(read_settings(argv))
     if PartialState().is_main_process:
         print(summary(store))
 

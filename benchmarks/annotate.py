@@ -1,6 +1,6 @@
 """Annotation speed beside the bare forward of the same model, and judging again from features: seconds and peak memory.
 
-    python benchmarks/annotate.py [--model ViT-B-32] [--images 128] [--workers 1] [--rows 50000]
+    python -m benchmarks.annotate [--model ViT-B-32] [--images 128] [--workers 1] [--rows 50000]
 
 End to end: JPEG files of 256 x 256 on disk -> decoded, preprocessed, encoded, judged under 27 templates, written as blocks
 that are on disk when the clock stops. Bare: the image tower alone, on one preprocessed batch that is already on the device,
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -30,6 +29,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import annotate_vlm
+from benchmarks.tables import as_markdown, environment
 from coreg.annotate.annotators import ClipAnnotator
 from coreg.annotate.claims import BlockQueue
 from coreg.annotate.models import resolve
@@ -40,6 +40,13 @@ from coreg.data.images import ImageList, Paths
 from coreg.data.sources import open_images
 
 NAMES = [f"thing number {number}" for number in range(100)]
+# the system's own account of a child begins with the memory of the process that started it
+TELL_PEAK = """
+import runpy, sys
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
+"""
 TINY = {
     "embed_dim": 512,
     "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "head_width": 32, "patch_size": 16},
@@ -107,28 +114,30 @@ def end_to_end_rate(annotator: ClipAnnotator, root: Path, folder: Path, batch: i
     return len(images) / (time.perf_counter() - start)
 
 
-def compare_speed(options: argparse.Namespace, place: Path) -> None:
-    """Print both rates in turns and the median of their ratios."""
+def compare_speed(options: argparse.Namespace, place: Path) -> list[dict[str, str]]:
+    """Both rates in turns and the median of their ratios."""
     config = open_clip.get_model_config(options.model)
     size = config["vision_cfg"]["image_size"]
     spec = save_random(place / "model", config)
     save_jpegs(place / "photos", options.images)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     annotator = ClipAnnotator(resolve(spec), TEMPLATES, NAMES, device, options.precision)
-    rates, shares = [], []
+    bare, whole, shares = [], [], []
     for number in range(options.rounds):  # taken in turns, because other programs come and go
         before = bare_rate(annotator, size, options.batch, options.seconds)
-        whole = end_to_end_rate(annotator, place / f"ann{number}", place / "photos", options.batch, options.workers)
+        whole.append(end_to_end_rate(annotator, place / f"ann{number}", place / "photos", options.batch, options.workers))
         after = bare_rate(annotator, size, options.batch, options.seconds)
-        rates.append((before, whole, after))
-        shares.append(2 * whole / (before + after))
-    print(
-        f"{options.model}, {size} pixels, {options.precision}, batches of {options.batch}, {device}, "
-        f"{torch.get_num_threads()} threads, {options.workers} decoding processes"
-    )
-    for before, whole, after in rates:
-        print(f"  bare {before:8.1f}, end to end {whole:8.1f}, bare {after:8.1f} images/s")
-    print(f"  end to end / bare: {statistics.median(shares):.2f}")
+        bare.append((before + after) / 2)
+        shares.append(whole[-1] / bare[-1])
+    model = f"{options.model}, {options.precision}, batches of {options.batch}"
+    return [
+        {"annotation": f"image tower alone, {model}", "images/s": f"{statistics.median(bare):.1f}", "share of it": "1.00"},
+        {
+            "annotation": f"from files to blocks, {options.workers} decoding processes",
+            "images/s": f"{statistics.median(whole):.1f}",
+            "share of it": f"{statistics.median(shares):.2f}",
+        },
+    ]
 
 
 def save_features(root: Path, spec: str, rows: int) -> None:
@@ -149,33 +158,34 @@ def save_features(root: Path, spec: str, rows: int) -> None:
     writer.finish(paths)
 
 
-def run_child(*arguments: str) -> tuple[float, float]:
-    """Seconds and peak resident memory (MB) of a Python process."""
+def run_child(script: Path, *arguments: str) -> tuple[float, float]:
+    """Seconds and peak resident memory (MB) of a Python script in a process of its own."""
     start = time.perf_counter()
-    child = subprocess.Popen([sys.executable, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    _, status, usage = os.wait4(child.pid, 0)
-    if status:
-        raise SystemExit(f"{' '.join(arguments)} failed")
-    return time.perf_counter() - start, usage.ru_maxrss * 1024 / 1e6
+    said = subprocess.run(
+        [sys.executable, "-c", TELL_PEAK, str(script), *arguments], capture_output=True, text=True, check=True
+    ).stdout
+    return time.perf_counter() - start, int(said.split("\n")[-2]) * 1024 / 1e6
 
 
-def rescore(options: argparse.Namespace, place: Path) -> None:
-    """Print seconds and memory of judging again."""
+def rescore(options: argparse.Namespace, place: Path) -> list[dict[str, str]]:
+    """Seconds and memory of judging again, for two sizes of store."""
     spec = save_random(place / "tiny", TINY)
     (place / "classes.txt").write_text("\n".join(f"other {name}" for name in NAMES))
-    idle = run_child("-c", "import annotate_vlm")
-    print(f"judging again, 512 features, {len(NAMES)} classes, {len(TEMPLATES)} templates")
-    print(f"  importing only           {idle[0]:6.1f} s, {idle[1]:6.0f} MB")
-    for rows in (options.rows // 10, options.rows):
-        save_features(place / f"features-{rows}", spec, rows)
-        script = str(Path(annotate_vlm.__file__))
-        where = ["--classes", str(place / "classes.txt"), "--output_dir", str(place / f"again-{rows}")]
-        seconds, peak = run_child(script, "--rescore", str(place / f"features-{rows}"), *where, "--batch_size", "512")
-        print(f"  {rows:7d} images, in all {seconds:7.1f} s, {peak:6.0f} MB peak")
+    (place / "idle.py").write_text("import annotate_vlm")
+    idle = run_child(place / "idle.py")
+    rows = [{"judging again": "importing only", "seconds": f"{idle[0]:.1f}", "peak MB": f"{idle[1]:.0f}"}]
+    for count in (options.rows // 10, options.rows):
+        save_features(place / f"features-{count}", spec, count)
+        script = Path(annotate_vlm.__file__)
+        where = ["--classes", str(place / "classes.txt"), "--output_dir", str(place / f"again-{count}")]
+        seconds, peak = run_child(script, "--rescore", str(place / f"features-{count}"), *where, "--batch_size", "512")
+        what = f"{count:,} images, 512 features, {len(NAMES)} classes, {len(TEMPLATES)} templates"
+        rows.append({"judging again": what, "seconds": f"{seconds:.1f}", "peak MB": f"{peak:.0f}"})
+    return rows
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Measure and print."""
+def measure(argv: Sequence[str] | None = None) -> str:
+    """Both tables, for options as on the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="ViT-B-32", help="architecture of open_clip")
     parser.add_argument("--images", type=int, default=128)
@@ -189,9 +199,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if min(options.images, options.batch, options.rounds, options.rows // 10) < 1:
         parser.error("--images, --batch and --rounds must be at least 1 and --rows at least 10")
     with tempfile.TemporaryDirectory() as place:
-        rescore(options, Path(place))
-        compare_speed(options, Path(place))
+        tables = [compare_speed(options, Path(place)), rescore(options, Path(place))]
+    return "\n\n".join(map(as_markdown, tables))
 
 
 if __name__ == "__main__":
-    main()
+    print(f"{environment()}\n\n{measure()}")

@@ -1,3 +1,38 @@
-"""Co-Reg: train small classifiers on the noisy candidate sets that vision-language models give to unlabelled images."""
+"""Co-Reg: train small classifiers on the noisy candidate sets that vision-language models give to unlabelled images.
+
+What one takes from here in Python is imported when it is first asked for, so that `import coreg` stays fast.
+"""
+
+import importlib
+from typing import Any
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "coreg.annotate.candidates": ("candidate_sets",),
+    "coreg.annotate.store": ("AnnotationStore",),
+    "coreg.data.augment": ("Augmentation",),
+    "coreg.data.decode": ("decode",),
+    "coreg.data.sources": ("open_images",),
+    "coreg.learn.coreg": ("CoRegBatch", "CoRegLearner", "WarmUpBatch"),
+    "coreg.learn.division": ("align", "divide", "division_loss"),
+    "coreg.learn.memory": ("Prototypes",),
+    "coreg.learn.options": ("CoRegOptions",),
+    "coreg.learn.pseudo": ("rescale",),
+    "coreg.nets.model": ("CoRegNet", "create_backbone"),
+    "coreg.predict": ("Classifier", "load_classifier"),
+    "coreg.run.batches": ("TrainingImages", "Verdict", "co_train_batch"),
+}
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

@@ -10,31 +10,90 @@ import argparse
 import dataclasses
 import difflib
 import sys
+import types
+import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
-from transformers.hf_argparser import HfArgumentParser
 
 from coreg.errors import UserError
 
 RECIPES = Path(__file__).parent / "recipes"
+_METAVAR = {int: "N", float: "X", str: "TEXT"}
 
 
 def option(default: Any, text: str) -> Any:
     """A dataclass field with a default (copied when it is a list) and its help text."""
-    metadata = {"help": text.replace("%", "%%")}
+    metadata = {"help": text}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
 
-class _Parser(HfArgumentParser):
-    """HfArgumentParser whose complaints are one line on stderr and exit code 2."""
+class _Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose complaints are one line on stderr and exit code 2."""
 
     def error(self, message: str) -> None:
         raise UserError(f"{message} ({self.prog} --help lists the options)")
+
+
+def _truth(word: str) -> bool:
+    """What an option that is true or false was set to."""
+    values = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(("false", "no", "off", "0"), False)
+    try:
+        return values[word.lower()]
+    except KeyError:
+        raise argparse.ArgumentTypeError(f"{word!r} is neither true nor false") from None
+
+
+def _accepted(kind: Any) -> dict[str, Any]:
+    """What argparse has to know about a field of type `kind`: what it converts, and how many words it takes."""
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):  # X | None: not set, or an X
+        (kind,) = (part for part in typing.get_args(kind) if part is not types.NoneType)
+    if typing.get_origin(kind) is Literal:
+        return {"choices": typing.get_args(kind)}
+    if typing.get_origin(kind) is list:
+        return _accepted(typing.get_args(kind)[0]) | {"nargs": "+"}
+    if kind is bool:
+        return {"type": _truth, "nargs": "?", "const": True, "metavar": "true|false"}
+    return {"type": kind, "metavar": _METAVAR[kind]}
+
+
+def _shown(default: Any) -> str:
+    """A default as one would type it."""
+    if isinstance(default, list):
+        return " ".join(map(str, default))
+    return str(default).lower() if isinstance(default, bool) else str(default)
+
+
+def _build_parser(groups: Sequence[type], default_recipe: str | None, prog: str | None, description: str | None) -> _Parser:
+    """A parser with one heading for each dataclass that names one, and every field's default in its help."""
+    parser = _Parser(
+        prog=prog,
+        usage=f"{prog or Path(sys.argv[0]).name} [options]",
+        description=description,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    shown = f" (default: {default_recipe})" if default_recipe else ""
+    text = f"built-in recipe or .yaml file, whose values replace the defaults below; the command line wins over it{shown}"
+    parser.add_argument("--recipe", metavar="NAME", help=text)
+    for group in groups:
+        title = getattr(group, "_argument_group_name", None)
+        section = parser.add_argument_group(title, (group.__doc__ or "").split("\n")[0]) if title else parser
+        kinds = typing.get_type_hints(group)
+        for field in dataclasses.fields(group):
+            made = field.default_factory is not dataclasses.MISSING
+            default = field.default_factory() if made else field.default
+            text = field.metadata["help"]
+            if default is not None and "default" not in text:
+                text += f" (default: {_shown(default)})"
+            section.add_argument(
+                f"--{field.name}", default=default, help=text.replace("%", "%%"), **_accepted(kinds[field.name])
+            )
+    return parser
 
 
 def recipe_path(name: str) -> Path:
@@ -85,6 +144,12 @@ def _as_arguments(settings: dict[str, Any]) -> list[str]:
     return arguments
 
 
+def _underscored(word: str) -> str:
+    """`--batch-size=3` is the same as `--batch_size=3`."""
+    name, equals, value = word.partition("=")
+    return name.replace("-", "_").replace("__", "--", 1) + equals + value if name.startswith("--") else word
+
+
 def _pop(option_name: str, argv: list[str]) -> str | None:
     """Take `--NAME value` or `--NAME=value` out of `argv`; the last one counts."""
     name, flag = None, f"--{option_name}"
@@ -111,6 +176,7 @@ def parse(
     argv: Sequence[str] | None = None,
     default_recipe: str | None = None,
     presets: Mapping[str, Mapping[str, Any]] | None = None,
+    others: Sequence[type] = (),
     prog: str | None = None,
     description: str | None = None,
 ) -> tuple[Any, ...]:
@@ -121,6 +187,7 @@ def parse(
         argv: the arguments without the program's name; None means `sys.argv[1:]`.
         default_recipe: the recipe used where `argv` names none; None means the dataclasses' own defaults.
         presets: named settings that `--preset` (an option of one of `groups`) puts in front of the recipe.
+        others: dataclasses of other methods, whose settings a recipe may hold too; they are passed over.
         prog: the program's name in messages.
         description: the help's opening text; its layout is kept.
 
@@ -130,36 +197,23 @@ def parse(
     Raises:
         UserError: an unknown option, a value of the wrong type or outside the choices, or an unreadable recipe.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    parser = _Parser(
-        groups,
-        prog=prog,
-        usage=f"{prog or Path(sys.argv[0]).name} [options]",
-        description=description,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--recipe", metavar="NAME", help="built-in recipe or .yaml file; the command line wins over it")
-    for action in parser._actions:
-        if action.help and action.default not in (None, argparse.SUPPRESS) and "default" not in action.help:
-            action.help += " (default: %(default)s)"
+    parser = _build_parser(groups, default_recipe, prog, description)
+    arguments = [_underscored(word) for word in (sys.argv[1:] if argv is None else argv)]
     name = _pop("recipe", arguments) or default_recipe
     recipe = read_recipe(name) if name else {}
     preset = _pop("preset", arguments) or recipe.pop("preset", None) if presets else None
     known = [word for action in parser._actions for word in action.option_strings]
+    theirs = {field.name for group in others for field in dataclasses.fields(group)}
+    recipe = {key: value for key, value in recipe.items() if f"--{key}" in known or key not in theirs}
     for key in recipe:
         if f"--{key}" not in known or key in ("help", "recipe"):
             raise UserError(f"recipe {name} has an unknown key {key}{_near('--' + str(key), known)}")
-    *filled, unknown = parser.parse_args_into_dataclasses(
-        [*_preset_arguments(preset, presets), *_as_arguments(recipe), *arguments],
-        return_remaining_strings=True,
-        look_for_args_file=False,
-    )
-    # parse_args_into_dataclasses hands back a namespace with what belongs to no dataclass: here the popped --recipe
-    filled = [item for item in filled if dataclasses.is_dataclass(item)]
+    found, unknown = parser.parse_known_args([*_preset_arguments(preset, presets), *_as_arguments(recipe), *arguments])
     if unknown:
         raise UserError(f"unknown option {unknown[0]}{_near(unknown[0].split('=')[0], known)}")
-    return tuple(filled)
+    return tuple(
+        group(**{field.name: getattr(found, field.name) for field in dataclasses.fields(group)}) for group in groups
+    )
 
 
 def _near(word: str, known: list[str]) -> str:
@@ -173,5 +227,10 @@ def as_settings(*configs: Any) -> dict[str, Any]:
 
 
 def as_yaml(settings: dict[str, Any]) -> str:
-    """`settings` as YAML that `--recipe FILE` reads back; options that are not set are left out."""
-    return yaml.safe_dump({k: v for k, v in settings.items() if v is not None}, sort_keys=False, allow_unicode=True)
+    """`settings` as YAML that `--recipe FILE` reads back.
+
+    Options that are not set are left out, and `print_config`, which would print the recipe instead of training with it.
+    """
+    return yaml.safe_dump(
+        {k: v for k, v in settings.items() if v is not None and k != "print_config"}, sort_keys=False, allow_unicode=True
+    )

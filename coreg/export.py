@@ -1,32 +1,80 @@
-"""A trained run as ordinary timm folders, which `timm.create_model("local-dir:FOLDER")` loads after `import coreg.nets`.
+"""A trained run as files that other programs read.
 
-Layout: export/net1/, export/net2/ (config.json, model.safetensors) and export/coreg.json (class names, preprocessing).
+Every finished run has the folder export/:
+
+    net1/, net2/   config.json and model.safetensors: `timm.create_model("local-dir:export/net1", pretrained=True)`
+                   loads them after `import coreg.nets`
+    coreg.json     class names, preprocessing, temperature, and how far the files' logits are from the trained networks'
+    README.md      the model card
+
+and on demand programs of the whole ensemble in one file, which need neither timm nor this package:
+
+    coreg-export --run runs/a --format onnx            writes runs/a/export/model.onnx
+    coreg-export --run runs/a --format torch_export    writes runs/a/export/model.pt2
+    coreg-export --run runs/a --labels checked.csv     fits the temperature to labelled images that training has not seen
+    coreg-export --run runs/a --push_to_hub USER/NAME  uploads the folder, as a private model
+
+A program takes `images`, uint8 (n, c, H, W) for any n, and gives `logits` and `probabilities`, float32 (n, C): the mean of
+the networks' logits divided by the temperature, and its softmax. Normalisation is inside.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import timm
 import torch
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 
 import coreg.nets  # noqa: F401  registers the PreAct ResNets with timm
-from coreg.errors import UserError
+from coreg.config import option, parse
+from coreg.data.decode import decode
+from coreg.data.images import ImageList
+from coreg.data.sources import open_images, require_readable
+from coreg.errors import UserError, exits_with_one_line
+from coreg.programs import write_program
+from coreg.report.calibration import fit_to_labels
 
 SCHEMA = 1
+PROGRAMS = {"onnx": "model.onnx", "torch_export": "model.pt2"}
+# what a file's logits may differ from the trained networks', as a share of the largest logit: float32 sums in another order
+TOLERANCE = 1e-4
+CHECKED_IMAGES = 64
+# fewer right or wrong answers say too little about how often to be right
+FEWEST_LABELS = 20
 
 
-def export(folder: Path, backbones: list[nn.Module], architecture: str, arguments: dict[str, Any], **settings: Any) -> None:
+# ---- the folder -----------------------------------------------------------------------------------------------------
+
+
+def export(
+    folder: Path,
+    backbones: list[nn.Module],
+    architecture: str,
+    arguments: dict[str, Any],
+    check: Tensor,
+    **settings: Any,
+) -> dict[str, Any]:
     """Write the backbones with their classifiers; built beside `folder` and renamed, so never half-written.
 
     Args:
         backbones: timm models, net1 first. architecture: their timm name. arguments: what they were created with.
-        settings: `class_names`, `image_size`, `channels`, `mean`, `std`.
+        check: normalised images float (n, c, H, W) on which the written networks have to agree with `backbones`.
+        settings: `class_names`, `image_size`, `channels`, `mean`, `std`, and what `fit_to_agreement` gave.
+
+    Returns:
+        What coreg.json holds.
+
+    Raises:
+        UserError: they do not agree, within `TOLERANCE`.
     """
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -56,20 +104,54 @@ def export(folder: Path, backbones: list[nn.Module], architecture: str, argument
             model_args={"in_chans": size[0]} | arguments,
             safe_serialization=True,
         )
-    (temporary / "coreg.json").write_text(
-        json.dumps({"schema": SCHEMA, "nets": len(backbones)} | settings, indent=1, ensure_ascii=False) + "\n"
-    )
+    settings = {"schema": SCHEMA, "nets": len(backbones)} | settings
+    write_settings(temporary, settings)
+    check = check.cpu().float()
+    # the networks themselves, moved to where the files are read: a GPU's convolutions round to ten bits
+    trained = ensemble_logits([copy.deepcopy(net).cpu().float().eval() for net in backbones], check)
+    found = ensemble_logits(load_export(temporary)[0], check)
+    settings["agreement"] = {"timm": agreement(found, trained, "the exported folder")}
+    write_settings(temporary, settings)
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
+    return settings
 
 
-def load_export(folder: str | Path) -> tuple[list[nn.Module], dict[str, Any]]:
-    """The networks of an export in evaluation mode on the CPU, and its settings.
+def write_settings(folder: Path, settings: dict[str, Any]) -> None:
+    """Replace coreg.json as a whole."""
+    temporary = folder / ".coreg.json.tmp"
+    temporary.write_text(json.dumps(settings, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.replace(folder / "coreg.json")
+
+
+def agreement(found: Tensor, trained: Tensor, what: str) -> dict[str, float | int]:
+    """How far the logits (n, C) of `what` are from those of the trained networks, for the record.
+
+    Raises:
+        UserError: further than `TOLERANCE` times the largest trained logit, or no numbers.
+    """
+    difference = float((found - trained).abs().max())
+    allowed = TOLERANCE * max(1.0, float(trained.abs().max()))
+    if not difference <= allowed:
+        raise UserError(
+            f"the logits of {what} differ by {difference:.2g} from those of the trained networks on {len(trained)} images, "
+            f"and {allowed:.2g} is allowed; it was not kept: try another --format, or another version of torch"
+        )
+    return {"images": len(trained), "largest_difference": difference, "allowed": allowed}
+
+
+def export_folder(path: str | Path) -> Path:
+    """The export folder of a run folder; any other path is taken as it is."""
+    return Path(path) / "export" if (Path(path) / "export").is_dir() else Path(path)
+
+
+def load_export(path: str | Path) -> tuple[list[nn.Module], dict[str, Any]]:
+    """The networks of an export (or of a run's) in evaluation mode on the CPU, and its settings.
 
     Raises:
         UserError: the folder is missing, is no export, or is damaged.
     """
-    folder = Path(folder)
+    folder = export_folder(path)
     try:
         settings = json.loads((folder / "coreg.json").read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError):
@@ -90,6 +172,171 @@ def load_export(folder: str | Path) -> tuple[list[nn.Module], dict[str, Any]]:
 
 
 @torch.no_grad()
-def ensemble_logits(nets: list[nn.Module], images: torch.Tensor) -> torch.Tensor:
+def ensemble_logits(nets: list[nn.Module], images: Tensor) -> Tensor:
     """Sum of the networks' logits, (n, c, H, W) -> (n, C): the prediction that reports call `ensemble`."""
     return sum(net(images) for net in nets)
+
+
+class Ensemble(nn.Module):
+    """Pixels uint8 (n, c, H, W) to calibrated logits (n, C), the mean over the networks divided by T, and their softmax."""
+
+    def __init__(self, nets: list[nn.Module], settings: dict[str, Any]) -> None:
+        super().__init__()
+        self.nets = nn.ModuleList(nets)
+        self.temperature = float(settings.get("temperature", 1.0))
+        mean, std = (torch.tensor(settings[name], dtype=torch.float64) for name in ("mean", "std"))
+        # the arithmetic of Augmentation.plain, so that no bit of what the networks saw in training is lost
+        self.register_buffer("scale", (1 / (255 * std)).float().view(-1, 1, 1))
+        self.register_buffer("shift", (-mean / std).float().view(-1, 1, 1))
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        x = images.float() * self.scale + self.shift
+        logits = sum(net(x) for net in self.nets) / (len(self.nets) * self.temperature)
+        return logits, logits.softmax(dim=1)
+
+
+# ---- the command ----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class ExportConfig:
+    """Which export, and what to do with it."""
+
+    run: str | None = option(None, "run folder, or the export folder of one")
+    format: Literal["onnx", "torch_export"] | None = option(
+        None, "write the ensemble as one program into the export folder"
+    )
+    images: str | None = option(
+        None, "images to compare the program with the networks on; default: those that the run was trained on"
+    )
+    labels: str | None = option(
+        None, "CSV file (path,label) of images that training has not seen: fit the temperature to them"
+    )
+    push_to_hub: str | None = option(None, "USER/NAME: upload the export folder to the model hub, as a private model")
+
+
+def spread_rows(n: int) -> np.ndarray:
+    """Up to 64 of n rows, evenly spread: int64, ascending."""
+    return np.unique(np.linspace(0, n - 1, CHECKED_IMAGES).astype(int))
+
+
+def example_pixels(folder: Path, images: str | None, settings: dict[str, Any]) -> Tensor:
+    """Up to 64 of the images that a run was trained on, or of those in `images`: uint8 (n, c, H, W).
+
+    Raises:
+        UserError: there are none.
+    """
+    if images is None:
+        try:
+            images = json.loads((folder.parent / "report.json").read_text(encoding="utf-8"))["dataset"]
+        except (OSError, json.JSONDecodeError, KeyError):
+            raise UserError(
+                f"{folder.parent} holds no report that says what images {folder} was trained on; name some with --images"
+            ) from None
+    opened = open_images(images)
+    require_readable(opened)
+    return _decode(opened, spread_rows(len(opened)), settings)[0]
+
+
+def _decode(images: ImageList, rows: np.ndarray, settings: dict[str, Any]) -> tuple[Tensor, np.ndarray]:
+    """The readable ones of `rows`: uint8 (n, c, H, W) and their numbers."""
+    failed: dict[int, str] = {}
+    pixels = decode(images, rows, settings["image_size"], settings["channels"], 2, failed)
+    readable = ~np.isin(rows, list(failed))
+    return pixels[torch.from_numpy(readable)], rows[readable]
+
+
+def calibrate(nets: list[nn.Module], settings: dict[str, Any], labels: str) -> dict[str, Any]:
+    """The settings with a temperature fitted to the images and labels that the CSV file `labels` names.
+
+    Raises:
+        UserError: the file or its images cannot be read, or too few of them have a label of one of the classes.
+    """
+    images = open_images(labels, settings["class_names"])
+    known = np.zeros(0, int) if images.labels is None else np.flatnonzero(images.labels >= 0)
+    pixels, rows = _decode(images, known, settings)
+    if len(rows) < FEWEST_LABELS:
+        raise UserError(
+            f"{labels} has {len(rows)} readable images with a label of the {len(settings['class_names'])} classes; give "
+            f"at least {FEWEST_LABELS}, as rows path,label"
+        )
+    # at temperature 1, whatever it is now
+    ensemble = Ensemble(nets, settings | {"temperature": 1.0})
+    with torch.no_grad():
+        logits = np.concatenate([ensemble(batch)[0].numpy() for batch in pixels.split(256)])
+    return settings | fit_to_labels(logits, images.labels[rows], Path(labels).name)
+
+
+def export_program(folder: Path, kind: str, images: Tensor) -> Path:
+    """Write a program beside the networks and note in coreg.json how far its logits are from theirs; gives its path.
+
+    Raises:
+        UserError: it cannot be written, or differs by more than `TOLERANCE`; nothing is left then.
+    """
+    nets, settings = load_export(folder)
+    ensemble = Ensemble(nets, settings).eval()
+    path = folder / PROGRAMS[kind]
+    temporary = folder / f".tmp.{path.name}"
+    try:
+        read_back = write_program(ensemble, settings, kind, temporary)
+        with torch.no_grad():
+            trained = ensemble(images)[0]
+            # the first image alone as well: another number of images than the program was traced with
+            found = torch.cat([read_back(images[:1]), read_back(images)[1:]])
+        record = settings.get("agreement", {}) | {kind: agreement(found, trained, path.name)}
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    write_settings(folder, settings | {"agreement": record})
+    return path
+
+
+def push_to_hub(folder: Path, name: str) -> str:
+    """Upload an export folder as a private model; gives its address.
+
+    Raises:
+        UserError: nobody is logged in, the hub cannot be reached, or it refuses.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    try:
+        api.whoami()
+        api.create_repo(name, private=True, exist_ok=True)
+        return str(api.upload_folder(repo_id=name, folder_path=folder, commit_message="Exported by coreg-export"))
+    except Exception as error:  # of the hub, of its client's network library, whichever that is in this version
+        said = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"{name} could not be uploaded ({said}); check the name, the network and `hf auth login`, then try again"
+        ) from None
+
+
+@exits_with_one_line
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of `coreg-export`."""
+    (config,) = parse(ExportConfig, argv=argv, prog="coreg-export", description=__doc__)
+    if config.run is None:
+        raise UserError("--run is missing; write for example: coreg-export --run runs/a --format onnx")
+    if not (config.format or config.labels or config.push_to_hub):
+        raise UserError("nothing to do; add --format onnx, --format torch_export, --labels FILE or --push_to_hub USER/NAME")
+    folder = export_folder(config.run)
+    nets, settings = load_export(folder)
+    kinds = {config.format} - {None}
+    if config.labels:
+        settings = calibrate(nets, settings, config.labels)
+        write_settings(folder, settings)
+        # programs carry the temperature inside
+        kinds |= {kind for kind, file in PROGRAMS.items() if (folder / file).exists()}
+        print(f"{folder / 'coreg.json'}: temperature {settings['temperature']:.3f}, fitted to {config.labels}")
+    if kinds:
+        images = example_pixels(folder, config.images, settings)
+        for kind in sorted(kinds):
+            path = export_program(folder, kind, images)
+            noted = load_export(folder)[1]["agreement"][kind]
+            print(f"{path}: logits within {noted['largest_difference']:.1g} of the networks' on {noted['images']} images")
+    if config.push_to_hub:
+        print(push_to_hub(folder, config.push_to_hub))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,37 +1,166 @@
-"""Name the class of every image of a folder with an exported run.
+"""Name the class of every image of a folder, or of one image, with an exported run.
 
-coreg-predict --model runs/a/export --images new/ --output predictions.csv
+    coreg-predict --model runs/a/export --images new/ --output predictions.csv
+    coreg-predict --model runs/a/export --images photo.jpg
+    coreg-predict --model model.onnx --images new/
+
+The probabilities are calibrated by the temperature that the export came with; its coreg.json says what that was fitted to.
 """
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from coreg.config import option, parse
-from coreg.data.augment import Augmentation
-from coreg.data.decode import decode
+from coreg.data.decode import SUFFIXES, decode, read_image
+from coreg.data.images import ImageList
 from coreg.data.sources import open_images
 from coreg.errors import UserError, exits_with_one_line
-from coreg.export import ensemble_logits, load_export
+from coreg.export import Ensemble, load_export
+from coreg.programs import TOLD, open_onnx
+
+# of unreadable images on the terminal; the CSV file has them all
+SHOWN = 5
 
 
 @dataclass
 class PredictConfig:
     """What to predict with, on what, and where to."""
 
-    model: str | None = option(None, "the export folder of a finished run, such as runs/a/export")
-    images: str | None = option(None, "folder, CSV file or torchvision name, as for annotate_vlm.py")
-    output: str = option("predictions.csv", "CSV file to write: path, label, probability, and the next best labels")
+    model: str | None = option(None, "a finished run, its export folder, or an .onnx file that coreg-export wrote")
+    images: str | None = option(None, "an image, or a folder, CSV file or torchvision name as for annotate_vlm.py")
+    output: str | None = option(
+        None, "CSV file to write: path, label, probability, and the next best labels (default: predictions.csv; for one "
+        "image none)"
+    )  # fmt: skip
     top_k: int = option(3, "labels a row")
     batch_size: int = option(256, "images at a time")
-    workers: int = option(2, "processes that decode images")
+    workers: int = option(2, "threads that decode images")
+
+
+@dataclass
+class Classifier:
+    """An exported ensemble, from whatever file.
+
+    class_names: C names. image_size, channels: what images are decoded to.
+    run: uint8 (n, channels, image_size, image_size) on the CPU -> probabilities float32 (n, C) on the CPU.
+    """
+
+    class_names: list[str]
+    image_size: int
+    channels: int
+    run: Callable[[Tensor], Tensor]
+
+    def batches(
+        self, images: ImageList, batch_size: int = 256, workers: int = 2
+    ) -> Iterator[tuple[np.ndarray, np.ndarray, dict[int, str]]]:
+        """Predict all images in order, a batch at a time.
+
+        Yields:
+            Rows int64 (n,), calibrated probabilities float32 (n, C), and row -> reason of those that cannot be read,
+            whose probabilities mean nothing.
+        """
+        for start in range(0, len(images), batch_size):
+            rows, failed = np.arange(start, min(start + batch_size, len(images))), {}
+            pixels = decode(images, rows, self.image_size, self.channels, workers, failed)
+            yield rows, self.run(pixels).numpy(), failed
+
+
+def load_classifier(path: str | Path) -> Classifier:
+    """Read a finished run, its export folder or an ONNX file; on a GPU where there is one.
+
+    Raises:
+        UserError: it is none of these, or damaged.
+    """
+    path = Path(path)
+    if path.suffix == ".pt2":
+        # reading one unpickles what is in it and evaluates expressions (torch.export.load warns of it)
+        raise UserError(
+            f"{path} could run code when it is read, so only your own programs should (torch.export.load); give the "
+            f"export folder or an .onnx file"
+        )
+    if path.suffix == ".onnx":
+        return _from_onnx(path)
+    nets, settings = load_export(path)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    ensemble = Ensemble(nets, settings).to(device).eval()
+
+    @torch.no_grad()
+    def run(pixels: Tensor) -> Tensor:
+        return ensemble(pixels.to(device))[1].cpu()
+
+    return Classifier(*(settings[name] for name in TOLD), run)
+
+
+def _from_onnx(path: Path) -> Classifier:
+    try:
+        model = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror}); give a file that coreg-export wrote") from None
+    session = open_onnx(model, gpu=torch.cuda.is_available())
+    try:
+        told = json.loads(session.get_modelmeta().custom_metadata_map["coreg"])
+        names, size, channels = (told[name] for name in TOLD)
+    except (KeyError, TypeError, json.JSONDecodeError):
+        raise UserError(f"{path} has no class names inside; give a file that coreg-export wrote") from None
+
+    def run(pixels: Tensor) -> Tensor:
+        return torch.from_numpy(session.run(["probabilities"], {"images": pixels.numpy()})[0])
+
+    return Classifier(names, size, channels, run)
+
+
+def one_image(path: Path) -> ImageList:
+    """A list of one image file."""
+    return ImageList(str(path), [path.name], None, np.zeros(1, np.uint8), None, lambda row: read_image(path))
+
+
+def best(probabilities: np.ndarray, k: int) -> np.ndarray:
+    """int64 (n, k): the most probable classes of float (n, C), best first, the smaller class index at a tie."""
+    return np.argsort(-probabilities, axis=1, kind="stable")[:, :k]
+
+
+def write_csv(classifier: Classifier, images: ImageList, config: PredictConfig, output: Path) -> dict[int, str]:
+    """Predict all images into a CSV file, whole or not at all; gives row -> reason of the unreadable ones."""
+    names = classifier.class_names
+    k = max(1, min(config.top_k, len(names)))
+    temporary, unreadable = output.with_name(f".{output.name}.tmp"), {}
+    with temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        writer = csv.writer(file)
+        columns = ["label", "probability"]
+        writer.writerow(["path", *columns, *(f"{column}_{i}" for i in range(2, k + 1) for column in columns), "error"])
+        with tqdm(total=len(images), desc="predict", unit="image") as bar:
+            for rows, probabilities, failed in classifier.batches(images, config.batch_size, config.workers):
+                unreadable |= failed
+                for row, shares, classes in zip(rows.tolist(), probabilities, best(probabilities, k)):
+                    named = [word for c in classes for word in (names[c], f"{shares[c]:.4f}")]
+                    named = [""] * 2 * k if row in failed else named
+                    writer.writerow([images.paths[row], *named, failed.get(row, "")])
+                bar.update(len(rows))
+    temporary.replace(output)
+    return unreadable
+
+
+def show(classifier: Classifier, images: ImageList, config: PredictConfig) -> None:
+    """Print the most probable classes of a single image.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    ((_, probabilities, failed),) = classifier.batches(images)
+    if failed:
+        raise UserError(f"{config.images} cannot be read: {failed[0]}")
+    for c in best(probabilities, max(1, config.top_k))[0]:
+        print(f"{probabilities[0, c]:.4f}  {classifier.class_names[c]}")
 
 
 @exits_with_one_line
@@ -41,38 +170,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in ("model", "images"):
         if getattr(config, name) is None:
             raise UserError(f"--{name} is missing; write for example: coreg-predict --model runs/a/export --images new/")
-    output = Path(config.output)
+    if config.batch_size < 1:
+        raise UserError(f"--batch_size is {config.batch_size}; give at least 1")
+    output = Path(config.output or "predictions.csv")
     if not output.parent.is_dir():
         raise UserError(f"the folder of --output {output} does not exist; create it or choose another file")
-    nets, settings = load_export(config.model)
-    names = settings["class_names"]
-    images = open_images(config.images)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    nets = [net.to(device) for net in nets]
-    look = Augmentation(settings["image_size"], 0, False, mean=tuple(settings["mean"]), std=tuple(settings["std"]))
-    k = max(1, min(config.top_k, len(names)))
-
-    failed: dict[int, str] = {}
-    temporary = output.with_name(f".{output.name}.tmp")
-    with temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        writer = csv.writer(file)
-        columns = ["label", "probability"]
-        writer.writerow(["path", *columns, *(f"{column}_{i}" for i in range(2, k + 1) for column in columns), "error"])
-        for start in tqdm(range(0, len(images), config.batch_size), desc="predict", unit="batch"):
-            rows = np.arange(start, min(start + config.batch_size, len(images)))
-            pixels = decode(images, rows, look.size, settings["channels"], config.workers, failed)
-            # the mean of the logits: the ensemble's prediction at the scale of one network
-            logits = ensemble_logits(nets, look.plain(pixels.to(device))) / len(nets)
-            best = torch.softmax(logits, dim=1).topk(k)
-            for row, shares, classes in zip(rows.tolist(), best.values.tolist(), best.indices.tolist()):
-                if row in failed:
-                    writer.writerow([images.paths[row], *[""] * 2 * k, failed[row]])
-                    continue
-                named = [word for c, share in zip(classes, shares) for word in (names[c], f"{share:.4f}")]
-                writer.writerow([images.paths[row], *named, ""])
-    temporary.replace(output)
-    print(f"{output}: {len(images) - len(failed)} images named, {len(failed)} unreadable")
-    if len(failed) == len(images):
+    classifier, path = load_classifier(config.model), Path(config.images)
+    single = path.is_file() and path.suffix.lower() in SUFFIXES
+    images = one_image(path) if single else open_images(config.images)
+    if single:
+        show(classifier, images, config)
+    if single and config.output is None:
+        return
+    unreadable = write_csv(classifier, images, config, output)
+    print(f"{output}: {len(images) - len(unreadable)} images named, {len(unreadable)} unreadable")
+    for row in list(unreadable)[:SHOWN]:
+        # a name may hold anything, so its printable form
+        print(f"  unreadable: {images.paths[row]!r} ({unreadable[row]})")
+    if len(unreadable) > SHOWN:
+        print(f"  … and {len(unreadable) - SHOWN} more, see the column `error`")
+    if len(unreadable) == len(images):
         raise UserError(f"none of the {len(images)} images in {config.images} can be read; the reasons are in {output}")
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from coreg.config import option
-from coreg.data.augment import RANDAUGMENT, Augmentation
+from coreg.data.operations import RANDAUGMENT
 from coreg.errors import UserError
 from coreg.learn.options import CoRegOptions
+
+if TYPE_CHECKING:
+    from coreg.data.augment import Augmentation
 
 
 @dataclass
@@ -20,10 +23,9 @@ class JobConfig:
     annotations: str | None = option(
         None, "annotation store made by annotate_vlm.py; without it the built-in digits are used"
     )
-    preset: Literal["reference", "paper", "fast"] = option(
-        "reference", "form of the method; recipes and the command line win over it"
+    output_dir: str | None = option(
+        None, "the run folder, runs/METHOD by default; the same command again goes on where it stopped"
     )
-    output_dir: str = option("runs/demo", "the run folder; the same command again goes on where it stopped")
     seed: int = option(0, "of everything random")
     few_shot: int = option(0, "true labels a class to train with, drawn from the store's own labels")
     labels: str | None = option(None, "CSV file (path,label) of images that a person labelled")
@@ -73,68 +75,101 @@ class ImageConfig:
     cutout_fixed: int = option(0, "strong view: side in pixels of one square set to 0")
 
     def augmentation(self) -> Augmentation:
-        """The views these settings describe.
+        """The views these settings describe; `check_look` has said what is wrong with them."""
+        # here and not above: whatever can be said about settings is said before PyTorch is imported
+        from coreg.data.augment import Augmentation
 
-        Raises:
-            UserError: a setting is out of its range.
-        """
-        unknown = [name for name in self.strong_ops if name not in RANDAUGMENT]
-        if unknown:
-            raise UserError(f"unknown --strong_ops {unknown[0]} (there are: {', '.join(RANDAUGMENT)})")
-        if self.channels not in (1, 3):
-            raise UserError(f"--channels is {self.channels}; write 1 for grey or 3 for RGB images")
-        for name in ("mean", "std"):
-            if len(getattr(self, name)) not in (1, self.channels):
-                raise UserError(
-                    f"--{name} has {len(getattr(self, name))} numbers for {self.channels} channels; give one or one each"
-                )
-        try:
-            return Augmentation(
-                size=self.image_size,
-                padding=self.padding,
-                flip=self.flip,
-                strong_ops=tuple(self.strong_ops),
-                strong_count=self.strong_count,
-                cutout=self.cutout,
-                cutout_fixed=self.cutout_fixed,
-                mean=tuple(self.mean * (self.channels if len(self.mean) == 1 else 1)),
-                std=tuple(self.std * (self.channels if len(self.std) == 1 else 1)),
-            )
-        except ValueError as error:
-            raise UserError(f"images cannot be augmented like that: {error}") from None
+        return Augmentation(
+            size=self.image_size,
+            padding=self.padding,
+            flip=self.flip,
+            strong_ops=tuple(self.strong_ops),
+            strong_count=self.strong_count,
+            cutout=self.cutout,
+            cutout_fixed=self.cutout_fixed,
+            mean=tuple(self.mean * (self.channels if len(self.mean) == 1 else 1)),
+            std=tuple(self.std * (self.channels if len(self.std) == 1 else 1)),
+        )
 
 
-def check(job: JobConfig, method: CoRegOptions) -> None:
-    """Refuse settings that cannot be trained with.
+def check(job: JobConfig) -> None:
+    """Refuse settings that no method can be trained with.
 
     Raises:
         UserError: the first one found.
     """
-    rules = [
-        (job.epochs >= 1, f"--epochs is {job.epochs}; give at least 1"),
-        (job.batch_size >= 1, f"--batch_size is {job.batch_size}; give at least 1"),
-        (job.lr > 0, f"--lr is {job.lr}; give a number above 0"),
-        (job.gradient_accumulation_steps >= 1, "--gradient_accumulation_steps has to be at least 1"),
-        (job.checkpoint_minutes >= 0, "--checkpoint_minutes has to be 0 (every step) or more"),
-        (job.timeout_minutes > 0, "--timeout_minutes has to be above 0"),
-        (job.few_shot >= 0, f"--few_shot is {job.few_shot}; give 0 or more"),
-        (not (job.few_shot and job.labels), "--few_shot and --labels exclude each other; give one of them"),
-        (job.workers >= 0, f"--workers is {job.workers}; give 0 or more"),
-        (method.warmup_epochs >= 0, f"--warmup_epochs is {method.warmup_epochs}; give 0 or more"),
-        (
-            method.warmup_epochs <= job.epochs,
-            f"--warmup_epochs is {method.warmup_epochs} of {job.epochs} --epochs in all; give at most as many",
-        ),
-        (0 < method.temperature <= 1, f"--temperature is {method.temperature}; give a number above 0 and up to 1"),
-        (0 < method.threshold < 1, f"--threshold is {method.threshold}; give a number between 0 and 1"),
-        (method.mixup_alpha >= 0, f"--mixup_alpha is {method.mixup_alpha}; give 0 (off) or more"),
-        (method.history >= 1, f"--history is {method.history}; give at least 1"),
-        (method.queue_size >= 1, f"--queue_size is {method.queue_size}; give at least 1"),
-        (method.prototype_temperature > 0, "--prototype_temperature has to be above 0"),
-        (method.contrast_temperature > 0, "--contrast_temperature has to be above 0"),
-        (0 <= method.prototype_momentum < 1, "--prototype_momentum has to be at least 0 and below 1"),
-        (0 <= method.key_momentum < 1, "--key_momentum has to be at least 0 and below 1"),
-    ]
+    refuse(
+        [
+            (job.epochs >= 1, f"--epochs is {job.epochs}; give at least 1"),
+            (job.batch_size >= 1, f"--batch_size is {job.batch_size}; give at least 1"),
+            (job.lr > 0, f"--lr is {job.lr}; give a number above 0"),
+            (job.gradient_accumulation_steps >= 1, "--gradient_accumulation_steps has to be at least 1"),
+            (job.checkpoint_minutes >= 0, "--checkpoint_minutes has to be 0 (every step) or more"),
+            (job.timeout_minutes > 0, "--timeout_minutes has to be above 0"),
+            (job.few_shot >= 0, f"--few_shot is {job.few_shot}; give 0 or more"),
+            (not (job.few_shot and job.labels), "--few_shot and --labels exclude each other; give one of them"),
+            (job.workers >= 0, f"--workers is {job.workers}; give 0 or more"),
+        ]
+    )
+
+
+def check_look(look: ImageConfig) -> None:
+    """Refuse images that cannot be made or seen like that.
+
+    Raises:
+        UserError: the first thing that is wrong.
+    """
+    unknown = [name for name in look.strong_ops if name not in RANDAUGMENT]
+    lengths = {name: len(getattr(look, name)) for name in ("mean", "std")}
+    refuse(
+        [
+            (not unknown, f"unknown --strong_ops {' '.join(unknown)} (there are: {', '.join(RANDAUGMENT)})"),
+            (look.channels in (1, 3), f"--channels is {look.channels}; write 1 for grey or 3 for RGB images"),
+            *(
+                (
+                    count in (1, look.channels),
+                    f"--{name} has {count} numbers for {look.channels} channels; give one or one each",
+                )
+                for name, count in lengths.items()
+            ),
+            (min(look.std) > 0, f"--std is {min(look.std)}; give numbers above 0"),
+            (1 <= look.image_size <= 8192, f"--image_size is {look.image_size}; give a number of pixels up to 8192"),
+            (look.padding >= 0, f"--padding is {look.padding}; give 0 or more pixels"),
+            (look.strong_count >= 0, f"--strong_count is {look.strong_count}; give 0 or more"),
+            (0 <= look.cutout <= 1, f"--cutout is {look.cutout}; give a share of the image, 0 to 1"),
+            (look.cutout_fixed >= 0, f"--cutout_fixed is {look.cutout_fixed}; give 0 or more pixels"),
+        ]
+    )
+
+
+def check_coreg(method: CoRegOptions, epochs: int) -> None:
+    """Refuse hyper-parameters that Co-Reg cannot be trained with for `epochs` epochs.
+
+    Raises:
+        UserError: the first one found.
+    """
+    refuse(
+        [
+            (method.warmup_epochs >= 0, f"--warmup_epochs is {method.warmup_epochs}; give 0 or more"),
+            (
+                method.warmup_epochs <= epochs,
+                f"--warmup_epochs is {method.warmup_epochs} of {epochs} --epochs in all; give at most as many",
+            ),
+            (0 < method.temperature <= 1, f"--temperature is {method.temperature}; give a number above 0 and up to 1"),
+            (0 < method.threshold < 1, f"--threshold is {method.threshold}; give a number between 0 and 1"),
+            (method.mixup_alpha >= 0, f"--mixup_alpha is {method.mixup_alpha}; give 0 (off) or more"),
+            (method.history >= 1, f"--history is {method.history}; give at least 1"),
+            (method.queue_size >= 1, f"--queue_size is {method.queue_size}; give at least 1"),
+            (method.prototype_temperature > 0, "--prototype_temperature has to be above 0"),
+            (method.contrast_temperature > 0, "--contrast_temperature has to be above 0"),
+            (0 <= method.prototype_momentum < 1, "--prototype_momentum has to be at least 0 and below 1"),
+            (0 <= method.key_momentum < 1, "--key_momentum has to be at least 0 and below 1"),
+        ]
+    )
+
+
+def refuse(rules: list[tuple[bool, str]]) -> None:
+    """Raise a UserError with the message of the first rule that does not hold."""
     for holds, message in rules:
         if not holds:
             raise UserError(message)

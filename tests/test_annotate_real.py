@@ -18,7 +18,7 @@ from coreg.annotate.store import AnnotationStore
 
 NAMES = ["zero", "one", "two", "three"]
 TRAIN = (
-    "--recipe folder --epochs 2 --warmup_epochs 1 --backbone preact_resnet_tiny --backbone_args {} --image_size 16 "
+    "--recipe folder --epochs 2 --warmup_epochs 1 --backbone preact_resnet_tiny --pretrained false --image_size 16 "
     "--padding 2 --batch_size 16 --channels 3 --report_to none --workers 0"
 )
 

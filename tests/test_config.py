@@ -101,3 +101,59 @@ def test_help_shows_defaults(capsys):
         parse(First, Second, argv=["--help"], prog="me", description="What I do.")
     shown = capsys.readouterr().out
     assert stopped.value.code == 0 and "What I do." in shown and "a rate of 5% (default: 0.1)" in " ".join(shown.split())
+
+
+@dataclass
+class Grouped:
+    """What is grouped.
+
+    And more about it.
+    """
+
+    _argument_group_name = "a group"
+
+    sizes: list[int] = option([1, 2], "some sizes")
+    off: bool = option(False, "another switch")
+
+
+def test_help_is_grouped_and_writes_defaults_as_one_types_them(capsys, tmp_path, monkeypatch):
+    (tmp_path / "mine.yaml").write_text("count: 4\n")
+    monkeypatch.setattr("coreg.config.RECIPES", tmp_path)
+    with pytest.raises(SystemExit):
+        parse(Second, Grouped, argv=["--help"], default_recipe="mine")
+    shown = capsys.readouterr().out
+    first, second = (" ".join(part.split()) for part in shown.split("\na group:\n"))
+    assert "--count" in first and "--sizes" not in first and "--sizes" in second
+    assert "(default: mine)" in first and "(default: true)" in first and "(default: None)" not in shown
+    assert "What is grouped." in second and "And more" not in shown
+    assert "(default: 1 2)" in second and "(default: false)" in second
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        ([], False),
+        (["--off"], True),
+        (["--off", "--sizes", "3"], True),
+        (["--off=false"], False),
+        (["--off", "Yes"], True),
+        (["--off", "0"], False),
+    ],
+)
+def test_switches(argv, expected):
+    assert parse(Grouped, argv=argv)[0].off is expected
+
+
+def test_a_switch_that_is_neither_on_nor_off():
+    with pytest.raises(UserError, match="argument --off: 'maybe' is neither true nor false"):
+        parse(Grouped, argv=["--off", "maybe"])
+
+
+def test_dashes_are_underscores_in_names_and_nowhere_else():
+    @dataclass
+    class Dashed:
+        some_path: str = option("", "a path")
+        wide: list[float] = option([0.0], "numbers")
+
+    (found,) = parse(Dashed, argv=["--some-path=a-b", "--wide", "-1", "2"])
+    assert (found.some_path, found.wide) == ("a-b", [-1.0, 2.0])

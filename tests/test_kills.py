@@ -70,7 +70,8 @@ def differences(ours, theirs, path=""):
         same = isinstance(theirs, torch.Tensor) and ours.dtype == theirs.dtype and torch.equal(ours, theirs)
         return [] if same else [path]
     if isinstance(ours, dict) and isinstance(theirs, dict) and ours.keys() == theirs.keys():
-        return [name for key in ours if key != "seconds" for name in differences(ours[key], theirs[key], f"{path}/{key}")]
+        compared = [key for key in ours if key not in ("seconds", "making_seconds")]
+        return [name for key in compared for name in differences(ours[key], theirs[key], f"{path}/{key}")]
     if isinstance(ours, list) and isinstance(theirs, list) and len(ours) == len(theirs):
         return [name for i, (a, b) in enumerate(zip(ours, theirs)) for name in differences(a, b, f"{path}/{i}")]
     return [] if ours == theirs else [path]

@@ -171,3 +171,26 @@ def test_contrast_with_nothing_but_the_own_key_is_zero():
 def test_half_precision_inputs_are_reduced_in_float32():
     logits = torch.randn(3, 4).to(torch.bfloat16)
     assert losses.soft_cross_entropy(logits, torch.full((3, 4), 0.25)).dtype == torch.float32
+
+
+def test_similarities_are_computed_in_float32_under_autocast():
+    generator = torch.Generator().manual_seed(0)
+    features, prototypes = (torch.nn.functional.normalize(torch.randn(n, 16, generator=generator), dim=1) for n in (5, 3))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = losses.prototype_log_probabilities(features, prototypes, 0.07)
+        contrast = losses.contrastive_loss(
+            features,
+            features,
+            *[torch.arange(5), torch.ones(5, dtype=torch.bool)] * 2,
+            torch.arange(5),
+            torch.arange(5).roll(1),
+        )
+    assert torch.equal(found, losses.prototype_log_probabilities(features, prototypes, 0.07))
+    again = losses.contrastive_loss(
+        features,
+        features,
+        *[torch.arange(5), torch.ones(5, dtype=torch.bool)] * 2,
+        torch.arange(5),
+        torch.arange(5).roll(1),
+    )
+    assert torch.equal(contrast, again)

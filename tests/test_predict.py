@@ -23,7 +23,7 @@ def exported(tmp_path):
     arguments = {"norm": "group"}
     nets = [create_backbone("preact_resnet_tiny", 3, 3, arguments, pretrained=False).eval() for _ in range(2)]
     settings = {"class_names": NAMES, "image_size": 16, "channels": 3, "mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.4)}
-    export(tmp_path / "export", nets, "preact_resnet_tiny", arguments, **settings)
+    export(tmp_path / "export", nets, "preact_resnet_tiny", arguments, torch.randn(2, 3, 16, 16), **settings)
     return tmp_path / "export", nets
 
 
@@ -99,3 +99,129 @@ def test_a_damaged_export_is_named(exported):
     (folder / "net1" / "model.safetensors").write_bytes(b"x")
     with pytest.raises(UserError, match="net1 cannot be loaded"):
         load_export(folder)
+
+
+def probabilities(nets, pixels):
+    mean, std = torch.tensor([0.4, 0.5, 0.6]).view(3, 1, 1), torch.tensor([0.2, 0.3, 0.4]).view(3, 1, 1)
+    images = (torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2) / 255 - mean) / std
+    with torch.no_grad():
+        return ((nets[0](images) + nets[1](images)) / 2).softmax(1).numpy()
+
+
+def test_one_image_prints_its_best_classes_and_writes_nothing(exported, photos, tmp_path, capsys, monkeypatch):
+    folder, nets = exported
+    monkeypatch.chdir(tmp_path)
+    image = photos / "deep" / "3.png"
+    predict.main(["--model", str(folder), "--images", str(image), "--top_k", "5"])
+    p = probabilities(nets, [np.array(Image.open(image))])[0]
+    wanted = [f"{p[c]:.4f}  {NAMES[c]}" for c in sorted(range(3), key=lambda c: -p[c])]
+    assert capsys.readouterr().out.splitlines() == wanted
+    assert not (tmp_path / "predictions.csv").exists()
+    predict.main(["--model", str(folder), "--images", str(image), "--output", "one.csv"])
+    (row,) = csv.DictReader((tmp_path / "one.csv").open())
+    assert row["path"] == "3.png" and f"{row['probability']}  {row['label']}" == wanted[0]
+
+
+def test_odd_files_are_decoded_as_everywhere(exported, tmp_path, capsys):
+    """Other sizes are squashed, EXIF rotation applied, palettes, 16-bit grey and transparency brought to 8-bit RGB."""
+    folder, nets = exported
+    rng, odd = np.random.default_rng(1), tmp_path / "odd"
+    odd.mkdir()
+    wide = Image.fromarray(rng.integers(0, 256, (40, 70, 3), dtype=np.uint8))
+    wide.save(odd / "wide.png")
+    turned = Image.Exif()
+    turned[0x0112] = 6  # to be turned clockwise by a quarter
+    wide.save(odd / "turned.png", exif=turned)
+    palette = wide.quantize(16)
+    palette.save(odd / "palette.gif")
+    deep = rng.integers(0, 65536, (20, 20), dtype=np.uint16)
+    Image.fromarray(deep).save(odd / "deep.png")
+    clear = Image.fromarray(rng.integers(0, 256, (16, 16, 4), dtype=np.uint8))
+    clear.save(odd / "clear.png")
+    output = tmp_path / "odd.csv"
+    predict.main(["--model", str(folder), "--images", str(odd), "--output", str(output)])
+    white = Image.new("RGBA", clear.size, "white")
+    expected = {
+        "wide.png": wide,
+        "turned.png": wide.rotate(-90, expand=True),
+        "palette.gif": palette.convert("RGB"),
+        "deep.png": Image.fromarray((deep // 256).astype(np.uint8)).convert("RGB"),
+        "clear.png": Image.alpha_composite(white, clear).convert("RGB"),
+    }
+    small = [np.array(image.resize((16, 16), Image.Resampling.BILINEAR)) for image in expected.values()]
+    rows = {row["path"]: row for row in csv.DictReader(output.open())}
+    for name, p in zip(expected, probabilities(nets, small)):
+        assert rows[name]["label"] == NAMES[p.argmax()] and float(rows[name]["probability"]) == pytest.approx(
+            p.max(), abs=1e-4
+        )
+    assert "5 images named, 0 unreadable" in capsys.readouterr().out
+
+
+def test_the_temperature_flattens_and_the_order_stays(exported, photos, tmp_path, capsys):
+    folder, nets = exported
+    settings = json.loads((folder / "coreg.json").read_text())
+    (folder / "coreg.json").write_text(json.dumps(settings | {"temperature": 3.0}))
+    image = photos / "deep" / "0.png"
+    predict.main(["--model", str(folder), "--images", str(image)])
+    cold = probabilities(nets, [np.array(Image.open(image))])[0].astype(float)
+    warm = cold ** (1 / 3) / (cold ** (1 / 3)).sum()
+    wanted = [f"{warm[c]:.4f}  {NAMES[c]}" for c in np.argsort(-cold)]
+    assert capsys.readouterr().out.splitlines() == wanted
+
+
+def test_unreadable_files_are_listed_in_full_in_the_csv_and_a_few_on_the_terminal(exported, tmp_path, capsys):
+    folder, _ = exported
+    bad = tmp_path / "bad"
+    bad.mkdir()
+    Image.new("RGB", (16, 16)).save(bad / "good.png")
+    for i in range(8):
+        (bad / f"\x1b[31m{i}.png").write_bytes(b"no image")
+    output = tmp_path / "out.csv"
+    predict.main(["--model", str(folder), "--images", str(bad), "--output", str(output), "--batch_size", "4"])
+    out = capsys.readouterr().out
+    assert "1 images named, 8 unreadable" in out and out.count("  unreadable: ") == 5 and "and 3 more" in out
+    assert "\x1b" not in out
+    assert sum(row["error"] != "" for row in csv.DictReader(output.open())) == 8
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("model.pt2", b"x", "could run code"),
+        ("model.onnx", b"x", "no ONNX model"),
+        ("missing.onnx", None, "cannot read"),
+    ],
+)
+def test_other_files_are_refused_in_one_line(photos, tmp_path, capsys, name, content, said):
+    pytest.importorskip("onnxruntime")
+    if content:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(SystemExit) as stopped:
+        predict.main(["--model", str(tmp_path / name), "--images", str(photos)])
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and said in error and error.count("\n") == 1
+
+
+def test_an_onnx_file_from_elsewhere_is_refused(tmp_path):
+    """One without class names, and one that names another file on this machine as its weights."""
+    onnx = pytest.importorskip("onnx")
+    weights = onnx.helper.make_tensor("w", onnx.TensorProto.FLOAT, [1], [1.0])
+    node = onnx.helper.make_node("Identity", ["w"], ["probabilities"])
+    shape = onnx.helper.make_tensor_value_info("probabilities", onnx.TensorProto.FLOAT, [1])
+    graph = onnx.helper.make_graph([node], "g", [], [shape], [weights])
+    model = onnx.helper.make_model(graph, ir_version=9, opset_imports=[onnx.helper.make_opsetid("", 18)])
+    onnx.save(model, tmp_path / "plain.onnx")
+    with pytest.raises(UserError, match="no class names inside"):
+        predict.load_classifier(tmp_path / "plain.onnx")
+    (tmp_path / "secret").write_bytes(b"\0\0\x80\x3f")
+    held = model.graph.initializer[0]
+    held.ClearField("float_data")
+    held.data_location = onnx.TensorProto.EXTERNAL
+    held.external_data.add(key="location", value=str(tmp_path / "secret"))
+    (tmp_path / "outside.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(UserError, match="no ONNX model that can be run"):
+        predict.load_classifier(tmp_path / "outside.onnx")
+
+
+def test_ties_go_to_the_first_class():
+    assert predict.best(np.array([[0.2, 0.4, 0.4], [0.5, 0.0, 0.5]]), 2).tolist() == [[1, 2], [0, 2]]

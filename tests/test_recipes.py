@@ -15,11 +15,12 @@ from coreg.annotate.synthetic import SyntheticConfig, read_superclasses
 from coreg.config import parse, read_recipe
 from coreg.data.augment import RANDAUGMENT
 from coreg.data.sources import TORCHVISION
+from coreg.errors import UserError
 from coreg.learn.options import PRESETS, CoRegOptions
 from coreg.nets.model import CoRegNet, create_backbone, parse_backbone_args
 from coreg.recipes import FOLDER, listing
 from coreg.recipes.__main__ import main
-from coreg.settings import ImageConfig, JobConfig, check
+from coreg.settings import ImageConfig, JobConfig, check, check_coreg
 
 NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
 PAPERS = [name for name in NAMES if name not in ("digits", "folder")]
@@ -47,7 +48,8 @@ def test_all_data_sets_are_there():
 @pytest.mark.parametrize("name", NAMES)
 def test_a_recipe_can_be_trained_with(name):
     job, look, method = settings(name)
-    check(job, method)
+    check(job)
+    check_coreg(method, job.epochs)
     views = look.augmentation()
     images = torch.from_numpy(
         np.random.default_rng(0).integers(0, 256, (2, look.channels, views.size, views.size), np.uint8)
@@ -61,6 +63,18 @@ def test_a_recipe_can_be_trained_with(name):
     assert logits.shape == (2, 3) and features.shape == (2, method.projection_dim)
     # the last stage of the papers' network ends with 4x4 maps, whatever the data set
     assert maps.shape[-1] == 4 or name not in PAPERS
+
+
+def test_the_recipe_for_ones_own_images_says_how_to_do_without_the_hub(monkeypatch):
+    _, look, _ = settings("folder")
+    assert look.pretrained
+
+    def unreachable(name, pretrained, **more):
+        raise OSError("We could not connect to the hub\nand some more lines")
+
+    monkeypatch.setattr("timm.create_model", unreachable)
+    with pytest.raises(UserError, match=r"could not connect to the hub\); .* --pretrained false$"):
+        create_backbone(look.backbone, 3, look.channels, parse_backbone_args(look.backbone_args), look.pretrained)
 
 
 # name: W, epochs, channels, size, padding, flip, RandomAugment, mean, std; from the tables of the reference implementation
@@ -88,7 +102,7 @@ def test_the_values_are_the_published_ones(name):
         assert set(views.strong_ops) == set(RANDAUGMENT)
     else:
         assert (views.strong_count, views.cutout, views.cutout_fixed) == (0, 0, 16)
-    assert (look.backbone, job.preset) == ("preact_resnet18", "reference")
+    assert (look.backbone, method.preset) == ("preact_resnet18", "reference")
     assert parse_backbone_args(look.backbone_args).get("first_stride", 1) == (2 if size == 64 else 1)
     assert (job.batch_size, job.lr, job.lr_floor, job.momentum, job.weight_decay) == (256, 0.01, 1e-5, 0.9, 5e-4)
     assert job.lr_horizon == 800

@@ -10,6 +10,7 @@ from coreg.learn.division import Division
 from coreg.report.metrics import (
     accuracy,
     collapse_warnings,
+    consensus,
     division_health,
     mean_prediction_entropy,
     per_class_accuracy,
@@ -50,11 +51,13 @@ def test_division_health_by_hand():
     first = Division(np.array([1.0, 0.9, 0.2, 0.1]), np.array([True, True, False, False]), [0.1, 0.8], [0.5, 0.5])
     second = Division(np.ones(4), np.ones(4, dtype=bool))
     labels = np.array([0, 1, 1, -1])
-    found = division_health([first, second], [log_p, other], candidates, np.array([0, 0, 0, 0]), labels)
+    found = division_health([first, second], [log_p, other], candidates, np.array([0, 0, 0, 0]), labels, ["a/b", "c"])
     assert found["division/trusted"] == pytest.approx((0.5 + 1.0) / 2)
     assert found["division/agreement_of_nets"] == pytest.approx(0.25)
     assert found["division/agreement_with_annotator"] == pytest.approx((3 / 4 + 0) / 2)
     assert found["division/rarest_pseudo_label"] == 0
+    # net1 names the classes 3 times and once, net2 never and 4 times
+    assert found["pseudo_labels/a/b"] == 1.5 and found["pseudo_labels/c"] == 2.5
     # P: rows 0, 1 of net1 (2 of 2 right), rows 0, 1, 2 of net2 (rows 1, 2 right); U: row 2 of net1 (wrong)
     assert found["truth/accuracy_in_P"] == pytest.approx((1 + 2 / 3) / 2)
     assert found["truth/accuracy_in_U"] == 0
@@ -66,8 +69,21 @@ def test_division_health_by_hand():
 def test_division_health_without_labels_says_nothing_about_truth():
     log_p = np.log(np.full((2, 2), 0.5))
     division = Division(np.ones(2), np.ones(2, dtype=bool))
-    found = division_health([division] * 2, [log_p] * 2, np.ones((2, 2), dtype=bool), np.zeros(2, int), np.full(2, -1))
+    everything = np.ones((2, 2), dtype=bool)
+    found = division_health([division] * 2, [log_p] * 2, everything, np.zeros(2, int), np.full(2, -1), ["a", "b"])
     assert not any(name.startswith("truth") for name in found)
+
+
+def test_consensus_is_agreement_times_balance():
+    sure = np.log(np.array([[0.9, 0.1], [0.1, 0.9], [0.9, 0.1], [0.1, 0.9]]))
+    assert consensus([sure, sure]) == pytest.approx(1.0)  # all agree, both classes as often
+    assert consensus([sure, sure[::-1]]) == pytest.approx(0.0)
+    other = sure.copy()
+    other[0] = sure[1]
+    balance = -(0.3 * math.log(0.3) + 0.7 * math.log(0.7)) / math.log(2)  # mean of other: (0.3, 0.7)
+    assert consensus([sure, other]) == pytest.approx(0.75 * (1 + balance) / 2)
+    collapsed = np.log(np.array([[1 - 1e-9, 1e-9]] * 4))
+    assert consensus([collapsed, collapsed]) < 1e-6  # they agree on everything, and it is worth nothing
 
 
 def test_collapse_is_put_into_words():

@@ -70,16 +70,20 @@ class Towers:
     """A model of the CLIP family, reduced to what annotating needs.
 
     Attributes:
+        network: the model itself, in evaluation mode and frozen, on the device.
         image: float (n, 3, H, W) on the device -> features (n, D), of any length and dtype.
-        text: list of m texts -> features (m, D).
+        tokenize: list of m texts -> `input_ids` int64 (m, L) on the device and whatever else the text side reads.
+        text: what `tokenize` gave -> features (m, D).
         preprocess: PIL image -> float32 (3, H, W).
         scale: factor s of the cosine, exp(logit_scale).
         bias: logit_bias of models trained with a sigmoid, None for all others.
         preprocessing: for the manifest.
     """
 
+    network: torch.nn.Module
     image: Callable[[torch.Tensor], torch.Tensor]
-    text: Callable[[list[str]], torch.Tensor]
+    tokenize: Callable[[list[str]], dict[str, torch.Tensor]]
+    text: Callable[[dict[str, torch.Tensor]], torch.Tensor]
     preprocess: Callable[[Image.Image], torch.Tensor]
     scale: float
     bias: float | None
@@ -96,8 +100,10 @@ def open_clip_towers(model: ModelSpec, device: torch.device, precision: str) -> 
     scale, bias = _scale_and_bias(network)
     network.to(device, PRECISIONS[precision])
     return Towers(
+        network=network,
         image=network.encode_image,
-        text=lambda texts: network.encode_text(tokenizer(texts).to(device)),
+        tokenize=lambda texts: {"input_ids": tokenizer(texts).to(device)},
+        text=lambda tokens: network.encode_text(tokens["input_ids"]),
         preprocess=preprocess,
         scale=scale,
         bias=bias,
@@ -146,13 +152,14 @@ def transformers_towers(model: ModelSpec, device: torch.device, precision: str) 
     # SigLIP was trained on texts padded to their full length, CLIP reads the last token wherever it is
     padding = "max_length" if bias is not None else True
 
-    def encode_text(texts: list[str]) -> torch.Tensor:
-        tokens = processor.tokenizer(texts, padding=padding, truncation=True, return_tensors="pt").to(device)
-        return _pooled(network.get_text_features(**tokens))
+    def tokenize(texts: list[str]) -> dict[str, torch.Tensor]:
+        return dict(processor.tokenizer(texts, padding=padding, truncation=True, return_tensors="pt").to(device))
 
     return Towers(
+        network=network,
         image=lambda images: _pooled(network.get_image_features(pixel_values=images)),
-        text=encode_text,
+        tokenize=tokenize,
+        text=lambda tokens: _pooled(network.get_text_features(**tokens)),
         preprocess=_Pixels(processor.image_processor),
         scale=scale,
         bias=bias,
@@ -208,7 +215,7 @@ class ClipAnnotator:
 
     @torch.inference_mode()
     def _encode(self, texts: list[str]) -> torch.Tensor:
-        parts = [self.towers.text(texts[start : start + 256]) for start in range(0, len(texts), 256)]
+        parts = [self.towers.text(self.towers.tokenize(texts[at : at + 256])) for at in range(0, len(texts), 256)]
         return torch.nn.functional.normalize(torch.cat(parts).float(), dim=-1)
 
     @torch.inference_mode()

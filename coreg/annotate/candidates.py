@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from coreg.annotate.store import AnnotationStore
 from coreg.errors import UserError
+
+if TYPE_CHECKING:  # a rule's spelling is checked before the store's packages are imported
+    from coreg.annotate.store import AnnotationStore
+
+_ROWS = 1 << 14  # judged at a time: ranks and sums of a million rows would need ten times the memory of their evidence
 
 
 def vote_counts(votes: np.ndarray, classes: int) -> np.ndarray:
@@ -120,7 +125,11 @@ def candidate_sets(store: AnnotationStore, rule: str = "union") -> np.ndarray:
 def candidates_of(votes: np.ndarray, probs: np.ndarray, rule: str = "union") -> np.ndarray:
     """As `candidate_sets`, from votes int16 (n, T) and probabilities (n, C) of some of the images."""
     function, value = parse_rule(rule)
-    candidates = function(vote_counts(votes, probs.shape[1]), probs.astype(np.float32), value)
+    candidates = np.empty(probs.shape, dtype=bool)
+    for start in range(0, len(probs), _ROWS):
+        rows = slice(start, start + _ROWS)
+        counts = vote_counts(votes[rows], probs.shape[1])
+        candidates[rows] = function(counts, probs[rows].astype(np.float32), value)
     candidates[(votes < 0).all(axis=1)] = True
     return candidates
 

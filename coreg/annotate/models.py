@@ -21,9 +21,9 @@ import torch
 import transformers
 from PIL import Image
 
+from coreg.annotate.settings import GLYPH_CLIP
 from coreg.errors import UserError
 
-GLYPH_CLIP = "builtin:glyph-clip"
 SPELLINGS = "NAME/TAG such as ViT-B-32/openai, local-dir:FOLDER, hf-hub:ORG/NAME, transformers:FOLDER or chat:FOLDER"
 WEIGHT_FILES = (".safetensors", ".bin", ".pth")
 NETWORK_SECONDS = 8.0

@@ -30,7 +30,7 @@ def cosine_lr(epoch: int, peak: float, floor: float, horizon: int) -> float:
     return floor + (peak - floor) * (1 + math.cos(math.pi * min(epoch, horizon) / horizon)) / 2
 
 
-def ramp(progress: float, length: int) -> float:
+def ramp(progress: float, length: float) -> float:
     """lambda_u's factor after `progress` epochs since warm-up: linear from 0 to 1 over `length` epochs."""
     return min(max(progress / length, 0.0), 1.0) if length else 1.0
 

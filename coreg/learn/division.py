@@ -29,9 +29,11 @@ def align(log_p: np.ndarray, prior: np.ndarray) -> np.ndarray:
         (N, C) aligned log probabilities.
     """
     mean = np.maximum(np.exp(log_p).mean(axis=0), 1e-6 / log_p.shape[1])
-    shifted = log_p + np.log(prior) - np.log(mean)
-    top = shifted.max(axis=1, keepdims=True)
-    return shifted - top - np.log(np.exp(shifted - top).sum(axis=1, keepdims=True))
+    shifted = log_p + np.log(prior)
+    shifted -= np.log(mean)  # in place: the table is the largest one there is
+    shifted -= shifted.max(axis=1, keepdims=True)
+    shifted -= np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    return shifted
 
 
 def division_loss(log_p: np.ndarray, candidates: np.ndarray) -> np.ndarray:
@@ -40,18 +42,27 @@ def division_loss(log_p: np.ndarray, candidates: np.ndarray) -> np.ndarray:
     return np.minimum(-best, LARGEST_LOSS)
 
 
+def smoothed(history: np.ndarray) -> np.ndarray:
+    """Division losses of the last K epochs, each scaled to 0..1, and their mean over the epochs. (K, n) -> (n,), n >= 1."""
+    losses = history.astype(np.float64)
+    low, high = losses.min(axis=1, keepdims=True), losses.max(axis=1, keepdims=True)
+    return ((losses - low) / np.maximum(high - low, SMALLEST_RANGE)).mean(axis=0)
+
+
 @dataclass
 class Division:
     """What a division found.
 
     weight: (N,) w, the posterior of the small-loss component. trusted: bool (N,), P.
-    means, shares: the mixture's two means (smaller first) and weights; NaN where nothing was fitted.
+    means, shares, deviations: the mixture's two means (smaller first), weights and standard deviations; NaN where nothing
+    was fitted.
     """
 
     weight: np.ndarray
     trusted: np.ndarray
     means: list[float] = field(default_factory=lambda: [float("nan")] * 2)
     shares: list[float] = field(default_factory=lambda: [float("nan")] * 2)
+    deviations: list[float] = field(default_factory=lambda: [float("nan")] * 2)
 
 
 def divide(
@@ -81,9 +92,7 @@ def divide(
     weight = np.zeros(history.shape[1])
     if not usable.any():
         return Division(weight, np.zeros_like(usable))
-    losses = history[:, usable].astype(np.float64)
-    low, high = losses.min(axis=1, keepdims=True), losses.max(axis=1, keepdims=True)
-    smooth = ((losses - low) / np.maximum(high - low, SMALLEST_RANGE)).mean(axis=0)
+    smooth = smoothed(history[:, usable])
     found = Division(weight, np.zeros_like(usable))
     if smooth.max() - smooth.min() < SMALLEST_RANGE:
         weight[usable] = 1.0
@@ -97,6 +106,7 @@ def divide(
         small = int(means.argmin())
         order = [small, 1 - small]
         found.means, found.shares = means[order].tolist(), mixture.weights_[order].tolist()
+        found.deviations = np.sqrt(mixture.covariances_[order, 0, 0]).tolist()
         if mixture.weights_.min() * len(smooth) < 1e-3:
             weight[usable] = 1.0
         else:

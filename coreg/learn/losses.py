@@ -16,11 +16,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-Contrast = Literal["noise_tolerant", "supervised", "hcp", "hcpn", "unsupervised"]
+from coreg.learn.options import Contrast
 
 
 def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
+
+
+def _similarity(a: Tensor, b: Tensor) -> Tensor:
+    """a b^T, (n, D), (m, D) -> (n, m), in float32 or wider: autocast would multiply float32 matrices in bfloat16."""
+    with torch.autocast(a.device.type, enabled=False):
+        return _wide(a) @ _wide(b).T
 
 
 def log_probabilities(logits: Tensor) -> Tensor:
@@ -70,7 +76,7 @@ def divergence(targets: Tensor, log_probs: Tensor) -> Tensor:
 
 def prototype_log_probabilities(features: Tensor, prototypes: Tensor, temperature: float) -> Tensor:
     """log softmax of the similarities q O^T / tau between features and class prototypes. (n, D), (C, D) -> (n, C)."""
-    return F.log_softmax(_wide(features) @ _wide(prototypes).T / temperature, dim=-1)
+    return F.log_softmax(_similarity(features, prototypes) / temperature, dim=-1)
 
 
 def contrastive_loss(
@@ -118,7 +124,7 @@ def contrastive_loss(
     Returns:
         (b,) losses.
     """
-    similarity = _wide(queries) @ _wide(others).T / temperature
+    similarity = _similarity(queries, others) / temperature
     columns = torch.arange(len(others), device=queries.device)
     own_key = columns == key_position[:, None]
     itself = columns == self_position[:, None]

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from coreg.learn.losses import Contrast
+# forms of the contrastive loss: the table of `coreg.learn.losses.contrastive_loss`
+Contrast = Literal["noise_tolerant", "supervised", "hcp", "hcpn", "unsupervised"]
 
 
 def _option(default: Any, text: str) -> Any:
@@ -18,6 +19,9 @@ class CoRegOptions:
 
     _argument_group_name = "Co-Reg"
 
+    preset: Literal["reference", "paper", "fast"] = _option(
+        "reference", "form of the method; recipes and the command line win over it"
+    )
     warmup_epochs: int = _option(50, "W, epochs of partial cross-entropy before the first division")
     warmup_view: Literal["strong", "weak"] = _option("strong", "view of an image in warm-up")
     entropy_weight: float = _option(1.0, "weight of L_reg, the negative entropy in warm-up")

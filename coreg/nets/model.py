@@ -66,9 +66,8 @@ def create_backbone(name: str, n_classes: int, channels: int, arguments: dict[st
         raise UserError(f"backbone {name} does not take these --backbone_args: {error}") from None
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         first_line = str(error).splitlines()[0]
-        raise UserError(
-            f"backbone {name} could not be loaded ({first_line}); check the folder, or the network for hub weights"
-        ) from None
+        way_out = "check the folder" if local else "check the network, or train from scratch with --pretrained false"
+        raise UserError(f"backbone {name} could not be loaded ({first_line}); {way_out}") from None
 
 
 class CoRegNet(nn.Module):

@@ -9,6 +9,8 @@ import numpy as np
 
 from coreg.learn.division import Division
 
+MOST_CURVES = 50  # classes with a curve each
+
 
 def accuracy(predictions: np.ndarray, labels: np.ndarray) -> float | None:
     """Share of rows with a known label (>= 0) that were predicted right; None where no label is known."""
@@ -36,35 +38,53 @@ def mean_prediction_entropy(log_p: np.ndarray) -> float:
     return float(-(mean * np.log(np.maximum(mean, 1e-300))).sum() / math.log(len(mean)))
 
 
+def consensus(log_ps: Sequence[np.ndarray]) -> float:
+    """How good two networks look without any label: a score in 0..1 by which an epoch is chosen.
+
+    The share of images on which both name the same class, which estimates their accuracy as long as they err
+    independently, times the entropy of their mean prediction, so that collapse to one class does not win.
+
+    Args:
+        log_ps: (N, C) log probabilities of both networks for the training images.
+    """
+    first, second = (log_p.argmax(axis=1) for log_p in log_ps)
+    return float((first == second).mean() * np.mean([mean_prediction_entropy(log_p) for log_p in log_ps]))
+
+
 def division_health(
     divisions: Sequence[Division],
     log_ps: Sequence[np.ndarray],
     candidates: np.ndarray,
     annotator: np.ndarray,
     labels: np.ndarray,
+    class_names: Sequence[str],
 ) -> dict[str, float]:
     """How a division looks, mostly without ground truth: what a person watches to see whether a run is sound.
 
     Args:
         divisions, log_ps: of both networks; log probabilities are (N, C), before alignment.
         candidates: bool (N, C). annotator: int64 (N,), its predictions. labels: int64 (N,), -1 unknown.
+        class_names: C names.
 
     Returns:
         Scalars by name: size of P, the mixtures, agreement of the networks with each other and with the annotator,
-        entropy of the mean prediction and smallest pseudo-label count; with labels also accuracies inside P and U.
+        entropy of the mean prediction, images that each class is given (mean of both networks; the classes themselves
+        are left out where there are more than 50); with labels also accuracies inside P and U.
     """
     predictions = [log_p.argmax(axis=1) for log_p in log_ps]
+    counts = np.stack([np.bincount(p, minlength=len(class_names)) for p in predictions])
     health = {
         "division/trusted": float(np.mean([d.trusted.mean() for d in divisions])),
         "division/agreement_of_nets": float((predictions[0] == predictions[1]).mean()),
         "division/agreement_with_annotator": float(np.mean([(p == annotator).mean() for p in predictions])),
         "division/entropy_of_mean_prediction": float(np.mean([mean_prediction_entropy(log_p) for log_p in log_ps])),
-        "division/rarest_pseudo_label": float(
-            min(np.bincount(p, minlength=candidates.shape[1]).min() for p in predictions)
-        ),
+        "division/rarest_pseudo_label": float(counts.min()),
     }
+    if len(class_names) <= MOST_CURVES:
+        health |= {f"pseudo_labels/{name}": float(n) for name, n in zip(class_names, counts.mean(axis=0))}
     for number, division in enumerate(divisions, start=1):
-        for name, values in (("mean", division.means), ("share", division.shares)):
+        found = {"mean": division.means, "share": division.shares, "deviation": division.deviations}
+        for name, values in found.items():
             for component, value in zip(("small", "large"), values):
                 if math.isfinite(value):
                     health[f"gmm/net{number}_{name}_{component}"] = value

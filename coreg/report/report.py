@@ -26,6 +26,7 @@ PACKAGES = (
     "timm",
     "open_clip_torch",
     "transformers",
+    "peft",
     "scikit-learn",
     "numpy",
 )
@@ -53,7 +54,7 @@ def accuracies(predictions: dict[str, np.ndarray], labels: np.ndarray) -> dict[s
     """Accuracy of several predictions of the same images, the ensemble's with its 95 % Wilson interval.
 
     Args:
-        predictions: int64 (n,) for each of `ensemble`, `net1`, `net2` (or what a baseline has).
+        predictions: int64 (n,) of `ensemble`, the method's own prediction, and of `net1`, `net2` where there are two.
         labels: int64 (n,), -1 unknown.
 
     Returns:
@@ -102,6 +103,7 @@ def write_labels(
     logits: dict[str, np.ndarray],
     weights: list[np.ndarray],
     annotator: np.ndarray,
+    temperature: float = 1.0,
 ) -> int:
     """Purified labels of the training images as CSV, one row an image; gives the number that a person should look at.
 
@@ -109,15 +111,18 @@ def write_labels(
     (probability below 0.9), or when the two networks name different classes.
 
     Args:
-        logits: (N, C) of `ensemble` (the sum), `net1` and `net2`. weights: w (N,) of both divisions, if any.
-        annotator: int64 (N,), its predictions.
+        logits: (N, C) of `ensemble` (the sum) and, where there are two networks, of `net1` and `net2`.
+        weights: w (N,) of both divisions, if any.
+        annotator: int64 (N,), its predictions. temperature: that logits are divided by for the probabilities.
     """
-    # half the sum is the mean of the two networks' logits: the ensemble at the scale of one network
-    halved = logits["ensemble"] / 2
-    probabilities = np.exp(halved - halved.max(axis=1, keepdims=True))
+    nets = [rows for name, rows in logits.items() if name != "ensemble"]
+    # the mean of the networks' logits: the ensemble at the scale of one network
+    mean = logits["ensemble"] / (max(len(nets), 1) * temperature)
+    probabilities = np.exp(mean - mean.max(axis=1, keepdims=True))
     probabilities /= probabilities.sum(axis=1, keepdims=True)
     best, sure = probabilities.argmax(axis=1), probabilities.max(axis=1)
-    disagree = logits["net1"].argmax(axis=1) != logits["net2"].argmax(axis=1)
+    named = np.stack([rows.argmax(axis=1) for rows in nets or [logits["ensemble"]]])
+    disagree = (named != named[0]).any(axis=0)
     trust = np.stack(weights) if weights else np.full((2, len(best)), np.nan)
     review = disagree | (~(trust > 0.5).any(axis=0) & (sure < 0.9))
     temporary = path.with_name(f".{path.name}.tmp")
@@ -193,40 +198,52 @@ def build_report(
 
 
 def summary(report: dict[str, Any], root: Path) -> str:
-    """What a person wants to know at the end: annotator against Co-Reg, per class, and where everything lies."""
+    """What a person wants to know at the end: annotator against method, per class, and where everything lies."""
+    wide = max(10, len(report["method"]) + 2)
     lines = [
         "",
         f"{report['dataset']}: {report['annotator']['name']} annotated, {report['method']} trained (seed {report['seed']})",
     ]
     zero_shot, achieved = report["annotator"].get("zero_shot_accuracy", {}), report.get("accuracy", {})
     if achieved:
-        lines += ["", f"{'accuracy':<12}{'annotator':>10}{report['method']:>10}{'gain':>8}"]
+        lines += ["", f"{'accuracy':<12}{'annotator':>10}{report['method']:>{wide}}{'gain':>8}"]
         for split in ("train", "test"):
             if split in achieved and split in zero_shot:
                 before, after = zero_shot[split], achieved[split]["ensemble"]
                 low, high = achieved[split]["interval"]
                 lines.append(
-                    f"{split:<12}{before:>10.1%}{after:>10.1%}{100 * (after - before):>+8.1f}"
+                    f"{split:<12}{before:>10.1%}{after:>{wide}.1%}{100 * (after - before):>+8.1f}"
                     f"   (95 % interval {low:.1%} to {high:.1%}, n = {achieved[split]['n']})"
                 )
     rows = report.get("per_class_accuracy", {})
     if rows:
         width = max(12, *(min(len(name), 28) + 2 for name in rows))
-        lines += ["", f"{'class':<{width}}{'annotator':>10}{report['method']:>10}   ({report['per_class_split']} images)"]
+        lines += [
+            "",
+            f"{'class':<{width}}{'annotator':>10}{report['method']:>{wide}}   ({report['per_class_split']} images)",
+        ]
         for name, row in rows.items():
             if row.get("annotator") is not None:
-                lines.append(f"{name[:28]:<{width}}{row['annotator']:>10.0%}{row['ensemble']:>10.0%}   n = {row['n']}")
+                lines.append(f"{name[:28]:<{width}}{row['annotator']:>10.0%}{row['ensemble']:>{wide}.0%}   n = {row['n']}")
     else:
         lines.append("No true labels are known, so there is no accuracy to report.")
     if report.get("warnings"):
         lines += ["", "Warning: " + "; ".join(report["warnings"]) + "."]
+    tuned = f" ({report['trainable_parameters']:,} of them trained)" if "trainable_parameters" in report else ""
+    left = {
+        "export": f"the trained networks: coreg-predict --model {root / 'export'} --images DIR",
+        "prompt": "the learned context vectors",
+        "adapter": "the trained adapter, which peft's PeftModel.from_pretrained reads",
+    }
+    page = root / "report.html"
     lines += [
         "",
-        f"{report['parameters'] / 1e6:.2f} M parameters a network, {report['images_per_second']:.0f} images/s, "
+        f"{report['parameters'] / 1e6:.2f} M parameters a network{tuned}, {report['images_per_second']:.0f} images/s, "
         f"{report['wall_seconds']:.0f} s, {report['peak_memory_mb']:.0f} MB",
+        *([f"  {page}   to look at: curves, classes, changed labels, what to label next"] if page.is_file() else []),
         f"  {root / 'report.json'}   all numbers",
         f"  {root / 'labels.csv'}    purified labels of the training images, {report['needs_review']} of them worth a look",
-        f"  {root / 'export'}        the trained networks: coreg-predict --model {root / 'export'} --images DIR",
+        *(f"  {root / name!s:<{len(str(root)) + 14}}{what}" for name, what in left.items() if (root / name).is_dir()),
         f"  {root}               curves: tensorboard --logdir {root}",
     ]
     return "\n".join(lines)

@@ -40,12 +40,10 @@ class TrainingImages:
         return self.images.index_select(0, where).to(self.device, non_blocking=True)
 
     def view(self, kind: str, rows: np.ndarray, key: tuple[int | str, ...], pixels: Tensor | None = None) -> Tensor:
-        """A `weak`, `strong` or `plain` view (n, c, H, W), normalised, in channels_last format."""
+        """A view of one of `coreg.data.augment.VIEWS`, (n, c, H, W), normalised, in channels_last format."""
         pixels = self.pixels(rows) if pixels is None else pixels
-        if kind == "plain":
-            return self.augmentation.plain(pixels, self.dtype).contiguous(memory_format=torch.channels_last)
-        draw = self.augmentation.weak if kind == "weak" else self.augmentation.strong
-        view = draw(pixels, self.samples[torch.from_numpy(rows)], (self.seed, *key), self.dtype)
+        samples = self.samples[torch.from_numpy(rows)]
+        view = self.augmentation.view(kind, pixels, samples, (self.seed, *key), self.dtype)
         return view.contiguous(memory_format=torch.channels_last)
 
     def in_batches(self, kind: str, rows: np.ndarray, batch_size: int, key: tuple[int | str, ...]) -> Iterator[Tensor]:
@@ -160,7 +158,8 @@ def co_train_batch(
         partners = torch.empty_like(strong)
         for i, (split, name, rows) in enumerate((("x", "s1", x), ("x", "s2", x), ("u", "s1", u), ("u", "s2", u))):
             here = np.flatnonzero((partner >= offsets[i]) & (partner < offsets[i + 1]))
-            partners[torch.from_numpy(here)] = view(name, split, rows[partner[here] - offsets[i]])
+            place = torch.from_numpy(here).to(strong.device, non_blocking=True)
+            partners[place] = view(name, split, rows[partner[here] - offsets[i]])
     where, where_u = (torch.from_numpy(rows).to(data.device, non_blocking=True) for rows in (x_mine, u_mine))
     guess, weak = None, (("w1", "w2") if own is None else ())
     if own is not None:
@@ -169,7 +168,7 @@ def co_train_batch(
     extra = None
     if labelled is not None:
         mine = share(len(labelled[0]))
-        classes = torch.from_numpy(labelled[1][mine]).to(data.device)
+        classes = torch.from_numpy(labelled[1][mine]).to(data.device, non_blocking=True)
         extra = (data.view("weak", labelled[0][mine], ("labelled", *key)), classes)
     return CoRegBatch(
         x_weak=tuple(view(name, "x", x_mine, x_pixels) for name in weak),

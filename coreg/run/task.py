@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -15,16 +16,21 @@ from coreg.data.decode import decode
 from coreg.data.labels import few_shot_draw, read_labels
 from coreg.errors import UserError
 from coreg.learn.collective import gather_rows, share
-from coreg.learn.options import CoRegOptions
 from coreg.nets.model import CoRegNet
 from coreg.run.batches import TrainingImages
 from coreg.settings import ImageConfig, JobConfig
 
+if TYPE_CHECKING:
+    from coreg.run.job import Run
+
+Options = TypeVar("Options")
+
 
 @dataclass
-class Task:
+class Task(Generic[Options]):
     """What is trained on, and how: everything that stays the same while training.
 
+    job, look, method: the options common to all scripts, and the method's own.
     candidates: bool (N, C), row i of the training images; table: the same on the device. usable: bool (N,), False where
     no template named a class. prior: (C,) for distribution alignment. labels: int64 (N,), -1 unknown, read by reports
     alone. annotator: int64 (N,), its zero-shot prediction. known: int64 (N,), classes that a person gave, -1 elsewhere;
@@ -35,7 +41,7 @@ class Task:
     accelerator: Accelerator
     job: JobConfig
     look: ImageConfig
-    method: CoRegOptions
+    method: Options
     store: AnnotationStore
     data: TrainingImages
     candidates: np.ndarray
@@ -72,15 +78,16 @@ def known_labels(job: JobConfig, store: AnnotationStore) -> np.ndarray:
     return known
 
 
-def prepare(
-    accelerator: Accelerator,
-    job: JobConfig,
-    look: ImageConfig,
-    method: CoRegOptions,
-    store: AnnotationStore,
-    known: np.ndarray,
-) -> Task:
-    """Candidate sets from the store and from `known_labels`, and the images as one uint8 tensor."""
+def prepare(run: Run, method: Options, alignment: str = "uniform") -> Task[Options]:
+    """Candidate sets from the store and from labels that a person gave, and the images as one uint8 tensor.
+
+    Args:
+        alignment: `annotator` for a prior like the annotator's mean prediction, otherwise it is uniform.
+
+    Raises:
+        UserError: the images are not those that were annotated, or too few of them can be read.
+    """
+    accelerator, job, look, store = run.accelerator, run.job, run.look, run.store
     images = store.images()
     candidates, unreadable = candidate_sets(store, job.candidates), store.unreadable
     labels = np.full(len(store.paths), -1) if store.labels is None else store.labels
@@ -89,8 +96,8 @@ def prepare(
     train = np.flatnonzero((store.split == 0) & ~unreadable)
     test = np.flatnonzero((store.split == 1) & ~unreadable)
     if len(train) < 2:
-        raise UserError(f"the store {store.root} has {len(train)} readable training images; Co-Reg needs at least 2")
-    known = known[train]
+        raise UserError(f"the store {store.root} has {len(train)} readable training images; give at least 2")
+    known = run.known[train]
     given, n_classes = np.flatnonzero(known >= 0), len(store.class_names)
     candidates = candidates[train]
     candidates[given] = np.arange(n_classes) == known[given, None]
@@ -104,7 +111,7 @@ def prepare(
         )
 
     probs = store.probs()[train].astype(np.float64)
-    prior = probs.mean(axis=0) if method.alignment == "annotator" else np.full(n_classes, 1 / n_classes)
+    prior = probs.mean(axis=0) if alignment == "annotator" else np.full(n_classes, 1 / n_classes)
     return Task(
         accelerator=accelerator,
         job=job,

@@ -1,10 +1,12 @@
-"""Everything that changes while two networks train, in one object: what a checkpoint holds, and nothing else."""
+"""Everything that changes while networks train, in one object: what a checkpoint holds, and nothing else."""
 
 from __future__ import annotations
 
 import contextlib
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -12,28 +14,38 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 
-from coreg.learn.coreg import CoRegBatch, CoRegLearner, WarmUpBatch
-from coreg.learn.memory import Prototypes
-from coreg.learn.options import CoRegOptions
 from coreg.nets.model import CoRegNet, create_backbone, parse_backbone_args
 from coreg.run.batches import Verdict
 from coreg.settings import ImageConfig, JobConfig
 
+T = TypeVar("T")
+
+
+class Batch(Protocol):
+    """What a learner takes: `size` is the number of images of the global step."""
+
+    @property
+    def size(self) -> int: ...
+
 
 @dataclass
 class Training:
-    """Two networks, their learners and optimisers, and how far they are, down to the step.
+    """One or two networks, their learners and optimisers, and how far they are, down to the step.
 
-    nets: [net1, net2]. learners: their training steps. steps: the learners wrapped for data parallelism.
+    nets: [net1, net2], or one alone. learners: their training steps, modules whose forward takes a batch and returns the
+    `loss` with gradient beside its detached parts, and whose buffers are their state. steps: the learners wrapped for
+    data parallelism.
     losses: for each network the division losses (N,) of the last epochs, oldest first.
     weights: w (N,) of both networks' last division; empty before the first.
     epoch: finished epochs; number, step: network (0 or 1) and step to go on with in the present one.
     verdicts: of this epoch's division; sums, partial: loss parts of this network so far, and curves of this epoch so far.
-    curves: one mapping of scalars for each finished epoch. seconds: spent training, over all restarts.
+    curves: one mapping of scalars for each finished epoch. chosen: of the networks that looked best without labels so
+    far, the number of finished epochs, the score and the weights.
+    seconds, making_seconds: spent training, and on making batches within that, over all restarts.
     """
 
     nets: list[CoRegNet]
-    learners: list[CoRegLearner]
+    learners: list[nn.Module]
     steps: list[nn.Module]
     optimizers: list[torch.optim.Optimizer]
     losses: list[list[np.ndarray]] = field(default_factory=lambda: [[], []])
@@ -45,19 +57,21 @@ class Training:
     sums: dict[str, Tensor] = field(default_factory=dict)
     partial: dict[str, float] = field(default_factory=dict)
     curves: list[dict[str, float]] = field(default_factory=list)
+    chosen: dict[str, Any] | None = None
     seconds: float = 0.0
+    making_seconds: float = 0.0
     images_seen: int = 0
     updates: int = 0
 
-    def optimise(self, accelerator: Accelerator, batch: WarmUpBatch | CoRegBatch, update: bool, accumulated: int) -> None:
+    def optimise(self, accelerator: Accelerator, batch: Batch, update: bool, accumulated: int) -> None:
         """Train the present network on one batch; loss parts are summed on the device, without waiting for it.
 
         Args:
             update: whether the weights move now, or gradients go on adding up.
             accumulated: number of batches whose gradients are averaged.
         """
-        self.nets[self.number].train()
-        self.nets[1 - self.number].eval()
+        for number, net in enumerate(self.nets):
+            net.train(number == self.number)
         module = self.steps[self.number]
         with contextlib.nullcontext() if update else accelerator.no_sync(module):
             parts = module(batch)
@@ -70,9 +84,24 @@ class Training:
         self.step += 1
         self.updates += 1
 
+    def timed(self, make: Callable[[int], T], step: int) -> T:
+        """The batch that `make` gives for a step; the time that it takes is added up."""
+        started = time.perf_counter()
+        made = make(step)
+        self.making_seconds += time.perf_counter() - started
+        return made
+
+    def consider(self, score: float) -> None:
+        """Remember the networks as they are now if no epoch before had a larger score."""
+        if self.chosen is None or score > self.chosen["score"]:
+            weights = [{k: v.detach().clone() for k, v in net.state_dict().items()} for net in self.nets]
+            self.chosen = {"epoch": self.epoch, "score": score, "nets": weights}
+
     def finish_network(self) -> None:
         """Turn the present network's sums into means of this epoch, and go on with the next network."""
-        self.partial |= {f"net{self.number + 1}/{name}": float(x) / self.step for name, x in self.sums.items()}
+        for name, value in self.sums.items():
+            part = "total" if name == "loss" else name
+            self.partial[f"loss/net{self.number + 1}/{part}"] = float(value) / self.step
         self.sums, self.step, self.number = {}, 0, self.number + 1
 
     def finish_epoch(self, more: dict[str, float]) -> dict[str, float]:
@@ -111,32 +140,49 @@ class Training:
             setattr(self, name, state[name])
 
 
-PLAIN = ("epoch", "number", "step", "partial", "curves", "seconds", "images_seen", "updates")
+PLAIN = (
+    "epoch",
+    "number",
+    "step",
+    "partial",
+    "curves",
+    "chosen",
+    "seconds",
+    "making_seconds",
+    "images_seen",
+    "updates",
+)
 
 
-def build_training(
-    accelerator: Accelerator, job: JobConfig, look: ImageConfig, method: CoRegOptions, n_classes: int
-) -> Training:
-    """Two networks of one architecture with different initialisation, sharing prototypes, and what trains them."""
-    dtype = getattr(torch, job.dtype)
-    prototypes = Prototypes(n_classes, method.projection_dim)
+def build_networks(
+    accelerator: Accelerator, job: JobConfig, look: ImageConfig, n_classes: int, projection_dim: int, count: int
+) -> list[CoRegNet]:
+    """Networks of one architecture with different initialisation, in channels_last format, not yet on the device."""
     arguments = parse_backbone_args(look.backbone_args)
     nets = []
-    for number in (1, 2):
+    for number in range(1, count + 1):
         set_seed(1000 * job.seed + number)
         backbone = create_backbone(look.backbone, n_classes, look.channels, arguments, look.pretrained)
-        net = CoRegNet(backbone, method.projection_dim)
+        net = CoRegNet(backbone, projection_dim)
         if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
             net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
         nets.append(net.to(memory_format=torch.channels_last))
-    learners = [CoRegLearner(net, prototypes, method).to(accelerator.device, dtype) for net in nets]
-    for learner, peer in zip(learners, reversed(nets)):
-        learner.set_peer(peer)
-        if job.compile:
-            learner.net.compile()
-            learner.key_net.compile()
+    return nets
+
+
+def assemble(accelerator: Accelerator, job: JobConfig, nets: list[CoRegNet], learners: Sequence[nn.Module]) -> Training:
+    """Learners on the device, compiled where that is asked for, each with its optimiser.
+
+    Args:
+        learners: one for each network, which it holds as `net` (and its momentum encoder, if any, as `key_net`).
+    """
+    learners = [learner.to(accelerator.device, getattr(torch, job.dtype)) for learner in learners]
+    for learner in learners if job.compile else ():
+        for name in ("net", "key_net"):
+            if hasattr(learner, name):
+                getattr(learner, name).compile()
     optimizers = [
         torch.optim.SGD(learner.net.parameters(), lr=job.lr, momentum=job.momentum, weight_decay=job.weight_decay)
         for learner in learners
     ]
-    return Training(nets, learners, [accelerator.prepare_model(learner) for learner in learners], optimizers)
+    return Training(nets, list(learners), [accelerator.prepare_model(learner) for learner in learners], optimizers)

@@ -1,0 +1,175 @@
+"""CoOp: learn the words of CLIP's prompt from a few labelled images, with both of its encoders frozen.
+
+    accelerate launch baselines/coop.py --shots 16                              # built-in digits, built-in tiny CLIP
+    accelerate launch baselines/coop.py --annotations ann --shots 4 --output_dir runs/coop4
+    accelerate launch baselines/coop.py --annotations ann --shots 1 --context per_class --context_init "a photo of a"
+
+M context vectors stand in a prompt where a template has its words. The defaults are those of its authors: 16 vectors that
+all classes share, the class name behind them, random at first; SGD with a cosine schedule behind one epoch of warming up.
+
+The run folder is the job: the same command again goes on where it stopped, and a finished run says so.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import save
+
+from annotate_vlm import annotate_digits
+from coreg.adapt.learner import ClipLearner
+from coreg.adapt.prompts import PromptLearner, lay_out, random_context, text_ids, token_embedding
+from coreg.adapt.settings import TuningJob, ViewOptions, check
+from coreg.adapt.tuning import ClipImages, Labelled, Outlook, begin, finish, judge, load_towers, tuning_epoch
+from coreg.annotate.annotators import Towers
+from coreg.config import as_settings, as_yaml, option, parse
+from coreg.errors import UserError, exits_with_one_line
+from coreg.report.report import summary
+from coreg.run.job import Run, open_run
+from coreg.run.process import follow_launcher, main_process_decides
+
+# digits must not be mirrored, and most of one has to be seen; the tiny CLIP reads 16 tokens in all
+PRESETS = {"paper": {}, "digits": {"crop": 0.7, "flip": False, "context_tokens": 4}}
+
+
+@dataclass
+class CoOpOptions:
+    """The prompt and how it is trained."""
+
+    _argument_group_name = "CoOp"
+
+    preset: Literal["paper", "digits"] = option(
+        "paper", "named defaults; digits are those of the built-in data (default: paper, or digits for the built-in digits)"
+    )
+    context: Literal["shared", "per_class"] = option("shared", "one context for all classes, or one for each")
+    context_tokens: int = option(16, "M, context vectors in a prompt")
+    context_init: str | None = option(
+        None, 'words to begin with instead of random vectors, such as "a photo of a"; their tokens are counted, not M'
+    )
+    class_position: Literal["end", "middle", "front"] = option("end", "where the class name stands")
+    warmup_epochs: int = option(1, "epochs with --warmup_lr before the cosine schedule")
+    warmup_lr: float = option(1e-5, "learning rate while warming up")
+    momentum: float = option(0.9, "of SGD")
+
+
+def epochs_of(shots: int) -> int:
+    """Epochs that CoOp's authors train for."""
+    return 50 if shots == 1 else 100 if shots <= 4 else 200
+
+
+def rate(job: TuningJob, method: CoOpOptions, epochs: float) -> float:
+    """Learning rate behind so many epochs: constant while warming up, then a cosine, both changed once an epoch."""
+    epoch = int(epochs)
+    if epoch < method.warmup_epochs:
+        return method.warmup_lr
+    return job.lr * (1 + math.cos(math.pi * epoch / job.epochs)) / 2
+
+
+def build_prompts(run: Run, method: CoOpOptions, towers: Towers) -> PromptLearner:
+    """The prompts of all classes with their first context vectors.
+
+    Raises:
+        UserError: the prompts do not fit the model, or it has no place for context vectors.
+    """
+    names = run.store.class_names
+    ids = text_ids(towers.tokenize, method.context_init, names) if method.context_init else None
+    count = method.context_tokens if ids is None else len(ids)
+    prompts = lay_out(towers.tokenize, names, count, method.class_position)
+    table = token_embedding(towers.network, towers.text, prompts.tokens)
+    classes = [len(names)] if method.context == "per_class" else []
+    if ids is None:
+        first = random_context((*classes, count, table.embedding_dim), run.job.seed)
+    else:
+        first = table.weight[ids].detach().expand(*classes, -1, -1)
+    return PromptLearner(
+        prompts, first.to(table.weight.device, getattr(torch, run.job.dtype), copy=True), table, towers.text
+    )
+
+
+def save_prompts(folder: Path, learner: PromptLearner, told: dict[str, Any]) -> None:
+    """Write prompt.safetensors: `context`, (M, D) or (C, M, D), and what it belongs to as JSON metadata `coreg`."""
+    folder.mkdir(exist_ok=True)
+    context = learner.context.detach().float().cpu().contiguous()
+    (folder / "prompt.safetensors").write_bytes(save({"context": context}, {"coreg": json.dumps(told)}))
+
+
+def settings(argv: Sequence[str]) -> tuple[TuningJob, ViewOptions, CoOpOptions]:
+    """The options, with the preset that fits the data."""
+    read = partial(
+        parse,
+        TuningJob,
+        ViewOptions,
+        CoOpOptions,
+        presets=PRESETS,
+        prog="baselines/coop.py",
+        description=__doc__,
+    )
+    preset = "digits" if Outlook.of(read(argv=argv)[0]).digits else "paper"
+    job, view, method = read(argv=[f"--preset={preset}", *argv])
+    follow_launcher(job)
+    job.epochs = job.epochs or epochs_of(job.shots)
+    return job, view, method
+
+
+def check_coop(method: CoOpOptions) -> None:
+    """Refuse a prompt without context vectors."""
+    if method.context_tokens < 1:
+        raise UserError(f"--context_tokens is {method.context_tokens}; give at least 1")
+    if method.warmup_epochs < 0 or not 0 <= method.momentum < 1:
+        raise UserError("--warmup_epochs has to be 0 or more, and --momentum at least 0 and below 1")
+
+
+@exits_with_one_line
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse, check, annotate where there is no store yet, train, report."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    job, view, method = settings(argv)
+    if job.print_config:
+        print(as_yaml(as_settings(job, view, method)), end="")
+        return
+    check(job, view)
+    check_coop(method)
+    with open_run("baselines/coop.py", argv, (job, view, method), annotate_digits, f"runs/coop_{job.shots}") as run:
+        if run is None:
+            return
+        labelled = Labelled.of(run)
+        towers = load_towers(labelled.model, run)
+        images = ClipImages(run, labelled, towers, view, frozen=True)
+        prompts = build_prompts(run, method, towers)
+        learner = ClipLearner(prompts, prompts, towers.image, towers.scale)
+        sgd = torch.optim.SGD(prompts.parameters(), job.lr, method.momentum, weight_decay=job.weight_decay)
+        training = begin(run, learner, sgd)
+        epoch = partial(tuning_epoch, run, training, images.batch, len(labelled.rows), partial(rate, job, method))
+        run.train(training, epoch, "CoOp")
+        logits = judge(learner, images, labelled)
+        told = {
+            "model": labelled.model.spec,
+            "weights": labelled.model.weights,
+            "class_names": run.store.class_names,
+            "class_position": method.class_position,
+        }
+        main_process_decides(run.accelerator, lambda: save_prompts(run.folder.root / "prompt", prompts, told))
+        report = finish(
+            run,
+            labelled,
+            training,
+            labelled.method("CoOp", job),
+            logits,
+            {split: rows.argmax(axis=1) for split, rows in logits.items()},
+            parameters=sum(weight.numel() for weight in towers.network.parameters()) + prompts.context.numel(),
+            context=method.context,
+            context_tokens=prompts.context.shape[-2],
+        )
+        run.accelerator.print(summary(report, run.folder.root))
+
+
+if __name__ == "__main__":
+    main()

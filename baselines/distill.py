@@ -1,0 +1,144 @@
+"""Unsupervised distillation: one small network mimics what the annotator says of every image, and nothing else.
+
+    accelerate launch baselines/distill.py                                      # built-in digits
+    accelerate launch baselines/distill.py --annotations ann --teacher single --output_dir runs/kd
+
+The run folder is the job: the same command again goes on where it stopped, and a finished run says so.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from annotate_vlm import annotate_digits
+from coreg.annotate.textual import single_template_probabilities
+from coreg.config import as_settings, as_yaml, option, parse
+from coreg.data.order import ShuffledRows
+from coreg.errors import UserError, exits_with_one_line
+from coreg.learn.collective import share
+from coreg.learn.coreg import cosine_lr
+from coreg.learn.distill import DistillBatch, DistillLearner
+from coreg.learn.options import CoRegOptions
+from coreg.report.report import summary
+from coreg.run.epoch import Steps, train_epoch
+from coreg.run.job import open_run
+from coreg.run.process import follow_launcher, main_process_decides
+from coreg.run.results import finish
+from coreg.run.task import Task, prepare
+from coreg.run.training import Training, assemble, build_networks
+from coreg.settings import ImageConfig, JobConfig, check
+
+NAMES = {"single": "KD, single template", "averaged": "KD, averaged"}
+
+
+@dataclass
+class DistillOptions:
+    """What the network learns from, and how."""
+
+    _argument_group_name = "distillation"
+
+    teacher: Literal["single", "averaged"] = option(
+        "averaged", "the annotator's probabilities under its first template, or their mean over all templates"
+    )
+    kd_temperature: float = option(1.0, "T, by which both distributions are softened; the loss is multiplied by T^2")
+    view: Literal["weak", "strong"] = option("weak", "view of an image in training")
+
+
+def teacher_of(task: Task[DistillOptions]) -> tuple[np.ndarray, str]:
+    """The teacher's probabilities of the training images, (N, C), and in words what they are.
+
+    The store keeps the mean over templates. What the first one says alone is scored anew from the stored features; where
+    the annotator cannot be loaded, its vote has to do. Labels that a person gave stand in for either.
+    """
+    store, rows, n_classes = task.store, task.data.samples.numpy(), len(task.store.class_names)
+    told = "mean of the probabilities over all templates"
+    if task.method.teacher == "averaged":
+        probs = store.probs()[rows]
+    else:
+        try:
+            probs = single_template_probabilities(store, task.accelerator.device)[rows]
+            told = "probabilities under the first template"
+        except UserError as error:
+            votes = store.votes()[rows, 0]
+            # no vote is no opinion
+            probs = np.where(votes[:, None] < 0, 1 / n_classes, votes[:, None] == np.arange(n_classes))
+            told = f"votes of the first template, because {error}"
+    given = task.known >= 0
+    probs[given] = task.known[given, None] == np.arange(n_classes)
+    return probs, told
+
+
+def steps_of(task: Task[DistillOptions], training: Training, teacher: Tensor) -> Steps:
+    """Steps of the present epoch and how to make each one's batch."""
+    key = (training.epoch, training.number)
+    taught = np.concatenate([np.flatnonzero(task.usable), task.repeated])
+    rows = ShuffledRows(taught, task.job.batch_size, (task.job.seed, "distill", *key))
+
+    def batch(step: int) -> DistillBatch:
+        chosen = rows.batch(step)
+        mine = chosen[share(len(chosen))]
+        where = torch.from_numpy(mine).to(teacher.device, non_blocking=True)
+        return DistillBatch(task.data.view(task.method.view, mine, ("distill", *key)), teacher[where], len(chosen))
+
+    return rows.per_round, batch
+
+
+def one_epoch(
+    task: Task[DistillOptions],
+    training: Training,
+    teacher: Tensor,
+    at_boundary: Callable[[], None],
+    advance: Callable[[float], None],
+) -> dict[str, float]:
+    """The rest of the present epoch; gives its curves."""
+    job = task.job
+    rate = cosine_lr(training.epoch, job.lr, job.lr_floor, job.lr_horizon or job.epochs)
+    return train_epoch(task, training, rate, lambda: steps_of(task, training, teacher), at_boundary, advance)
+
+
+@exits_with_one_line
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse, check, annotate where there is no store yet, train, report."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    own_images = any(word.split("=")[0] == "--annotations" for word in argv)
+    job, look, method = parse(
+        JobConfig,
+        ImageConfig,
+        DistillOptions,
+        argv=argv,
+        default_recipe="folder" if own_images else "digits",
+        others=(CoRegOptions,),
+        prog="baselines/distill.py",
+        description=__doc__,
+    )
+    follow_launcher(job)
+    if job.print_config:
+        print(as_yaml(as_settings(job, look, method)), end="")
+        return
+    check(job)
+    if method.kd_temperature <= 0:
+        raise UserError(f"--kd_temperature is {method.kd_temperature}; give a number above 0")
+    with open_run("baselines/distill.py", argv, (job, look, method), annotate_digits, f"runs/kd_{method.teacher}") as run:
+        if run is None:
+            return
+        task = prepare(run, method)
+        probs, told = main_process_decides(run.accelerator, lambda: teacher_of(task))
+        teacher = torch.from_numpy(probs).to(run.accelerator.device, task.data.dtype)
+        nets = build_networks(run.accelerator, job, look, len(run.store.class_names), projection_dim=1, count=1)
+        training = assemble(run.accelerator, job, nets, [DistillLearner(nets[0], method.kd_temperature)])
+        run.begin(training)
+        run.train(training, partial(one_epoch, task, training, teacher), "distillation")
+        report = finish(run, task, training, NAMES[method.teacher], teacher=told)
+        run.accelerator.print(f"Teacher: {told}.", summary(report, run.folder.root), sep="\n")
+
+
+if __name__ == "__main__":
+    main()

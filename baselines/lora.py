@@ -1,0 +1,260 @@
+"""LoRA: adapt a CLIP or a LLaVA-like chat model to the classes with a few labelled images, its own weights frozen.
+
+    accelerate launch baselines/lora.py --shots 16                              # built-in digits, built-in tiny CLIP
+    accelerate launch baselines/lora.py --annotations ann --shots 4 --towers image --output_dir runs/lora4
+    accelerate launch baselines/lora.py --annotations ann --vlm chat:llava-1.5-7b-hf --shots 16 --precision bf16
+
+CLIP: adapters on queries, keys and values of all layers of both towers, trained on the logits against the first template's
+text features. Chat models: adapters on all linear layers of the language model, trained to answer the annotation's first
+question with the class name; the loss sees the answer's tokens alone. The adapter is an ordinary one of PEFT.
+
+The run folder is the job: the same command again goes on where it stopped, and a finished run says so.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import numpy as np
+import torch
+from accelerate.utils import set_seed
+from peft import PeftModel
+from torch import nn
+
+from annotate_vlm import annotate_digits
+from coreg.adapt.chat import ChatImages
+from coreg.adapt.learner import ChatLearner, ClipLearner, Learner
+from coreg.adapt.lora import attach, attention_targets, decoder_targets, refuse_dead, save_adapter
+from coreg.adapt.settings import TuningJob, ViewOptions, check
+from coreg.adapt.tuning import ClipImages, Labelled, Outlook, begin, finish, judge, load_towers, tuning_epoch
+from coreg.adapt.views import RandomView
+from coreg.annotate.chat import CHAT_TEMPLATES, ChatAnnotator
+from coreg.annotate.prompts import TEMPLATES, prompts
+from coreg.config import as_settings, as_yaml, option, parse
+from coreg.data.keyed import keyed_generator
+from coreg.data.order import n_batches
+from coreg.errors import UserError, exits_with_one_line
+from coreg.learn.collective import rank_and_world
+from coreg.report.report import summary
+from coreg.run.job import Run, open_run
+from coreg.run.process import follow_launcher, main_process_decides
+from coreg.run.training import Batch, Training
+from coreg.settings import refuse
+
+CLIP = {"lr": 2e-4, "weight_decay": 1e-2}
+CHAT = {
+    "rank": 16,
+    "alpha": 32.0,
+    "dropout": 0.05,
+    "rslora": False,
+    "lr": 2e-4,
+    "weight_decay": 0.0,
+    "warmup": 0.03,
+    "lr_floor": 0.0,
+    "batch_size": 16,
+    "epochs": 10,
+    "crop": 1.0,
+    "flip": False,
+}
+# Digits must not be mirrored, and most of one has to be seen. The tiny CLIP is an eighth as wide as a real one: with the
+# learning rate for that, the training loss hardly falls.
+DIGITS = CLIP | {"lr": 2e-3, "steps_per_shot": 100, "crop": 0.7, "flip": False}
+PRESETS = {"clip": CLIP, "chat": CHAT, "digits": DIGITS}
+PROBED = 8  # images on which adapters are proven to act
+
+
+@dataclass
+class LoraOptions:
+    """The adapters and how they are trained."""
+
+    _argument_group_name = "LoRA"
+
+    preset: Literal["clip", "chat", "digits"] = option(
+        "clip", "named defaults (default: by the kind of model; digits for the built-in digits)"
+    )
+    towers: Literal["both", "image", "text"] = option("both", "CLIP models: where adapters are put")
+    rank: int = option(2, "of the adapters")
+    alpha: float = option(1.0, "the adapters' outputs are multiplied by alpha / sqrt(rank), or alpha / rank")
+    rslora: bool = option(True, "alpha / sqrt(rank) instead of alpha / rank")
+    dropout: float = option(0.0, "of the adapters' inputs, where attention keeps queries, keys and values apart")
+    template: str | None = option(None, "text or question with one {}; default: the first of the annotation")
+    steps_per_shot: int = option(500, "steps for every shot, from which the epochs follow where none are given")
+    warmup: float = option(0.0, "share of all steps in which the learning rate rises")
+    lr_floor: float = option(1e-6, "learning rate at the end of the cosine schedule")
+    precision: Literal["fp32", "bf16"] = option("fp32", "of the frozen weights")
+    chat_mode: Literal["likelihood", "generate"] = option(
+        "likelihood", "chat models are judged by the likelihood of every class name, or by their answers in words"
+    )
+
+
+def rate(job: TuningJob, method: LoraOptions, epochs: float) -> float:
+    """Learning rate behind so many epochs: a line up to the peak, then a cosine down to the floor, changed every step."""
+    done, risen = epochs / job.epochs, method.warmup
+    if done < risen:
+        return job.lr * done / risen
+    left = (done - risen) / (1 - risen)
+    return method.lr_floor + (job.lr - method.lr_floor) * (1 + math.cos(math.pi * left)) / 2
+
+
+def template_of(run: Run, labelled: Labelled, method: LoraOptions) -> str:
+    """The text with the class name, or the question with all of them."""
+    if method.template:
+        return method.template
+    chat, asked = labelled.model.kind == "chat", run.store.manifest["model"]["spec"].startswith("chat:")
+    first = run.store.templates[0]
+    return first if chat == asked and first.count("{}") == 1 else (CHAT_TEMPLATES if chat else TEMPLATES)[0]
+
+
+def adapt(
+    run: Run, labelled: Labelled, method: LoraOptions, network: nn.Module, layers: list[str], parameters: list[str]
+) -> PeftModel:
+    """Put the adapters into `network`, in place, the same on every process and in every run with this seed."""
+    set_seed(run.job.seed)
+    how = {"rank": method.rank, "alpha": method.alpha, "dropout": method.dropout, "rslora": method.rslora}
+    return attach(network, layers, parameters, **how, base=labelled.model.spec)
+
+
+def clip_learner(run: Run, labelled: Labelled, view: ViewOptions, method: LoraOptions) -> tuple[ClipLearner, ClipImages]:
+    """A CLIP model with adapters that are proven to act.
+
+    Raises:
+        UserError: a tower has nothing to put adapters on, or some of them would be dead.
+    """
+    towers = load_towers(labelled.model, run, method.precision)
+    tokens = towers.tokenize(prompts([template_of(run, labelled, method)], run.store.class_names))
+    normalize = torch.nn.functional.normalize
+    images = ClipImages(run, labelled, towers, view, frozen=method.towers == "text")
+    pixels, encoded = images.sample(PROBED)
+    runs = {"image": lambda: encoded or towers.image(pixels), "text": lambda: towers.text(tokens)}
+    layers, parameters = [], []
+    for tower in runs if method.towers == "both" else [method.towers]:
+        found = attention_targets(towers.network, runs[tower])
+        if not any(found):
+            raise UserError(
+                f"the {tower} tower of {labelled.model.spec} has no attention layer that an adapter could be put on; "
+                f"adapt the other one with --towers {'text' if tower == 'image' else 'image'}"
+            )
+        layers, parameters = layers + found[0], parameters + found[1]
+    with torch.no_grad():
+        fixed = normalize(towers.text(tokens), dim=-1) if method.towers == "image" else None
+    adapted = adapt(run, labelled, method, towers.network, layers, parameters)
+    text = lambda: normalize(towers.text(tokens), dim=-1) if fixed is None else fixed  # noqa: E731
+    learner = ClipLearner(adapted, text, towers.image, towers.scale)
+    learner.train(False)
+    refuse_dead(learner.trainable(), lambda: learner.logits(pixels, encoded))
+    return learner, images
+
+
+def chat_learner(run: Run, labelled: Labelled, view: ViewOptions, method: LoraOptions) -> tuple[ChatLearner, ChatImages]:
+    """A chat model with adapters that are proven to act.
+
+    Raises:
+        UserError: it cannot be loaded or asked, or some adapters would be dead.
+    """
+    template = template_of(run, labelled, method)
+    annotator = ChatAnnotator(
+        labelled.model, [template], run.store.class_names, run.accelerator.device, method.precision, method.chat_mode
+    )
+    if run.job.dtype == "float64":
+        annotator.network.double()
+        annotator.dtype = torch.float64
+    images = ChatImages(run, labelled, annotator, RandomView(view.crop, view.flip, None))
+    adapted = adapt(run, labelled, method, annotator.network, decoder_targets(annotator.network), [])
+    learner = ChatLearner(adapted, annotator.keeps_logits)
+    learner.train(False)
+    probe = images.batch(np.arange(min(len(labelled.rows), rank_and_world()[1])), 0)
+    refuse_dead(learner.trainable(), lambda: learner.logits(probe)[0])
+    return learner, images
+
+
+def seeded(run: Run, make: Callable[[np.ndarray, int], Batch]) -> Callable[[np.ndarray, int], Batch]:
+    """`make`, and dropout of the step that follows drawn from a generator that the step's own images seed."""
+
+    def batch(places: np.ndarray, epoch: int) -> Batch:
+        key = (run.job.seed, "dropout", rank_and_world()[0], epoch, *places[:1].tolist())
+        torch.manual_seed(int(keyed_generator(*key).integers(1 << 62)))
+        return make(places, epoch)
+
+    return batch
+
+
+def settings(argv: Sequence[str]) -> tuple[TuningJob, ViewOptions, LoraOptions]:
+    """The options, with the preset that fits model and data."""
+    read = partial(
+        parse, TuningJob, ViewOptions, LoraOptions, presets=PRESETS, prog="baselines/lora.py", description=__doc__
+    )
+    outlook = Outlook.of(read(argv=argv)[0])
+    preset = "chat" if outlook.spec.startswith("chat:") else "digits" if outlook.digits else "clip"
+    job, view, method = read(argv=[f"--preset={preset}", *argv])
+    follow_launcher(job)
+    steps = n_batches(job.shots * outlook.classes, max(job.batch_size, 1))
+    job.epochs = job.epochs or n_batches(method.steps_per_shot * job.shots, max(steps, 1))
+    return job, view, method
+
+
+def check_lora(method: LoraOptions) -> None:
+    """Refuse adapters that cannot be made."""
+    refuse(
+        [
+            (method.rank >= 1, f"--rank is {method.rank}; give at least 1"),
+            (method.alpha > 0, f"--alpha is {method.alpha}; give a number above 0"),
+            (0 <= method.dropout < 1, f"--dropout is {method.dropout}; give at least 0 and below 1"),
+            (0 <= method.warmup < 1, f"--warmup is {method.warmup}; give at least 0 and below 1"),
+            (method.steps_per_shot >= 1, f"--steps_per_shot is {method.steps_per_shot}; give at least 1"),
+            (
+                method.template is None or method.template.count("{}") == 1,
+                f"--template {method.template!r} needs exactly one {{}}, such as: a photo of a {{}}",
+            ),
+        ]
+    )
+
+
+def train(run: Run, learner: Learner, images: ClipImages | ChatImages, count: int, method: LoraOptions) -> Training:
+    """All epochs; gives the finished training."""
+    job = run.job
+    adam = torch.optim.AdamW(learner.trainable().values(), job.lr, weight_decay=job.weight_decay)
+    training = begin(run, learner, adam)
+    make = seeded(run, images.batch) if method.dropout else images.batch
+    run.train(training, partial(tuning_epoch, run, training, make, count, partial(rate, job, method)), "LoRA")
+    learner.train(False)
+    return training
+
+
+@exits_with_one_line
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse, check, annotate where there is no store yet, train, report."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    job, view, method = settings(argv)
+    if job.print_config:
+        print(as_yaml(as_settings(job, view, method)), end="")
+        return
+    check(job, view)
+    check_lora(method)
+    with open_run("baselines/lora.py", argv, (job, view, method), annotate_digits, f"runs/lora_{job.shots}") as run:
+        if run is None:
+            return
+        labelled = Labelled.of(run)
+        if labelled.model.kind == "chat":
+            learner, images = chat_learner(run, labelled, view, method)
+            training = train(run, learner, images, len(labelled.rows), method)
+            logits, named = images.judge()
+        else:
+            learner, images = clip_learner(run, labelled, view, method)
+            training = train(run, learner, images, len(labelled.rows), method)
+            logits = judge(learner, images, labelled)
+            named = {split: rows.argmax(axis=1) for split, rows in logits.items()}
+        folder = run.folder.root / "adapter"
+        main_process_decides(run.accelerator, lambda: save_adapter(learner.trained, folder))
+        total = sum(weight.numel() for weight in learner.trained.parameters())
+        name = labelled.method("LoRA", job)
+        report = finish(run, labelled, training, name, logits, named, parameters=total, rank=method.rank)
+        run.accelerator.print(summary(report, run.folder.root))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,284 @@
+"""Train one small network on candidate sets with a partial-label method: the baselines that Co-Reg is compared with.
+
+    accelerate launch baselines/pll.py --method proden                          # built-in digits
+    accelerate launch baselines/pll.py --method pico --annotations ann --recipe cifar10 --output_dir runs/pico
+    accelerate launch baselines/pll.py --method alim_scale --preset official --noise_rate 0.05 --annotations ann
+
+The run folder is the job: the same command again goes on where it stopped, and a finished run says so.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from annotate_vlm import annotate_digits
+from coreg.annotate.candidates import candidate_sets, partial_accuracy
+from coreg.config import as_settings, as_yaml, parse
+from coreg.data.keyed import keyed_generator
+from coreg.data.order import ShuffledRows
+from coreg.errors import UserError, exits_with_one_line
+from coreg.learn.collective import rank_and_world, share
+from coreg.learn.coreg import cosine_lr
+from coreg.learn.options import CoRegOptions
+from coreg.learn.partial import METHODS
+from coreg.learn.partial.learner import PartialBatch, PartialLearner
+from coreg.learn.partial.method import PartialMethod, Step
+from coreg.learn.partial.options import OFFICIAL, PartialOptions
+from coreg.learn.pseudo import mix
+from coreg.report.report import summary
+from coreg.run.epoch import train_epoch
+from coreg.run.job import open_run
+from coreg.run.process import follow_launcher
+from coreg.run.results import finish
+from coreg.run.task import Task, prepare
+from coreg.run.training import Training, assemble, build_networks
+from coreg.settings import ImageConfig, JobConfig, check, refuse
+
+NAMES = {
+    "cc": "CC",
+    "rc": "RC",
+    "proden": "PRODEN",
+    "lws": "LWS",
+    "lwc": "LWC",
+    "cr_dpll": "CR-DPLL",
+    "pico": "PiCO",
+    "pico_plus": "PiCO+",
+    "irnet": "IRNet",
+    "alim_onehot": "ALIM-Onehot",
+    "alim_scale": "ALIM-Scale",
+    "supervised": "Supervised",
+}
+
+
+def read_settings(argv: list[str]) -> tuple[JobConfig, ImageConfig, PartialOptions]:
+    """The settings of the recipe, of the method's authors with `--preset official`, and of the command line, in this order.
+
+    A recipe holds Co-Reg's optimiser and schedule beside what belongs to the data; the authors' settings replace those.
+    """
+    own_images = any(word.split("=")[0] == "--annotations" for word in argv)
+
+    def fill(arguments: list[str]) -> tuple[Any, ...]:
+        return parse(
+            JobConfig,
+            ImageConfig,
+            PartialOptions,
+            argv=arguments,
+            default_recipe="folder" if own_images else "digits",
+            others=(CoRegOptions,),
+            prog="baselines/pll.py",
+            description=__doc__,
+        )
+
+    settings = fill(argv)
+    if settings[2].preset == "official":
+        settings = fill([*(f"--{name}={value}" for name, value in OFFICIAL[settings[2].method].items()), *argv])
+    return settings
+
+
+def check_partial(method: PartialOptions) -> None:
+    """Refuse hyper-parameters that the methods cannot be trained with.
+
+    Raises:
+        UserError: the first one found.
+    """
+    momenta = method.confidence_momentum
+    shares = ("neighbour_start", "correction_start", "consistency_ramp", "importance")
+    refuse(
+        [
+            *((0 <= getattr(method, name) <= 1, f"--{name} has to lie between 0 and 1") for name in shares),
+            (method.leverage >= 0, f"--leverage is {method.leverage}; give 0 or more"),
+            (method.contrast_temperature > 0, "--contrast_temperature has to be above 0"),
+            (method.prototype_start >= 0, f"--prototype_start is {method.prototype_start}; give 0 or more"),
+            (0 <= method.prototype_momentum < 1, "--prototype_momentum has to be at least 0 and below 1"),
+            (0 <= method.key_momentum < 1, "--key_momentum has to be at least 0 and below 1"),
+            (
+                len(momenta) == 2 and all(0 <= m <= 1 for m in momenta),
+                f"--confidence_momentum is {' '.join(map(str, momenta))}; give two numbers between 0 and 1: first and last",
+            ),
+            (method.queue_size >= 1, f"--queue_size is {method.queue_size}; give at least 1"),
+            (method.projection_dim >= 1, f"--projection_dim is {method.projection_dim}; give at least 1"),
+            (method.mixup_alpha >= 0, f"--mixup_alpha is {method.mixup_alpha}; give 0 (off) or more"),
+            (0 < method.pure_ratio <= 1, f"--pure_ratio is {method.pure_ratio}; give a number above 0 and up to 1"),
+            (method.neighbours >= 1, f"--neighbours is {method.neighbours}; give at least 1"),
+            (method.noise_rate < 1, f"--noise_rate is {method.noise_rate}; give a number below 1, or -1 for unknown"),
+        ]
+    )
+
+
+def learning_rate(job: JobConfig, schedule: str, epoch: int) -> float:
+    """Of an epoch: `cosine` to the floor, `halving` five times over the epochs, or `steps`: a tenth at 1/2 and at 3/4."""
+    if schedule == "cosine":
+        return cosine_lr(epoch, job.lr, job.lr_floor, job.lr_horizon or job.epochs)
+    progress = epoch / job.epochs
+    return job.lr * (0.5 ** (5 * progress) if schedule == "halving" else 0.1 ** ((progress >= 0.5) + (progress >= 0.75)))
+
+
+def noise_rate(task: Task[PartialOptions]) -> tuple[float, str]:
+    """The share of candidate sets that miss the truth, -1 where nobody knows, and in words where it comes from.
+
+    Images that a person labelled are a sample of all: what share of them the annotator's sets miss.
+    """
+    if task.method.noise_rate >= 0:
+        return task.method.noise_rate, "given"
+    offered = candidate_sets(task.store, task.job.candidates)[task.data.samples.numpy()]
+    found = partial_accuracy(offered, task.known)
+    if found is not None:
+        return 1 - found, f"counted on {(task.known >= 0).sum()} labelled images"
+    return -1.0, f"unknown; classes outside the sets weigh {task.method.importance}"
+
+
+def build_method(task: Task[PartialOptions]) -> tuple[PartialMethod, dict[str, Any]]:
+    """The method with its state on the training images, and what the report has to say about it."""
+    options, told = task.method, {"preset": task.method.preset}
+    sets = task.candidates
+    if options.method == "supervised":
+        sets = task.labels[:, None] == np.arange(sets.shape[1])
+        sets[task.labels < 0] = True  # left out of training
+    if options.method.startswith("alim"):
+        rate, source = noise_rate(task)
+        options, told["noise_rate"] = dataclasses.replace(options, noise_rate=rate), {"value": rate, "source": source}
+    method = METHODS[options.method](options)
+    method.init(torch.from_numpy(sets), torch.from_numpy(task.known >= 0), task.data.dtype)
+    return method, told
+
+
+def mix_views(
+    task: Task[PartialOptions], kind: str, first: Tensor, rows: np.ndarray, others: np.ndarray, key: tuple[int, int]
+) -> dict[str, Any]:
+    """The fields of a batch about MixUp: this process's share of the first views, mixed with partners.
+
+    Lambda and partners are drawn for the global batch; the view of a partner that another process holds is made again here
+    from its key.
+
+    Args:
+        kind: `batch` or `epoch`, as in `Passes`. first: (l, c, H, W). rows: the global batch. others: as many rows of a
+            second pass over the training set.
+    """
+    draw, alpha, data = keyed_generator(task.job.seed, "mixup", *key), task.method.mixup_alpha, task.data
+    kept = float(draw.beta(alpha, alpha)) if alpha else 1.0
+    kept = max(kept, 1 - kept)
+    if kind == "epoch":
+        partner = others[share(len(rows))]
+        views = data.view(task.method.weak_view, partner, ("partner", *key))
+    else:
+        partner = draw.permutation(len(rows))[share(len(rows))]
+        alone = rank_and_world()[1] == 1
+        views = first[torch.from_numpy(partner)] if alone else data.view(task.method.weak_view, rows[partner], ("0", *key))
+    where = torch.from_numpy(partner).to(data.device, non_blocking=True)
+    return {"mixed": mix(first, views, kept), "partner": where, "share_kept": kept}
+
+
+def steps_of(task: Task[PartialOptions], training: Training) -> tuple[int, Callable[[int], PartialBatch]]:
+    """Steps of the present epoch and how to make each one's batch.
+
+    Images that no template could name teach nothing and are left out; so are, in supervised training, those without label.
+    """
+    job, options, data, method = task.job, task.method, task.data, training.learners[0].method
+    usable = task.labels >= 0 if options.method == "supervised" else task.usable
+    order = np.concatenate([np.flatnonzero(usable), task.repeated])
+    key = (job.seed, training.epoch)
+    rows, others = (ShuffledRows(order, job.batch_size, (name, *key)) for name in ("train", "partner"))
+    labelled = ShuffledRows(task.extra, job.batch_size, ("labelled", *key))
+    now = Step(training.epoch, job.epochs)
+    passes, kinds = method.passes(now), {"weak": options.weak_view, "strong": options.strong_view}
+
+    def batch(step: int) -> PartialBatch:
+        chosen, extra, at = rows.batch(step), labelled.batch(step), (training.epoch, step)
+        mine = chosen[share(len(chosen))]
+        pixels = data.pixels(mine)
+
+        def view(name: str, kind: str) -> Tensor:
+            return data.view(kinds[kind], mine, (name, *at), pixels)
+
+        made = PartialBatch(
+            index=torch.from_numpy(chosen).to(data.device, non_blocking=True),
+            step=now,
+            views=tuple(view(str(number), kind) for number, kind in enumerate(passes.views)),
+            key=view("key", passes.key) if passes.key else None,
+            glance=view("glance", passes.glance) if passes.glance else None,
+        )
+        if passes.mixup != "none":
+            mixed = mix_views(task, passes.mixup, made.views[0], chosen, others.batch(step), at)
+            made = dataclasses.replace(made, **mixed)
+        if len(extra):
+            held = extra[share(len(extra))]
+            made.labelled = (
+                data.view(options.weak_view, held, ("labelled", *at)),
+                torch.from_numpy(task.known[held]).to(data.device),
+            )
+            made.n_labelled = len(extra)
+        return made
+
+    return rows.per_round, batch
+
+
+def one_epoch(
+    task: Task[PartialOptions], training: Training, at_boundary: Callable[[], None], advance: Callable[[float], None]
+) -> dict[str, float]:
+    """The rest of the present epoch; gives its curves.
+
+    Methods that read a batch again do so once the weights have moved, before anything is saved.
+    """
+    now, learner = Step(training.epoch, task.job.epochs), training.learners[0]
+    waiting: list[PartialBatch] = []
+
+    def steps() -> tuple[int, Callable[[int], PartialBatch]]:
+        count, make = steps_of(task, training)
+
+        def batch(step: int) -> PartialBatch:
+            waiting.append(make(step))
+            return waiting[-1]
+
+        return count, batch
+
+    def behind_step() -> None:
+        with task.accelerator.autocast():
+            for batch in waiting:
+                learner.after_step(batch)
+        waiting.clear()
+        at_boundary()
+
+    rate = learning_rate(task.job, task.method.schedule, training.epoch)
+    curves = train_epoch(task, training, rate, steps, behind_step, advance)
+    curves |= {f"method/{name}": value for name, value in learner.method.finish_epoch(now).items()}
+    return curves
+
+
+@exits_with_one_line
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse, check, annotate where there is no store yet, train, report."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    job, look, method = read_settings(argv)
+    follow_launcher(job)
+    if job.print_config:
+        print(as_yaml(as_settings(job, look, method)), end="")
+        return
+    check(job)
+    check_partial(method)
+    with open_run("baselines/pll.py", argv, (job, look, method), annotate_digits, f"runs/{method.method}") as run:
+        if run is None:
+            return
+        task = prepare(run, method)
+        if method.method == "supervised":
+            if (task.labels < 0).all():
+                raise UserError(f"supervised training needs true labels, and the store {run.store.root} has none")
+            task = dataclasses.replace(task, known=task.labels)
+        state, told = build_method(task)
+        nets = build_networks(run.accelerator, job, look, len(run.store.class_names), method.projection_dim, count=1)
+        training = assemble(run.accelerator, job, nets, [PartialLearner(nets[0], state)])
+        run.begin(training)
+        run.train(training, partial(one_epoch, task, training), NAMES[method.method])
+        report = finish(run, task, training, NAMES[method.method], **told)
+        run.accelerator.print(summary(report, run.folder.root))
+
+
+if __name__ == "__main__":
+    main()

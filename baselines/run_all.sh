@@ -1,0 +1,108 @@
+#!/usr/bin/env bash
+# Every method on one annotation store, and one table of them all.
+#
+#   baselines/run_all.sh                                           built-in digits, seeds 0 1 2, into runs/compare
+#   baselines/run_all.sh --jobs 8 --compute_matched                the same, and with as much computing as Co-Reg has
+#   baselines/run_all.sh --annotations ann --recipe cifar10 --output_dir runs/cifar10
+#
+#   --jobs K            runs at a time, one thread each (default 1)
+#   --seeds "0 1 2"     of every method
+#   --shots "1 4 16"    labels a class of the methods that need some; "" leaves them out
+#   --compute_matched   further runs of each method with so many epochs that its networks make about as many passes as Co-Reg's
+#   --epochs N          epochs of all methods (default: the recipe's)
+#
+# The run folder is the job: what is finished is skipped, what was stopped goes on. A run that fails is named at the end, and
+# its output lies in OUTPUT_DIR/logs.
+set -u
+cd "$(dirname "$0")/.."
+
+OUT=runs/compare RECIPE=digits ANNOTATIONS="" JOBS=1 SEEDS="0 1 2" SHOTS="1 4 16" MATCHED=0 EPOCHS=""
+while (($#)); do
+    case $1 in
+    --compute_matched) MATCHED=1 && shift && continue ;;
+    --output_dir | --recipe | --annotations | --jobs | --seeds | --shots | --epochs)
+        (($# > 1)) || { echo "error: $1 needs a value behind it" >&2 && exit 2; } ;;
+    *) sed -n '2,/^set -u/{s/^# \{0,1\}//p}' "$0" >&2 && exit 2 ;;
+    esac
+    case $1 in
+    --output_dir) OUT=$2 ;; --recipe) RECIPE=$2 ;; --annotations) ANNOTATIONS=$2 ;;
+    --jobs) JOBS=$2 ;; --seeds) SEEDS=$2 ;; --shots) SHOTS=$2 ;; --epochs) EPOCHS=$2 ;;
+    esac
+    shift 2
+done
+
+PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python)}
+# one thread a run: the last digits of sums depend on the number of threads, and threads of several runs get in each other's way
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+mkdir -p "$OUT/logs" || exit 2
+STARTED=()
+# told to stop, runs write a checkpoint first
+trap 'kill $(jobs -p) 2>/dev/null; wait; exit 130' INT TERM
+
+# zero_shot has a report for each of its variants
+finished() { [ -f "$OUT/$1/report.json" ] || [ -f "$OUT/$1/averaged/report.json" ]; }
+
+# run NAME SCRIPT OPTIONS...: start it in the background as soon as fewer than JOBS are running
+run() {
+    local name=$1 && shift
+    finished "$name" && return
+    while (($(jobs -rp | wc -l) >= JOBS)); do wait -n; done
+    echo "$(date +%T) $name"
+    "$PYTHON" "$@" --annotations "$ANNOTATIONS" --output_dir "$OUT/$name" >"$OUT/logs/$name.log" 2>&1 &
+    STARTED+=("$name")
+}
+
+# what every method that trains a student is told, and what those are told that tune the annotator
+student=(--recipe "$RECIPE" --workers 0 ${EPOCHS:+--epochs "$EPOCHS"})
+tuning=(--workers 0)
+if [ -z "$ANNOTATIONS" ]; then
+    ANNOTATIONS=$OUT/annotations
+    "$PYTHON" annotate_vlm.py --workers 0 --output_dir "$ANNOTATIONS" >"$OUT/logs/annotate.log" 2>&1 ||
+        { tail -n 5 "$OUT/logs/annotate.log" >&2 && exit 1; }
+    tuning+=(--preset digits)
+fi
+EPOCHS=${EPOCHS:-$("$PYTHON" train_coreg.py --recipe "$RECIPE" --print_config | sed -n 's/^epochs: //p')}
+
+# methods that learn without labels, and the passes through a network that each image costs them in an epoch, a backward pass
+# counted as two; those of Co-Reg and DivideMix, which depend on the schedule and on the division, were counted on the digits
+COREG=36
+declare -A PASSES=([kd_single]=3 [kd_averaged]=3 [dividemix_single]=25 [dividemix_averaged]=25 [cc]=3 [rc]=4 [proden]=3 [lws]=4
+    [lwc]=4 [cr_dpll]=9 [pico]=4 [pico_plus]=7 [irnet]=5 [alim_onehot]=7 [alim_scale]=7)
+
+# learn METHOD SEED [SUFFIX OPTIONS...]: one of them
+learn() {
+    local method=$1 seed=$2 command=()
+    case $method in
+    kd_*) command=(baselines/distill.py --teacher "${method#kd_}") ;;
+    dividemix_*) command=(baselines/dividemix.py --labels_from "${method#dividemix_}") ;;
+    *) command=(baselines/pll.py --method "$method") ;;
+    esac
+    run "$method${3:-}-$seed" "${command[@]}" "${student[@]}" --seed "$seed" "${@:4}"
+}
+
+run zero_shot baselines/zero_shot.py
+for seed in $SEEDS; do
+    run "coreg-$seed" train_coreg.py "${student[@]}" --seed "$seed"
+    learn supervised "$seed"
+    for method in "${!PASSES[@]}"; do learn "$method" "$seed"; done
+    for shots in $SHOTS; do
+        run "coreg_$shots-$seed" train_coreg.py "${student[@]}" --seed "$seed" --few_shot "$shots"
+        run "coop_$shots-$seed" baselines/coop.py "${tuning[@]}" --seed "$seed" --shots "$shots"
+        run "lora_$shots-$seed" baselines/lora.py "${tuning[@]}" --seed "$seed" --shots "$shots"
+    done
+    if ((MATCHED)); then
+        for method in "${!PASSES[@]}"; do
+            learn "$method" "$seed" -matched --epochs $((EPOCHS * COREG / PASSES[$method]))
+        done
+    fi
+done
+wait
+
+"$PYTHON" -m coreg.report "$OUT"
+"$PYTHON" -m coreg.report "$OUT" --format html --output "$OUT/compare.html"
+failed=()
+for name in "${STARTED[@]}"; do finished "$name" || failed+=("$name"); done
+if ((${#failed[@]})); then
+    echo "failed, see $OUT/logs: ${failed[*]}" >&2
+    exit 1
+fi

@@ -1,0 +1,193 @@
+"""What the annotator itself knows, in four ways and template by template; nothing is trained and no label is used.
+
+    accelerate launch baselines/zero_shot.py                                             # built-in digits
+    accelerate launch baselines/zero_shot.py --annotations ann --output_dir runs/zero_shot
+
+Needs an annotation store alone, no images. Every variant leaves a folder with a report.json, so that `coreg-report` lists
+it beside trained methods; a variant that is there already is not computed again.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from annotate_vlm import annotate_digits
+from coreg.annotate.candidates import candidate_sets
+from coreg.annotate.store import AnnotationStore
+from coreg.annotate.textual import averaged_embedding_classes
+from coreg.annotate.transductive import transduce
+from coreg.config import option, parse
+from coreg.errors import UserError, exits_with_one_line
+from coreg.report.metrics import accuracy
+from coreg.report.report import build_report
+from coreg.run.folder import RunFolder, write_atomically
+from coreg.run.process import build_accelerator, main_process_decides
+
+SPLITS = ("train", "test")
+
+
+@dataclass
+class ZeroShotConfig:
+    """What is judged, how, and where the reports go."""
+
+    annotations: str | None = option(
+        None, "annotation store made by annotate_vlm.py; without it the built-in digits are used"
+    )
+    variant: Literal["all", "single", "averaged", "embeddings", "transductive"] = option(
+        "all",
+        "single: the first template; averaged: mean of the templates' probabilities; embeddings: mean of their text "
+        "features; transductive: averaged, corrected by how the images of a split lie to each other",
+    )
+    output_dir: str = option("runs/zero_shot", "folder that gets one folder a variant")
+
+
+def single(store: AnnotationStore) -> np.ndarray:
+    """The votes of the first template, -1 where it names no class."""
+    return store.votes()[:, 0].astype(np.int64)
+
+
+def averaged(store: AnnotationStore) -> np.ndarray:
+    """The largest mean probability over all templates."""
+    return store.probs().argmax(axis=1)
+
+
+def embeddings(store: AnnotationStore) -> np.ndarray:
+    """One text feature a class, the mean over all templates."""
+    return averaged_embedding_classes(store, "cuda" if torch.cuda.is_available() else "cpu")
+
+
+def transductive(store: AnnotationStore) -> np.ndarray:
+    """The images of each split judged together, starting from the mean probabilities.
+
+    Raises:
+        UserError: the store keeps no features.
+    """
+    features = store.features()
+    if features is None:
+        raise UserError(f"{store.root} keeps no features, its annotator gives none")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    probs, found = store.probs(), averaged(store)
+    for split in range(len(SPLITS)):
+        rows = np.flatnonzero((store.split == split) & ~store.unreadable)
+        if len(rows):
+            near, told = (torch.from_numpy(x[rows]).to(device).float() for x in (features, probs))
+            found[rows] = transduce(near, told).argmax(dim=1).cpu().numpy()
+    return found
+
+
+# variant -> name in reports, classes int64 (N,) of all images of a store
+VARIANTS: dict[str, tuple[str, Callable[[AnnotationStore], np.ndarray]]] = {
+    "single": ("Zero-shot, single template", single),
+    "averaged": ("Zero-shot, averaged probabilities", averaged),
+    "embeddings": ("Zero-shot, averaged embeddings", embeddings),
+    "transductive": ("Zero-shot, transductive", transductive),
+}
+
+
+def template_table(store: AnnotationStore) -> dict[str, dict[str, float]]:
+    """Accuracy of every template by itself, by split; no vote counts as wrong. Empty where no label is known."""
+    votes, table = store.votes(), {}
+    for number, template in enumerate(store.templates if store.labels is not None else []):
+        table[template] = {}
+        for split, name in enumerate(SPLITS):
+            rows = (store.split == split) & ~store.unreadable
+            share = accuracy(votes[rows, number], store.labels[rows])
+            if share is not None:
+                table[template][name] = share
+    return table
+
+
+def judge(store: AnnotationStore, variant: str, folder: RunFolder, command: str) -> dict[str, Any]:
+    """Compute a variant and write its report; gives the report.
+
+    Raises:
+        UserError: the variant cannot be had from this store; nothing has been written then.
+    """
+    name, classes_of = VARIANTS[variant]
+    started = time.perf_counter()
+    classes = classes_of(store)
+    samples = {split: np.flatnonzero((store.split == number) & ~store.unreadable) for number, split in enumerate(SPLITS)}
+    report = build_report(
+        method=name,
+        store=store,
+        seed=0,
+        candidates=candidate_sets(store)[samples["train"]],
+        samples=samples,
+        predictions={split: {"ensemble": classes[rows]} for split, rows in samples.items()},
+        templates=template_table(store) if variant == "single" else None,
+        wall_seconds=time.perf_counter() - started,
+        command=command,
+    )
+    with folder.locked():
+        folder.claim(identity(store, variant))
+        write_atomically(folder.report, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    return report
+
+
+def identity(store: AnnotationStore, variant: str) -> dict[str, Any]:
+    """What makes a variant's folder the one of this job."""
+    return {"script": "baselines/zero_shot.py", "variant": variant, "store": store.hash}
+
+
+def say(reports: list[dict[str, Any]]) -> str:
+    """The variants and templates with their accuracies, as lines of text."""
+    if not any(report.get("accuracy") for report in reports):
+        return "No true labels are known, so there is no accuracy to report."
+    rows = [
+        (report["method"], {split: found["ensemble"] for split, found in report["accuracy"].items()}) for report in reports
+    ]
+    rows += [(f"  {text}", shares) for report in reports for text, shares in report.get("templates", {}).items()]
+    width = max(len(text) for text, _ in rows) + 2
+    lines = [f"{'accuracy':<{width}}{'train':>8}{'test':>8}"]
+    for text, shares in rows:
+        lines.append(f"{text:<{width}}" + "".join(f"{shares[s]:>8.1%}" if s in shares else f"{'–':>8}" for s in SPLITS))
+    return "\n".join(lines)
+
+
+@exits_with_one_line
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse, annotate where there is no store yet, judge, report."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    (config,) = parse(ZeroShotConfig, argv=argv, prog="baselines/zero_shot.py", description=__doc__)
+    accelerator, root = build_accelerator(), Path(config.output_dir)
+    if config.annotations:
+        store = AnnotationStore.open(config.annotations)
+    else:
+        store = annotate_digits(root / "annotations", accelerator)
+    command = shlex.join(["baselines/zero_shot.py", *argv])
+    chosen = list(VARIANTS) if config.variant == "all" else [config.variant]
+
+    def work() -> str:
+        lines, reports = [], []
+        for variant in chosen:
+            folder = RunFolder(root / variant)
+            folder.refuse_other(identity(store, variant))
+            if folder.finished:
+                reports.append(json.loads(folder.report.read_text(encoding="utf-8")))
+                continue
+            try:
+                reports.append(judge(store, variant, folder, command))
+            except UserError as error:
+                if len(chosen) == 1:
+                    raise
+                lines.append(f"left out: {VARIANTS[variant][0]} ({error})")
+        return "\n".join(
+            [*lines, say(reports), "", f"reports: {root}/*/report.json; coreg-report {root} makes a table of them"]
+        )
+
+    # files alone, and seconds of work: one process does it
+    accelerator.print(main_process_decides(accelerator, work))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""Conversations to learn from: an image, the annotation's own question, and the right class name as the answer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from coreg.adapt.learner import IGNORED, ChatBatch
+from coreg.adapt.tuning import Labelled
+from coreg.adapt.views import Photos, RandomView
+from coreg.annotate.chat import ChatAnnotator
+from coreg.errors import UserError
+from coreg.learn.collective import gather_rows, share
+from coreg.run.job import Run
+
+
+def join(items: Sequence[dict[str, Any]], answers: Sequence[list[int]]) -> tuple[dict[str, Tensor], Tensor]:
+    """Questions with their answers behind them as one batch, padded behind.
+
+    Args:
+        items: n results of `ChatAnnotator.preprocess`, of which the first question is taken. answers: their tokens.
+
+    Returns:
+        what the model's forward takes; labels int64 (n, L), `IGNORED` but for the answers' tokens.
+
+    Raises:
+        UserError: the model prepares the images in tensors of different shapes.
+    """
+    texts = [item["text"][0] for item in items]
+    starts = [len(text["input_ids"]) for text in texts]
+    longest = max(start + len(answer) for start, answer in zip(starts, answers))
+    labels = torch.full((len(items), longest), IGNORED)
+    told = {name: value.new_zeros(len(items), longest) for name, value in texts[0].items()}
+    told["attention_mask"] = torch.zeros(len(items), longest, dtype=torch.int64)
+    for row, (text, start, answer) in enumerate(zip(texts, starts, answers)):
+        for name, value in text.items():
+            told[name][row, :start] = value
+        stop = start + len(answer)
+        told["input_ids"][row, start:stop] = labels[row, start:stop] = torch.tensor(answer)
+        told["attention_mask"][row, :stop] = 1
+    pixels = {name: [item["pixels"][name] for item in items] for name in items[0]["pixels"]}
+    if any(len({part.shape[1:] for part in parts}) > 1 for parts in pixels.values()):
+        raise UserError("this model makes tensors of different shapes of these images; train with --batch_size 1")
+    return told | {name: torch.cat(parts) for name, parts in pixels.items()}, labels
+
+
+class ChatImages:
+    """The images of a store as a chat model is asked about them."""
+
+    def __init__(self, run: Run, labelled: Labelled, annotator: ChatAnnotator, view: RandomView) -> None:
+        self.labelled, self.annotator, self.step = labelled, annotator, run.job.batch_size
+        # one thread: fast tokenizers, a part of the preprocessing, do not work in several at once
+        self.photos = Photos(run.store.images(), annotator.preprocess, view, run.job.seed, workers=1)
+        end = annotator.ends[-1:].tolist()
+        self.answers = [name + end for name in annotator.names]
+
+    def batch(self, places: np.ndarray, epoch: int) -> ChatBatch:
+        """This process's share of the labelled images at `places`, int64 (n,), as they are seen in an epoch."""
+        mine = places[share(len(places))]
+        some = mine if len(mine) else places[:1]
+        seen = self.photos.views(self.labelled.rows[some], epoch)
+        told, labels = join(seen, [self.answers[index] for index in self.labelled.classes[some]])
+        if not len(mine):
+            labels.fill_(IGNORED)
+        tokens = sum(len(self.answers[index]) for index in self.labelled.classes[places])
+        return ChatBatch(self._send(told), labels.to(self.annotator.device), len(places), tokens)
+
+    def _send(self, told: dict[str, Tensor]) -> dict[str, Tensor]:
+        device, dtype = self.annotator.device, self.annotator.dtype
+        return {name: value.to(device, dtype if value.is_floating_point() else None) for name, value in told.items()}
+
+    def judge(self) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+        """Log probabilities (n, C) and named classes int64 (n,), -1 for none, of every split that has images."""
+        logits, named = {}, {}
+        for split, rows in self.labelled.samples.items():
+            if len(rows):
+                mine = rows[share(len(rows))]
+                # a process without rows asks about one all the same, so that all results have their shapes
+                parts = [self._ask(mine[at : at + self.step]) for at in range(0, len(mine), self.step)]
+                votes, probs = (torch.cat(part)[: len(mine)] for part in zip(*parts or [self._ask(rows[:1])]))
+                logits[split] = gather_rows(probs, len(rows)).clamp_min(1e-8).log().cpu().numpy()
+                named[split] = gather_rows(votes, len(rows)).cpu().numpy()
+        return logits, named
+
+    def _ask(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+        said = self.annotator.annotate(self.annotator.collate(self.photos.plain(rows)))
+        return said["votes"][:, 0].long().to(self.annotator.device), said["probs"].float().to(self.annotator.device)

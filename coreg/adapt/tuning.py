@@ -1,0 +1,323 @@
+"""What the tuning scripts have in common: labelled images and their features, rounds over them, the report."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from coreg.adapt.learner import IGNORED, ClipBatch, ClipLearner, Learner
+from coreg.adapt.settings import TuningJob, ViewOptions
+from coreg.adapt.views import Photos, RandomView
+from coreg.annotate.annotators import Towers, open_clip_towers, transformers_towers
+from coreg.annotate.candidates import candidate_sets
+from coreg.annotate.models import GLYPH_CLIP, ModelSpec, resolve
+from coreg.annotate.store import read_manifest
+from coreg.data.decode import decode
+from coreg.data.order import ShuffledRows
+from coreg.demo.digits import DIGIT_NAMES
+from coreg.errors import UserError
+from coreg.learn.collective import gather_rows, share
+from coreg.report.metrics import collapse_warnings
+from coreg.report.page import write_page
+from coreg.report.page_record import RunRecord, Split
+from coreg.report.report import build_report, write_labels
+from coreg.run.folder import write_atomically
+from coreg.run.job import Run
+from coreg.run.process import main_process_decides
+from coreg.run.training import Batch, Training
+
+SPLITS = ("train", "test")
+SHOWN = 64  # side in pixels of the images on a run's page
+
+
+@dataclass
+class Outlook:
+    """What a job is about, found out before anything is opened.
+
+    spec: spelling of the model to tune. classes: C. digits: whether the images are the built-in digits.
+    """
+
+    spec: str
+    classes: int
+    digits: bool
+
+    @classmethod
+    def of(cls, job: TuningJob) -> Outlook:
+        """Look into the store's manifest.
+
+        Raises:
+            UserError: there is no such store.
+        """
+        if not job.annotations:
+            return cls(job.vlm or GLYPH_CLIP, len(DIGIT_NAMES), True)
+        told = read_manifest(Path(job.annotations))
+        spec = job.vlm or told["model"]["spec"]
+        return cls(spec, len(told["class_names"]), told["images"]["spec"] == "builtin:digits")
+
+
+@dataclass
+class Labelled:
+    """The images whose labels are given away, and all that are judged at the end.
+
+    rows, classes: int64 (n,), rows of the store and their labels. samples: for `train` and `test` the rows that could be
+    read. model: what is tuned. same: whether it is the model that made the store, unchanged.
+    """
+
+    rows: np.ndarray
+    classes: np.ndarray
+    samples: dict[str, np.ndarray]
+    model: ModelSpec
+    same: bool
+
+    @classmethod
+    def of(cls, run: Run) -> Labelled:
+        """Find out what `run` is about; it belongs to the run's identity which weights are tuned.
+
+        Raises:
+            UserError: the model does not exist, or there is no label to learn from.
+        """
+        store, told = run.store, run.store.manifest["model"]
+        model = main_process_decides(run.accelerator, lambda: resolve(run.job.vlm or told["spec"]))
+        run.identity["tuned"] = {"spec": model.spec, "weights": model.weights}
+        rows = np.flatnonzero(run.known >= 0)
+        if not len(rows):
+            raise UserError(f"no training image of {store.root} has a label; give --labels FILE with a column path,label")
+        counts = np.bincount(run.known[rows], minlength=len(store.class_names))
+        if (counts == 0).any():
+            missing = [name for name, count in zip(store.class_names, counts) if not count]
+            run.accelerator.print(f"note: {len(missing)} classes have no labelled image, such as {missing[0]!r}")
+        samples = {
+            split: np.flatnonzero((store.split == number) & ~store.unreadable) for number, split in enumerate(SPLITS)
+        }
+        same = (model.spec, model.weights) == (told["spec"], told["weights"])
+        return cls(rows, run.known[rows], samples, model, same)
+
+    def method(self, name: str, job: TuningJob) -> str:
+        """What the report calls the method."""
+        said = "1 label" if len(self.rows) == 1 else f"{len(self.rows)} labels"
+        if not job.labels:
+            said = "1 shot" if job.shots == 1 else f"{job.shots} shots"
+        return f"{name} ({said})"
+
+
+def load_towers(model: ModelSpec, run: Run, precision: str = "fp32") -> Towers:
+    """The CLIP model to tune, frozen, on the device.
+
+    Raises:
+        UserError: it cannot be had, or is a chat model.
+    """
+    if model.kind == "chat":
+        raise UserError(f"{model.spec} is a chat model, and this needs one of the CLIP family; name one with --vlm")
+    load = transformers_towers if model.kind == "transformers" else open_clip_towers
+    towers = load(model, run.accelerator.device, precision)
+    if run.job.dtype == "float64":
+        towers.network.double()
+    return towers
+
+
+class ClipImages:
+    """The images of a store as a CLIP model's image tower sees them, or their features where it is frozen."""
+
+    def __init__(self, run: Run, labelled: Labelled, towers: Towers, view: ViewOptions, frozen: bool) -> None:
+        """Compute the features that are used again and again.
+
+        What the frozen model that made the store says of whole images is in the store. Random views are encoded here
+        where they are to be reused (`view.views`).
+
+        Raises:
+            UserError: features are to be reused of a tower that is trained.
+        """
+        if view.views and not frozen:
+            raise UserError("--views keeps features, and here the image tower is trained; leave it at 0")
+        job, self.device, self.dtype = run.job, run.accelerator.device, getattr(torch, run.job.dtype)
+        self.towers, self.labelled, self.step = towers, labelled, 4 * job.batch_size
+        self.read_as = next(weight.dtype for weight in towers.network.parameters())
+        size = towers.preprocess(Image.new("RGB", (64, 64))).shape[-1]
+        random = RandomView(view.crop, view.flip, size)
+        # training reads no image where all features are in the store
+        self._open = lambda: Photos(run.store.images(), towers.preprocess, random, job.seed, job.workers)
+        self.stored = run.store.features() if frozen and labelled.same else None
+        self.kept: list[Tensor] = []
+        if frozen and not random.random:
+            self.kept = [self.features(labelled.rows)]
+        elif frozen:
+            self.kept = [self._encode(labelled.rows, number) for number in range(view.views)]
+
+    def batch(self, places: np.ndarray, epoch: int) -> ClipBatch:
+        """This process's share of the labelled images at `places`, int64 (n,), as they are seen in an epoch."""
+        mine, classes = places[share(len(places))], self.labelled.classes[places[share(len(places))]]
+        if not len(mine):
+            mine, classes = places[:1], np.array([IGNORED])
+        if self.kept:
+            images = self.kept[epoch % len(self.kept)][torch.from_numpy(mine).to(self.device)]
+        else:
+            images = self._pixels(self.photos.views(self.labelled.rows[mine], epoch))
+        return ClipBatch(images, bool(self.kept), torch.from_numpy(classes).to(self.device), len(places))
+
+    def features(self, rows: np.ndarray) -> Tensor:
+        """Features (n, E) of length 1 of whole images, on every process."""
+        if self.stored is None:
+            return self._encode(rows, None)
+        stored = torch.from_numpy(self.stored[rows]).to(self.device, self.dtype)
+        return torch.nn.functional.normalize(stored, dim=-1)
+
+    def sample(self, count: int) -> tuple[Tensor, bool]:
+        """The first few labelled images, pixels or features, and whether they are features; the same on every process."""
+        rows = self.labelled.rows[:count]
+        return (self._pixels(self.photos.plain(rows)), False) if self.stored is None else (self.features(rows), True)
+
+    @cached_property
+    def photos(self) -> Photos:
+        """The images themselves."""
+        return self._open()
+
+    def _pixels(self, prepared: list[Tensor]) -> Tensor:
+        return torch.stack(prepared).to(self.device, self.read_as)
+
+    @torch.no_grad()
+    def _encode(self, rows: np.ndarray, number: int | None) -> Tensor:
+        """Features of random view `number`, or of whole images; every process does its share."""
+        mine = rows[share(len(rows))]
+        parts = []
+        # a process without rows reads one all the same, so that all know the features' length
+        for start in range(0, max(len(mine), 1), self.step):
+            some = mine[start : start + self.step] if len(mine) else rows[:1]
+            seen = self.photos.plain(some) if number is None else self.photos.views(some, number)
+            parts.append(torch.nn.functional.normalize(self.towers.image(self._pixels(seen)).to(self.dtype), dim=-1))
+        return gather_rows(torch.cat(parts)[: len(mine)], len(rows))
+
+
+@torch.no_grad()
+def judge(learner: ClipLearner, images: ClipImages, labelled: Labelled) -> dict[str, np.ndarray]:
+    """Logits (n, C) of every split that has images."""
+    learner.train(False)
+    samples = {split: rows for split, rows in labelled.samples.items() if len(rows)}
+    return {split: learner.logits(images.features(rows), encoded=True).cpu().numpy() for split, rows in samples.items()}
+
+
+def tuning_epoch(
+    run: Run,
+    training: Training,
+    batch: Callable[[np.ndarray, int], Batch],
+    count: int,
+    rate: Callable[[float], float],
+    at_boundary: Callable[[], None],
+    advance: Callable[[float], None],
+) -> dict[str, float]:
+    """The rest of the present round over `count` labelled images; gives its curves.
+
+    Args:
+        batch: places int64 (n,) of the global batch, epoch -> this process's share.
+        rate: learning rate after so many epochs.
+        at_boundary, advance: see `Run.train`.
+    """
+    job = run.job
+    rows = ShuffledRows(np.arange(count), job.batch_size, (job.seed, "labelled", training.epoch))
+    while training.step < rows.per_round:
+        step, accumulated = training.step, job.gradient_accumulation_steps
+        for optimizer in training.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate(training.epoch + step / rows.per_round)
+        made = batch(rows.batch(step), training.epoch)
+        update = (step + 1) % accumulated == 0 or step + 1 == rows.per_round
+        training.optimise(run.accelerator, made, update, accumulated)
+        training.images_seen += made.size
+        advance(1 / rows.per_round)
+        if update:
+            at_boundary()
+    training.finish_network()
+    return training.finish_epoch({"lr": rate(training.epoch)})
+
+
+def begin(run: Run, learner: Learner, optimizer: torch.optim.Optimizer) -> Training:
+    """Training of one learner, from the run folder's newest checkpoint if there is one."""
+    training = Training([learner], [learner], [run.accelerator.prepare_model(learner)], [optimizer])
+    run.begin(training)
+    return training
+
+
+def _record(
+    run: Run, labelled: Labelled, training: Training, report: dict[str, Any], logits: dict[str, np.ndarray]
+) -> RunRecord:
+    """What the page shows of the run."""
+    store, train = run.store, labelled.samples["train"]
+    images, truth, zero_shot = store.images(), store.labels, store.probs().argmax(axis=1)
+
+    def split(name: str) -> Split:
+        rows = labelled.samples[name]
+        labels = np.full(len(rows), -1) if truth is None else truth[rows]
+        return Split({"ensemble": logits[name]}, zero_shot[rows], labels)
+
+    return RunRecord(
+        report=report,
+        settings=run.settings,
+        curves=training.curves,
+        folder=str(run.folder.root),
+        annotations=str(store.root),
+        class_names=store.class_names,
+        paths=[store.paths[row] for row in train.tolist()],
+        pixels=lambda rows: decode(images, train[rows], SHOWN, 3, run.job.workers).numpy(),
+        train=split("train"),
+        test=split("test") if "test" in logits else None,
+        known=run.known[train],
+    )
+
+
+def finish(
+    run: Run,
+    labelled: Labelled,
+    training: Training,
+    method: str,
+    logits: dict[str, np.ndarray],
+    named: dict[str, np.ndarray],
+    **more: Any,
+) -> dict[str, Any]:
+    """Purified labels, the page and the report, written by the main process; gives the report.
+
+    Args:
+        method: its name in the report. more: further fields.
+        logits: (n, C) for each split that has images. named: int64 (n,), the predicted classes, -1 for none.
+    """
+    job, store, folder, learner = run.job, run.store, run.folder, training.learners[0]
+    train = labelled.samples["train"]
+
+    def write() -> dict[str, Any]:
+        annotator = store.probs()[train].argmax(axis=1)
+        paths = [store.paths[row] for row in train.tolist()]
+        on_train = {"ensemble": logits["train"]}
+        needs_review = write_labels(folder.root / "labels.csv", store.class_names, paths, on_train, [], annotator)
+        report = build_report(
+            method=method,
+            store=store,
+            seed=job.seed,
+            candidates=candidate_sets(store, job.candidates)[train],
+            samples=labelled.samples,
+            predictions={split: {"ensemble": classes} for split, classes in named.items()},
+            labels_used=len(labelled.rows),
+            needs_review=needs_review,
+            warnings=collapse_warnings(named["train"][named["train"] >= 0], store.class_names),
+            last_epoch=training.curves[-1],
+            tuned_model=labelled.model.spec,
+            trainable_parameters=sum(weight.numel() for weight in learner.trainable().values()),
+            images_per_second=training.images_seen / training.seconds,
+            training_seconds=training.seconds,
+            wall_seconds=time.perf_counter() - run.started,
+            processes=run.accelerator.num_processes,
+            command=run.command,
+            **more,
+        )
+        write_page(folder.root, _record(run, labelled, training, report, logits))
+        write_atomically(folder.report, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+        return report
+
+    return main_process_decides(run.accelerator, write)

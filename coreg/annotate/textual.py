@@ -1,0 +1,53 @@
+"""The text side of the annotator that made a store, loaded anew: what stored features say under other texts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from coreg.annotate.annotators import ClipAnnotator
+from coreg.annotate.models import resolve
+from coreg.annotate.store import AnnotationStore
+from coreg.errors import UserError
+
+
+def text_side(store: AnnotationStore, templates: Sequence[str], device: torch.device | str = "cpu") -> ClipAnnotator:
+    """The annotator of `store` with other templates for the same class names; its `judge` takes the stored features.
+
+    Raises:
+        UserError: the store keeps no features, or its annotator has no text side, cannot be had, or has changed since.
+    """
+    told = store.manifest["model"]
+    if store.manifest["features"] is None:
+        raise UserError(f"{store.root} keeps no features, its annotator gives none")
+    model = resolve(told["spec"])
+    if model.weights != told["weights"]:
+        raise UserError(f"{model.spec} is not what made {store.root}: its files changed")
+    return ClipAnnotator(model, templates, store.class_names, device, told["precision"])
+
+
+def single_template_probabilities(store: AnnotationStore, device: torch.device | str = "cpu") -> np.ndarray:
+    """What template 0 alone says, float16 (N, C), where the store keeps its vote and the mean over all templates.
+
+    Raises:
+        UserError: as `text_side`.
+    """
+    annotator = text_side(store, store.templates[:1], device)
+    return np.concatenate([annotator.judge(tensors["features"])["probs"].cpu().numpy() for _, tensors in store.parts()])
+
+
+def averaged_embedding_classes(store: AnnotationStore, device: torch.device | str = "cpu") -> np.ndarray:
+    """Classes int64 (N,) named by one text feature a class, the mean over the templates of features of length 1.
+
+    That is how CLIP itself joins templates, another classifier than the mean of probabilities.
+
+    Raises:
+        UserError: as `text_side`.
+    """
+    annotator = text_side(store, store.templates, device)
+    templates, classes = annotator.shape
+    text = annotator.text.view(templates, classes, -1).mean(dim=0)
+    text = torch.nn.functional.normalize(text, dim=1).cpu().numpy()
+    return np.concatenate([(t["features"].astype(np.float32) @ text.T).argmax(axis=1) for _, t in store.parts()])

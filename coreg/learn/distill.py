@@ -1,0 +1,51 @@
+"""Knowledge distillation without labels: a small network mimics the probabilities of a fixed teacher.
+
+Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network" (2015), with the annotator's probabilities of the
+image as it is for a teacher, and no labels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from coreg.learn import losses
+from coreg.learn.collective import rank_and_world
+from coreg.learn.pseudo import sharpen
+from coreg.nets.model import CoRegNet
+
+
+@dataclass
+class DistillBatch:
+    """This process's share of a step: images (l, c, H, W), teacher probabilities (l, C), and n rows of the global batch."""
+
+    images: Tensor
+    teacher: Tensor
+    n: int
+
+    @property
+    def size(self) -> int:
+        """Images of the global step."""
+        return self.n
+
+
+class DistillLearner(nn.Module):
+    """A network whose forward is a whole training step."""
+
+    def __init__(self, net: CoRegNet, temperature: float) -> None:
+        super().__init__()
+        self.net = net
+        self.temperature = temperature
+
+    def forward(self, batch: DistillBatch) -> dict[str, Tensor]:
+        """The step's `loss` (with gradient) and `divergence` (without), scalars; the latter is this process's share.
+
+        L = T^2 KL(t || f), t the teacher's probabilities and f the network's, both tempered by T; the factor keeps the size
+        of the gradient as it is at T = 1.
+        """
+        logits, _ = self.net(batch.images)
+        teacher = sharpen(batch.teacher, self.temperature)
+        divergence = losses.divergence(teacher, losses.log_probabilities(logits / self.temperature)).sum() / batch.n
+        _, world = rank_and_world()
+        return {"loss": self.temperature**2 * divergence * world, "divergence": divergence.detach()}

@@ -1,0 +1,25 @@
+"""Single-network methods that learn from candidate sets, each a small object in `METHODS`.
+
+To add one: derive from `coreg.learn.partial.method.PartialMethod`, say which views it wants, what its loss is and how its
+tables change, and name it here and in `coreg.learn.partial.options`.
+"""
+
+from coreg.learn.partial.method import PartialMethod
+from coreg.learn.partial.noisy import ALIMOnehot, ALIMScale, IRNet
+from coreg.learn.partial.pico import PiCO, PiCOPlus
+from coreg.learn.partial.plain import CC, CRDPLL, LWC, LWS, PRODEN, RC
+
+METHODS: dict[str, type[PartialMethod]] = {
+    "cc": CC,
+    "rc": RC,
+    "proden": PRODEN,
+    "lws": LWS,
+    "lwc": LWC,
+    "cr_dpll": CRDPLL,
+    "pico": PiCO,
+    "pico_plus": PiCOPlus,
+    "irnet": IRNet,
+    "alim_onehot": ALIMOnehot,
+    "alim_scale": ALIMScale,
+    "supervised": CC,
+}

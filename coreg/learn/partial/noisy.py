@@ -1,0 +1,130 @@
+"""ALIM and IRNet: PiCO for candidate sets that may miss the truth; they weigh, or add, classes outside of them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from coreg.learn.losses import log_probabilities, soft_cross_entropy
+from coreg.learn.options import Contrast
+from coreg.learn.partial.method import Outputs, Passes, Step, mine, write
+from coreg.learn.partial.pico import PiCO
+from coreg.learn.pseudo import mix
+
+
+class ALIMOnehot(PiCO):
+    """Adjusting label importance (Xu et al., NeurIPS 2023): a class outside the candidate set counts lambda.
+
+    lambda is 0 until the share `correction_start` of the epochs is over. From then on, where the noise rate eta is known,
+    it is after every epoch the eta-quantile of the images' margins (the best score in the set over the best outside), at
+    most 1: so many images then believe most in a class that was not offered. Otherwise it is the constant `importance`.
+    The confidence moves towards the best class.
+    """
+
+    score_temperature = 0.07
+
+    def init(self, candidates: Tensor, certain: Tensor | None = None, dtype: torch.dtype = torch.float32) -> None:
+        super().init(candidates, certain, dtype)
+        self.register_buffer("weight", torch.zeros((), dtype=dtype))
+        # one place an image, so that each counts once; nan: not seen in this epoch
+        self.register_buffer("log_margin", torch.full((len(candidates),), torch.nan, dtype=dtype))
+
+    def passes(self, step: Step) -> Passes:
+        return Passes(key="strong", mixup="epoch")
+
+    def loss(self, outputs: Outputs, index: Tensor, step: Step) -> dict[str, Tensor]:
+        parts, mixed = super().loss(outputs, index, step), outputs.mixed
+        # partners have the confidence that they were left with, even those of this batch
+        targets = self._next_confidence(outputs, mine(index), step)
+        targets = mix(targets, self.confidence[mixed.partner], mixed.share_kept)
+        mixup = soft_cross_entropy(mixed.logits, targets).sum() / len(index)
+        return parts | {"loss": parts["loss"] + mixup, "mixup": mixup}
+
+    def update(self, outputs: Outputs, index: Tensor, step: Step) -> None:
+        log_score, members = self._log_score(outputs.features[0]), self.candidates[mine(index)]
+        inside = log_score.masked_fill(~members, -torch.inf).amax(dim=1)
+        outside = log_score.masked_fill(members, -torch.inf).amax(dim=1)
+        write(self.log_margin, index, inside - outside)
+        super().update(outputs, index, step)
+
+    def finish_epoch(self, step: Step) -> dict[str, float]:
+        if step.reached(self.options.correction_start):
+            self.weight.fill_(self.options.importance if self.options.noise_rate < 0 else self._quantile())
+        self.log_margin.fill_(torch.nan)
+        return {"importance": float(self.weight)}
+
+    def _quantile(self) -> Tensor | float:
+        """The eta-quantile of the doubtful images' margins of this epoch, at most 1; 0 for eta = 0."""
+        margins = self.log_margin[~self.log_margin.isnan() & ~self.certain].sort().values
+        if not self.options.noise_rate or not len(margins):
+            return 0.0
+        return margins[min(int(len(margins) * self.options.noise_rate), len(margins) - 1)].clamp_max(0).exp()
+
+    def _mode(self, step: Step) -> Contrast:
+        return "supervised"
+
+    def _log_trust(self, rows: Tensor) -> Tensor:
+        trust, members = super()._log_trust(rows), self.candidates[rows]
+        return torch.where(members | self.certain[rows, None], trust, self.weight.log())
+
+
+class ALIMScale(ALIMOnehot):
+    """ALIM whose confidence moves towards the weighted scores, renormalised."""
+
+    def _aim(self, log_score: Tensor) -> Tensor:
+        return torch.softmax(log_score, dim=1)
+
+
+class IRNet(PiCO):
+    """Iterative refinement (Lian et al., "IRNet", 2022): classes are added to candidate sets, for good.
+
+    After the share `correction_start` of the epochs, an image whose two weak views both score the same class outside the
+    set higher than any candidate, by a margin, gets that class as a candidate. The authors start when the accuracy on the
+    test set stops growing; a fixed time needs no labels.
+    """
+
+    alpha, beta = 6.0, 1.0  # of the symmetric cross-entropy and its reverse part
+
+    def init(self, candidates: Tensor, certain: Tensor | None = None, dtype: torch.dtype = torch.float32) -> None:
+        super().init(candidates, certain, dtype)
+        self.register_buffer("candidates", candidates.clone())  # in checkpoints: they grow
+        self.margin = self.options.correction_margin / candidates.shape[1]
+
+    def passes(self, step: Step) -> Passes:
+        return Passes(key="strong", glance="weak" if step.reached(self.options.correction_start) else None)
+
+    def loss(self, outputs: Outputs, index: Tensor, step: Step) -> dict[str, Tensor]:
+        parts = super().loss(outputs, index, step)
+        if not self.options.symmetric:
+            return parts
+        p = log_probabilities(outputs.logits[0]).exp().clamp(1e-7, 1)
+        targets = self._next_confidence(outputs, mine(index), step).clamp(1e-4, 1)
+        reverse = -(p * targets.log()).sum() / len(index)
+        extra = (self.alpha - 1) * parts["classification"] + self.beta * reverse
+        return parts | {"loss": parts["loss"] + extra, "reverse": reverse}
+
+    def update(self, outputs: Outputs, index: Tensor, step: Step) -> None:
+        scores = self._log_score(outputs.features[0]).exp()
+        glanced = None if outputs.glance is None else self._log_score(outputs.glance).exp()
+        super().update(outputs, index, step)
+        if glanced is not None:
+            self._correct(scores, glanced, index)
+
+    def finish_epoch(self, step: Step) -> dict[str, float]:
+        return {"candidates": float(self.candidates.sum(dim=1).double().mean())}
+
+    def _correct(self, scores: Tensor, glanced: Tensor, index: Tensor) -> None:
+        """Add the class that both views (l, C) agree on to candidate sets, with its score as confidence."""
+        rows = mine(index)
+        members, confidence = self.candidates[rows], self.confidence[rows]
+        found = []
+        for view in (scores, glanced):
+            best, best_class = view.masked_fill(members, -torch.inf).max(dim=1)
+            found.append((best > view.masked_fill(~members, -torch.inf).amax(dim=1) + self.margin, best_class))
+        (first, new_class), (second, same_class) = found
+        noisy = first & second & (new_class == same_class) & ~self.certain[rows]
+        added = F.one_hot(new_class, members.shape[1]).bool() & noisy[:, None]
+        confidence = torch.where(added, scores.to(confidence.dtype), confidence)
+        write(self.confidence, index, confidence / confidence.sum(dim=1, keepdim=True))
+        write(self.candidates, index, members | added)

@@ -1,0 +1,101 @@
+"""The settings of the single-network partial-label methods."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Name = Literal[
+    "cc", "rc", "proden", "lws", "lwc", "cr_dpll", "pico", "pico_plus", "irnet", "alim_onehot", "alim_scale", "supervised"
+]
+# of `coreg.data.augment.VIEWS`
+View = Literal["plain", "weak", "strong", "pico_weak", "pico_strong", "cr_weak", "cr_strong", "cr_strong_svhn"]
+
+
+def _option(default: Any, text: str) -> Any:
+    made = {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
+    return field(**made, metadata={"help": text})
+
+
+@dataclass
+class PartialOptions:
+    """Which method, and its hyper-parameters; starting times are shares of all epochs."""
+
+    _argument_group_name = "partial-label method"
+
+    method: Name = _option("proden", "what is trained; supervised takes the store's true labels, an upper bound")
+    preset: Literal["matched", "official"] = _option(
+        "matched",
+        "matched: Co-Reg's student, batch, schedule and views; official: optimiser, epochs, batch and views of the "
+        "method's authors, which win over the recipe",
+    )
+    weak_view: View = _option("weak", "what a weak view is")
+    strong_view: View = _option("strong", "what a strong view is; the CR authors' views of SVHN: plain and cr_strong_svhn")
+    schedule: Literal["cosine", "halving", "steps"] = _option(
+        "cosine", "learning rate: cosine to --lr_floor, halved five times, or a tenth at half and at three quarters"
+    )
+    leverage: float = _option(1.0, "LWS, LWC: beta, weight of the classes outside the candidate set")
+    consistency_weight: float = _option(1.0, "CR-DPLL: lambda, weight of the consistency loss")
+    consistency_ramp: float = _option(0.5, "CR-DPLL: share of the epochs over which lambda grows from 0")
+    contrast_weight: float = _option(0.5, "PiCO and its kin: weight of the contrastive loss")
+    contrast_temperature: float = _option(0.07, "PiCO and its kin: of the contrastive similarities")
+    prototype_start: int = _option(1, "PiCO and its kin: epoch from which prototypes move the confidence")
+    prototype_momentum: float = _option(0.99, "PiCO and its kin: momentum of the class prototypes")
+    key_momentum: float = _option(0.999, "PiCO and its kin: momentum of the encoder that makes the keys")
+    confidence_momentum: list[float] = _option([0.95, 0.8], "PiCO and its kin: phi in the first and in the last epoch")
+    queue_size: int = _option(8192, "PiCO and its kin: keys kept for contrast")
+    projection_dim: int = _option(128, "D, width of the projected features")
+    mixup_alpha: float = _option(4.0, "PiCO+, ALIM: MixUp's lambda is drawn from Beta(alpha, alpha)")
+    pure_ratio: float = _option(0.6, "PiCO+: share of the images that count as reliable")
+    neighbours: int = _option(16, "PiCO+: nearest features that an unreliable image is drawn to")
+    neighbour_start: float = _option(0.125, "PiCO+: share of the epochs before that begins")
+    correction_start: float = _option(0.1, "ALIM, IRNet: share of the epochs before candidate sets are doubted")
+    noise_rate: float = _option(
+        -1.0, "ALIM: share of candidate sets without the truth; -1 to count it on labelled images, if there are any"
+    )
+    importance: float = _option(0.4, "ALIM: lambda, weight of classes outside the set, where the noise rate is unknown")
+    correction_margin: float = _option(0.2, "IRNet: tau times C, by how much a score outside the set has to be larger")
+    symmetric: bool = _option(False, "IRNet: symmetric cross-entropy, as its authors use on CIFAR-10")
+
+
+_DEEP: dict[str, Any] = {"lr": 0.05, "lr_floor": 0, "lr_horizon": 0, "weight_decay": 1e-3, "batch_size": 256, "epochs": 250}
+_LEVERAGED = {"batch_size": 256, "epochs": 250, "schedule": "halving"}
+_PICO = {
+    "lr": 0.01,
+    "lr_floor": 1e-5,
+    "lr_horizon": 0,
+    "weight_decay": 1e-3,
+    "batch_size": 256,
+    "epochs": 800,
+    "weak_view": "pico_weak",
+    "strong_view": "pico_strong",
+    "prototype_momentum": 0.99,
+    "key_momentum": 0.999,
+    "queue_size": 8192,
+}
+_NOISY = _PICO | {"batch_size": 128, "epochs": 1000}
+
+# What the methods' authors train with, on CIFAR-10 where it depends on the data. The backbone stays the recipe's.
+# CC, RC and PRODEN: values in the range that their authors search
+OFFICIAL: dict[str, dict[str, Any]] = {
+    "cc": _DEEP,
+    "rc": _DEEP,
+    "proden": _DEEP,
+    "supervised": _DEEP,
+    "lws": _LEVERAGED | {"lr": 0.05, "weight_decay": 1e-3},
+    "lwc": _LEVERAGED | {"lr": 0.01, "weight_decay": 1e-2},
+    "cr_dpll": {
+        "lr": 0.1,
+        "weight_decay": 1e-4,
+        "batch_size": 64,
+        "epochs": 200,
+        "schedule": "steps",
+        "weak_view": "cr_weak",
+        "strong_view": "cr_strong",
+    },
+    "pico": _PICO,
+    "pico_plus": _PICO | {"prototype_start": 5},
+    "irnet": _NOISY | {"correction_start": 0.15, "symmetric": True},
+    "alim_onehot": _NOISY | {"correction_start": 0.08},
+    "alim_scale": _NOISY | {"correction_start": 0.08},
+}

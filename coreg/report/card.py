@@ -1,0 +1,111 @@
+"""The README of an export: what the networks name, what they were made from, how good they are, how to use them."""
+
+from __future__ import annotations
+
+import html
+import re
+from typing import Any
+
+FRONT = """---
+library_name: timm
+pipeline_tag: image-classification
+tags:
+- image-classification
+- coreg
+- weak-supervision
+---
+"""
+
+LIMITS = """
+- The training images were labelled by a vision-language model, with mistakes, and what it gets wrong systematically the
+  networks may have learned.
+- Every image is given one of the classes above, whatever it shows. A low probability is a hint, no proof, that it shows
+  something else.
+- The numbers above hold for images like those named above.
+- The probabilities are softmax(mean logits / temperature); `coreg.json` says what the temperature was fitted to."""
+
+USE = """
+    coreg-predict --model FOLDER --images photos --output predictions.csv
+
+with the Python package coreg installed, where `FOLDER` holds this file (from the hub: `hf download USER/NAME --local-dir
+FOLDER`). Each network is an ordinary timm model:
+
+    import timm, coreg.nets
+    model = timm.create_model("local-dir:FOLDER/net1", pretrained=True).eval()
+
+Images are squashed to {size}x{size} pixels, bilinear with antialiasing, {colour}, and normalised with the mean and standard
+deviation in `coreg.json`. The prediction is the mean of the networks' logits.
+"""
+
+
+def escaped(text: str) -> str:
+    """One line that Markdown and HTML show letter by letter, whatever it holds."""
+    line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    return re.sub(r"([\\`*_{}\[\]()#+\-.!|~:/@])", r"\\\1", html.escape(line))
+
+
+def public_name(spec: str) -> str:
+    """`spec` with nothing but the last part of every absolute path: one's own folders are nobody else's business."""
+    return re.sub(r'(^|[:"])/(?:[^/"]+/)*([^/"]+)/?', r"\1\2", spec)
+
+
+def _accuracy_lines(report: dict[str, Any]) -> list[str]:
+    achieved, before = report.get("accuracy", {}), report["annotator"].get("zero_shot_accuracy", {})
+    if not achieved:
+        return ["No true labels are known, so no accuracy can be given."]
+    lines = ["| images | annotator | this model | 95 % interval | n |", "|---|---|---|---|---|"]
+    for split, row in achieved.items():
+        low, high = row["interval"]
+        kind = "training (labels not used)" if split == "train" else "test"
+        zero_shot = f"{before[split]:.1%}" if split in before else "–"
+        lines.append(f"| {kind} | {zero_shot} | {row['ensemble']:.1%} | {low:.1%} to {high:.1%} | {row['n']} |")
+    return lines
+
+
+def _class_lines(report: dict[str, Any], class_names: list[str]) -> list[str]:
+    rows = report.get("per_class_accuracy", {})
+    if not rows:
+        return [f"{number}. {escaped(name)}" for number, name in enumerate(class_names)]
+    lines = [f"| class | annotator | this model | n ({report['per_class_split']}) |", "|---|---|---|---|"]
+    for name in class_names:
+        shares = [f"{value:.0%}" if value is not None else "–" for value in map(rows[name].get, ("annotator", "ensemble"))]
+        lines.append(f"| {escaped(name)} | {shares[0]} | {shares[1]} | {rows[name]['n']} |")
+    return lines
+
+
+def model_card(report: dict[str, Any], settings: dict[str, Any]) -> str:
+    """Markdown with the hub's front matter; everything that came from outside is escaped, and no path is told.
+
+    Args:
+        report: as `coreg.report.report.build_report` gives it. settings: the export's `coreg.json`.
+    """
+    names, annotator = settings["class_names"], report["annotator"]
+    known = report["labels_used"]
+    labels = "No label was used in training." if not known else f"{known} labels that a person gave were used in training."
+    title = f"{len(names)} classes from {escaped(public_name(report['dataset']))}"
+    nets = f"{settings['nets']} networks" if settings["nets"] > 1 else "One network"
+    lines = [
+        FRONT,
+        f"# {title}",
+        "",
+        f"{nets} of {report['parameters'] / 1e6:.2f} M parameters, trained with {escaped(report['method'])} on "
+        f"{report['images']['train']} images that {escaped(public_name(annotator['name']))} annotated with "
+        f"{annotator['mean_candidates']:.2f} candidate classes each. {labels}",
+        "",
+        "## How good it is",
+        "",
+        *_accuracy_lines(report),
+        "",
+        "## Classes",
+        "",
+        *_class_lines(report, names),
+        "",
+        "## Limits",
+        LIMITS,
+        *(f"- Noticed at the end of training: {escaped(line)}." for line in report.get("warnings", [])),
+        "",
+        "## How to use it",
+        USE.format(size=settings["image_size"], colour="grey" if settings["channels"] == 1 else "RGB"),
+        f"Made with coreg {escaped(report['versions'].get('coreg', ''))}.",
+    ]
+    return "\n".join(lines) + "\n"

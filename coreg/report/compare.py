@@ -1,0 +1,163 @@
+"""One table of many runs: every method writes the same report.json, so they stand side by side.
+
+    coreg-report runs/*                                     Markdown on the screen
+    coreg-report runs --format html --output compare.html   a page that stands alone
+    coreg-report runs --format csv --output compare.csv     all numbers, unrounded
+
+A path is a report.json or a folder that holds some, at any depth. Runs of a method that differ in their seed alone are one
+row, with mean and standard deviation; where other settings differ, a row says what is special about it.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from coreg.config import option, parse
+from coreg.errors import UserError, exits_with_one_line
+from coreg.report.tables import FORMATS, Run, compare, printable
+
+SCHEMA = 1
+LARGEST = 1e15  # of a count or a number of seconds
+# settings that make no other method of a run: the seed, places, and how often it is saved
+NOT_THE_METHOD = (
+    "seed",
+    "annotations",
+    "output_dir",
+    "labels",
+    "workers",
+    "report_to",
+    "print_config",
+    "checkpoint_minutes",
+    "timeout_minutes",
+)
+
+
+@dataclass
+class CompareConfig:
+    """What the table looks like and where it goes."""
+
+    format: Literal["md", "csv", "html"] = option("md", "Markdown, all numbers as CSV, or a page that stands alone")
+    output: str | None = option(None, "file to write; default: the screen")
+
+
+def find_reports(paths: Sequence[str]) -> tuple[list[Path], list[str]]:
+    """The report.json files at or under `paths`, each once and in order, and a line for each path without any."""
+    found: dict[Path, None] = {}
+    said = []
+    for path in map(Path, paths):
+        here = [path] if path.is_file() else sorted(path.rglob("report.json"))
+        if not here:
+            said.append(f"{path} holds no report.json" if path.exists() else f"{path} does not exist")
+        found |= dict.fromkeys(here)
+    return list(found), said
+
+
+def _is_share(value: Any) -> bool:
+    return isinstance(value, (int, float)) and 0 <= value <= 1
+
+
+def _is_number(value: Any) -> bool:
+    return value is None or (isinstance(value, (int, float)) and 0 <= value <= LARGEST)
+
+
+def _are_accuracies(value: Any) -> bool:
+    if value is None:
+        return True
+    return isinstance(value, dict) and all(
+        isinstance(found, dict)
+        and _is_share(found.get("ensemble"))
+        and isinstance(found.get("interval"), list)
+        and len(found["interval"]) == 2
+        and all(map(_is_share, found["interval"]))
+        for found in value.values()
+    )
+
+
+# what the tables read of a report, and whether a value can be that
+FIELDS: dict[str, Callable[[Any], bool]] = {
+    "method": lambda value: isinstance(value, str),
+    "dataset": lambda value: isinstance(value, str),
+    "annotator": lambda value: isinstance(value, dict) and isinstance(value.get("name"), str),
+    "seed": lambda value: isinstance(value, int),
+    "labels_used": lambda value: isinstance(value, int) and _is_number(value),
+    "accuracy": _are_accuracies,
+    "parameters": _is_number,
+    "training_seconds": _is_number,
+    "wall_seconds": _is_number,
+}
+
+
+def read_run(path: Path) -> Run:
+    """A report, checked field by field because it may come from anywhere, with the settings of the config.yaml beside it.
+
+    Raises:
+        UserError: it cannot be read, or is no report of this schema; the message is one line.
+    """
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read ({' '.join(str(error).split())[:100]})") from None
+    schema = report.get("schema") if isinstance(report, dict) else None
+    if schema != SCHEMA:
+        raise UserError(f"{path} has report schema {str(schema)[:20]}, this version reads {SCHEMA}")
+    for name, fits in FIELDS.items():
+        if not fits(report.get(name)):
+            raise UserError(f"{path} is no report of a run: its {name} is {str(report.get(name))[:40]}")
+    return Run(path, report, read_settings(path.with_name("config.yaml")))
+
+
+def read_settings(path: Path) -> dict[str, str]:
+    """What makes a run's method, as short texts by name; empty where no config.yaml can be read."""
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError, RecursionError):
+        return {}
+    told = {}
+    for name, value in settings.items() if isinstance(settings, dict) else ():
+        parts = value if isinstance(value, list) else [value]
+        if name not in NOT_THE_METHOD and all(isinstance(part, (str, int, float)) for part in parts):
+            told[str(name)] = " ".join(map(str, parts))
+    return told
+
+
+@exits_with_one_line
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of `coreg-report`."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    dashes = next((place for place, word in enumerate(words) if word.startswith("-")), len(words))
+    paths, options = words[:dashes], words[dashes:]
+    (config,) = parse(CompareConfig, argv=options, prog="coreg-report PATH ...", description=__doc__)
+    if not paths:
+        raise UserError("no runs are named; write for example: coreg-report runs/*")
+    reports, said = find_reports(paths)
+    runs = []
+    for path in reports:
+        try:
+            runs.append(read_run(path))
+        except UserError as error:
+            said.append(str(error))
+    tables, repeated = compare(runs)
+    for line in [*said, *repeated]:
+        print(f"left out: {printable(line)}", file=sys.stderr)
+    if not tables:
+        raise UserError(f"{paths[0]} holds no report that can be read; give the folders of finished runs, such as runs/*")
+    page = FORMATS[config.format](tables)
+    if config.output is None:
+        print(page, end="")
+        return
+    try:
+        Path(config.output).write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write {config.output} ({error.strerror}); choose another --output") from None
+    print(f"{config.output}: {sum(len(shown.rows) for shown in tables)} rows from {len(runs)} runs")
+
+
+if __name__ == "__main__":
+    main()

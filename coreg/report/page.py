@@ -1,0 +1,261 @@
+"""The report of a run for a person: one HTML file that stands alone and needs no true labels.
+
+`page` is a pure function of a `RunRecord`; `write_page` puts report.html and label_next.csv into the run folder.
+"""
+
+from __future__ import annotations
+
+import math
+import shlex
+from pathlib import Path
+
+import numpy as np
+
+from coreg.report import page_charts, page_classes
+from coreg.report.metrics import accuracy, mean_prediction_entropy, wilson_interval
+from coreg.report.page_charts import COLOURS, Interval, Line, interval_chart, line_chart, mixture_chart
+from coreg.report.page_images import (
+    LABEL_NEXT,
+    SHOWN,
+    changed_gallery,
+    changed_rows,
+    unsure_gallery,
+    unsure_rows,
+    write_label_next,
+)
+from coreg.report.page_record import RunRecord, Split
+from coreg.run.folder import write_atomically
+from coreg.webpage import document, percent, table, text
+
+STYLE = """
+.kicker{color:var(--muted);margin:0}
+.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(9.5rem,1fr));gap:.7rem;margin:1.2rem 0}
+.tiles div{background:var(--panel);border-radius:6px;padding:.6rem .8rem}
+.tiles dt{color:var(--muted);font-size:.8125rem;line-height:1.3}
+.tiles dd{margin:0;font-size:1.35rem;font-weight:600;font-variant-numeric:tabular-nums}
+.intervals{max-width:30rem}
+.right{color:var(--good)}.wrong{color:var(--bad)}
+"""
+
+
+def write_page(folder: Path, record: RunRecord) -> None:
+    """Write report.html and label_next.csv into the run folder.
+
+    Raises:
+        UserError: the disk is full, or the folder cannot be written.
+    """
+    write_label_next(folder / "label_next.csv", record)
+    write_atomically(folder / "report.html", page(record))
+
+
+def page(record: RunRecord) -> str:
+    """The whole page. Sections for which a run has nothing to show are left out."""
+    dataset = str(record.report["dataset"])
+    sections = (_headline, _health, _curves, _division, page_classes.section, _changed, _unsure, _colophon)
+    style = STYLE + page_charts.STYLE + page_classes.STYLE
+    return document(f"{record.method} on {dataset}", *(section(record) for section in sections), style=style)
+
+
+def _headline(record: RunRecord) -> str:
+    report, train = record.report, record.train
+    facts = [
+        str(report["dataset"]),
+        f"annotated by {report['annotator']['name']}",
+        f"{len(record.class_names)} classes",
+        f"{len(record.paths):,} training images",
+        *([f"{report['labels_used']:,} labels by a person"] if report.get("labels_used") else []),
+    ]
+    parts = [f'<p class="kicker">{text(record.method)} · {text(" · ".join(facts))}</p>']
+    if record.judged is None:
+        changed = int((train.predicted != train.annotator).sum())
+        parts.append(f"<h1>{text(record.method)} changed {changed:,} of the annotator’s {len(record.paths):,} labels</h1>")
+        parts.append(
+            "<p>No true labels are known, so there is no accuracy to report: below is what can be said without.</p>"
+        )
+    else:
+        name, split = record.judged
+        before, after = accuracy(split.annotator, split.labels), accuracy(split.predicted, split.labels)
+        gain = f"{100 * (after - before):+.1f} points"
+        parts.append(
+            f"<h1>{percent(after)} of the {name} images are right; the annotator had {percent(before)} ({gain})</h1>"
+        )
+        parts.append(_intervals(record, name, split))
+    if report.get("warnings"):
+        parts.append(f'<p class="bad">Warning: {text("; ".join(report["warnings"]))}.</p>')
+    return "\n".join(parts)
+
+
+def _intervals(record: RunRecord, name: str, split: Split) -> str:
+    known = split.labels >= 0
+    predictions = {"annotator": split.annotator, record.method: split.predicted}
+    if len(split.networks) > 1:
+        predictions |= {name: logits.argmax(axis=1) for name, logits in split.networks.items()}
+    rows = []
+    for number, (who, predicted) in enumerate(predictions.items()):
+        share = accuracy(predicted, split.labels)
+        rows.append(
+            Interval(who, share, *wilson_interval(share, int(known.sum())), ("muted", "a", "b", "c")[min(number, 3)])
+        )
+    before, after = (p[known] == split.labels[known] for p in (split.annotator, split.predicted))
+    paired = (
+        f"{int((~before & after).sum()):,} of the annotator’s {int((~before).sum()):,} mistakes are set right, "
+        f"{int((before & ~after).sum()):,} new ones made."
+    )
+    said = f"{int(known.sum()):,} {name} images with a known label; lines are 95% intervals (Wilson). {paired}"
+    return f'<div class="intervals">{interval_chart(rows)}</div><p class="note">{said}</p>'
+
+
+def _health(record: RunRecord) -> str:
+    """What can be said without any label."""
+    train = record.train
+    named = [logits.argmax(axis=1) for logits in train.networks.values()]
+    counts = np.bincount(train.predicted, minlength=len(record.class_names))
+    entropy = mean_prediction_entropy(np.log(np.maximum(train.opinion, 1e-300)))
+    facts = {
+        "labels as the annotator gave them": percent((train.predicted == train.annotator).mean()),
+    }
+    if len(named) > 1:
+        facts["images on which both networks agree"] = percent((named[0] == named[1]).mean())
+    if record.weights:
+        facts["candidate sets that are trusted"] = percent(np.mean([(weight > 0.5).mean() for weight in record.weights]))
+    if "needs_review" in record.report:
+        facts["labels worth a look (labels.csv)"] = f"{record.report['needs_review']:,}"
+    facts["classes that are named at all"] = f"{int((counts > 0).sum())} of {len(counts)}"
+    facts["balance of the classes (1 is even)"] = f"{entropy:.2f}"
+    tiles = "".join(f"<div><dt>{text(name)}</dt><dd>{text(value)}</dd></div>" for name, value in facts.items())
+    return f'<h2>Health, without any label</h2><p>Of the training images:</p><dl class="tiles">{tiles}</dl>'
+
+
+def _series(record: RunRecord, name: str) -> np.ndarray:
+    """(E,) values of a curve, NaN in epochs without one."""
+    return np.array([curves.get(name, math.nan) for curves in record.curves], dtype=np.float64)
+
+
+def _parts_of_loss(record: RunRecord) -> list[Line]:
+    """Parts of the loss, mean over the networks."""
+    names: dict[str, list[str]] = {}
+    for key in dict.fromkeys(key for curves in record.curves for key in curves):
+        group, _, rest = key.partition("/")
+        part = rest.partition("/")[2]
+        if group == "loss" and part not in ("", "total"):
+            names.setdefault(part, []).append(key)
+    return [
+        Line(name.replace("_", " "), np.mean([_series(record, key) for key in keys], axis=0), COLOURS[n % len(COLOURS)])
+        for n, (name, keys) in enumerate(names.items())
+    ]
+
+
+def _curves(record: RunRecord) -> str:
+    if not record.curves:
+        return ""
+
+    def lines(names: dict[str, str], colours: str) -> list[Line]:
+        return [Line(said, _series(record, name), colour) for (name, said), colour in zip(names.items(), colours)]
+
+    tested = {"accuracy/test/ensemble": record.method, "accuracy/test/net1": "net1", "accuracy/test/net2": "net2"}
+    tested = lines(tested, "abc")
+    zero_shot = record.report["annotator"].get("zero_shot_accuracy", {}).get("test")
+    if zero_shot is not None and np.isfinite(tested[0].values).any():
+        tested.append(Line("annotator", np.full(len(record.curves), zero_shot), "muted", "dashed"))
+    trust = {"division/trusted": "size of P", "truth/accuracy_in_P": "right in P", "truth/accuracy_in_U": "right in U"}
+    agreement = {
+        "division/agreement_of_nets": "networks with each other",
+        "division/agreement_with_annotator": "networks with the annotator",
+    }
+    divided = np.flatnonzero(np.isfinite(_series(record, "division/trusted")))
+    since = int(divided[0]) if len(divided) else 0
+    several = len(record.train.networks) > 1
+    charts = [
+        line_chart("Accuracy on the test images", tested, True, since),
+        line_chart("Trusted images P, as a share of all", lines(trust, "acb"), True, since),
+        line_chart("Agreement on the training images", lines(agreement, "ac"), True, since),
+        line_chart("Loss", lines({f"loss/net{n}/total": f"net{n}" for n in (1, 2)}, "bc"), False, since),
+        line_chart("Parts of the loss" + (", mean over networks" if several else ""), _parts_of_loss(record), False, since),
+        line_chart("Learning rate", lines({"lr": "lr"}, "a"), False, since),
+    ]
+    notes = ["Shaded epochs are the warm-up, before the first division."] if since else []
+    chosen = record.report.get("chosen_epoch")
+    if chosen and chosen["epoch"] < chosen["epochs"]:
+        notes.append(f"By what can be said without labels, epoch {chosen['epoch']} was the best: it is in export_chosen.")
+    return f'<h2>How training went</h2><p>{" ".join(notes)}</p><div class="charts">' + "\n".join(charts) + "</div>"
+
+
+def _division(record: RunRecord) -> str:
+    if not record.losses:
+        return ""
+    last = record.curves[-1] if record.curves else {}
+    charts = []
+    for number, (losses, weight) in enumerate(zip(record.losses, record.weights), start=1):
+        values = [
+            tuple(last.get(f"gmm/net{number}_{what}_{size}", math.nan) for what in ("mean", "deviation", "share"))
+            for size in ("small", "large")
+        ]
+        parts = [value for value in values if all(map(math.isfinite, value))]
+        charts.append(mixture_chart(f"Division by net{number}", losses, weight > 0.5, parts))
+    return (
+        "<h2>The last division</h2><p>Each network scores every candidate set by its loss (scaled to 0..1, mean of the "
+        "last epochs); a mixture of two normal distributions splits the images. Two separate hills are a good sign. "
+        "Heights are roots of counts.</p>" + '<div class="charts">' + "\n".join(charts) + "</div>"
+    )
+
+
+def _changed(record: RunRecord) -> str:
+    train, rows = record.train, changed_rows(record)
+    if not len(rows):
+        return "<h2>Labels that were changed</h2><p>None: every label is the annotator’s.</p>"
+    said = f"{len(rows):,} of {len(record.paths):,} labels differ from the annotator’s."
+    known = rows[train.labels[rows] >= 0]
+    if len(known):
+        before, after = (p[known] == train.labels[known] for p in (train.annotator, train.predicted))
+        said += (
+            f" Of {len(known):,} whose truth is known, {int(after.sum()):,} became right, {int(before.sum()):,} became "
+            f"wrong, {int((~before & ~after).sum()):,} stay wrong."
+        )
+    said += f" Shown are {min(SHOWN, len(rows))}: each kind of change in turn, the surest first. All are in labels.csv."
+    if record.weights:
+        said += " Trust is how far each network believes the candidate set (above 0.5: P)."
+    return f"<h2>Labels that were changed</h2><p>{said}</p>" + changed_gallery(record, rows[:SHOWN])
+
+
+def _unsure(record: RunRecord) -> str:
+    rows = unsure_rows(record)
+    if not len(rows):
+        return ""
+    folder = Path(record.folder)
+    told = {
+        "recipe": folder / "config.yaml",
+        "annotations": record.annotations,
+        "labels": folder / "label_next.csv",
+        "output_dir": folder.with_name(f"{folder.name}-labelled"),
+    }
+    # labels that were drawn stand in the file, too
+    told |= {"few_shot": 0} if record.settings.get("few_shot") else {}
+    script = shlex.split(record.report.get("command", ""))[:1]
+    command = [*script, *(word for name, value in told.items() for word in (f"--{name}", str(value)))]
+    return (
+        "<h2>Label these next</h2><p>The images whose label would tell most: those it is least sure of, each class in "
+        f"turn. <code>{text(folder / 'label_next.csv')}</code> lists {min(LABEL_NEXT, len(rows))} of them with an empty "
+        "column for the label; rows that stay empty do not count. Fill in some and train again:</p>"
+        f"<pre>accelerate launch {text(shlex.join(command))}</pre>" + unsure_gallery(record, rows[:SHOWN])
+    )
+
+
+def _colophon(record: RunRecord) -> str:
+    report = record.report
+    measured = {
+        "parameters of a network": ("parameters", "{:,}"),
+        "images a second in training": ("images_per_second", "{:,.0f}"),
+        "training, seconds": ("training_seconds", "{:,.0f}"),
+        "in all, seconds": ("wall_seconds", "{:,.0f}"),
+        "peak memory, MB": ("peak_memory_mb", "{:,.0f}"),
+        "processes": ("processes", "{}"),
+        "seed": ("seed", "{}"),
+        "hardware": ("hardware", "{}"),
+    }
+    rows = [(said, text(form.format(report[key]))) for said, (key, form) in measured.items() if report.get(key) is not None]
+    rows += [(text(name), text(version)) for name, version in report.get("versions", {}).items()]
+    settings = table(("option", "value"), ((text(k), text(v)) for k, v in record.settings.items()), "facts")
+    return (
+        f"<h2>How it was made</h2><pre>{text(report.get('command', ''))}</pre>{table(('', ''), rows, 'facts')}"
+        f"<details><summary>All {len(record.settings)} settings</summary>{settings}</details>"
+    )

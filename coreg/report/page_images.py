@@ -1,0 +1,121 @@
+"""Which images a person should see, and how: labels that the method changed, and images it is unsure of."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from coreg.report.page_record import RunRecord
+from coreg.webpage import percent, picture, text
+
+SHOWN = 24  # pictures of a gallery
+LABEL_NEXT = 48  # rows of label_next.csv
+
+
+def in_turn(groups: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """Rows so that every group has its turn: the first of each group in `order`, then the second of each, and so on.
+
+    Args:
+        groups: int (N,). order: rows (n,), the wanted order within a group; within a turn groups come in this order too.
+
+    Returns:
+        The same rows (n,).
+    """
+    by_group = order[np.argsort(groups[order], kind="stable")]
+    _, starts, counts = np.unique(groups[by_group], return_index=True, return_counts=True)
+    turn = np.empty(len(groups), dtype=np.int64)
+    turn[by_group] = np.arange(len(by_group)) - np.repeat(starts, counts)
+    return order[np.argsort(turn[order], kind="stable")]
+
+
+def changed_rows(record: RunRecord) -> np.ndarray:
+    """Training images whose label differs from the annotator's and that nobody labelled, (n,).
+
+    One of each pair (annotator's class, own class) after the other, the surest first.
+    """
+    train = record.train
+    rows = np.flatnonzero((train.predicted != train.annotator) & (record.known < 0))
+    order = rows[np.argsort(-train.sure[rows], kind="stable")]
+    return in_turn(train.annotator * len(record.class_names) + train.predicted, order)
+
+
+def unsure_rows(record: RunRecord) -> np.ndarray:
+    """Training images that nobody labelled, those first whose label is worth most, (n,).
+
+    That is a small margin between the two likeliest classes of the networks' mean opinion (margin sampling; a
+    contradiction of two sure networks gives one too). Classes take turns, by the own label, so that one class that is hard
+    throughout does not take all places.
+    """
+    rows = np.flatnonzero(record.known < 0)
+    top = np.partition(record.train.opinion[rows], -2, axis=1)[:, -2:]
+    order = rows[np.argsort(top[:, 1] - top[:, 0], kind="stable")]
+    return in_turn(record.train.predicted, order)
+
+
+def write_label_next(path: Path, record: RunRecord) -> int:
+    """A CSV file (path,label) for a person to fill in and hand back with `--labels`; gives the number of empty rows.
+
+    Labels that this run was given already stand below the empty rows, so that the file is all the next run needs.
+    """
+    asked = unsure_rows(record)[:LABEL_NEXT]
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        writer = csv.writer(file)
+        writer.writerow(["path", "label"])
+        writer.writerows([record.paths[row], ""] for row in asked)
+        writer.writerows(
+            [record.paths[row], record.class_names[record.known[row]]] for row in np.flatnonzero(record.known >= 0)
+        )
+    temporary.replace(path)
+    return len(asked)
+
+
+def changed_gallery(record: RunRecord, rows: np.ndarray) -> str:
+    """Pictures with both labels, how sure the own one is, trust w in the candidate set, and the truth where it is known."""
+    train, names = record.train, record.class_names
+    predicted, sure = train.predicted, train.sure
+    captions = []
+    for row in rows:
+        before, after = names[train.annotator[row]], names[predicted[row]]
+        lines = [f"{text(before)} → <b>{text(after)}</b>", f"sure {percent(sure[row], 0)}"]
+        if record.weights:
+            lines.append("trust " + ", ".join(f"{weight[row]:.2f}" for weight in record.weights))
+        if train.labels[row] >= 0:
+            lines.append(_verdict(names, int(train.labels[row]), int(predicted[row])))
+        captions.append("<br>".join(lines))
+    alts = [f"{record.paths[row]}: {names[train.annotator[row]]} became {names[predicted[row]]}" for row in rows]
+    return _gallery(record, rows, captions, alts)
+
+
+def unsure_gallery(record: RunRecord, rows: np.ndarray) -> str:
+    """Pictures with the two likeliest classes and their probabilities."""
+    names, opinion = record.class_names, record.train.opinion[rows]
+    captions, alts = [], []
+    for number, (row, shares) in enumerate(zip(rows, opinion), start=1):
+        first, second = np.argsort(-shares, kind="stable")[:2]
+        guess = f"{text(names[first])} {percent(shares[first], 0)}<br>{text(names[second])} {percent(shares[second], 0)}"
+        captions.append(f"{guess}<br>{number}. {text(record.paths[row])}")
+        alts.append(f"{record.paths[row]}: {names[first]} or {names[second]}")
+    return _gallery(record, rows, captions, alts)
+
+
+def _verdict(names: list[str], label: int, predicted: int) -> str:
+    if label == predicted:
+        return '<span class="right">✓ right</span>'
+    return f'<span class="wrong">✗ is {text(names[label])}</span>'
+
+
+def _gallery(record: RunRecord, rows: np.ndarray, captions: list[str], alts: list[str]) -> str:
+    figures = [
+        f"<figure>{picture(_image(pixels), alt)}<figcaption>{caption}</figcaption></figure>"
+        for pixels, caption, alt in zip(record.pixels(rows), captions, alts)
+    ]
+    return '<div class="gallery">' + "\n".join(figures) + "</div>"
+
+
+def _image(pixels: np.ndarray) -> Image.Image:
+    """uint8 (c, H, W), grey or RGB."""
+    return Image.fromarray(pixels[0] if len(pixels) == 1 else np.ascontiguousarray(pixels.transpose(1, 2, 0)))

@@ -1,0 +1,258 @@
+"""Many runs as tables: seeds joined into rows, rows sorted into families, written as Markdown, CSV or HTML."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+import statistics
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from coreg.webpage import bar, document, table, text
+
+# in the order of the papers' tables; a method belongs where the first word of its name is listed
+FAMILIES: dict[str, tuple[str, ...]] = {
+    "Zero-shot": ("zero",),
+    "Distillation": ("kd",),
+    "DivideMix": ("dividemix",),
+    "Partial-label learning": ("partial", "cc", "rc", "lws", "lwc", "proden", "cr", "pico", "irnet", "alim"),
+    "Few labels and adapters": ("coop", "lora", "linear"),
+    "Co-Reg": ("co",),
+    "Supervised ceiling": ("supervised",),
+}
+OTHERS = "Other methods"
+TEST, TRAIN = "test", "train"
+HEAD = ("method", "test %", "train %", "runs", "labels", "epochs", "M parameters", "training s", "wall s")
+READING = (
+    "Accuracy of the last epoch; ± is the standard deviation over seeds (n − 1), in parentheses stands the 95 % Wilson "
+    "interval of a single run. Labels: true labels that training saw. Parameters are of one network, seconds the mean of "
+    "a run."
+)
+
+
+@dataclass
+class Run:
+    """A report, and the settings beside it that make its method what it is, as short texts."""
+
+    path: Path
+    report: dict[str, Any]
+    settings: dict[str, str] = field(default_factory=dict)
+
+    def judged(self, split: str) -> dict[str, Any] | None:
+        """Accuracy `ensemble` and its `interval` on a split, None where no label is known."""
+        return (self.report.get("accuracy") or {}).get(split)
+
+
+@dataclass
+class Row:
+    """Runs of one method with the same settings, one a seed.
+
+    special: what sets it apart from other rows of the method, in words.
+    """
+
+    method: str
+    special: str
+    runs: list[Run]
+
+    def shares(self, split: str) -> list[float]:
+        """Accuracies of all runs where they are known."""
+        return [judged["ensemble"] for run in self.runs if (judged := run.judged(split))]
+
+    def interval(self, split: str) -> tuple[float, float]:
+        """95 % interval of the first run whose accuracy is known; there has to be one."""
+        low, high = next(judged for run in self.runs if (judged := run.judged(split)))["interval"]
+        return low, high
+
+    def mean(self, name: str) -> float | None:
+        """Mean of a number over the runs that have it."""
+        values = [run.report[name] for run in self.runs if run.report.get(name) is not None]
+        return statistics.fmean(values) if values else None
+
+    @property
+    def epochs(self) -> str | None:
+        """Epochs of each run, None where nothing was trained or nobody wrote it down."""
+        return self.runs[0].settings.get("epochs")
+
+    @property
+    def family(self) -> str:
+        """Where the papers' tables have the method."""
+        word = re.split(r"[^a-z0-9]+", self.method.lower(), maxsplit=1)[0]
+        return next((family for family, words in FAMILIES.items() if word in words), OTHERS)
+
+    @property
+    def name(self) -> str:
+        return f"{self.method} ({self.special})" if self.special else self.method
+
+    @property
+    def place(self) -> tuple[int, float, str]:
+        """For sorting: by family, the best first."""
+        shares = self.shares(TEST) or self.shares(TRAIN)
+        return [*FAMILIES, OTHERS].index(self.family), -statistics.fmean(shares or [-1.0]), self.name
+
+
+@dataclass
+class Table:
+    """The methods on one data set that one annotator annotated."""
+
+    dataset: str
+    annotator: str
+    rows: list[Row]
+
+    @property
+    def heading(self) -> str:
+        return f"{self.dataset}, annotated by {self.annotator}"
+
+    def families(self) -> list[tuple[str, list[Row]]]:
+        """Rows by family, in order."""
+        names = dict.fromkeys(row.family for row in self.rows)
+        return [(name, [row for row in self.rows if row.family == name]) for name in names]
+
+
+def compare(runs: Sequence[Run]) -> tuple[list[Table], list[str]]:
+    """Sort runs into tables; also gives a line for each run that repeats another one and is left out."""
+    methods: dict[tuple[str, str, str], dict[tuple, dict[int, Run]]] = {}
+    said = []
+    for run in runs:
+        report = run.report
+        variants = methods.setdefault((report["dataset"], report["annotator"]["name"], report["method"]), {})
+        seeds = variants.setdefault((report["labels_used"], *sorted(run.settings.items())), {})
+        first = seeds.setdefault(report["seed"], run)
+        if first is not run:
+            said.append(f"{run.path} repeats {first.path}: the same method, settings and seed")
+    tables: dict[tuple[str, str], Table] = {}
+    for (dataset, annotator, method), variants in methods.items():
+        shown = tables.setdefault((dataset, annotator), Table(dataset, annotator, []))
+        members = [[seeds[seed] for seed in sorted(seeds)] for seeds in variants.values()]
+        words = special_settings([found[0].settings for found in members])
+        shown.rows += [Row(method, special, found) for special, found in zip(words, members)]
+    for shown in tables.values():
+        shown.rows.sort(key=lambda row: row.place)
+    return [tables[key] for key in sorted(tables)], said
+
+
+def special_settings(variants: Sequence[dict[str, str]]) -> list[str]:
+    """For each of several settings of a method, where it differs from what most of them say; on a tie all say theirs.
+
+    Epochs have a column of their own.
+    """
+    told: list[list[str]] = [[] for _ in variants]
+    for name in sorted({name for settings in variants for name in settings} - {"epochs"}):
+        values = [settings.get(name, "none") for settings in variants]
+        counts = Counter(values).most_common(2)
+        usual = None if len(counts) == 2 and counts[0][1] == counts[1][1] else counts[0][0]
+        for lines, value in zip(told, values):
+            if value != usual:
+                lines.append(f"{name} {value}")
+    return [", ".join(lines) for lines in told]
+
+
+# ---- writing --------------------------------------------------------------------------------------------------------
+
+
+def printable(value: str) -> str:
+    """Text without what would speak to a terminal, and without bytes of file names that are no text."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f]", " ", value.encode("utf-8", "replace").decode())
+
+
+def spread(row: Row, split: str) -> str:
+    """Mean and standard deviation (n - 1) over seeds in percent, or one run with its 95 % interval."""
+    shares = row.shares(split)
+    if not shares:
+        return "–"
+    if len(shares) > 1:
+        return f"{100 * statistics.fmean(shares):.1f} ± {100 * statistics.stdev(shares):.1f}"
+    low, high = row.interval(split)
+    return f"{100 * shares[0]:.1f} ({100 * low:.1f}–{100 * high:.1f})"
+
+
+def cells(row: Row) -> list[str]:
+    """A row as plain texts under `HEAD`."""
+    parameters, training, wall = (row.mean(name) for name in ("parameters", "training_seconds", "wall_seconds"))
+    return [
+        row.name,
+        spread(row, TEST),
+        spread(row, TRAIN),
+        str(len(row.runs)),
+        str(row.runs[0].report["labels_used"]),
+        row.epochs or "–",
+        "–" if parameters is None else f"{parameters / 1e6:.2f}",
+        "–" if training is None else f"{training:.0f}",
+        "–" if wall is None else f"{wall:.0f}",
+    ]
+
+
+def as_markdown(tables: Sequence[Table]) -> str:
+    """Tables that can be read as text and as Markdown."""
+    lines = []
+    for shown in tables:
+        body: list[list[str]] = []
+        for name, rows in shown.families():
+            body += [[f"**{name}**"] + [""] * (len(HEAD) - 1), *([_plain(cell) for cell in cells(row)] for row in rows)]
+        widths = [max(map(len, column)) for column in zip(HEAD, *body)]
+        ruler = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+        lines += [f"## {_plain(shown.heading)}", "", *(_line(row, widths) for row in (HEAD, ruler, *body)), ""]
+    return "\n".join([*lines, READING]) + "\n"
+
+
+def _line(row: Sequence[str], widths: Sequence[int]) -> str:
+    name, *numbers = row
+    return "| " + " | ".join([name.ljust(widths[0]), *(n.rjust(width) for n, width in zip(numbers, widths[1:]))]) + " |"
+
+
+def _plain(value: str) -> str:
+    """Text in which Markdown finds nothing to do, on one line."""
+    return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", " ".join(printable(value).split()))
+
+
+def as_csv(tables: Sequence[Table]) -> str:
+    """One line a row, numbers unrounded; empty where something is not known."""
+    file = io.StringIO(newline="")
+    writer = csv.writer(file)
+    judged = [f"{split}_{what}" for split in (TEST, TRAIN) for what in ("mean", "sd", "low", "high")]
+    names = ("parameters", "training_seconds", "wall_seconds")
+    writer.writerow(
+        ["dataset", "annotator", "family", "method", "special", "seeds", *judged, "labels_used", "epochs", *names]
+    )
+    for shown in tables:
+        for row in shown.rows:
+            seeds = " ".join(str(run.report["seed"]) for run in row.runs)
+            words = [shown.dataset, shown.annotator, row.family, row.method, row.special, seeds]
+            numbers = [number for split in (TEST, TRAIN) for number in _numbers(row, split)]
+            numbers += [row.runs[0].report["labels_used"], row.epochs, *(row.mean(name) for name in names)]
+            writer.writerow([*map(_no_formula, words), *numbers])
+    return file.getvalue()
+
+
+def _no_formula(value: str) -> str:
+    """Text that a spreadsheet does not take for a formula."""
+    value = printable(value)
+    return f"'{value}" if value[:1] in ("=", "+", "-", "@") else value
+
+
+def _numbers(row: Row, split: str) -> list[float | None]:
+    shares = row.shares(split)
+    if len(shares) == 1:
+        return [shares[0], None, *row.interval(split)]
+    return [statistics.fmean(shares), statistics.stdev(shares), None, None] if shares else [None] * 4
+
+
+def as_html(tables: Sequence[Table]) -> str:
+    """A page that stands alone, for large and small screens, light and dark."""
+    parts = ["<h1>Comparison of methods</h1>", f'<p class="note">{text(READING)}</p>']
+    for shown in tables:
+        lines = []
+        for name, rows in shown.families():
+            lines.append([f"<b>{text(name)}</b>", *[""] * len(HEAD)])
+            for row in rows:
+                named, test, *rest = (text(printable(cell)) for cell in cells(row))
+                shares = row.shares(TEST)
+                lines.append([named, test, bar(statistics.fmean(shares)) if shares else "", *rest])
+        parts += [f"<h2>{text(printable(shown.heading))}</h2>", table([HEAD[0], HEAD[1], "", *HEAD[2:]], lines)]
+    return document("Comparison of methods", *parts)
+
+
+FORMATS: dict[str, Callable[[Sequence[Table]], str]] = {"md": as_markdown, "csv": as_csv, "html": as_html}

@@ -1,0 +1,211 @@
+"""What every training script does around its training: store, run folder, resuming, the loop over epochs, the results."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import shlex
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accelerate import Accelerator
+from accelerate.utils import tqdm
+
+from coreg.annotate.candidates import parse_rule
+from coreg.annotate.store import AnnotationStore
+from coreg.config import as_settings, as_yaml
+from coreg.errors import UserError
+from coreg.nets.model import check_backbone
+from coreg.report.report import summary, write_known_labels
+from coreg.run import checkpoint
+from coreg.run.folder import RunFolder, write_atomically
+from coreg.run.process import build_accelerator, main_process_decides
+from coreg.run.task import known_labels
+from coreg.run.training import Training
+from coreg.run.watch import EXIT_INTERRUPTED, GOES_ON, STOP, Watch
+from coreg.settings import ImageConfig, JobConfig, check_look
+
+# settings that may change between two starts of the same job; what the store holds is compared by its hash
+NOT_THE_JOB = (
+    "output_dir",
+    "annotations",
+    "labels",
+    "workers",
+    "report_to",
+    "print_config",
+    "checkpoint_minutes",
+    "timeout_minutes",
+)
+
+
+@dataclass
+class Run:
+    """A job that holds its run folder.
+
+    known: int64 over all rows of the store, classes that a person gave, -1 elsewhere. command: as it was typed.
+    identity: what makes the job what it is, plain values. settings: every option. held: locks, let go of at the end.
+    started: when the process began, on the clock of `time.perf_counter`.
+    """
+
+    accelerator: Accelerator
+    folder: RunFolder
+    store: AnnotationStore
+    known: np.ndarray
+    job: JobConfig
+    look: ImageConfig | None
+    identity: dict[str, Any]
+    settings: dict[str, Any]
+    command: str
+    started: float
+    held: contextlib.ExitStack
+
+    def begin(self, training: Training) -> None:
+        """Take the run folder, now that everything is known to be there, and go on from its newest good checkpoint.
+
+        Raises:
+            UserError: the folder belongs to another job, another process holds it, or all its checkpoints are damaged.
+        """
+        if self.job.annotations:
+            main_process_decides(self.accelerator, lambda: self.held.enter_context(self.folder.locked()))
+        main_process_decides(self.accelerator, lambda: self.folder.claim(self.identity))
+        if self.accelerator.is_main_process:
+            write_atomically(self.folder.root / "config.yaml", as_yaml(self.settings))
+            if (self.known >= 0).any():
+                write_known_labels(self.folder.root / "known_labels.csv", self.store, self.known)
+        newest = main_process_decides(self.accelerator, lambda: checkpoint.latest(self.folder.checkpoints))
+        if newest is not None:
+            training.load_state_dict(checkpoint.load(self.folder.checkpoints, newest), self.accelerator.device)
+            self.accelerator.print(f"Going on with {self.folder.root} behind epoch {training.epoch} of {self.job.epochs}.")
+        # the report counts the time before an interruption too
+        self.started -= training.seconds
+
+    def train(
+        self,
+        training: Training,
+        one_epoch: Callable[[Callable[[], None], Callable[[float], None]], dict[str, float]],
+        name: str,
+    ) -> None:
+        """All epochs from where `training` stands, with a checkpoint after each and whenever one is due.
+
+        Args:
+            one_epoch: trains for the rest of the present epoch and gives its curves. It is handed `at_boundary`, to be
+                called behind every step (whatever that saves, `one_epoch` has to be able to go on from), and
+                `advance`, which moves the progress bar by a share of an epoch.
+            name: of the method, for the progress bar.
+
+        Raises:
+            UserError: a loss is no number any more; the last good checkpoint stays.
+            SystemExit: a signal came; a checkpoint was written at the step boundary behind it.
+        """
+        accelerator, job = self.accelerator, self.job
+        # TensorBoard gets the settings at the end, beside what they led to (`coreg.report.board.show_end`)
+        told = None if job.report_to == "tensorboard" else {k: str(v) for k, v in self.identity.items()}
+        accelerator.init_trackers("tensorboard", config=told)
+        watch = Watch(accelerator, job.checkpoint_minutes, job.timeout_minutes)
+        mark = time.perf_counter()
+
+        def save() -> None:
+            nonlocal mark
+            training.seconds, mark = training.seconds + time.perf_counter() - mark, time.perf_counter()
+            main_process_decides(
+                accelerator, lambda: checkpoint.save(self.folder.checkpoints, training.serial, training.state_dict())
+            )
+            watch.saved()
+
+        def at_boundary() -> None:
+            due = watch.due()
+            if due != GOES_ON:
+                save()
+            if due == STOP:
+                accelerator.print(
+                    f"\nStopped by a signal in epoch {training.epoch + 1}; the same command goes on from here."
+                )
+                raise SystemExit(EXIT_INTERRUPTED)
+
+        layout = "{desc} {percentage:3.0f}%|{bar}| epoch {n:.1f}/{total} [{elapsed}<{remaining}{postfix}]"
+        with (
+            watch.listening(),
+            watch.naming_the_lost(),
+            tqdm(total=job.epochs, initial=training.epoch, desc=name, bar_format=layout) as bar,
+        ):
+
+            def advance(epochs: float) -> None:
+                # never past its end by a rounding error, about which tqdm would complain
+                bar.update(min(epochs, bar.total - bar.n))
+
+            while training.epoch < job.epochs:
+                begun, making = time.perf_counter(), training.making_seconds
+                curves = one_epoch(at_boundary, advance)
+                self._refuse_nan(curves, training.epoch)
+                spent = time.perf_counter() - begun
+                waited = (training.making_seconds - making) / spent
+                accelerator.log(curves | {"time/epoch": spent, "time/making_batches": waited}, step=training.epoch)
+                bar.update(training.epoch - bar.n)
+                shown = {"P": curves.get("division/trusted"), "test": curves.get("accuracy/test/ensemble")}
+                bar.set_postfix_str(", ".join(f"{k} {value:.1%}" for k, value in shown.items() if value is not None))
+                save()
+
+    def _refuse_nan(self, curves: dict[str, float], epoch: int) -> None:
+        broken = [name for name, value in curves.items() if not math.isfinite(value)]
+        if broken:
+            raise UserError(
+                f"{broken[0]} became {curves[broken[0]]} in epoch {epoch}; the checkpoints before it are kept in "
+                f"{self.folder.checkpoints}: start anew in another --output_dir with a smaller --lr (now {self.job.lr})"
+            )
+
+
+@contextlib.contextmanager
+def open_run(
+    script: str,
+    argv: Sequence[str],
+    settings: tuple[Any, ...],
+    annotate_default: Callable[[Path, Accelerator], AnnotationStore],
+    default_folder: str,
+) -> Iterator[Run | None]:
+    """Check what every script is told, open the store, take the run folder; None where the run is already finished.
+
+    Args:
+        script: the command, for the report. argv: its arguments. settings: dataclasses, first `JobConfig` or one with
+            those of its fields that are asked for here; `ImageConfig` where networks of our own are trained.
+        annotate_default: makes the store, in the folder it is given, where `--annotations` names none.
+        default_folder: the run folder where `--output_dir` names none.
+
+    Raises:
+        UserError: settings that cannot work, a store that cannot be opened, or a folder that belongs to another job.
+    """
+    started = time.perf_counter()
+    job = settings[0]
+    job.output_dir = job.output_dir or default_folder
+    look = next((group for group in settings if isinstance(group, ImageConfig)), None)
+    parse_rule(job.candidates)
+    if look is not None:
+        check_look(look)
+        check_backbone(look.backbone, look.backbone_args)
+    folder, all_settings = RunFolder(job.output_dir), as_settings(*settings)
+    identity = {"script": script} | {k: v for k, v in all_settings.items() if k not in NOT_THE_JOB}
+    accelerator = build_accelerator(job.mixed_precision, job.report_to, job.output_dir, job.timeout_minutes)
+    main_process_decides(accelerator, lambda: folder.refuse_other(identity))
+    with contextlib.ExitStack() as held:
+        if job.annotations:
+            store = AnnotationStore.open(job.annotations)
+        else:
+            main_process_decides(accelerator, lambda: held.enter_context(folder.locked()))
+            store = annotate_default(folder.root / "annotations", accelerator)
+        known = known_labels(job, store)
+        identity |= {"store": store.hash, "known_labels": hashlib.sha256(known.tobytes()).hexdigest()}
+        main_process_decides(accelerator, lambda: folder.refuse_other(identity))
+        if main_process_decides(accelerator, lambda: folder.finished):
+            report = json.loads(folder.report.read_text(encoding="utf-8"))
+            accelerator.print(summary(report, folder.root))
+            accelerator.print(f"\nThis run is finished; choose another --output_dir, or delete {folder.root} to repeat it.")
+            yield None
+            return
+        command = shlex.join([script, *argv])
+        yield Run(accelerator, folder, store, known, job, look, identity, all_settings, command, started, held)
+        accelerator.end_training()

@@ -1,0 +1,190 @@
+"""What a finished run leaves: purified labels, exported networks, the report."""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from coreg.export import export, spread_rows
+from coreg.learn.division import smoothed
+from coreg.nets.model import parse_backbone_args
+from coreg.report.board import show_end
+from coreg.report.calibration import fit_to_agreement
+from coreg.report.card import model_card
+from coreg.report.metrics import accuracy, collapse_warnings, consensus
+from coreg.report.page import write_page
+from coreg.report.page_record import RunRecord, Split
+from coreg.report.report import build_report, write_labels
+from coreg.run.batches import TrainingImages
+from coreg.run.folder import write_atomically
+from coreg.run.job import Run
+from coreg.run.process import main_process_decides
+from coreg.run.task import Task, predict
+from coreg.run.training import Training
+
+
+def logits_of(task: Task, training: Training, images: TrainingImages | None) -> dict[str, np.ndarray]:
+    """Logits (n, C) of the method's own prediction (`ensemble`, the sum over its networks) and of each of two networks."""
+    if images is None:
+        return {}
+    each = [predict(net, images, "plain", (), 4 * task.job.batch_size)[0].cpu().numpy() for net in training.nets]
+    named = {f"net{number}": rows for number, rows in enumerate(each, start=1)} if len(each) > 1 else {}
+    return {"ensemble": sum(each)} | named
+
+
+def _export(task: Task, training: Training, folder: Path) -> Callable[[], dict[str, Any]]:
+    """Calibrate the networks as they are, on every process; what it gives writes them, on one, and gives their settings."""
+    job, look, views = task.job, task.look, task.data.augmentation
+    weak = [
+        predict(net, task.data, "weak", ("calibration", number), 4 * job.batch_size)[0].cpu().numpy()
+        for number, net in enumerate(training.nets)
+    ]
+    calibration = fit_to_agreement(weak)
+
+    def write() -> dict[str, Any]:
+        return export(
+            folder,
+            [net.backbone for net in training.nets],
+            look.backbone,
+            parse_backbone_args(look.backbone_args),
+            check=task.data.view("plain", spread_rows(len(task.data.samples)), ()),
+            class_names=task.store.class_names,
+            image_size=look.image_size,
+            channels=look.channels,
+            mean=views.mean,
+            std=views.std,
+            **calibration,
+        )
+
+    return write
+
+
+def _chosen_epoch(run: Run, task: Task, training: Training) -> dict[str, Any] | None:
+    """The networks of the epoch chosen without labels, exported beside the last ones where it is an earlier epoch.
+
+    Gives what the report says about it: epoch, score, accuracies. The networks are left as they were.
+    """
+    if training.chosen is None:
+        return None
+    log_ps = [
+        predict(net, task.data, "weak", ("choice", number), 4 * task.job.batch_size)[0]
+        for number, net in enumerate(training.nets)
+    ]
+    training.consider(consensus([rows.double().log_softmax(1).cpu().numpy() for rows in log_ps]))
+    epoch = training.chosen["epoch"]
+    said = {"epoch": epoch, "epochs": training.epoch, "score": training.chosen["score"]}
+    if epoch == training.epoch:
+        return said
+    last = [copy.deepcopy(net.state_dict()) for net in training.nets]
+    for net, weights in zip(training.nets, training.chosen["nets"]):
+        net.load_state_dict(weights)
+    found = {"train": logits_of(task, training, task.data), "test": logits_of(task, training, task.test)}
+    truth = {"train": task.labels, "test": task.test_labels}
+    said["accuracy"] = {
+        split: accuracy(logits["ensemble"].argmax(axis=1), truth[split]) for split, logits in found.items() if logits
+    }
+    main_process_decides(task.accelerator, _export(task, training, run.folder.root / "export_chosen"))
+    for net, weights in zip(training.nets, last):
+        net.load_state_dict(weights)
+    return said
+
+
+def _record(
+    run: Run,
+    task: Task,
+    training: Training,
+    report: dict[str, Any],
+    on_train: dict[str, np.ndarray],
+    on_test: dict[str, np.ndarray],
+) -> RunRecord:
+    """What the page and TensorBoard show of the run."""
+    store, temperature = task.store, report["temperature"]
+    fitted = task.usable & (task.known < 0)
+    losses = []
+    for history in training.losses:
+        if len(history) and fitted.any():
+            losses.append(np.full(len(fitted), np.nan))
+            losses[-1][fitted] = smoothed(np.stack(history)[:, fitted])
+    test = None
+    if task.test is not None:
+        zero_shot = store.probs()[task.test.samples.numpy()].argmax(axis=1)
+        test = Split(on_test, zero_shot, task.test_labels, temperature)
+    return RunRecord(
+        report=report,
+        settings=run.settings,
+        curves=training.curves,
+        folder=str(run.folder.root),
+        annotations=str(store.root),
+        class_names=store.class_names,
+        paths=[store.paths[row] for row in task.data.samples.tolist()],
+        pixels=lambda rows: task.data.pixels(rows).cpu().numpy(),
+        train=Split(on_train, task.annotator, task.labels, temperature),
+        test=test,
+        known=task.known,
+        weights=training.weights,
+        losses=losses,
+    )
+
+
+def finish(run: Run, task: Task, training: Training, method: str, **more: Any) -> dict[str, Any]:
+    """Purified labels, exported networks and the report, written by the main process; gives the report.
+
+    Args:
+        method: its name in the report. more: further fields of the report.
+    """
+    job, store, folder = task.job, task.store, run.folder
+    chosen = _chosen_epoch(run, task, training)
+    on_train, on_test = logits_of(task, training, task.data), logits_of(task, training, task.test)
+    write_export = _export(task, training, folder.export)
+
+    def write() -> dict[str, Any]:
+        exported = write_export()
+        paths = [store.paths[row] for row in task.data.samples.tolist()]
+        needs_review = write_labels(
+            folder.root / "labels.csv",
+            store.class_names,
+            paths,
+            on_train,
+            training.weights,
+            task.annotator,
+            exported["temperature"],
+        )
+        report = build_report(
+            method=method,
+            store=store,
+            seed=job.seed,
+            candidates=task.candidates,
+            samples={"train": task.data.samples.numpy(), "test": [] if task.test is None else task.test.samples.numpy()},
+            predictions={
+                split: {name: rows.argmax(axis=1) for name, rows in found.items()}
+                for split, found in (("train", on_train), ("test", on_test))
+            },
+            labels_used=int((task.known >= 0).sum()),
+            needs_review=needs_review,
+            warnings=collapse_warnings(on_train["ensemble"].argmax(axis=1), store.class_names),
+            last_epoch=training.curves[-1],
+            chosen_epoch=chosen,
+            parameters=sum(p.numel() for p in training.nets[0].backbone.parameters()),
+            images_per_second=training.images_seen / training.seconds,
+            training_seconds=training.seconds,
+            making_batches=training.making_seconds / training.seconds,
+            wall_seconds=time.perf_counter() - run.started,
+            processes=task.accelerator.num_processes,
+            command=run.command,
+            temperature=exported["temperature"],
+            **more,
+        )
+        record = _record(run, task, training, report, on_train, on_test)
+        write_page(folder.root, record)
+        show_end(task.accelerator, task.data, training, record, run.identity)
+        write_atomically(folder.export / "README.md", model_card(report, exported))
+        write_atomically(folder.report, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+        return report
+
+    return main_process_decides(task.accelerator, write)

@@ -1,0 +1,234 @@
+"""baselines/pll.py through its own entry point and the real launcher: reports, resuming, refusals, processes."""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from coreg.annotate.store import AnnotationStore
+from coreg.learn.partial import METHODS
+from coreg.run import checkpoint
+from coreg.run.training import Training
+from coreg.run.watch import EXIT_INTERRUPTED
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "baselines" / "pll.py"
+spec = importlib.util.spec_from_file_location("baselines_pll", SCRIPT)
+pll = importlib.util.module_from_spec(spec)
+sys.modules[spec.name] = pll
+spec.loader.exec_module(pll)
+
+# 97 images of three classes in batches of 13; every starting time is over after the first of three epochs
+SMALL = [
+    "--recipe", "digits", "--dtype", "float64", "--channels", "3", "--image_size", "12", "--backbone_args",
+    '{"norm": "group", "widths": [8, 16], "depths": [1, 1]}', "--epochs", "3", "--batch_size", "13", "--queue_size", "50",
+    "--projection_dim", "8", "--workers", "0", "--report_to", "none", "--correction_margin", "0", "--noise_rate", "0.2",
+]  # fmt: skip
+
+
+def final_state(output):
+    return checkpoint.load(output / "checkpoints", checkpoint.latest(output / "checkpoints"))
+
+
+def small_run(store, output, *more):
+    pll.main(["--annotations", str(store), "--output_dir", str(output), *SMALL, *more])
+    return final_state(output), json.loads((output / "report.json").read_text())
+
+
+def same(ours, theirs):
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[k].nan_to_num(), theirs[k].nan_to_num()) for k in ours)
+
+
+def test_two_epochs_on_the_digits(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the script asks nothing of where it is started
+    short = ["--epochs", "2", "--workers", "0"]
+    pll.main(["--method", "proden", *short, "--output_dir", "proden"])  # annotates them first
+    store = ["--annotations", "proden/annotations", "--recipe", "digits"]
+    pll.main(["--method", "pico_plus", *store, *short, "--output_dir", "pico_plus"])
+    for method in ("proden", "pico_plus"):
+        report = json.loads(Path(method, "report.json").read_text())
+        assert report["method"] == pll.NAMES[method] and report["preset"] == "matched" and report["labels_used"] == 0
+        assert report["accuracy"]["test"]["n"] == 360
+        assert report["accuracy"]["test"]["ensemble"] > 0.3
+        files = {path.name for path in Path(method).iterdir()}
+        assert {"job.json", "config.yaml", "labels.csv", "export", "checkpoints"} <= files
+        assert len(final_state(Path(method))["learners"]) == 1
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+def test_every_method_runs_to_its_report_and_the_same_command_again_does_nothing(small_store, tmp_path, method, capsys):
+    state, report = small_run(small_store, tmp_path / "run", "--method", method)
+    assert all(value.isfinite().all() for key, value in state["learners"][0].items() if "log_margin" not in key)
+    assert report["method"] == pll.NAMES[method]
+    assert report["labels_used"] == (97 if method == "supervised" else 0)
+    assert report["annotator"]["mean_candidates"] > 1
+    assert report.get("noise_rate", {}).get("source") == ("given" if method.startswith("alim") else None)
+    table = state["learners"][0].get("method.confidence")
+    if table is not None:
+        torch.testing.assert_close(table.sum(1), torch.ones(97, dtype=torch.float64))
+    capsys.readouterr()
+    small_run(small_store, tmp_path / "run", "--method", method)
+    assert "finished" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("method", ["proden", "cr_dpll", "pico", "lws"])
+def test_the_authors_settings_train_too(small_store, tmp_path, method):
+    state, report = small_run(small_store, tmp_path / "run", "--method", method, "--preset", "official", "--epochs", "1")
+    assert report["preset"] == "official" and all(np.isfinite(list(curves.values())).all() for curves in state["curves"])
+
+
+@pytest.mark.parametrize(
+    "switch",
+    [
+        ["--method", "rc", "--gradient_accumulation_steps", "3"],
+        ["--method", "pico_plus"],
+        ["--method", "irnet"],
+        ["--method", "alim_scale", "--few_shot", "2"],
+    ],
+    ids=" ".join,
+)
+def test_stopped_at_any_step_it_goes_on_bit_for_bit(small_store, tmp_path, monkeypatch, capsys, switch):
+    whole, _ = small_run(small_store, tmp_path / "whole", *switch)
+    optimise, countdown = Training.optimise, [0]
+
+    def optimise_then_signal(self, *arguments):
+        optimise(self, *arguments)
+        countdown[0] -= 1
+        if countdown[0] == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Training, "optimise", optimise_then_signal)
+    steps, stops = iter([3, 8, 2, 1000, 1000]), 0
+    while not (tmp_path / "run" / "report.json").exists():
+        countdown[0] = next(steps)
+        try:
+            state, _ = small_run(small_store, tmp_path / "run", *switch)
+        except SystemExit as stopped:
+            assert stopped.code == EXIT_INTERRUPTED
+            stops += 1
+    assert stops == 3
+    assert same(whole["learners"][0], state["learners"][0]) and whole["curves"] == state["curves"]
+
+
+def settings(*arguments):
+    return pll.read_settings(["--annotations", "ann", *arguments])
+
+
+def test_the_authors_settings_win_over_the_recipe_and_the_command_line_over_both():
+    job, _, method = settings("--recipe", "cifar10", "--method", "alim_scale")
+    assert (job.epochs, job.batch_size, job.weight_decay, method.weak_view) == (800, 256, 5e-4, "weak")
+    job, look, method = settings(
+        "--recipe", "cifar10", "--method", "alim_scale", "--preset", "official", "--batch_size", "64"
+    )
+    assert (job.epochs, job.batch_size, job.weight_decay) == (1000, 64, 1e-3)
+    assert (method.weak_view, method.strong_view, method.correction_start) == ("pico_weak", "pico_strong", 0.08)
+    assert look.mean == [0.4914, 0.4822, 0.4465]  # what belongs to the data stays the recipe's
+    for name in METHODS:
+        job, _, method = settings("--method", name, "--preset", "official")
+        pll.check(job)
+        pll.check_partial(method)
+
+
+def test_learning_rates():
+    job, *_ = settings("--epochs", "200", "--lr", "0.1", "--lr_floor", "0")
+    rates = {
+        name: [pll.learning_rate(job, name, e) for e in (0, 40, 99, 100, 150)] for name in ("cosine", "halving", "steps")
+    }
+    assert rates["cosine"] == pytest.approx([0.1, *(0.05 * (1 + np.cos(np.pi * e / 200)) for e in (40, 99, 100, 150))])
+    assert rates["halving"] == pytest.approx([0.1, 0.05, 0.1 * 0.5**2.475, 0.1 * 0.5**2.5, 0.1 * 0.5**3.75])
+    assert rates["steps"] == pytest.approx([0.1, 0.1, 0.1, 0.01, 0.001])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--method", "prodenn"], "prodenn"),
+        (["--pure_ratio", "0"], "--pure_ratio"),
+        (["--confidence_momentum", "0.9"], "two numbers"),
+        (["--noise_rate", "1.5"], "--noise_rate"),
+        (["--correction_start", "80"], "between 0 and 1"),
+        (["--contrast_after", "3"], "--contrast_after"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(small_store, tmp_path, capsys, arguments, said):
+    with pytest.raises(SystemExit) as stopped:
+        small_run(small_store, tmp_path / "run", *arguments)
+    assert stopped.value.code == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert said in line and not (tmp_path / "run").exists()
+
+
+def with_other_store(monkeypatch, change):
+    """Let every store that is opened be another one."""
+    opened = AnnotationStore.open
+    monkeypatch.setattr(AnnotationStore, "open", lambda path: change(opened(path)))
+
+
+def test_supervised_training_needs_labels(small_store, tmp_path, monkeypatch, capsys):
+    with_other_store(monkeypatch, lambda store: dataclasses.replace(store, labels=None))
+    with pytest.raises(SystemExit):
+        small_run(small_store, tmp_path / "run", "--method", "supervised")
+    assert "needs true labels" in capsys.readouterr().err
+
+
+def test_images_that_no_template_could_name_are_left_out(small_store, tmp_path, monkeypatch):
+    votes = AnnotationStore.votes
+
+    def abstained(self):
+        found = votes(self).copy()
+        found[:10] = -1
+        return found
+
+    monkeypatch.setattr(AnnotationStore, "votes", abstained)
+    state, report = small_run(small_store, tmp_path / "run", "--method", "proden")
+    store = AnnotationStore.open(small_store)
+    silent = int((store.split[:10] == 0).sum())
+    assert silent and state["images_seen"] == 3 * (97 - silent)
+    confidence = state["learners"][0]["method.confidence"]
+    assert int((confidence == 1 / 3).all(1).sum()) == silent  # nothing was learned about them
+    assert report["images"]["train"] == 97
+
+
+def test_the_noise_rate_is_counted_on_labelled_images(small_store, tmp_path):
+    more = ["--method", "alim_scale", "--few_shot", "8", "--noise_rate", "-1"]
+    _, report = small_run(small_store, tmp_path / "run", *more)
+    store = AnnotationStore.open(small_store)
+    drawn = [line.rsplit(",", 1)[0] for line in (tmp_path / "run" / "known_labels.csv").read_text().splitlines()[1:]]
+    rows = [store.paths.index(path) for path in drawn]
+    missed = sum(store.labels[row] not in store.votes()[row].tolist() for row in rows)
+    assert report["noise_rate"] == {"value": pytest.approx(missed / 24), "source": "counted on 24 labelled images"}
+    _, report = small_run(small_store, tmp_path / "unknown", "--method", "alim_scale", "--noise_rate", "-1")
+    assert report["noise_rate"] == {"value": -1, "source": "unknown; classes outside the sets weigh 0.4"}
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("method", ["pico_plus", "alim_scale", "irnet", "rc", "cr_dpll"])
+def test_two_processes_train_like_one(small_store, tmp_path, method):
+    small = ["--annotations", str(small_store), "--method", method, *SMALL]
+    pll.main([*small, "--output_dir", str(tmp_path / "one")])
+    config = ["--config_file", str(ROOT / "accelerate_configs" / "cpu.yaml"), "--num_processes", "2"]
+    done = subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.launch", *config, str(SCRIPT), *small, "--output_dir", "two"],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True, text=True, timeout=300, check=False, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    ours, theirs = (final_state(tmp_path / name)["learners"][0] for name in ("one", "two"))
+    if method == "irnet":  # it had something to correct
+        offered = json.loads((tmp_path / "one" / "report.json").read_text())["annotator"]["mean_candidates"]
+        assert ours["method.candidates"].sum() > 97 * offered + 5
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        if ours[name].is_floating_point():
+            torch.testing.assert_close(ours[name], theirs[name], rtol=1e-9, atol=1e-10, equal_nan=True)
+        else:
+            assert torch.equal(ours[name], theirs[name]), name

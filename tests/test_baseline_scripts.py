@@ -1,0 +1,338 @@
+"""zero_shot.py, distill.py and dividemix.py through their own entry points, and run_all.sh with a stand-in for Python."""
+
+import importlib.util
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+
+from coreg.annotate.candidates import zero_shot_accuracy
+from coreg.annotate.store import AnnotationStore
+from coreg.annotate.textual import averaged_embedding_classes, single_template_probabilities, text_side
+from coreg.data.augment import Augmentation
+from coreg.demo.annotator import local_dir
+from coreg.errors import UserError
+from coreg.report.compare import read_run
+from coreg.run import checkpoint
+from coreg.run.batches import Verdict, co_train_batch
+
+ROOT = Path(__file__).parents[1]
+# 97 images of three classes in batches of 13
+SMALL = [
+    "--recipe", "digits", "--dtype", "float64", "--channels", "3", "--image_size", "12", "--backbone_args",
+    '{"norm": "group", "widths": [8, 16], "depths": [1, 1]}', "--epochs", "2", "--batch_size", "13", "--workers", "0",
+    "--report_to", "none",
+]  # fmt: skip
+
+
+def script(name):
+    spec = importlib.util.spec_from_file_location(f"baselines_{name}", ROOT / "baselines" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+zero_shot, distill, dividemix, pll = (script(name) for name in ("zero_shot", "distill", "dividemix", "pll"))
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    """The built-in digits annotated once for all tests of this module."""
+    from annotate_vlm import AnnotateConfig, annotate
+
+    folder = tmp_path_factory.mktemp("annotations") / "store"
+    return annotate(AnnotateConfig(output_dir=str(folder), workers=0))
+
+
+def small_run(module, store, output, *more):
+    module.main(["--annotations", str(store), "--output_dir", str(output), *SMALL, *more])
+    state = checkpoint.load(output / "checkpoints", checkpoint.latest(output / "checkpoints"))
+    return state, json.loads((output / "report.json").read_text())
+
+
+def refused(capsys, module, *arguments):
+    with pytest.raises(SystemExit) as stopped:
+        module.main([str(word) for word in arguments])
+    assert stopped.value.code == 2
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error:"))
+    return line
+
+
+# ---- zero-shot and the text side -------------------------------------------------------------------------------------
+
+
+def test_every_way_of_zero_shot_leaves_a_report(digits, tmp_path, capsys):
+    arguments = ["--annotations", str(digits.root), "--output_dir", str(tmp_path / "z")]
+    zero_shot.main(arguments)
+    said = capsys.readouterr().out
+    reports = {variant: read_run(tmp_path / "z" / variant / "report.json").report for variant in zero_shot.VARIANTS}
+    assert all("Zero-shot" in report["method"] and report["labels_used"] == 0 for report in reports.values())
+    for variant, alone in (("single", True), ("averaged", False)):
+        for split, share in zero_shot_accuracy(digits, single_template=alone).items():
+            assert reports[variant]["accuracy"][split]["ensemble"] == pytest.approx(share)
+    assert reports["averaged"]["annotator"]["partial_accuracy"] > 0.9
+    table = reports["single"]["templates"]
+    assert list(table) == digits.templates and all(template in said for template in table)
+    votes, test = digits.votes(), digits.split == 1
+    for number, shares in enumerate(table.values()):
+        assert shares["test"] == pytest.approx((votes[test, number] == digits.labels[test]).mean())
+    assert reports["transductive"]["accuracy"]["test"]["ensemble"] > reports["averaged"]["accuracy"]["test"]["ensemble"]
+    files = sorted((tmp_path / "z").glob("*/report.json"))
+    before = [file.stat().st_mtime_ns for file in files]
+    zero_shot.main(arguments)
+    assert [file.stat().st_mtime_ns for file in files] == before and capsys.readouterr().out == said
+
+
+def test_one_template_alone_says_what_it_voted_and_all_together_what_is_stored(digits):
+    annotator = text_side(digits, digits.templates)
+    features = torch.from_numpy(digits.features()).float()
+    text = annotator.text.view(len(digits.templates), len(digits.class_names), -1)
+    every = [torch.softmax(annotator.towers.scale * features @ one.T, dim=1).numpy() for one in text]
+    single = single_template_probabilities(digits)
+    assert single.dtype == np.float16 and (single.argmax(axis=1) == digits.votes()[:, 0]).mean() > 0.999
+    np.testing.assert_allclose(single, every[0], atol=1e-3)
+    np.testing.assert_allclose(np.mean(every, axis=0), digits.probs().astype(np.float32), atol=1e-3)
+
+
+def test_averaged_embeddings_are_those_of_open_clip_itself(digits):
+    folder = f"local-dir:{local_dir()}"
+    network, tokenizer = open_clip.create_model(folder), open_clip.get_tokenizer(folder)
+    with torch.no_grad():
+        text = []
+        for name in digits.class_names:
+            each = network.encode_text(tokenizer([t.replace("{}", name) for t in digits.templates]), normalize=True)
+            text.append(each.mean(dim=0) / each.mean(dim=0).norm())
+        expected = (torch.from_numpy(digits.features()).float() @ torch.stack(text).T).argmax(dim=1)
+    assert (averaged_embedding_classes(digits) == expected.numpy()).mean() > 0.999
+
+
+def test_what_a_store_does_not_tell_is_left_out_or_refused(small_store, tmp_path, capsys):
+    arguments = ["--annotations", small_store, "--output_dir", tmp_path / "z"]
+    zero_shot.main([str(word) for word in arguments])
+    said = capsys.readouterr().out
+    assert said.count("left out") == 2 and "keeps no features" in said
+    assert sorted(path.parent.name for path in (tmp_path / "z").glob("*/report.json")) == ["averaged", "single"]
+    assert not (tmp_path / "z" / "embeddings").exists()
+    for variant in ("embeddings", "transductive"):
+        assert "keeps no features" in refused(capsys, zero_shot, *arguments, "--variant", variant)
+    # another store in the same folder
+    (tmp_path / "y" / "averaged").mkdir(parents=True)
+    (tmp_path / "y" / "averaged" / "job.json").write_text('{"schema": 1, "store": "other"}')
+    arguments[-1] = tmp_path / "y"
+    assert "another job" in refused(capsys, zero_shot, *arguments, "--variant", "averaged")
+    assert "another job" in refused(capsys, zero_shot, *arguments)
+
+
+def test_an_annotator_that_cannot_be_had_is_told(tmp_path):
+    def store(spec, weights="w"):
+        told = {"features": 4, "model": {"spec": spec, "weights": weights, "precision": "fp32"}}
+        return SimpleNamespace(manifest=told, root=tmp_path, class_names=["a", "b"], templates=["{}"])
+
+    with pytest.raises(UserError, match="does not exist"):
+        text_side(store(f"local-dir:{tmp_path / 'gone'}"), ["{}"])
+    with pytest.raises(UserError, match="its files changed"):
+        text_side(store("builtin:glyph-clip"), ["{}"])
+    with pytest.raises(UserError, match="unknown model"):
+        text_side(store("synthetic:flip(q=0.1,eta=0.0,seed=0)"), ["{}"])
+
+
+# ---- distillation ----------------------------------------------------------------------------------------------------
+
+
+def test_distillation_on_the_digits(digits, tmp_path):
+    distill.main([
+        "--annotations", str(digits.root), "--recipe", "digits", "--epochs", "2", "--workers", "0", "--teacher", "single",
+        "--output_dir", str(tmp_path / "run"),
+    ])  # fmt: skip
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["method"] == "KD, single template" and report["labels_used"] == 0
+    assert "probabilities under the first template" in report["teacher"]
+    assert report["accuracy"]["test"]["ensemble"] > 0.5
+    # one network: no second opinion in report or export
+    assert set(report["accuracy"]["test"]) == {"ensemble", "n", "interval"}
+    assert (tmp_path / "run" / "export" / "net1").is_dir() and not (tmp_path / "run" / "export" / "net2").exists()
+
+
+def teacher_of(store, teacher, known):
+    task = SimpleNamespace(
+        store=store,
+        data=SimpleNamespace(samples=torch.arange(len(store))),
+        method=SimpleNamespace(teacher=teacher),
+        known=known,
+        accelerator=SimpleNamespace(device="cpu"),
+    )
+    return distill.teacher_of(task)
+
+
+def test_teachers(digits, small_store):
+    nobody = np.full(len(digits), -1)
+    averaged, _ = teacher_of(digits, "averaged", nobody)
+    np.testing.assert_array_equal(averaged, digits.probs())
+    single, told = teacher_of(digits, "single", nobody)
+    np.testing.assert_array_equal(single, single_template_probabilities(digits))
+    # without features the first template's votes have to do, and no vote is no opinion
+    small = AnnotationStore.open(small_store)
+    votes, told = teacher_of(small, "single", np.full(len(small), -1))
+    assert "votes of the first template, because" in told and "keeps no features" in told
+    spoken = small.votes()[:, 0] >= 0
+    assert (votes[spoken].argmax(axis=1) == small.votes()[spoken, 0]).all() and (votes.max(axis=1)[spoken] == 1).all()
+    np.testing.assert_allclose(votes.sum(axis=1), 1)
+    # what a person says stands in for either
+    given = nobody.copy()
+    given[5] = 7
+    probs, _ = teacher_of(digits, "averaged", given)
+    assert probs[5].tolist() == [0] * 7 + [1, 0, 0]
+
+
+# ---- DivideMix -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "switch",
+    [
+        (), ("--labels_from", "single", "--train_view", "weak", "--lr_schedule", "step"),
+        ("--few_shot", "2", "--mixup_alpha", "0"), ("--few_shot", "2", "--label_mode", "extra_ce"),
+        ("--warmup_epochs", "0"), ("--warmup_epochs", "2"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_dividemix_runs_to_its_report(small_store, tmp_path, switch):
+    warm_up = () if "--warmup_epochs" in switch else ("--warmup_epochs", "1")
+    state, report = small_run(dividemix, small_store, tmp_path / "run", *warm_up, *switch)
+    assert len(state["learners"]) == 2 and state["epoch"] == 2
+    assert all(value.isfinite().all() for learner in state["learners"] for value in learner.values())
+    assert report["method"] == dividemix.NAMES["single" if "single" in switch else "averaged"]
+    assert report["labels_used"] == (6 if "--few_shot" in switch else 0)
+    assert set(report["accuracy"]["test"]) == {"ensemble", "net1", "net2", "n", "interval"}
+    assert len(state["weights"]) == (0 if switch[-2:] == ("--warmup_epochs", "2") else 2)
+
+
+def test_dividemix_on_the_digits(digits, tmp_path):
+    dividemix.main([
+        "--annotations", str(digits.root), "--recipe", "digits", "--epochs", "2", "--warmup_epochs", "1", "--workers", "0",
+        "--output_dir", str(tmp_path / "run"),
+    ])  # fmt: skip
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["method"] == "DivideMix, averaged" and report["preset"] == "matched"
+    assert report["accuracy"]["test"]["ensemble"] > 0.2 and 0 < report["last_epoch"]["division/trusted"] < 1
+    assert (tmp_path / "run" / "export" / "net2").is_dir()
+
+
+def test_official_settings_win_over_the_recipe_and_the_command_line_over_both(capsys):
+    def settings(*arguments):
+        job, _, method = dividemix.settings_from(["--recipe", "digits", *arguments])
+        return job.lr, job.epochs, job.batch_size, method.train_view, method.warmup_epochs, method.lr_schedule
+
+    assert settings() == (0.03, 30, 64, "strong", 6, "cosine")
+    assert settings("--preset", "official") == (0.02, 300, 64, "weak", 10, "step")
+    assert settings("--preset=official", "--epochs", "40", "--train_view", "strong") == (0.02, 40, 64, "strong", 10, "step")
+    assert "--warmup_epochs" in refused(capsys, dividemix, "--epochs", "2", "--warmup_epochs", "3")
+    assert "--kd_temperature" in refused(capsys, distill, "--kd_temperature", "0")
+
+
+def test_weak_views_train_on_what_was_guessed_from():
+    images = torch.randint(0, 256, (9, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    look = Augmentation(8, 2, False, mean=(0.5,), std=(0.5,))
+    data = dividemix.WeakViews(images, torch.arange(9), look, torch.device("cpu"), seed=0)
+    verdict = Verdict(torch.ones(9), torch.eye(3)[torch.arange(9) % 3], np.arange(9) < 6)
+    shared = {"mixup_alpha": 4.0, "ramp": 1.0, "gate": False, "fill_queue": False}
+    made = co_train_batch(data, np.arange(6), np.arange(6, 9), verdict, key=(1, 0, 2), **shared)
+    assert torch.equal(made.strong, torch.cat([*made.x_weak, *made.u_weak]))
+    assert not torch.equal(made.x_weak[0], made.x_weak[1])
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize(("module", "more"), [(dividemix, ("--warmup_epochs", "1")), (distill, ())], ids=["two", "one"])
+def test_a_killed_run_goes_on_bit_for_bit(small_store, tmp_path, monkeypatch, module, more, capsys):
+    """Killed at a checkpoint within the second epoch, then started again, and once more when it is finished."""
+    more = (*more, "--checkpoint_minutes", "0")
+    expected, _ = small_run(module, small_store, tmp_path / "whole", *more)
+    whole = checkpoint.save
+
+    def save_then_die(folder, number, state):
+        whole(folder, number, state)
+        if state["epoch"] == 1 and state["step"] == 2:
+            raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "save", save_then_die)
+        with pytest.raises(Killed):
+            small_run(module, small_store, tmp_path / "run", *more)
+    found, _ = small_run(module, small_store, tmp_path / "run", *more)
+    for ours, theirs in zip(expected["learners"], found["learners"]):
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert expected["curves"] == found["curves"]
+    capsys.readouterr()
+    small_run(module, small_store, tmp_path / "run", *more)
+    assert "finished" in capsys.readouterr().out
+
+
+# ---- run_all.sh ------------------------------------------------------------------------------------------------------
+
+STAND_IN = """#!/bin/sh
+echo "$*" >> "$COMMANDS"
+for word; do [ "$last" = --output_dir ] && folder=$word; last=$word; done
+case "$*" in
+*--print_config*) echo "epochs: 30" ;;
+*coreg.report* | *annotate_vlm*) ;;
+*"$BROKEN"*) exit 1 ;;
+*zero_shot*) mkdir -p "$folder/averaged" && : > "$folder/averaged/report.json" ;;
+*) mkdir -p "$folder" && : > "$folder/report.json" ;;
+esac
+"""
+
+
+def run_all(tmp_path, *options, broken="nothing"):
+    """Exit code, what was said on stderr, and the commands that were started."""
+    python, commands = tmp_path / "python", tmp_path / "commands"
+    python.write_text(STAND_IN)
+    python.chmod(0o755)
+    commands.write_text("")
+    environment = os.environ | {"PYTHON": str(python), "COMMANDS": str(commands), "BROKEN": broken}
+    done = subprocess.run(
+        [str(ROOT / "baselines" / "run_all.sh"), "--output_dir", str(tmp_path / "out"), *options],
+        env=environment, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    return done.returncode, done.stderr, [shlex.split(line) for line in commands.read_text().splitlines()]
+
+
+def test_run_all_starts_every_method_once_and_skips_what_is_finished(tmp_path):
+    code, said, commands = run_all(tmp_path, "--seeds", "0 1", "--shots", "4", "--jobs", "4", "--compute_matched")
+    assert code == 0 and said == ""
+    jobs = [words for words in commands if "--seed" in words]
+    folders = [words[words.index("--output_dir") + 1] for words in jobs]
+    assert len(set(folders)) == len(folders) == 2 * (15 + 15 + 2 + 3)
+    started = {(words[0], words[words.index("--epochs") + 1]) for words in jobs if "--epochs" in words}
+    # as many passes as 30 epochs of Co-Reg: 360 of one network that goes forth and back
+    assert ("baselines/distill.py", "360") in started and ("baselines/dividemix.py", "43") in started
+    methods = {words[words.index("--method") + 1] for words in jobs if "--method" in words}
+    assert methods == set(pll.NAMES)
+    # every command is one that its script understands
+    for words in jobs:
+        own = [word for word in words[1:] if word != "--print_config"]
+        if words[0] == "baselines/pll.py":
+            pll.read_settings(own)
+        elif words[0] == "baselines/dividemix.py":
+            dividemix.settings_from(own)
+    code, said, again = run_all(tmp_path, "--seeds", "0 1", "--shots", "4", "--compute_matched")
+    assert code == 0 and not [words for words in again if "--seed" in words]
+
+
+def test_run_all_names_what_failed_and_does_the_rest(tmp_path):
+    code, said, commands = run_all(tmp_path, "--seeds", "0", "--shots", "", broken="--method pico ")
+    assert code == 1 and "pico-0" in said and "cc-0" not in said
+    assert len([words for words in commands if "--seed" in words]) == 15 + 2
+    assert run_all(tmp_path, "--seed", "0")[0] == 2
+    assert run_all(tmp_path, "--jobs")[0] == 2

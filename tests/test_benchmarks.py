@@ -1,0 +1,188 @@
+"""The benchmarks' plain step against ours, row by row and gradient by gradient; growth, tables and pages by hand."""
+
+import copy
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.modules.module import register_module_forward_hook
+
+from benchmarks import growth
+from benchmarks.__main__ import PAGE, TABLES
+from benchmarks.augment import MEAN, STD, pil_batch, waves
+from benchmarks.plain import VIEWS, PlainCoReg
+from benchmarks.sides import Bench, Case
+from benchmarks.step import Clock, parts_of_a_step
+from benchmarks.tables import as_markdown, fill
+from benchmarks.turns import in_turns, ratio
+from coreg.data.augment import Augmentation
+from coreg.learn.coreg import CoRegBatch, CoRegLearner
+from coreg.learn.memory import Prototypes
+from coreg.learn.options import CoRegOptions
+from coreg.nets.model import CoRegNet
+from coreg.nets.preact import PreActResNet
+from coreg.run.process import build_accelerator
+from coreg.settings import JobConfig
+
+C, D, QUEUE = 5, 8, 23
+
+
+def small_net(seed):
+    """With batch statistics: every pass of the plain step and of ours has to see the same batches."""
+    torch.manual_seed(seed)
+    return CoRegNet(PreActResNet(C, 1, widths=(4, 8), depths=(1, 1)), D).double()
+
+
+def both_sides(steps):
+    """Our learner and the plain one trained on the same `steps` batches of (n_x, n_u) rows, and the losses of both."""
+    net, peer = small_net(0), small_net(1).eval()
+    ours = CoRegLearner(net, Prototypes(C, D).double(), CoRegOptions(queue_size=QUEUE, projection_dim=D)).double().train()
+    ours.set_peer(peer)
+    plain = PlainCoReg(copy.deepcopy(net), copy.deepcopy(peer), C, D, QUEUE)
+    generator, losses = torch.Generator().manual_seed(3), []
+    optimizers = [torch.optim.SGD(side.net.parameters(), lr=0.1, momentum=0.9) for side in (ours, plain)]
+    for n_x, n_u in steps:
+        views = {
+            name: torch.randn(n_x if name[0] == "x" else n_u, 1, 8, 8, generator=generator, dtype=torch.float64)
+            for name in VIEWS
+        }
+        order = torch.randperm(2 * n_x + 2 * n_u, generator=generator)
+        p = torch.randn(n_x, C, generator=generator, dtype=torch.float64).softmax(1)
+        w = torch.rand(n_x, generator=generator, dtype=torch.float64)
+        strong = torch.cat([views[name] for name in ("x_s1", "x_s2", "u_s1", "u_s2")])
+        batch = CoRegBatch(
+            x_weak=(views["x_w1"], views["x_w2"]),
+            u_weak=(views["u_w1"], views["u_w2"]),
+            strong=strong,
+            partners=strong[order],
+            position=torch.arange(len(order)),
+            partner_position=order,
+            x_targets=p,
+            x_weight=w,
+            n_x=n_x,
+            n_u=n_u,
+            share_kept=0.7,
+            ramp=0.3,
+            gate=True,
+            fill_queue=True,
+        )
+        losses.append((ours(batch)["loss"], plain.loss(views, p, w, 0.7, order, 0.3)))
+        for optimizer, loss in zip(optimizers, losses[-1]):
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    return ours, plain, losses
+
+
+def test_our_step_is_the_plain_step():
+    # the queue of 23 places runs full and wraps around, and tails of batches have other sizes
+    ours, plain, losses = both_sides([(6, 4), (4, 6), (5, 5), (2, 3)])
+    for mine, theirs in losses:
+        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-11)
+    for (name, mine), theirs in zip(ours.net.named_parameters(), plain.net.parameters()):
+        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-11, msg=name)
+        torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-7, atol=1e-10, msg=name)
+    for (name, mine), theirs in zip(ours.key_net.named_parameters(), plain.key_net.parameters()):
+        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-11, msg=name)
+    for (name, mine), theirs in zip(ours.net.named_buffers(), plain.net.buffers()):
+        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-11, msg=name)
+    torch.testing.assert_close(ours.prototypes.value, plain.prototypes, rtol=1e-9, atol=1e-11)
+    keys, labels, marks = ours.queue.rows()
+    torch.testing.assert_close(keys, plain.queue, rtol=1e-9, atol=1e-11)
+    assert torch.equal(labels, plain.queue_targets.argmax(1)) and torch.equal(marks, plain.queue_marks)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_plain_views_are_normalised_like_ours(channels):
+    images = waves(6, 16, channels, np.random.default_rng(0))
+    still = SimpleNamespace(integers=lambda low, high, count: (0, 0), random=lambda: 0.9)  # no shift, no flip
+    ours = Augmentation(16, 0, False, mean=MEAN[:channels], std=STD[:channels])
+    torch.testing.assert_close(
+        pil_batch(images, 0, False, still), ours.plain(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous())
+    )
+    strong = pil_batch(images, 2, True, np.random.default_rng(0))
+    assert strong.shape == (6, channels, 16, 16) and strong.isfinite().all()
+
+
+@pytest.fixture(scope="module")
+def bench():
+    return Bench(Case("preact_resnet_tiny", 16, 1, classes=3, batch=4, queue=16), build_accelerator(), JobConfig())
+
+
+def images_through_networks(step):
+    """Forward, and with gradient, of one step of one side."""
+    counts = {"forward": 0, "backward": 0}
+
+    def count(module, inputs, outputs):
+        if isinstance(module, CoRegNet):
+            counts["forward"] += len(inputs[0])
+            counts["backward"] += len(inputs[0]) * outputs[0].requires_grad
+
+    handle = register_module_forward_hook(count)
+    step(0)
+    handle.remove()
+    return counts
+
+
+def test_the_bare_passes_are_those_of_a_step(bench):
+    made = {name: images_through_networks(make()) for name, make in bench.sides().items()}
+    b = bench.case.batch
+    assert made["ours"] == made["plain"] == made["passes"] == {"forward": 14 * b, "backward": 6 * b}
+    assert made["ours, fast"] == made["passes, fast"] == {"forward": 8 * b, "backward": 6 * b}
+
+
+def test_parts_of_a_step_make_up_the_whole(bench):
+    shares = parts_of_a_step(bench, "reference", 2)
+    assert sum(shares.values()) == pytest.approx(1) and min(shares.values()) >= 0
+    assert shares["passes"] > shares["bookkeeping"] > 0
+
+
+def test_a_second_counts_for_the_innermost_part():
+    now = iter([0.0, 1.0, 3.0, 6.0, 10.0])
+    clock = Clock(lambda: next(now))
+    clock.start()  # at 0
+    with clock.part("outer"), clock.part("inner"):  # from 1 and from 3
+        pass  # until 6 and until 10
+    assert clock.seconds == {"losses": 1.0, "outer": 2.0 + 4.0, "inner": 3.0}
+
+
+def test_sides_are_timed_in_turns():
+    calls = []
+    now = iter(range(100))
+    rounds = in_turns(
+        {name: lambda i, name=name: calls.append((name, i)) for name in "ab"}, 0, lambda: next(now) ** 2, least=3
+    )
+    assert calls == [(name, i) for i in range(4) for name in ("ab" if i % 2 == 0 else "ba")]
+    # the clock is read twice for a side, four times a round: the first round would have been 1 - 0 and 9 - 4
+    assert rounds == [{"b": 25 - 16, "a": 49 - 36}, {"a": 81 - 64, "b": 121 - 100}, {"b": 169 - 144, "a": 225 - 196}]
+    assert ratio([{"a": 2, "b": 1}, {"a": 9, "b": 3}, {"a": 50, "b": 10}], "a", "b") == 3
+
+
+def test_the_exponent_of_a_power_is_found():
+    sizes = (10, 100, 1000)
+    assert growth.exponent(sizes, [3 * n**1.5 for n in sizes]) == pytest.approx(1.5)
+    assert growth.exponent(sizes, [7.0] * 3) == pytest.approx(0)
+
+
+@pytest.mark.parametrize("name", growth.WORK)
+def test_every_piece_of_work_can_be_done(name):
+    seconds, megabytes = growth.point(name, 300, 10)
+    assert seconds > 0 and 0 <= megabytes < 100
+
+
+def test_a_table_and_the_page_that_holds_it():
+    table = as_markdown([{"work": "union", "s": "1.50"}, {"work": "topk:3", "s": "12"}])
+    assert table == "| work   |    s |\n| ------ | ---: |\n| union  | 1.50 |\n| topk:3 |   12 |"
+    page = "Before.\n<!-- a -->\nold\n<!-- end of a -->\nBehind.\n"
+    filled = fill(page, "a", "new")
+    assert filled == "Before.\n<!-- a -->\n\nnew\n\n<!-- end of a -->\nBehind.\n" and fill(filled, "a", "new") == filled
+    for broken in (page.replace("end of", "end"), page * 2, "<!-- end of a --><!-- a -->\n"):
+        with pytest.raises(ValueError, match="one line <!-- a -->"):
+            fill(broken, "a", "new")
+
+
+def test_the_page_has_a_place_for_every_table():
+    page = PAGE.read_text(encoding="utf-8")
+    for name in TABLES:
+        assert fill(page, name, "new") != page

@@ -1,0 +1,224 @@
+"""coreg-report: what is joined, what is left out, and tables that hostile names cannot break."""
+
+import csv
+import html.parser
+import io
+import json
+import re
+import statistics
+
+import pytest
+import yaml
+
+from coreg.report.compare import main, read_run
+from coreg.report.tables import FAMILIES, OTHERS, Row, Run, as_csv, as_html, as_markdown, compare, special_settings
+
+
+def report(method="Co-Reg", seed=0, test=0.9, train=0.95, n=360, **more):
+    accuracy = {
+        split: {"ensemble": share, "n": n, "interval": [share - 0.03, share + 0.03]}
+        for split, share in (("test", test), ("train", train))
+        if share is not None
+    }
+    return {
+        "schema": 1,
+        "method": method,
+        "dataset": "builtin:digits",
+        "seed": seed,
+        "labels_used": 0,
+        "annotator": {"name": "builtin:glyph-clip"},
+        "accuracy": accuracy,
+        "parameters": 307722,
+        "training_seconds": 101.0,
+        "wall_seconds": 110.0,
+    } | more
+
+
+def write(folder, content, **settings):
+    folder.mkdir(parents=True)
+    (folder / "report.json").write_text(content if isinstance(content, str) else json.dumps(content))
+    if settings:
+        (folder / "config.yaml").write_text(yaml.safe_dump(settings))
+    return folder
+
+
+def printed(capsys, *arguments):
+    """stdout and the lines of stderr."""
+    main([str(word) for word in arguments])
+    said = capsys.readouterr()
+    return said.out, said.err.splitlines()
+
+
+def rows_of(markdown):
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in markdown.splitlines() if line[:1] == "|"]
+
+
+def test_seeds_become_mean_and_standard_deviation(tmp_path, capsys):
+    shares = [0.925, 0.914, 0.947]
+    for seed, share in enumerate(shares):
+        write(tmp_path / f"coreg-{seed}", report(seed=seed, test=share), seed=seed, epochs=30, output_dir=f"r/{seed}")
+    write(tmp_path / "kd", report("KD, averaged", test=0.8), seed=0, epochs=30)
+    out, err = printed(capsys, tmp_path)
+    assert err == []
+    mean, sd = 100 * statistics.mean(shares), 100 * statistics.stdev(shares)
+    (coreg,) = (row for row in rows_of(out) if row[0] == "Co-Reg")
+    assert coreg == ["Co-Reg", f"{mean:.1f} ± {sd:.1f}", "95.0 ± 0.0", "3", "0", "30", "0.31", "101", "110"]
+    (kd,) = (row for row in rows_of(out) if row[0] == "KD, averaged")
+    assert kd[1] == "80.0 (77.0–83.0)" and kd[3] == "1"
+    lines = csv.DictReader(io.StringIO(printed(capsys, tmp_path, "--format", "csv")[0]))
+    (line,) = (row for row in lines if row["test_sd"])
+    assert float(line["test_mean"]) == pytest.approx(statistics.mean(shares), abs=1e-15)
+    assert float(line["test_sd"]) == pytest.approx(statistics.stdev(shares), abs=1e-15)
+    assert line["seeds"] == "0 1 2" and line["test_low"] == "" and line["parameters"] == "307722.0"
+
+
+def test_families_stand_in_the_order_of_the_papers_and_the_best_first(tmp_path, capsys):
+    names = [
+        "Supervised", "Co-Reg", "LoRA, 4 shots", "CoOp, 1 shot", "PiCO+", "CR-DPLL", "RC", "ALIM-Scale", "Brand new",
+        "DivideMix, averaged", "KD, single template", "Zero-shot, transductive", "Zero-shot, single template",
+    ]  # fmt: skip
+    for number, name in enumerate(names):
+        write(tmp_path / f"r{number}", report(name, test=0.5 + number / 100))
+    found = [row[0] for row in rows_of(printed(capsys, tmp_path)[0])[2:]]
+    families = [name.strip("*") for name in found if name.startswith("**")]
+    assert families == [*FAMILIES, OTHERS]
+    assert [name for name in found if not name.startswith("**")] == [
+        "Zero-shot, single template", "Zero-shot, transductive", "KD, single template", "DivideMix, averaged",
+        "ALIM-Scale", "RC", "CR-DPLL", "PiCO+", "CoOp, 1 shot", "LoRA, 4 shots", "Co-Reg", "Supervised", "Brand new",
+    ]  # fmt: skip
+
+
+def test_settings_that_differ_make_other_rows():
+    assert special_settings([{"a": "1", "b": "2"}]) == [""]
+    # most say a 1 and b 2: only what departs is told
+    ablations = [{"a": "1", "b": "2"}, {"a": "0", "b": "2"}, {"a": "1", "b": "9"}]
+    assert special_settings(ablations) == ["", "a 0", "b 9"]
+    # no majority, and a setting that one of them lacks
+    assert special_settings([{"lr": "0.1"}, {"lr": "0.2"}]) == ["lr 0.1", "lr 0.2"]
+    assert special_settings([{"few_shot": "4"}, {}, {}]) == ["few_shot 4", "", ""]
+
+
+def test_rows_are_told_apart_by_settings_and_labels_but_not_by_places(tmp_path, capsys):
+    for seed in (0, 1):
+        common = {"seed": seed, "output_dir": f"x{seed}", "workers": seed, "annotations": f"y{seed}"}
+        write(tmp_path / f"a{seed}", report(seed=seed), epochs=30, **common)
+        write(tmp_path / f"b{seed}", report(seed=seed), epochs=360, **common)
+        write(tmp_path / f"d{seed}", report(seed=seed), epochs=30, contrast_weight=0, **common)
+    write(tmp_path / "c", report(labels_used=40), epochs=30, seed=0)
+    found = {tuple(row[i] for i in (0, 3, 4, 5)) for row in rows_of(printed(capsys, tmp_path)[0]) if row[0][:2] == "Co"}
+    assert found == {
+        ("Co-Reg", "2", "0", "30"), ("Co-Reg", "2", "0", "360"), ("Co-Reg (contrast\\_weight 0)", "2", "0", "30"),
+        ("Co-Reg", "1", "40", "30"),
+    }  # fmt: skip
+
+
+def test_a_run_given_twice_counts_once_and_a_repeated_seed_is_left_out(tmp_path, capsys):
+    write(tmp_path / "a", report())
+    write(tmp_path / "b", report())
+    out, err = printed(capsys, tmp_path / "a", tmp_path / "a" / "report.json", tmp_path)
+    assert next(row for row in rows_of(out) if row[0] == "Co-Reg")[3] == "1"
+    assert len(err) == 1 and "b/report.json repeats" in err[0]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("{not json", "cannot be read"),
+        ("[" * 100_000, "cannot be read"),
+        ("[1, 2]", "schema None"),
+        (report(schema=7), "schema 7"),
+        (report(method=["x"]), "its method"),
+        (report() | {"seed": "0"}, "its seed"),
+        (report(annotator="clip"), "its annotator"),
+        (report(test=1.5), "its accuracy"),
+        (report(accuracy={"test": 0.5}), "its accuracy"),
+        (report(accuracy={"test": {"ensemble": float("nan"), "interval": [0, 1]}}), "its accuracy"),
+        (report(wall_seconds=float("inf")), "its wall_seconds"),
+        (report(labels_used=10**400), "its labels_used"),
+        (report(parameters="many"), "its parameters"),
+    ],
+)
+def test_what_is_no_report_is_left_out_with_one_line(tmp_path, capsys, content, said):
+    write(tmp_path / "bad", content)
+    write(tmp_path / "good", report())
+    out, err = printed(capsys, tmp_path)
+    assert len(err) == 1 and err[0].startswith("left out: ") and said in err[0] and "bad/report.json" in err[0]
+    assert sum(row[0] == "Co-Reg" for row in rows_of(out)) == 1
+
+
+def test_nothing_to_compare_is_one_line(tmp_path, capsys):
+    for arguments in ([], [str(tmp_path)], [str(tmp_path / "nowhere")], [str(tmp_path), "--format", "pdf"]):
+        with pytest.raises(SystemExit) as stopped:
+            main(arguments)
+        assert stopped.value.code == 2
+        assert sum(line.startswith("error:") for line in capsys.readouterr().err.splitlines()) == 1
+
+
+def test_missing_truth_and_times_are_dashes(tmp_path, capsys):
+    bare = report()
+    for name in ("accuracy", "parameters", "training_seconds", "wall_seconds"):
+        del bare[name]
+    write(tmp_path / "a", bare)
+    write(tmp_path / "b", report("KD, averaged", test=None))
+    out, _ = printed(capsys, tmp_path)
+    assert ["Co-Reg", "–", "–", "1", "0", "–", "–", "–", "–"] in rows_of(out)
+    assert next(row for row in rows_of(out) if row[0].startswith("KD"))[1:3] == ["–", "95.0 (92.0–98.0)"]
+    assert "Co-Reg" in printed(capsys, tmp_path, "--format", "csv")[0]
+    assert "Co-Reg" in printed(capsys, tmp_path, "--format", "html")[0]
+
+
+def test_a_settings_file_that_is_nonsense_is_as_good_as_none(tmp_path):
+    for number, content in enumerate(("a: [", "- 1", "a: !!python/object/apply:os.system [echo]", "a: {b: 1}", "\x00")):
+        folder = write(tmp_path / str(number), report())
+        (folder / "config.yaml").write_text(content)
+        assert read_run(folder / "report.json").settings == {}
+
+
+NASTY = '<script>alert("1")</script> | **x** `y` \n# z \x1b[31m &amp; \udcff'
+
+
+class Page(html.parser.HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.tags, self.words = set(), []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.add(tag)
+        assert not {name for name, _ in attributes if name.startswith("on") or name in ("src", "href")}
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+def test_names_cannot_break_out():
+    runs = [Run(None, report(NASTY, dataset="=cmd()|" + NASTY, annotator={"name": "@" + NASTY}))]
+    tables, _ = compare(runs)
+    page, markdown, table = as_html(tables), as_markdown(tables), as_csv(tables)
+    reader = Page()
+    reader.feed(page)
+    assert not reader.tags & {"script", "link", "img", "iframe"}
+    assert '<script>alert("1")</script>' in "".join(reader.words)
+    page.encode("utf-8")
+    for text in (page, markdown, table):
+        assert "\x1b" not in text
+    # one line, and nine cells: every bar of the name is escaped
+    (line,) = (line for line in markdown.splitlines() if "alert" in line and line.startswith("|"))
+    assert len(re.split(r"(?<!\\)\|", line)) == 11 and not re.search(r"(?<!\\)[<>`]", line)
+    (head, row) = csv.reader(io.StringIO(table))
+    assert len(head) == len(row) and row[0].startswith("'=") and row[1].startswith("'@")
+
+
+def test_the_page_stands_alone_and_fits_small_screens(tmp_path, capsys):
+    write(tmp_path / "a", report())
+    said, _ = printed(capsys, tmp_path, "--format", "html", "--output", tmp_path / "c.html")
+    assert "1 rows from 1 runs" in said
+    page = (tmp_path / "c.html").read_text()
+    assert "prefers-color-scheme:dark" in page and "name='viewport'" in page and "overflow-x:auto" in page
+    assert not re.search(r"https?://", page)
+    with pytest.raises(SystemExit):
+        main([str(tmp_path), "--output", str(tmp_path / "no" / "c.html")])
+
+
+def test_accuracy_without_test_labels_still_sorts():
+    rows = [Row("KD, a", "", [Run(None, report(test=None, train=t))]) for t in (0.5, 0.7)]
+    assert sorted(rows, key=lambda row: row.place)[0] is rows[1]

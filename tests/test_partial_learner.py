@@ -1,0 +1,111 @@
+"""The training step around a method: what it looks at, in which order tables are written, gradients, the second reading."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from coreg.learn.partial import METHODS
+from coreg.learn.partial.learner import PartialBatch, PartialLearner
+from coreg.learn.partial.method import Step
+from coreg.learn.partial.options import PartialOptions
+from coreg.nets.model import CoRegNet
+from coreg.nets.preact import PreActResNet
+
+N, C, D, n = 8, 3, 4, 4
+INDEX = torch.tensor([4, 1, 7, 2])
+STEP = Step(6, 10)
+
+
+def learner(name, **options):
+    torch.manual_seed(0)
+    method = METHODS[name](PartialOptions(projection_dim=D, queue_size=10, key_momentum=0.9, **options))
+    method.init(torch.rand(N, C).argsort(1) < 2, dtype=torch.float64)
+    net = CoRegNet(PreActResNet(C, 1, widths=(4, 8), depths=(1, 1), norm="none"), D)
+    made = PartialLearner(net, method).double().train()
+    for p in made.net.parameters():
+        p.data += 0.05 * torch.randn_like(p)  # the momentum encoder lags behind
+    return made
+
+
+def images(seed, rows=n):
+    return torch.randn(rows, 1, 8, 8, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def batch(made, **more):
+    passes = made.method.passes(STEP)
+    views = tuple(images(k) for k in range(len(passes.views)))
+    if passes.mixup != "none":
+        more |= {"mixed": images(7), "partner": torch.tensor([2, 3, 1, 0]), "share_kept": 0.8}
+    return PartialBatch(
+        INDEX,
+        STEP,
+        views,
+        key=images(5) if passes.key else None,
+        glance=images(6) if passes.glance else None,
+        **more,
+    )
+
+
+@pytest.mark.parametrize("name", list(METHODS))
+def test_a_step_of_every_method_trains_and_remembers(name):
+    made = learner(name)
+    before = copy.deepcopy(made.method.state_dict())
+    parts = made(batch(made))
+    assert parts["loss"].requires_grad and not any(p.requires_grad for k, p in parts.items() if k != "loss")
+    parts["loss"].backward()
+    trained = list(made.net.backbone.parameters())
+    assert all(p.grad.isfinite().all() for p in trained) and any(p.grad.abs().sum() > 0 for p in trained)
+    contrasts = hasattr(made, "key_net")
+    assert contrasts == (name in ("pico", "pico_plus", "irnet", "alim_onehot", "alim_scale"))
+    assert (made.net.projector[0].weight.grad is not None) == contrasts
+    assert not contrasts or all(p.grad is None for p in made.key_net.parameters())
+    changed = [k for k, v in made.method.state_dict().items() if not torch.equal(v.nan_to_num(), before[k].nan_to_num())]
+    assert bool(changed) == (bool(before) and not made.method.reads_again)
+    for table in ("confidence", "weights"):
+        if table in changed:
+            others = [i for i in range(N) if i not in INDEX.tolist()]
+            assert torch.equal(made.method.state_dict()[table][others], before[table][others])
+
+
+def test_proden_remembers_what_the_network_said_before_the_step_and_rc_what_it_says_after():
+    for name in ("proden", "rc"):
+        made = learner(name)
+        told = batch(made)
+        first = made.net(told.views[0])[0].detach()
+        optimizer = torch.optim.SGD(made.net.parameters(), lr=0.5)
+        made(told)["loss"].backward()
+        optimizer.step()
+        made.after_step(told)
+        last = made.net(told.views[0])[0].detach()
+        assert (first - last).abs().max() > 1e-3
+        p = (first if name == "proden" else last).softmax(1) * made.method.candidates[INDEX]
+        torch.testing.assert_close(made.method.confidence[INDEX], p / p.sum(1, keepdim=True))
+
+
+def test_keys_come_from_the_moving_average_of_the_network():
+    made = learner("pico")
+    key_net, told = copy.deepcopy(made.key_net), batch(made)
+    for key, query in zip(key_net.parameters(), made.net.parameters()):
+        key.data.copy_(0.9 * key + 0.1 * query)
+    made(told)
+    torch.testing.assert_close(made.method.queue.rows()[0], key_net(told.key)[1])
+
+
+def test_labelled_images_add_a_supervised_term():
+    made = learner("cc")
+    classes = torch.tensor([2, 0, 1])
+    parts = made(batch(made, labelled=(images(9, 3), classes), n_labelled=3))
+    supervised = nn.functional.cross_entropy(made.net(images(9, 3))[0], classes)
+    torch.testing.assert_close(parts["supervised"], supervised.detach())
+    torch.testing.assert_close(parts["loss"], made(batch(made))["loss"] + supervised)
+
+
+def test_a_resumed_learner_takes_the_same_step():
+    for name in ("rc", "pico_plus", "alim_scale", "irnet"):
+        first, second = learner(name), learner(name)
+        first(batch(first))
+        first.method.finish_epoch(STEP)
+        second.load_state_dict(first.state_dict())
+        assert torch.equal(first(batch(first))["loss"], second(batch(second))["loss"])

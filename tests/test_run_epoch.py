@@ -1,0 +1,35 @@
+"""What happens around the steps of an epoch: batch statistics counted anew."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from coreg.data.augment import Augmentation
+from coreg.data.order import ShuffledRows
+from coreg.nets.model import CoRegNet, create_backbone
+from coreg.run.batches import TrainingImages
+from coreg.run.epoch import count_statistics
+from coreg.run.training import Training
+
+
+@pytest.mark.parametrize("n", [21, 5])
+def test_batch_statistics_are_means_over_one_weak_view_of_every_whole_batch(n):
+    pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (n, 1, 16, 16), np.uint8))
+    views = Augmentation(size=16, padding=2, flip=False, mean=(0.3,), std=(0.4,))
+    data = TrainingImages(pixels, torch.arange(n), views, torch.device("cpu"), seed=3, dtype=torch.float64)
+    task = SimpleNamespace(job=SimpleNamespace(batch_size=4, seed=3), data=data)
+    torch.manual_seed(0)
+    nets = [CoRegNet(create_backbone("preact_resnet_tiny", 3, 1, {}, False), 8).double() for _ in range(2)]
+    before = [net.state_dict()["backbone.conv1.weight"].clone() for net in nets]
+    count_statistics(task, Training(nets, [], [], [], epoch=7))
+    for number, net in enumerate(nets):
+        order = ShuffledRows(np.arange(n), 8, (3, "statistics", 7, number))
+        whole = [order.batch(step) for step in range(max(n // 8, 1))]
+        seen = [net.backbone.conv1(data.view("weak", rows, ("statistics", 7, number))) for rows in whole]
+        mean = torch.stack([x.mean(dim=(0, 2, 3)) for x in seen]).mean(dim=0)
+        var = torch.stack([x.transpose(0, 1).flatten(1).var(dim=1) for x in seen]).mean(dim=0)
+        torch.testing.assert_close(net.backbone.norm1.running_mean, mean)
+        torch.testing.assert_close(net.backbone.norm1.running_var, var)
+        assert torch.equal(net.backbone.conv1.weight, before[number]) and net.backbone.norm1.momentum == 0.1
