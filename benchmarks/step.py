@@ -95,10 +95,11 @@ def parts_of_a_step(bench: Bench, preset: str, steps: int) -> dict[str, float]:
         return leaves
 
     def average_gradients() -> None:
-        for parameter in net.parameters():
-            if parameter.grad is not None:
-                torch.distributed.all_reduce(parameter.grad)
-                parameter.grad /= world
+        gradients = [parameter.grad for parameter in net.parameters() if parameter.grad is not None]
+        whole = torch.cat([gradient.flatten() for gradient in gradients])
+        torch.distributed.all_reduce(whole)
+        for gradient, part in zip(gradients, whole.split([gradient.numel() for gradient in gradients])):
+            gradient.copy_(part.view_as(gradient) / world)
 
     net.forward = forward
     for other in (learner.key_net, learner._peer[0]):

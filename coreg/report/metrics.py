@@ -99,6 +99,14 @@ def division_health(
     return health
 
 
+def few_shot_warnings(known: np.ndarray, per_class: int, class_names: list[str]) -> list[str]:
+    """In words, which classes gave fewer labelled images than asked for. known: int64 (N,), -1 unknown."""
+    counts = np.bincount(known[known >= 0], minlength=len(class_names))
+    short = [f"{count} of {name}" for name, count in zip(class_names, counts) if count < per_class]
+    named = ", ".join(short[:5]) + (", …" if len(short) > 5 else "")
+    return [f"{per_class} labels a class were asked for, and there are only {named}"] if short else []
+
+
 def collapse_warnings(predictions: np.ndarray, class_names: list[str]) -> list[str]:
     """Plain words about classes that the trained networks hardly ever name on the training images; empty when all is well.
 

@@ -68,12 +68,12 @@ def accuracies(predictions: dict[str, np.ndarray], labels: np.ndarray) -> dict[s
 
 
 def per_class(
-    class_names: list[str], labels: np.ndarray, annotator: np.ndarray, ensemble: np.ndarray
+    class_names: list[str], labels: np.ndarray, annotator: np.ndarray | None, ensemble: np.ndarray
 ) -> dict[str, dict[str, float | int | None]]:
     """Recall of the annotator and of the ensemble for each class, by class name; empty where no label is known."""
     if (labels < 0).all():
         return {}
-    before = per_class_accuracy(annotator, labels, len(class_names))
+    before = [None] * len(class_names) if annotator is None else per_class_accuracy(annotator, labels, len(class_names))
     after = per_class_accuracy(ensemble, labels, len(class_names))
     return {
         name: {"annotator": before[c], "ensemble": after[c], "n": int((labels == c).sum())}
@@ -170,6 +170,8 @@ def build_report(
     probs, names = store.probs(), store.class_names
     truth = {k: np.full(len(rows), -1) if store.labels is None else store.labels[rows] for k, rows in samples.items()}
     zero_shot = {k: probs[rows].argmax(axis=1) if len(rows) else np.zeros(0, int) for k, rows in samples.items()}
+    # candidate sets that were drawn from the truth come from nobody whose accuracy could be told
+    drawn = store.manifest["model"]["spec"].startswith("synthetic:")
     judged = "test" if (truth["test"] >= 0).any() else "train"
     return without_missing(
         {
@@ -182,12 +184,14 @@ def build_report(
             "classes": len(names),
             "annotator": {
                 "name": store.manifest["model"]["spec"],
-                "zero_shot_accuracy": {split: accuracy(zero_shot[split], truth[split]) for split in samples},
+                "zero_shot_accuracy": None if drawn else {k: accuracy(zero_shot[k], truth[k]) for k in samples},
                 "partial_accuracy": partial_accuracy(candidates, truth["train"]),
                 "mean_candidates": mean_candidates(candidates),
             },
             "accuracy": {split: accuracies(found, truth[split]) for split, found in predictions.items() if found},
-            "per_class_accuracy": per_class(names, truth[judged], zero_shot[judged], predictions[judged].get("ensemble")),
+            "per_class_accuracy": per_class(
+                names, truth[judged], None if drawn else zero_shot[judged], predictions[judged].get("ensemble")
+            ),
             "per_class_split": judged,
             **measured,
             "peak_memory_mb": peak_memory_mb(),
@@ -195,6 +199,10 @@ def build_report(
             "versions": versions(),
         }
     )
+
+
+def _percent(share: float | None, digits: int = 0) -> str:
+    return "–" if share is None else f"{share:.{digits}%}"
 
 
 def summary(report: dict[str, Any], root: Path) -> str:
@@ -208,11 +216,12 @@ def summary(report: dict[str, Any], root: Path) -> str:
     if achieved:
         lines += ["", f"{'accuracy':<12}{'annotator':>10}{report['method']:>{wide}}{'gain':>8}"]
         for split in ("train", "test"):
-            if split in achieved and split in zero_shot:
-                before, after = zero_shot[split], achieved[split]["ensemble"]
+            if split in achieved:
+                before, after = zero_shot.get(split), achieved[split]["ensemble"]
                 low, high = achieved[split]["interval"]
+                gain = "" if before is None else f"{100 * (after - before):+.1f}"
                 lines.append(
-                    f"{split:<12}{before:>10.1%}{after:>{wide}.1%}{100 * (after - before):>+8.1f}"
+                    f"{split:<12}{_percent(before, 1):>10}{after:>{wide}.1%}{gain:>8}"
                     f"   (95 % interval {low:.1%} to {high:.1%}, n = {achieved[split]['n']})"
                 )
     rows = report.get("per_class_accuracy", {})
@@ -223,10 +232,15 @@ def summary(report: dict[str, Any], root: Path) -> str:
             f"{'class':<{width}}{'annotator':>10}{report['method']:>{wide}}   ({report['per_class_split']} images)",
         ]
         for name, row in rows.items():
-            if row.get("annotator") is not None:
-                lines.append(f"{name[:28]:<{width}}{row['annotator']:>10.0%}{row['ensemble']:>{wide}.0%}   n = {row['n']}")
+            if row.get("ensemble") is not None:
+                before, after = _percent(row.get("annotator")), row["ensemble"]
+                lines.append(f"{name[:28]:<{width}}{before:>10}{after:>{wide}.0%}   n = {row['n']}")
     else:
         lines.append("No true labels are known, so there is no accuracy to report.")
+    chosen = report.get("chosen_epoch", {})
+    if chosen.get("accuracy"):
+        found = ", ".join(f"{share:.1%} on {split} images" for split, share in chosen["accuracy"].items())
+        lines += ["", f"Epoch {chosen['epoch']} of {chosen['epochs']} looked best without labels ({found}): export_chosen."]
     if report.get("warnings"):
         lines += ["", "Warning: " + "; ".join(report["warnings"]) + "."]
     tuned = f" ({report['trainable_parameters']:,} of them trained)" if "trainable_parameters" in report else ""

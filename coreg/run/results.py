@@ -17,7 +17,7 @@ from coreg.nets.model import parse_backbone_args
 from coreg.report.board import show_end
 from coreg.report.calibration import fit_to_agreement
 from coreg.report.card import model_card
-from coreg.report.metrics import accuracy, collapse_warnings, consensus
+from coreg.report.metrics import accuracy, collapse_warnings, consensus, few_shot_warnings
 from coreg.report.page import write_page
 from coreg.report.page_record import RunRecord, Split
 from coreg.report.report import build_report, write_labels
@@ -167,7 +167,10 @@ def finish(run: Run, task: Task, training: Training, method: str, **more: Any) -
             },
             labels_used=int((task.known >= 0).sum()),
             needs_review=needs_review,
-            warnings=collapse_warnings(on_train["ensemble"].argmax(axis=1), store.class_names),
+            warnings=[
+                *few_shot_warnings(task.known, job.few_shot, store.class_names),
+                *collapse_warnings(on_train["ensemble"].argmax(axis=1), store.class_names),
+            ],
             last_epoch=training.curves[-1],
             chosen_epoch=chosen,
             parameters=sum(p.numel() for p in training.nets[0].backbone.parameters()),
