@@ -36,7 +36,7 @@ compare: $(READY)
 
 # Ours against a plain implementation and against the bare passes of the networks; the tables go to docs/benchmarks.md
 bench: $(READY)
-	$(BIN)/python -m benchmarks
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks
 
 lint: $(READY)
 	$(BIN)/ruff check .

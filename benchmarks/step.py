@@ -195,7 +195,7 @@ def parts(name: str, job: JobConfig) -> list[dict[str, Any]]:
     bench = Bench(CASES[name], build_accelerator(job.mixed_precision), job)
     rows = []
     for preset in ("reference", "fast"):
-        shares = parts_of_a_step(bench, preset, 20 if name == "demo" else 3)
+        shares = parts_of_a_step(bench, preset, 20 if name == "demo" else 2)
         row = {"network": name, "processes": str(bench.accelerator.num_processes), "preset": preset}
         rows.append(row | {part: f"{share:.1%}" for part, share in shares.items()})
     return rows
@@ -211,14 +211,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--compile", action="store_true", help="compile the networks")
     args = parser.parse_args(argv)
     job = JobConfig(mixed_precision=args.mixed_precision, compile=args.compile)
-    main_process = build_accelerator(job.mixed_precision).is_main_process
-    if main_process:
+    accelerator = build_accelerator(job.mixed_precision)
+    if accelerator.is_main_process:
         print(environment())
     tables = [parts] if args.parts else [functools.partial(measure, seconds=args.seconds), parts]
     for table in tables:
         rows = [row for name in args.networks for row in table(name, job=job)]
-        if main_process:
+        if accelerator.is_main_process:
             print("\n" + as_markdown(rows), flush=True)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
     return 0
 
 

@@ -24,7 +24,8 @@ class JobConfig:
         None, "annotation store made by annotate_vlm.py; without it the built-in digits are used"
     )
     output_dir: str | None = option(
-        None, "the run folder, runs/METHOD by default; the same command again goes on where it stopped"
+        None,
+        "the run folder (by default runs/demo, and runs/METHOD for a baseline); the same command again goes on where it stopped",
     )
     seed: int = option(0, "of everything random")
     few_shot: int = option(0, "true labels a class to train with, drawn from the store's own labels")
