@@ -25,7 +25,7 @@ class JobConfig:
     )
     output_dir: str | None = option(
         None,
-        "the run folder (by default runs/demo, and runs/METHOD for a baseline); the same command again goes on where it stopped",
+        "the run folder (runs/demo, or runs/METHOD for a baseline); the same command again goes on where it stopped",
     )
     seed: int = option(0, "of everything random")
     few_shot: int = option(0, "true labels a class to train with, drawn from the store's own labels")
