@@ -12,29 +12,16 @@ The run folder is the job: the same command again goes on where it stopped, and 
 
 from __future__ import annotations
 
-import json
-import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from safetensors.torch import save
-
-from annotate_vlm import annotate_digits
-from coreg.adapt.learner import ClipLearner
-from coreg.adapt.prompts import PromptLearner, lay_out, random_context, text_ids, token_embedding
-from coreg.adapt.settings import TuningJob, ViewOptions, check
-from coreg.adapt.tuning import ClipImages, Labelled, Outlook, begin, finish, judge, load_towers, tuning_epoch
-from coreg.annotate.annotators import Towers
+from coreg.adapt.settings import Outlook, TuningJob, ViewOptions, check
+from coreg.annotate.candidates import parse_rule
 from coreg.config import as_settings, as_yaml, option, parse
 from coreg.errors import UserError, exits_with_one_line
-from coreg.report.report import summary
-from coreg.run.job import Run, open_run
-from coreg.run.process import follow_launcher, main_process_decides
 
 # digits must not be mirrored, and most of one has to be seen; the tiny CLIP reads 16 tokens in all
 PRESETS = {"paper": {}, "digits": {"crop": 0.7, "flip": False, "context_tokens": 4}}
@@ -63,6 +50,55 @@ class CoOpOptions:
 def epochs_of(shots: int) -> int:
     """Epochs that CoOp's authors train for."""
     return 50 if shots == 1 else 100 if shots <= 4 else 200
+
+
+def check_coop(method: CoOpOptions) -> None:
+    """Refuse a prompt without context vectors."""
+    if method.context_tokens < 1:
+        raise UserError(f"--context_tokens is {method.context_tokens}; give at least 1")
+    if method.warmup_epochs < 0 or not 0 <= method.momentum < 1:
+        raise UserError("--warmup_epochs has to be 0 or more, and --momentum at least 0 and below 1")
+
+
+@exits_with_one_line
+def read_settings(argv: Sequence[str]) -> tuple[TuningJob, ViewOptions, CoOpOptions]:
+    """The options, with the preset that fits the data, checked."""
+    read = partial(
+        parse,
+        TuningJob,
+        ViewOptions,
+        CoOpOptions,
+        presets=PRESETS,
+        prog="baselines/coop.py",
+        description=__doc__,
+    )
+    preset = "digits" if Outlook.of(read(argv=argv)[0]).digits else "paper"
+    job, view, method = read(argv=[f"--preset={preset}", *argv])
+    job.epochs = job.epochs or epochs_of(job.shots)
+    check(job, view)
+    check_coop(method)
+    parse_rule(job.candidates)
+    return job, view, method
+
+
+if __name__ == "__main__":
+    read_settings(sys.argv[1:])  # what is wrong with them is told before the imports below, which take seconds
+
+import json
+import math
+from pathlib import Path
+
+import torch
+from safetensors.torch import save
+
+from annotate_vlm import annotate_digits
+from coreg.adapt.learner import ClipLearner
+from coreg.adapt.prompts import PromptLearner, lay_out, random_context, text_ids, token_embedding
+from coreg.adapt.tuning import ClipImages, Labelled, begin, finish, judge, load_towers, tuning_epoch
+from coreg.annotate.annotators import Towers
+from coreg.report.report import summary
+from coreg.run.job import Run, open_run
+from coreg.run.process import follow_launcher, main_process_decides
 
 
 def rate(job: TuningJob, method: CoOpOptions, epochs: float) -> float:
@@ -101,42 +137,15 @@ def save_prompts(folder: Path, learner: PromptLearner, told: dict[str, Any]) -> 
     (folder / "prompt.safetensors").write_bytes(save({"context": context}, {"coreg": json.dumps(told)}))
 
 
-def settings(argv: Sequence[str]) -> tuple[TuningJob, ViewOptions, CoOpOptions]:
-    """The options, with the preset that fits the data."""
-    read = partial(
-        parse,
-        TuningJob,
-        ViewOptions,
-        CoOpOptions,
-        presets=PRESETS,
-        prog="baselines/coop.py",
-        description=__doc__,
-    )
-    preset = "digits" if Outlook.of(read(argv=argv)[0]).digits else "paper"
-    job, view, method = read(argv=[f"--preset={preset}", *argv])
-    follow_launcher(job)
-    job.epochs = job.epochs or epochs_of(job.shots)
-    return job, view, method
-
-
-def check_coop(method: CoOpOptions) -> None:
-    """Refuse a prompt without context vectors."""
-    if method.context_tokens < 1:
-        raise UserError(f"--context_tokens is {method.context_tokens}; give at least 1")
-    if method.warmup_epochs < 0 or not 0 <= method.momentum < 1:
-        raise UserError("--warmup_epochs has to be 0 or more, and --momentum at least 0 and below 1")
-
-
 @exits_with_one_line
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse, check, annotate where there is no store yet, train, report."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    job, view, method = settings(argv)
+    job, view, method = read_settings(argv)
+    follow_launcher(job)
     if job.print_config:
         print(as_yaml(as_settings(job, view, method)), end="")
         return
-    check(job, view)
-    check_coop(method)
     with open_run("baselines/coop.py", argv, (job, view, method), annotate_digits, f"runs/coop_{job.shots}") as run:
         if run is None:
             return

@@ -14,27 +14,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
-import numpy as np
-import torch
-from torch import Tensor
-
-from annotate_vlm import annotate_digits
-from coreg.annotate.textual import single_template_probabilities
+from coreg.annotate.candidates import parse_rule
 from coreg.config import as_settings, as_yaml, option, parse
-from coreg.data.order import ShuffledRows
 from coreg.errors import UserError, exits_with_one_line
-from coreg.learn.collective import share
-from coreg.learn.coreg import cosine_lr
-from coreg.learn.distill import DistillBatch, DistillLearner
 from coreg.learn.options import CoRegOptions
-from coreg.report.report import summary
-from coreg.run.epoch import Steps, train_epoch
-from coreg.run.job import open_run
-from coreg.run.process import follow_launcher, main_process_decides
-from coreg.run.results import finish
-from coreg.run.task import Task, prepare
-from coreg.run.training import Training, assemble, build_networks
-from coreg.settings import ImageConfig, JobConfig, check
+from coreg.settings import ImageConfig, JobConfig, check, check_look
 
 NAMES = {"single": "KD, single template", "averaged": "KD, averaged"}
 
@@ -50,6 +34,50 @@ class DistillOptions:
     )
     kd_temperature: float = option(1.0, "T, by which both distributions are softened; the loss is multiplied by T^2")
     view: Literal["weak", "strong"] = option("weak", "view of an image in training")
+
+
+@exits_with_one_line
+def read_settings(argv: Sequence[str]) -> tuple[JobConfig, ImageConfig, DistillOptions]:
+    """What the recipe and the command line say, checked."""
+    own_images = any(word.split("=")[0] == "--annotations" for word in argv)
+    job, look, method = parse(
+        JobConfig,
+        ImageConfig,
+        DistillOptions,
+        argv=argv,
+        default_recipe="folder" if own_images else "digits",
+        others=(CoRegOptions,),
+        prog="baselines/distill.py",
+        description=__doc__,
+    )
+    check(job)
+    check_look(look)
+    if method.kd_temperature <= 0:
+        raise UserError(f"--kd_temperature is {method.kd_temperature}; give a number above 0")
+    parse_rule(job.candidates)
+    return job, look, method
+
+
+if __name__ == "__main__":
+    read_settings(sys.argv[1:])  # what is wrong with them is told before the imports below, which take seconds
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from annotate_vlm import annotate_digits
+from coreg.annotate.textual import single_template_probabilities
+from coreg.data.order import ShuffledRows
+from coreg.learn.collective import share
+from coreg.learn.coreg import cosine_lr
+from coreg.learn.distill import DistillBatch, DistillLearner
+from coreg.report.report import summary
+from coreg.run.epoch import Steps, train_epoch
+from coreg.run.job import open_run
+from coreg.run.process import follow_launcher, main_process_decides
+from coreg.run.results import finish
+from coreg.run.task import Task, prepare
+from coreg.run.training import Training, assemble, build_networks
 
 
 def teacher_of(task: Task[DistillOptions]) -> tuple[np.ndarray, str]:
@@ -108,24 +136,11 @@ def one_epoch(
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse, check, annotate where there is no store yet, train, report."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    own_images = any(word.split("=")[0] == "--annotations" for word in argv)
-    job, look, method = parse(
-        JobConfig,
-        ImageConfig,
-        DistillOptions,
-        argv=argv,
-        default_recipe="folder" if own_images else "digits",
-        others=(CoRegOptions,),
-        prog="baselines/distill.py",
-        description=__doc__,
-    )
+    job, look, method = read_settings(argv)
     follow_launcher(job)
     if job.print_config:
         print(as_yaml(as_settings(job, look, method)), end="")
         return
-    check(job)
-    if method.kd_temperature <= 0:
-        raise UserError(f"--kd_temperature is {method.kd_temperature}; give a number above 0")
     with open_run("baselines/distill.py", argv, (job, look, method), annotate_digits, f"runs/kd_{method.teacher}") as run:
         if run is None:
             return

@@ -10,21 +10,64 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
+
+from coreg.annotate.candidates import parse_rule
+from coreg.config import as_settings, as_yaml, parse
+from coreg.errors import UserError, exits_with_one_line
+from coreg.learn.dividemix_options import OFFICIAL, DivideMixOptions
+from coreg.learn.options import CoRegOptions
+from coreg.settings import ImageConfig, JobConfig, check, check_look, refuse
+
+NAMES = {"single": "DivideMix, single template", "averaged": "DivideMix, averaged"}
+
+
+@exits_with_one_line
+def read_settings(argv: Sequence[str]) -> tuple[JobConfig, ImageConfig, DivideMixOptions]:
+    """Recipe, then the official preset where it is asked for, then the command line, checked."""
+    own_images = any(word.split("=")[0] == "--annotations" for word in argv)
+    read = partial(
+        parse,
+        JobConfig,
+        ImageConfig,
+        DivideMixOptions,
+        default_recipe="folder" if own_images else "digits",
+        others=(CoRegOptions,),
+        prog="baselines/dividemix.py",
+        description=__doc__,
+    )
+    job, look, method = read(argv=argv)
+    if method.preset == "official":
+        job, look, method = read(argv=[*(f"--{name}={value}" for name, value in OFFICIAL.items()), *argv])
+    check(job)
+    check_look(look)
+    refuse(
+        [
+            (0 <= method.warmup_epochs <= job.epochs, "--warmup_epochs has to be from 0 to --epochs"),
+            (0 < method.temperature <= 1, f"--temperature is {method.temperature}; give a number above 0 and up to 1"),
+            (0 < method.threshold < 1, f"--threshold is {method.threshold}; give a number between 0 and 1"),
+            (method.mixup_alpha >= 0, f"--mixup_alpha is {method.mixup_alpha}; give 0 (off) or more"),
+            (method.history >= 1, f"--history is {method.history}; give at least 1"),
+        ]
+    )
+    parse_rule(job.candidates)
+    return job, look, method
+
+
+if __name__ == "__main__":
+    read_settings(sys.argv[1:])  # what is wrong with them is told before the imports below, which take seconds
+
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from annotate_vlm import annotate_digits
-from coreg.config import as_settings, as_yaml, parse
 from coreg.data.order import ShuffledRows
-from coreg.errors import UserError, exits_with_one_line
 from coreg.learn.coreg import CoRegBatch, WarmUpBatch, cosine_lr, ramp
-from coreg.learn.dividemix import OFFICIAL, DivideMixLearner, DivideMixOptions
+from coreg.learn.dividemix import DivideMixLearner
 from coreg.learn.division import Division, divide, division_loss
-from coreg.learn.options import CoRegOptions
 from coreg.report.metrics import division_health
 from coreg.report.report import summary
 from coreg.run.batches import TrainingImages, Verdict, co_train_batch, warm_up_batch
@@ -34,9 +77,6 @@ from coreg.run.process import follow_launcher, main_process_decides
 from coreg.run.results import finish
 from coreg.run.task import Task, predict, prepare
 from coreg.run.training import Training, assemble, build_networks
-from coreg.settings import ImageConfig, JobConfig, check, refuse
-
-NAMES = {"single": "DivideMix, single template", "averaged": "DivideMix, averaged"}
 
 
 @dataclass
@@ -170,44 +210,11 @@ def build_training(task: Task[DivideMixOptions]) -> Training:
     return assemble(task.accelerator, task.job, nets, learners)
 
 
-def settings_from(argv: Sequence[str]) -> tuple[JobConfig, ImageConfig, DivideMixOptions]:
-    """Recipe, then the official preset where it is asked for, then the command line.
-
-    Raises:
-        UserError: settings that cannot be read, or that DivideMix cannot be trained with.
-    """
-    own_images = any(word.split("=")[0] == "--annotations" for word in argv)
-    read = partial(
-        parse,
-        JobConfig,
-        ImageConfig,
-        DivideMixOptions,
-        default_recipe="folder" if own_images else "digits",
-        others=(CoRegOptions,),
-        prog="baselines/dividemix.py",
-        description=__doc__,
-    )
-    job, look, method = read(argv=argv)
-    if method.preset == "official":
-        job, look, method = read(argv=[*(f"--{name}={value}" for name, value in OFFICIAL.items()), *argv])
-    check(job)
-    refuse(
-        [
-            (0 <= method.warmup_epochs <= job.epochs, "--warmup_epochs has to be from 0 to --epochs"),
-            (0 < method.temperature <= 1, f"--temperature is {method.temperature}; give a number above 0 and up to 1"),
-            (0 < method.threshold < 1, f"--threshold is {method.threshold}; give a number between 0 and 1"),
-            (method.mixup_alpha >= 0, f"--mixup_alpha is {method.mixup_alpha}; give 0 (off) or more"),
-            (method.history >= 1, f"--history is {method.history}; give at least 1"),
-        ]
-    )
-    return job, look, method
-
-
 @exits_with_one_line
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse, check, annotate where there is no store yet, train, report."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    job, look, method = settings_from(argv)
+    job, look, method = read_settings(argv)
     follow_launcher(job)
     if job.print_config:
         print(as_yaml(as_settings(job, look, method)), end="")

@@ -20,30 +20,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
-import numpy as np
-import torch
-from accelerate.utils import set_seed
-from peft import PeftModel
-from torch import nn
-
-from annotate_vlm import annotate_digits
-from coreg.adapt.chat import ChatImages
-from coreg.adapt.learner import ChatLearner, ClipLearner, Learner
-from coreg.adapt.lora import attach, attention_targets, decoder_targets, refuse_dead, save_adapter
-from coreg.adapt.settings import TuningJob, ViewOptions, check
-from coreg.adapt.tuning import ClipImages, Labelled, Outlook, begin, finish, judge, load_towers, tuning_epoch
-from coreg.adapt.views import RandomView
-from coreg.annotate.chat import CHAT_TEMPLATES, ChatAnnotator
-from coreg.annotate.prompts import TEMPLATES, prompts
+from coreg.adapt.settings import Outlook, TuningJob, ViewOptions, check
+from coreg.annotate.candidates import parse_rule
 from coreg.config import as_settings, as_yaml, option, parse
-from coreg.data.keyed import keyed_generator
-from coreg.data.order import n_batches
 from coreg.errors import UserError, exits_with_one_line
-from coreg.learn.collective import rank_and_world
-from coreg.report.report import summary
-from coreg.run.job import Run, open_run
-from coreg.run.process import follow_launcher, main_process_decides
-from coreg.run.training import Batch, Training
 from coreg.settings import refuse
 
 CLIP = {"lr": 2e-4, "weight_decay": 1e-2}
@@ -65,7 +45,6 @@ CHAT = {
 # learning rate for that, the training loss hardly falls.
 DIGITS = CLIP | {"lr": 2e-3, "steps_per_shot": 100, "crop": 0.7, "flip": False}
 PRESETS = {"clip": CLIP, "chat": CHAT, "digits": DIGITS}
-PROBED = 8  # images on which adapters are proven to act
 
 
 @dataclass
@@ -90,6 +69,67 @@ class LoraOptions:
     chat_mode: Literal["likelihood", "generate"] = option(
         "likelihood", "chat models are judged by the likelihood of every class name, or by their answers in words"
     )
+
+
+def check_lora(method: LoraOptions) -> None:
+    """Refuse adapters that cannot be made."""
+    refuse(
+        [
+            (method.rank >= 1, f"--rank is {method.rank}; give at least 1"),
+            (method.alpha > 0, f"--alpha is {method.alpha}; give a number above 0"),
+            (0 <= method.dropout < 1, f"--dropout is {method.dropout}; give at least 0 and below 1"),
+            (0 <= method.warmup < 1, f"--warmup is {method.warmup}; give at least 0 and below 1"),
+            (method.steps_per_shot >= 1, f"--steps_per_shot is {method.steps_per_shot}; give at least 1"),
+            (
+                method.template is None or method.template.count("{}") == 1,
+                f"--template {method.template!r} needs exactly one {{}}, such as: a photo of a {{}}",
+            ),
+        ]
+    )
+
+
+@exits_with_one_line
+def read_settings(argv: Sequence[str]) -> tuple[TuningJob, ViewOptions, LoraOptions]:
+    """The options, with the preset that fits model and data, checked."""
+    read = partial(
+        parse, TuningJob, ViewOptions, LoraOptions, presets=PRESETS, prog="baselines/lora.py", description=__doc__
+    )
+    outlook = Outlook.of(read(argv=argv)[0])
+    preset = "chat" if outlook.spec.startswith("chat:") else "digits" if outlook.digits else "clip"
+    job, view, method = read(argv=[f"--preset={preset}", *argv])
+    steps = math.ceil(job.shots * outlook.classes / max(job.batch_size, 1))
+    job.epochs = job.epochs or math.ceil(method.steps_per_shot * job.shots / max(steps, 1))
+    check(job, view)
+    check_lora(method)
+    parse_rule(job.candidates)
+    return job, view, method
+
+
+if __name__ == "__main__":
+    read_settings(sys.argv[1:])  # what is wrong with them is told before the imports below, which take seconds
+
+import numpy as np
+import torch
+from accelerate.utils import set_seed
+from peft import PeftModel
+from torch import nn
+
+from annotate_vlm import annotate_digits
+from coreg.adapt.chat import ChatImages
+from coreg.adapt.learner import ChatLearner, ClipLearner, Learner
+from coreg.adapt.lora import attach, attention_targets, decoder_targets, refuse_dead, save_adapter
+from coreg.adapt.tuning import ClipImages, Labelled, begin, finish, judge, load_towers, tuning_epoch
+from coreg.adapt.views import RandomView
+from coreg.annotate.chat import CHAT_TEMPLATES, ChatAnnotator
+from coreg.annotate.prompts import TEMPLATES, prompts
+from coreg.data.keyed import keyed_generator
+from coreg.learn.collective import rank_and_world
+from coreg.report.report import summary
+from coreg.run.job import Run, open_run
+from coreg.run.process import follow_launcher, main_process_decides
+from coreg.run.training import Batch, Training
+
+PROBED = 8  # images on which adapters are proven to act
 
 
 def rate(job: TuningJob, method: LoraOptions, epochs: float) -> float:
@@ -183,37 +223,6 @@ def seeded(run: Run, make: Callable[[np.ndarray, int], Batch]) -> Callable[[np.n
     return batch
 
 
-def settings(argv: Sequence[str]) -> tuple[TuningJob, ViewOptions, LoraOptions]:
-    """The options, with the preset that fits model and data."""
-    read = partial(
-        parse, TuningJob, ViewOptions, LoraOptions, presets=PRESETS, prog="baselines/lora.py", description=__doc__
-    )
-    outlook = Outlook.of(read(argv=argv)[0])
-    preset = "chat" if outlook.spec.startswith("chat:") else "digits" if outlook.digits else "clip"
-    job, view, method = read(argv=[f"--preset={preset}", *argv])
-    follow_launcher(job)
-    steps = n_batches(job.shots * outlook.classes, max(job.batch_size, 1))
-    job.epochs = job.epochs or n_batches(method.steps_per_shot * job.shots, max(steps, 1))
-    return job, view, method
-
-
-def check_lora(method: LoraOptions) -> None:
-    """Refuse adapters that cannot be made."""
-    refuse(
-        [
-            (method.rank >= 1, f"--rank is {method.rank}; give at least 1"),
-            (method.alpha > 0, f"--alpha is {method.alpha}; give a number above 0"),
-            (0 <= method.dropout < 1, f"--dropout is {method.dropout}; give at least 0 and below 1"),
-            (0 <= method.warmup < 1, f"--warmup is {method.warmup}; give at least 0 and below 1"),
-            (method.steps_per_shot >= 1, f"--steps_per_shot is {method.steps_per_shot}; give at least 1"),
-            (
-                method.template is None or method.template.count("{}") == 1,
-                f"--template {method.template!r} needs exactly one {{}}, such as: a photo of a {{}}",
-            ),
-        ]
-    )
-
-
 def train(run: Run, learner: Learner, images: ClipImages | ChatImages, count: int, method: LoraOptions) -> Training:
     """All epochs; gives the finished training."""
     job = run.job
@@ -229,12 +238,11 @@ def train(run: Run, learner: Learner, images: ClipImages | ChatImages, count: in
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse, check, annotate where there is no store yet, train, report."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    job, view, method = settings(argv)
+    job, view, method = read_settings(argv)
+    follow_launcher(job)
     if job.print_config:
         print(as_yaml(as_settings(job, view, method)), end="")
         return
-    check(job, view)
-    check_lora(method)
     with open_run("baselines/lora.py", argv, (job, view, method), annotate_digits, f"runs/lora_{job.shots}") as run:
         if run is None:
             return

@@ -9,38 +9,17 @@ The run folder is the job: the same command again goes on where it stopped, and 
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
-
-from annotate_vlm import annotate_digits
-from coreg.annotate.candidates import candidate_sets, partial_accuracy
+from coreg.annotate.candidates import parse_rule
 from coreg.config import as_settings, as_yaml, parse
-from coreg.data.keyed import keyed_generator
-from coreg.data.order import ShuffledRows
 from coreg.errors import UserError, exits_with_one_line
-from coreg.learn.collective import rank_and_world, share
-from coreg.learn.coreg import cosine_lr
 from coreg.learn.options import CoRegOptions
-from coreg.learn.partial import METHODS
-from coreg.learn.partial.learner import PartialBatch, PartialLearner
-from coreg.learn.partial.method import PartialMethod, Step
-from coreg.learn.partial.options import OFFICIAL, PartialOptions
-from coreg.learn.pseudo import mix
-from coreg.report.report import summary
-from coreg.run.epoch import train_epoch
-from coreg.run.job import open_run
-from coreg.run.process import follow_launcher
-from coreg.run.results import finish
-from coreg.run.task import Task, prepare
-from coreg.run.training import Training, assemble, build_networks
-from coreg.settings import ImageConfig, JobConfig, check, refuse
+from coreg.learn.partial_options import OFFICIAL, PartialOptions
+from coreg.settings import ImageConfig, JobConfig, check, check_look, refuse
 
 NAMES = {
     "cc": "CC",
@@ -56,31 +35,6 @@ NAMES = {
     "alim_scale": "ALIM-Scale",
     "supervised": "Supervised",
 }
-
-
-def read_settings(argv: list[str]) -> tuple[JobConfig, ImageConfig, PartialOptions]:
-    """The settings of the recipe, of the method's authors with `--preset official`, and of the command line, in this order.
-
-    A recipe holds Co-Reg's optimiser and schedule beside what belongs to the data; the authors' settings replace those.
-    """
-    own_images = any(word.split("=")[0] == "--annotations" for word in argv)
-
-    def fill(arguments: list[str]) -> tuple[Any, ...]:
-        return parse(
-            JobConfig,
-            ImageConfig,
-            PartialOptions,
-            argv=arguments,
-            default_recipe="folder" if own_images else "digits",
-            others=(CoRegOptions,),
-            prog="baselines/pll.py",
-            description=__doc__,
-        )
-
-    settings = fill(argv)
-    if settings[2].preset == "official":
-        settings = fill([*(f"--{name}={value}" for name, value in OFFICIAL[settings[2].method].items()), *argv])
-    return settings
 
 
 def check_partial(method: PartialOptions) -> None:
@@ -111,6 +65,65 @@ def check_partial(method: PartialOptions) -> None:
             (method.noise_rate < 1, f"--noise_rate is {method.noise_rate}; give a number below 1, or -1 for unknown"),
         ]
     )
+
+
+@exits_with_one_line
+def read_settings(argv: Sequence[str]) -> tuple[JobConfig, ImageConfig, PartialOptions]:
+    """The settings of the recipe, of the method's authors with `--preset official`, and of the command line, in this order.
+
+    A recipe holds Co-Reg's optimiser and schedule beside what belongs to the data; the authors' settings replace those.
+    """
+    own_images = any(word.split("=")[0] == "--annotations" for word in argv)
+
+    def fill(arguments: Sequence[str]) -> tuple[Any, ...]:
+        return parse(
+            JobConfig,
+            ImageConfig,
+            PartialOptions,
+            argv=arguments,
+            default_recipe="folder" if own_images else "digits",
+            others=(CoRegOptions,),
+            prog="baselines/pll.py",
+            description=__doc__,
+        )
+
+    settings = fill(argv)
+    if settings[2].preset == "official":
+        settings = fill([*(f"--{name}={value}" for name, value in OFFICIAL[settings[2].method].items()), *argv])
+    job, look, method = settings
+    check(job)
+    check_look(look)
+    check_partial(method)
+    parse_rule(job.candidates)
+    return job, look, method
+
+
+if __name__ == "__main__":
+    read_settings(sys.argv[1:])  # what is wrong with them is told before the imports below, which take seconds
+
+import dataclasses
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from annotate_vlm import annotate_digits
+from coreg.annotate.candidates import candidate_sets, partial_accuracy
+from coreg.data.keyed import keyed_generator
+from coreg.data.order import ShuffledRows
+from coreg.learn.collective import rank_and_world, share
+from coreg.learn.coreg import cosine_lr
+from coreg.learn.partial import METHODS
+from coreg.learn.partial.learner import PartialBatch, PartialLearner
+from coreg.learn.partial.method import PartialMethod, Step
+from coreg.learn.pseudo import mix
+from coreg.report.report import summary
+from coreg.run.epoch import train_epoch
+from coreg.run.job import open_run
+from coreg.run.process import follow_launcher
+from coreg.run.results import finish
+from coreg.run.task import Task, prepare
+from coreg.run.training import Training, assemble, build_networks
 
 
 def learning_rate(job: JobConfig, schedule: str, epoch: int) -> float:
@@ -261,8 +274,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     if job.print_config:
         print(as_yaml(as_settings(job, look, method)), end="")
         return
-    check(job)
-    check_partial(method)
     with open_run("baselines/pll.py", argv, (job, look, method), annotate_digits, f"runs/{method.method}") as run:
         if run is None:
             return

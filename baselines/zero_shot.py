@@ -9,31 +9,13 @@ it beside trained methods; a variant that is there already is not computed again
 
 from __future__ import annotations
 
-import json
-import shlex
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-import torch
-
-from annotate_vlm import annotate_digits
-from coreg.annotate.candidates import candidate_sets
-from coreg.annotate.store import AnnotationStore
-from coreg.annotate.textual import averaged_embedding_classes
-from coreg.annotate.transductive import transduce
 from coreg.config import option, parse
 from coreg.errors import UserError, exits_with_one_line
-from coreg.report.metrics import accuracy
-from coreg.report.report import build_report
-from coreg.run.folder import RunFolder, write_atomically
-from coreg.run.process import build_accelerator, main_process_decides
-
-SPLITS = ("train", "test")
 
 
 @dataclass
@@ -49,6 +31,37 @@ class ZeroShotConfig:
         "features; transductive: averaged, corrected by how the images of a split lie to each other",
     )
     output_dir: str = option("runs/zero_shot", "folder that gets one folder a variant")
+
+
+@exits_with_one_line
+def read_settings(argv: Sequence[str]) -> ZeroShotConfig:
+    """What the command line says."""
+    (config,) = parse(ZeroShotConfig, argv=argv, prog="baselines/zero_shot.py", description=__doc__)
+    return config
+
+
+if __name__ == "__main__":
+    read_settings(sys.argv[1:])  # what is wrong with them is told before the imports below, which take seconds
+
+import json
+import shlex
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from annotate_vlm import annotate_digits
+from coreg.annotate.candidates import candidate_sets
+from coreg.annotate.store import AnnotationStore
+from coreg.annotate.textual import averaged_embedding_classes
+from coreg.annotate.transductive import transduce
+from coreg.report.metrics import accuracy
+from coreg.report.report import build_report
+from coreg.run.folder import RunFolder, write_atomically
+from coreg.run.process import build_accelerator, main_process_decides
+
+SPLITS = ("train", "test")
 
 
 def single(store: AnnotationStore) -> np.ndarray:
@@ -158,7 +171,7 @@ def say(reports: list[dict[str, Any]]) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse, annotate where there is no store yet, judge, report."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    (config,) = parse(ZeroShotConfig, argv=argv, prog="baselines/zero_shot.py", description=__doc__)
+    config = read_settings(argv)
     accelerator, root = build_accelerator(), Path(config.output_dir)
     if config.annotations:
         store = AnnotationStore.open(config.annotations)

@@ -229,7 +229,7 @@ def test_dividemix_on_the_digits(digits, tmp_path):
 
 def test_official_settings_win_over_the_recipe_and_the_command_line_over_both(capsys):
     def settings(*arguments):
-        job, _, method = dividemix.settings_from(["--recipe", "digits", *arguments])
+        job, _, method = dividemix.read_settings(["--recipe", "digits", *arguments])
         return job.lr, job.epochs, job.batch_size, method.train_view, method.warmup_epochs, method.lr_schedule
 
     assert settings() == (0.03, 30, 64, "strong", 6, "cosine")
@@ -325,7 +325,7 @@ def test_run_all_starts_every_method_once_and_skips_what_is_finished(tmp_path):
         if words[0] == "baselines/pll.py":
             pll.read_settings(own)
         elif words[0] == "baselines/dividemix.py":
-            dividemix.settings_from(own)
+            dividemix.read_settings(own)
     code, said, again = run_all(tmp_path, "--seeds", "0 1", "--shots", "4", "--compute_matched")
     assert code == 0 and not [words for words in again if "--seed" in words]
 

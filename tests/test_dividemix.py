@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 from coreg.learn.coreg import CoRegBatch, WarmUpBatch
 from coreg.learn.distill import DistillBatch, DistillLearner
-from coreg.learn.dividemix import DivideMixLearner, DivideMixOptions, uniformity_penalty
+from coreg.learn.dividemix import DivideMixLearner, uniformity_penalty
+from coreg.learn.dividemix_options import DivideMixOptions
 from coreg.nets.model import CoRegNet
 from coreg.nets.preact import PreActResNet
 from coreg.run import checkpoint

@@ -9,7 +9,7 @@ from torch import nn
 from coreg.learn.partial import METHODS
 from coreg.learn.partial.learner import PartialBatch, PartialLearner
 from coreg.learn.partial.method import Step
-from coreg.learn.partial.options import PartialOptions
+from coreg.learn.partial_options import PartialOptions
 from coreg.nets.model import CoRegNet
 from coreg.nets.preact import PreActResNet
 

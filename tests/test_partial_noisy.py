@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from coreg.learn.partial import METHODS
 from coreg.learn.partial.method import Mixed, Outputs, Step
-from coreg.learn.partial.options import PartialOptions
+from coreg.learn.partial_options import PartialOptions
 
 CERTAIN = torch.arange(N) == 3
 

@@ -8,8 +8,8 @@ from torch.nn import functional as F
 
 from coreg.learn.partial import METHODS
 from coreg.learn.partial.method import Mixed, Outputs, Step
-from coreg.learn.partial.options import PartialOptions
 from coreg.learn.partial.pico import nearest_contrast
+from coreg.learn.partial_options import PartialOptions
 
 N, C, D = 9, 4, 5
 INDEX = torch.tensor([6, 0, 3, 8])

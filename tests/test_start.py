@@ -25,11 +25,14 @@ def start(*arguments):
     return done.returncode, done.stdout, done.stderr.strip().split("\n")
 
 
-@pytest.mark.parametrize("script", ["annotate_vlm.py", "train_coreg.py"])
+BASELINES = [f"baselines/{name}.py" for name in ("coop", "distill", "dividemix", "lora", "pll", "zero_shot")]
+
+
+@pytest.mark.parametrize("script", ["annotate_vlm.py", "train_coreg.py", *BASELINES])
 def test_help_groups_options_and_shows_defaults_and_an_example(script):
     code, out, err = start(script, "--help")
     assert code == 0 and err == ["imported:"]
-    assert f"accelerate launch {script}" in out and "(default: " in out
+    assert f"accelerate launch {script}" in out and "(default:" in out
     for title in ("job:", "images and backbone:", "Co-Reg:") if script == "train_coreg.py" else ():
         assert f"\n{title}\n" in out
 
@@ -46,6 +49,16 @@ def test_help_groups_options_and_shows_defaults_and_an_example(script):
         (("train_coreg.py", "--threshold", "2"), "--threshold is 2.0"),
         (("train_coreg.py", "--strong_ops", "rotates"), "unknown --strong_ops rotates"),
         (("train_coreg.py", "--candidates", "best"), "unknown candidate rule 'best'"),
+        *(((script, "--annotation", "ann"), "unknown option --annotation, did you mean") for script in BASELINES),
+        (("baselines/coop.py", "--context_tokens", "0"), "--context_tokens is 0"),
+        (("baselines/coop.py", "--annotations", "absent"), "absent"),
+        (("baselines/distill.py", "--kd_temperature", "0"), "--kd_temperature is 0.0"),
+        (("baselines/dividemix.py", "--warmup_epochs", "31"), "--warmup_epochs has to be from 0 to --epochs"),
+        (("baselines/lora.py", "--rank", "0"), "--rank is 0"),
+        (("baselines/lora.py", "--crop", "2"), "--crop is 2.0"),
+        (("baselines/pll.py", "--pure_ratio", "0"), "--pure_ratio is 0.0"),
+        (("baselines/pll.py", "--channels", "2"), "--channels is 2"),
+        (("baselines/zero_shot.py", "--variant", "best"), "invalid choice: 'best'"),
     ],
 )
 def test_a_wrong_option_is_told_before_anything_slow_is_imported(arguments, said):

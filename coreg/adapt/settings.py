@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar, Literal
 
+from coreg.annotate.manifest import read_manifest
+from coreg.annotate.settings import GLYPH_CLIP
 from coreg.config import option
+from coreg.demo.digits import DIGIT_NAMES
 from coreg.settings import refuse
 
 
@@ -64,6 +68,31 @@ class ViewOptions:
     views: int = option(
         0, "random views of an image whose features are computed once and used in turn; 0: a new view in every epoch"
     )
+
+
+@dataclass
+class Outlook:
+    """What a job is about, found out before anything is opened.
+
+    spec: spelling of the model to tune. classes: C. digits: whether the images are the built-in digits.
+    """
+
+    spec: str
+    classes: int
+    digits: bool
+
+    @classmethod
+    def of(cls, job: TuningJob) -> Outlook:
+        """Look into the store's manifest.
+
+        Raises:
+            UserError: there is no such store.
+        """
+        if not job.annotations:
+            return cls(job.vlm or GLYPH_CLIP, len(DIGIT_NAMES), True)
+        told = read_manifest(Path(job.annotations))
+        spec = job.vlm or told["model"]["spec"]
+        return cls(spec, len(told["class_names"]), told["images"]["spec"] == "builtin:digits")
 
 
 def check(job: TuningJob, view: ViewOptions) -> None:

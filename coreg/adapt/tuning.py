@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,11 +19,9 @@ from coreg.adapt.settings import TuningJob, ViewOptions
 from coreg.adapt.views import Photos, RandomView
 from coreg.annotate.annotators import Towers, open_clip_towers, transformers_towers
 from coreg.annotate.candidates import candidate_sets
-from coreg.annotate.models import GLYPH_CLIP, ModelSpec, resolve
-from coreg.annotate.store import read_manifest
+from coreg.annotate.models import ModelSpec, resolve
 from coreg.data.decode import decode
 from coreg.data.order import ShuffledRows
-from coreg.demo.digits import DIGIT_NAMES
 from coreg.errors import UserError
 from coreg.learn.collective import gather_rows, share
 from coreg.report.metrics import collapse_warnings
@@ -38,31 +35,6 @@ from coreg.run.training import Batch, Training
 
 SPLITS = ("train", "test")
 SHOWN = 64  # side in pixels of the images on a run's page
-
-
-@dataclass
-class Outlook:
-    """What a job is about, found out before anything is opened.
-
-    spec: spelling of the model to tune. classes: C. digits: whether the images are the built-in digits.
-    """
-
-    spec: str
-    classes: int
-    digits: bool
-
-    @classmethod
-    def of(cls, job: TuningJob) -> Outlook:
-        """Look into the store's manifest.
-
-        Raises:
-            UserError: there is no such store.
-        """
-        if not job.annotations:
-            return cls(job.vlm or GLYPH_CLIP, len(DIGIT_NAMES), True)
-        told = read_manifest(Path(job.annotations))
-        spec = job.vlm or told["model"]["spec"]
-        return cls(spec, len(told["class_names"]), told["images"]["spec"] == "builtin:digits")
 
 
 @dataclass

@@ -7,8 +7,6 @@ The data ship inside scikit-learn (UCI "Optical Recognition of Handwritten Digit
 from __future__ import annotations
 
 import numpy as np
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 
 DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 TEST_IMAGES = 360
@@ -25,6 +23,10 @@ def load_digits_images(split_seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.
         labels int64 (1797,) in 0..9, indices into `DIGIT_NAMES`;
         split uint8 (1797,), 0 = train (1,437 images) and 1 = test (360 images).
     """
+    # here and not above: what the digits are called is asked before anything slow is imported
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
     bunch = load_digits()
     # A cell counts 0..16 ink pixels; 16 would be 256, one more than a byte holds.
     images = np.clip(np.round(16 * bunch.images), 0, 255).astype(np.uint8)

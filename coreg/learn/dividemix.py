@@ -12,59 +12,16 @@ Shapes: n_x and n_u rows of P and U in the global step, l_x and l_u of them here
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from coreg.config import option
 from coreg.learn import losses
 from coreg.learn.collective import gather_rows, rank_and_world
 from coreg.learn.coreg import CoRegBatch, WarmUpBatch
+from coreg.learn.dividemix_options import DivideMixOptions
 from coreg.learn.pseudo import fuse_trusted, mix, sharpen
 from coreg.nets.model import CoRegNet
-
-
-@dataclass
-class DivideMixOptions:
-    """Hyper-parameters of DivideMix."""
-
-    _argument_group_name = "DivideMix"
-
-    preset: Literal["matched", "official"] = option(
-        "matched",
-        "matched: Co-Reg's views, batch and schedule; official: those of the authors' code, which win over the recipe",
-    )
-    labels_from: Literal["single", "averaged"] = option(
-        "averaged", "the noisy label of an image: what the first template names, or the largest mean probability"
-    )
-    warmup_epochs: int = option(10, "epochs of cross-entropy before the first division")
-    entropy_weight: float = option(1.0, "weight of the negative entropy in warm-up; 0 for class-independent label noise")
-    train_view: Literal["strong", "weak"] = option(
-        "strong", "views to train on: strong ones as Co-Reg does, or the two weak ones that labels are guessed from"
-    )
-    history: int = option(1, "epochs over which the division losses are averaged; the authors take 5 for 90 % noise")
-    threshold: float = option(0.5, "an image is trusted (in P) when its weight w lies above it")
-    temperature: float = option(0.5, "T, sharpening of guessed labels")
-    mixup_alpha: float = option(4.0, "MixUp's lambda is drawn from Beta(alpha, alpha); 0 switches MixUp off")
-    lambda_u: float = option(25.0, "weight of the loss on distrusted images U; the authors try 0, 25, 50 and 150")
-    rampup_epochs: int = option(16, "epochs over which lambda_u grows from 0 after warm-up; 0 for at once")
-    penalty_weight: float = option(1.0, "weight of the penalty on an uneven mean prediction")
-    lr_schedule: Literal["cosine", "step"] = option(
-        "cosine", "learning rate: cosine, or a tenth in the second half of all epochs"
-    )
-
-
-# of the authors' code for CIFAR-10
-OFFICIAL: dict[str, Any] = {
-    "train_view": "weak",
-    "lr_schedule": "step",
-    "lr": 0.02,
-    "batch_size": 64,
-    "epochs": 300,
-    "warmup_epochs": 10,
-}
 
 
 def uniformity_penalty(mean_prediction: Tensor) -> Tensor:

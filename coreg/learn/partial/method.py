@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from coreg.learn.collective import gather_rows, share
-from coreg.learn.partial.options import PartialOptions
+from coreg.learn.partial_options import PartialOptions
 
 
 @dataclass(frozen=True)
