@@ -190,8 +190,8 @@ def open_run(
     folder, all_settings = RunFolder(job.output_dir), as_settings(*settings)
     identity = {"script": script} | {k: v for k, v in all_settings.items() if k not in NOT_THE_JOB}
     accelerator = build_accelerator(job.mixed_precision, job.report_to, job.output_dir, job.timeout_minutes)
-    main_process_decides(accelerator, lambda: folder.refuse_other(identity))
-    with contextlib.ExitStack() as held:
+    with leaving_together(accelerator), contextlib.ExitStack() as held:
+        main_process_decides(accelerator, lambda: folder.refuse_other(identity))
         if job.annotations:
             store = AnnotationStore.open(job.annotations)
         else:
@@ -208,4 +208,18 @@ def open_run(
             return
         command = shlex.join([script, *argv])
         yield Run(accelerator, folder, store, known, job, look, identity, all_settings, command, started, held)
+
+
+@contextlib.contextmanager
+def leaving_together(accelerator: Accelerator) -> Iterator[None]:
+    """Close trackers and take the process group down at the end, and where all processes stop for the same reason.
+
+    The threads of a group that is left standing may abort the interpreter on its way out, and the launcher would then
+    report that instead of the exit code.
+    """
+    try:
+        yield
+    except (SystemExit, UserError):
         accelerator.end_training()
+        raise
+    accelerator.end_training()
