@@ -27,6 +27,7 @@ from coreg.data.sources import open_images
 from coreg.errors import UserError, exits_with_one_line
 from coreg.export import Ensemble, load_export
 from coreg.programs import TOLD, open_onnx
+from coreg.progress import seconds_between_lines
 
 # of unreadable images on the terminal; the CSV file has them all
 SHOWN = 5
@@ -138,7 +139,7 @@ def write_csv(classifier: Classifier, images: ImageList, config: PredictConfig, 
         writer = csv.writer(file)
         columns = ["label", "probability"]
         writer.writerow(["path", *columns, *(f"{column}_{i}" for i in range(2, k + 1) for column in columns), "error"])
-        with tqdm(total=len(images), desc="predict", unit="image") as bar:
+        with tqdm(total=len(images), desc="predict", unit="image", mininterval=seconds_between_lines()) as bar:
             for rows, probabilities, failed in classifier.batches(images, config.batch_size, config.workers):
                 unreadable |= failed
                 for row, shares, classes in zip(rows.tolist(), probabilities, best(probabilities, k)):

@@ -316,3 +316,33 @@ def test_names_that_are_no_paths_stay():
     assert public_name("/data/photos/") == "photos" and public_name("builtin:digits") == "builtin:digits"
     assert public_name('joined:["/a/b", "/c/d.csv"]') == 'joined:["b", "d.csv"]'
     assert escaped("plain name") == "plain name"
+
+
+# ---- the epoch that was chosen without labels ------------------------------------------------------------------------
+
+
+def test_the_chosen_epoch_is_exported_with_a_card_of_its_own(tmp_path, monkeypatch):
+    # the last epoch loses, so that an earlier one is chosen
+    monkeypatch.setattr("coreg.run.results.consensus", lambda log_ps: -1.0)
+    words = "--recipe digits --epochs 4 --warmup_epochs 2 --queue_size 256 --workers 0 --report_to none --lr 0.1"
+    train_coreg.main(["--output_dir", str(tmp_path / "run"), *words.split()])
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    chosen = report["chosen_epoch"]
+    assert chosen["epoch"] < 4 and chosen["epochs"] == 4
+    found = predictions(tmp_path / "run" / "export_chosen", tmp_path)
+    target = load_digits().target
+    trained_on = {row["path"] for row in purified(tmp_path / "run")}
+    for split, n in (("train", 1437), ("test", 360)):
+        paths = [path for path in found if (path in trained_on) == (split == "train")]
+        right = np.mean([found[path]["label"] == NAMES[target[int(re.search(r"\d+", path)[0])]] for path in paths])
+        assert len(paths) == n and right == pytest.approx(chosen["accuracy"][split], abs=1.5 / n)
+    text = (tmp_path / "run" / "export_chosen" / "README.md").read_text()
+    assert f"the networks of epoch {chosen['epoch']} of 4, which looked best without labels" in text
+    row = next(line for line in text.splitlines() if line.startswith("| test |"))
+    zero_shot = report["annotator"]["zero_shot_accuracy"]["test"]
+    assert row.startswith(f"| test | {zero_shot:.1%} | {chosen['accuracy']['test']:.1%} | ")
+    # recalls of the classes, weighted by their sizes, are the accuracy again
+    shares = re.findall(r"^\| (?:{}) \| [\d–%]+ \| (\d+)% \| (\d+) \|$".format("|".join(NAMES)), text, flags=re.MULTILINE)
+    mean = sum(int(share) * int(n) for share, n in shares) / 36000
+    assert len(shares) == 10 and mean == pytest.approx(chosen["accuracy"]["test"], abs=0.006)
+    assert "epoch" not in (tmp_path / "run" / "export" / "README.md").read_text()

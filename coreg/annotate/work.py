@@ -25,6 +25,7 @@ from coreg.annotate.writer import StoreWriter
 from coreg.data.decode import UnreadableImage
 from coreg.data.images import ImageList
 from coreg.errors import UserError
+from coreg.progress import seconds_between_lines
 
 POLL_SECONDS = 0.5
 
@@ -36,7 +37,12 @@ class Progress:
         self.queue, self.sizes = queue, np.array([len(writer.rows(index)) for index in range(len(writer.files))])
         self.looked, self.written = time.monotonic(), self._written()
         self.bar = tqdm(
-            total=int(self.sizes.sum()), initial=self.written, unit="image", desc="annotating", disable=not shown
+            total=int(self.sizes.sum()),
+            initial=self.written,
+            unit="image",
+            desc="annotating",
+            disable=not shown,
+            mininterval=seconds_between_lines(),
         )
 
     def _written(self) -> int:

@@ -73,11 +73,12 @@ def _class_lines(report: dict[str, Any], class_names: list[str]) -> list[str]:
     return lines
 
 
-def model_card(report: dict[str, Any], settings: dict[str, Any]) -> str:
+def model_card(report: dict[str, Any], settings: dict[str, Any], which: str = "") -> str:
     """Markdown with the hub's front matter; everything that came from outside is escaped, and no path is told.
 
     Args:
         report: as `coreg.report.report.build_report` gives it. settings: the export's `coreg.json`.
+        which: a sentence about the networks, where they are not those of the last epoch.
     """
     names, annotator = settings["class_names"], report["annotator"]
     known = report["labels_used"]
@@ -91,6 +92,7 @@ def model_card(report: dict[str, Any], settings: dict[str, Any]) -> str:
         f"{nets} of {report['parameters'] / 1e6:.2f} M parameters, trained with {escaped(report['method'])} on "
         f"{report['images']['train']} images that {escaped(public_name(annotator['name']))} annotated with "
         f"{annotator['mean_candidates']:.2f} candidate classes each. {labels}",
+        *([which] if which else []),
         "",
         "## How good it is",
         "",

@@ -37,6 +37,7 @@ class RunFolder:
         self.root = Path(root)
         self.checkpoints = self.root / "checkpoints"
         self.export = self.root / "export"
+        self.chosen_export = self.root / "export_chosen"
         self.report = self.root / REPORT
 
     @property

@@ -22,6 +22,7 @@ from coreg.annotate.store import AnnotationStore
 from coreg.config import as_settings, as_yaml
 from coreg.errors import UserError
 from coreg.nets.model import check_backbone
+from coreg.progress import seconds_between_lines
 from coreg.report.report import summary, write_known_labels
 from coreg.run import checkpoint
 from coreg.run.folder import RunFolder, write_atomically
@@ -129,10 +130,11 @@ class Run:
                 raise SystemExit(EXIT_INTERRUPTED)
 
         layout = "{desc} {percentage:3.0f}%|{bar}| epoch {n:.1f}/{total} [{elapsed}<{remaining}{postfix}]"
+        pause = seconds_between_lines()
         with (
             watch.listening(),
             watch.naming_the_lost(),
-            tqdm(total=job.epochs, initial=training.epoch, desc=name, bar_format=layout) as bar,
+            tqdm(total=job.epochs, initial=training.epoch, desc=name, bar_format=layout, mininterval=pause) as bar,
         ):
 
             def advance(epochs: float) -> None:

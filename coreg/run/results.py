@@ -6,6 +6,7 @@ import copy
 import json
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from coreg.report.card import model_card
 from coreg.report.metrics import accuracy, collapse_warnings, consensus, few_shot_warnings
 from coreg.report.page import write_page
 from coreg.report.page_record import RunRecord, Split
-from coreg.report.report import build_report, write_labels
+from coreg.report.report import accuracies, build_report, per_class, without_missing, write_labels
 from coreg.run.batches import TrainingImages
 from coreg.run.folder import write_atomically
 from coreg.run.job import Run
@@ -65,10 +66,23 @@ def _export(task: Task, training: Training, folder: Path) -> Callable[[], dict[s
     return write
 
 
-def _chosen_epoch(run: Run, task: Task, training: Training) -> dict[str, Any] | None:
-    """The networks of the epoch chosen without labels, exported beside the last ones where it is an earlier epoch.
+@dataclass
+class _Chosen:
+    """The epoch chosen without labels.
 
-    Gives what the report says about it: epoch, score, accuracies. The networks are left as they were.
+    said: what the report says about it: epoch, score, accuracies. predictions: for `train` and `test` int64 (n,) of its
+    networks, and settings: of their export, where it is not the last epoch.
+    """
+
+    said: dict[str, Any]
+    predictions: dict[str, np.ndarray] = field(default_factory=dict)
+    settings: dict[str, Any] | None = None
+
+
+def _chosen_epoch(run: Run, task: Task, training: Training) -> _Chosen | None:
+    """Export the networks of the epoch chosen without labels beside the last ones, where it is an earlier epoch.
+
+    The networks are left as they were.
     """
     if training.chosen is None:
         return None
@@ -80,19 +94,33 @@ def _chosen_epoch(run: Run, task: Task, training: Training) -> dict[str, Any] | 
     epoch = training.chosen["epoch"]
     said = {"epoch": epoch, "epochs": training.epoch, "score": training.chosen["score"]}
     if epoch == training.epoch:
-        return said
+        return _Chosen(said)
     last = [copy.deepcopy(net.state_dict()) for net in training.nets]
     for net, weights in zip(training.nets, training.chosen["nets"]):
         net.load_state_dict(weights)
     found = {"train": logits_of(task, training, task.data), "test": logits_of(task, training, task.test)}
+    predictions = {split: logits["ensemble"].argmax(axis=1) for split, logits in found.items() if logits}
     truth = {"train": task.labels, "test": task.test_labels}
-    said["accuracy"] = {
-        split: accuracy(logits["ensemble"].argmax(axis=1), truth[split]) for split, logits in found.items() if logits
-    }
-    main_process_decides(task.accelerator, _export(task, training, run.folder.root / "export_chosen"))
+    said["accuracy"] = {split: accuracy(predicted, truth[split]) for split, predicted in predictions.items()}
+    settings = main_process_decides(task.accelerator, _export(task, training, run.folder.chosen_export))
     for net, weights in zip(training.nets, last):
         net.load_state_dict(weights)
-    return said
+    return _Chosen(said, predictions, settings)
+
+
+def _chosen_card(task: Task, chosen: _Chosen, report: dict[str, Any]) -> str:
+    """The README of `export_chosen`: the run's, with the accuracies of the networks that lie there."""
+    truth = {"train": task.labels, "test": task.test_labels}
+    judged = report["per_class_split"]
+    names = task.store.class_names
+    own = {
+        "accuracy": {split: accuracies({"ensemble": found}, truth[split]) for split, found in chosen.predictions.items()},
+        "per_class_accuracy": per_class(names, truth[judged], None, chosen.predictions[judged]),
+    }
+    for name, row in own["per_class_accuracy"].items():
+        row["annotator"] = report["per_class_accuracy"][name].get("annotator")
+    epoch = f"the networks of epoch {chosen.said['epoch']} of {chosen.said['epochs']}, which looked best without labels"
+    return model_card(report | without_missing(own), chosen.settings, f"These are {epoch}.")
 
 
 def _record(
@@ -172,7 +200,7 @@ def finish(run: Run, task: Task, training: Training, method: str, **more: Any) -
                 *collapse_warnings(on_train["ensemble"].argmax(axis=1), store.class_names),
             ],
             last_epoch=training.curves[-1],
-            chosen_epoch=chosen,
+            chosen_epoch=chosen.said if chosen else None,
             parameters=sum(p.numel() for p in training.nets[0].backbone.parameters()),
             images_per_second=training.images_seen / training.seconds,
             training_seconds=training.seconds,
@@ -187,6 +215,8 @@ def finish(run: Run, task: Task, training: Training, method: str, **more: Any) -
         write_page(folder.root, record)
         show_end(task.accelerator, task.data, training, record, run.identity)
         write_atomically(folder.export / "README.md", model_card(report, exported))
+        if chosen and chosen.settings:
+            write_atomically(folder.chosen_export / "README.md", _chosen_card(task, chosen, report))
         write_atomically(folder.report, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
         return report
 
