@@ -1,8 +1,12 @@
 """The backbone's peculiarities, its parameter count, and the way through timm's own save and load."""
 
+import time
+
+import huggingface_hub
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
 
 from coreg.errors import UserError
 from coreg.nets.model import CoRegNet, check_backbone, create_backbone
@@ -52,3 +56,30 @@ def test_any_timm_model_can_be_the_backbone():
 def test_a_wrong_backbone_is_named(name, said):
     with pytest.raises(UserError, match=said):
         check_backbone(name)
+
+
+def test_without_network_pretrained_weights_are_given_up_within_seconds(monkeypatch, tmp_path):
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")  # nothing listens there
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    start = time.monotonic()
+    with pytest.raises(UserError, match=r"resnet18 are not in the cache .* cannot be reached; .*--pretrained false"):
+        check_backbone("resnet18", pretrained=True)
+    assert time.monotonic() - start < 10
+    with pytest.raises(UserError, match="preact_resnet18 has no pretrained weights"):
+        check_backbone("preact_resnet18", pretrained=True)
+    check_backbone("resnet18", pretrained=False)
+
+
+def test_cached_pretrained_weights_are_used_without_network(monkeypatch, tmp_path):
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    snapshot = tmp_path / "models--timm--test_vit.r160_in1k" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (snapshot.parent.parent / "refs").mkdir()
+    (snapshot.parent.parent / "refs" / "main").write_text("abc")
+    saved = timm.create_model("test_vit")
+    save_file(saved.state_dict(), snapshot / "model.safetensors")
+    check_backbone("test_vit", pretrained=True)
+    loaded = create_backbone("test_vit", 5, 3, {}, pretrained=True)
+    assert all(torch.equal(saved.state_dict()[k], v) for k, v in loaded.state_dict().items() if not k.startswith("head."))
+    assert loaded.num_classes == 5

@@ -7,10 +7,6 @@ import difflib
 import hashlib
 import json
 import logging
-import socket
-import threading
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,10 +19,10 @@ from PIL import Image
 
 from coreg.annotate.settings import GLYPH_CLIP
 from coreg.errors import UserError
+from coreg.hub import cache_only, hub_answers
 
 SPELLINGS = "NAME/TAG such as ViT-B-32/openai, local-dir:FOLDER, hf-hub:ORG/NAME, transformers:FOLDER or chat:FOLDER"
 WEIGHT_FILES = (".safetensors", ".bin", ".pth")
-NETWORK_SECONDS = 8.0
 
 
 @dataclass(frozen=True)
@@ -159,13 +155,13 @@ def load_open_clip(model: ModelSpec) -> tuple[torch.nn.Module, Callable[[Image.I
         UserError: the model cannot be had.
     """
     try:
-        with quiet(), _offline(model.tag is not None or model.name.startswith("hf-hub:")):
+        with quiet(), cache_only(model.tag is not None or model.name.startswith("hf-hub:")):
             return _load(model)
     except Exception as error:
         if model.name.startswith("local-dir:"):
             raise UserError(f"cannot load {model.spec}: {one_line(error)}; save it again with open_clip") from None
     offline = f"use a machine with network, or save the model there and give --vlm local-dir:FOLDER instead of {model.spec}"
-    if not _hub_answers():
+    if not hub_answers():
         raise UserError(
             f"{model.spec} is not in the cache and {huggingface_hub.constants.ENDPOINT} cannot be reached; {offline}"
         )
@@ -207,36 +203,3 @@ def quiet() -> Iterator[None]:
         logging.disable(before)
         if bars:
             transformers.utils.logging.enable_progress_bar()
-
-
-@contextlib.contextmanager
-def _offline(enabled: bool) -> Iterator[None]:
-    """Let huggingface_hub look into its cache only, and other downloads give up soon."""
-    before = huggingface_hub.constants.HF_HUB_OFFLINE, socket.getdefaulttimeout()
-    if enabled:
-        huggingface_hub.constants.HF_HUB_OFFLINE = True
-        socket.setdefaulttimeout(NETWORK_SECONDS)
-    try:
-        yield
-    finally:
-        huggingface_hub.constants.HF_HUB_OFFLINE = before[0]
-        socket.setdefaulttimeout(before[1])
-
-
-def _hub_answers() -> bool:
-    """Whether the model hub answers at all; in a thread, because a dead name server ignores every timeout."""
-    answered = threading.Event()
-
-    def ask() -> None:
-        try:
-            urllib.request.urlopen(huggingface_hub.constants.ENDPOINT, timeout=NETWORK_SECONDS / 2).close()
-        except urllib.error.HTTPError:
-            pass  # an answer, if not a friendly one
-        except OSError:
-            return
-        answered.set()
-
-    asking = threading.Thread(target=ask, daemon=True)
-    asking.start()
-    asking.join(NETWORK_SECONDS)
-    return answered.is_set() and not huggingface_hub.constants.HF_HUB_OFFLINE

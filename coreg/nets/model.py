@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import timm
 import torch
 from safetensors import SafetensorError
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from coreg.errors import UserError
+from coreg.hub import cache_only, hub_answers
 
 
 def parse_backbone_args(text: str) -> dict[str, Any]:
@@ -33,11 +35,12 @@ def parse_backbone_args(text: str) -> dict[str, Any]:
     return arguments
 
 
-def check_backbone(name: str, arguments: str = "{}") -> None:
-    """Find a wrong name or wrong JSON before any work is done for it.
+def check_backbone(name: str, arguments: str = "{}", pretrained: bool = False) -> None:
+    """Find a wrong name, wrong JSON or weights out of reach before any work is done for it.
 
     Raises:
-        UserError: no such model or folder, or `arguments` is not a JSON object.
+        UserError: no such model or folder, `arguments` is not a JSON object, or there are no pretrained weights, neither
+            in the cache nor on a hub that answers.
     """
     parse_backbone_args(arguments)
     if name.startswith("local-dir:"):
@@ -48,6 +51,27 @@ def check_backbone(name: str, arguments: str = "{}") -> None:
         near = difflib.get_close_matches(name, timm.list_models(), n=1)
         hint = f", did you mean {near[0]}?" if near else ""
         raise UserError(f"unknown backbone {name}{hint} (timm.list_models() has them all; a folder is local-dir:PATH)")
+    elif pretrained and _needs_the_hub(name) and not hub_answers():
+        raise UserError(
+            f"the pretrained weights of {name} are not in the cache and {huggingface_hub.constants.ENDPOINT} cannot be "
+            "reached; start on a machine with network, give --backbone local-dir:FOLDER, or train from scratch with "
+            "--pretrained false"
+        )
+
+
+def _needs_the_hub(name: str) -> bool:
+    """Whether the pretrained weights of a timm model are on the hub and not in its cache on this machine.
+
+    Raises:
+        UserError: it has none.
+    """
+    config = timm.get_pretrained_cfg(name)
+    if config is None or not config.has_weights:
+        raise UserError(f"backbone {name} has no pretrained weights; train from scratch with --pretrained false")
+    files = ("model.safetensors", "pytorch_model.bin")
+    return bool(config.hf_hub_id) and not any(
+        isinstance(huggingface_hub.try_to_load_from_cache(config.hf_hub_id, file), str) for file in files
+    )
 
 
 def create_backbone(name: str, n_classes: int, channels: int, arguments: dict[str, Any], pretrained: bool) -> nn.Module:
@@ -59,9 +83,11 @@ def create_backbone(name: str, n_classes: int, channels: int, arguments: dict[st
     check_backbone(name)
     local = name.startswith("local-dir:")
     try:
-        return timm.create_model(
-            name, pretrained=pretrained or local, num_classes=n_classes, in_chans=channels, **arguments
-        )
+        # what is in the cache is not looked for on the network again
+        with cache_only(pretrained and not local and not _needs_the_hub(name)):
+            return timm.create_model(
+                name, pretrained=pretrained or local, num_classes=n_classes, in_chans=channels, **arguments
+            )
     except TypeError as error:
         raise UserError(f"backbone {name} does not take these --backbone_args: {error}") from None
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:

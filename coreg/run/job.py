@@ -188,7 +188,7 @@ def open_run(
     parse_rule(job.candidates)
     if look is not None:
         check_look(look)
-        check_backbone(look.backbone, look.backbone_args)
+        check_backbone(look.backbone, look.backbone_args, look.pretrained)
     folder, all_settings = RunFolder(job.output_dir), as_settings(*settings)
     identity = {"script": script} | {k: v for k, v in all_settings.items() if k not in NOT_THE_JOB}
     accelerator = build_accelerator(job.mixed_precision, job.report_to, job.output_dir, job.timeout_minutes)
