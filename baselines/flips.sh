@@ -1,0 +1,90 @@
+#!/usr/bin/env bash
+# Co-Reg, partial cross-entropy and Co-Reg without its parts on a folder of labelled images whose candidate sets are drawn:
+# each wrong class is a candidate with chance Q, and ETA of the sets lack the truth.
+#
+#   baselines/flips.sh --images eurosat --classes classes.txt --backbone local-dir:efficientnet --output_dir runs/flips
+#
+#   --images FOLDER     with train/CLASS/ and test/CLASS/
+#   --classes FILE      one class name a line, called like the folders
+#   --backbone NAME     as of train_coreg.py, with pretrained weights
+#   --per_class N       training images a class, the first by name (default 100)
+#   --size S            side in pixels (default 48)
+#   --q Q --eta ETA     (default 0.3 and 0.2)
+#   --epochs N          of all (default 30)
+#   --seeds "0 1 2"     of candidate sets and of training; parts are taken away with the first alone
+#   --jobs K            runs at a time, one thread each (default 1)
+#
+# The run folder is the job: what is finished is skipped, what was stopped goes on.
+set -u
+cd "$(dirname "$0")/.."
+
+OUT=runs/flips IMAGES="" CLASSES="" BACKBONE="" PER_CLASS=100 SIZE=48 Q=0.3 ETA=0.2 EPOCHS=30 SEEDS="0 1 2" JOBS=1
+while (($#)); do
+    case $1 in
+    --images | --classes | --backbone | --per_class | --size | --q | --eta | --epochs | --seeds | --jobs | --output_dir)
+        (($# > 1)) || { echo "error: $1 needs a value behind it" >&2 && exit 2; } ;;
+    *) sed -n '2,/^set -u/{s/^# \{0,1\}//p}' "$0" >&2 && exit 2 ;;
+    esac
+    case $1 in
+    --images) IMAGES=$2 ;; --classes) CLASSES=$2 ;; --backbone) BACKBONE=$2 ;; --per_class) PER_CLASS=$2 ;; --size) SIZE=$2 ;;
+    --q) Q=$2 ;; --eta) ETA=$2 ;; --epochs) EPOCHS=$2 ;; --seeds) SEEDS=$2 ;; --jobs) JOBS=$2 ;; --output_dir) OUT=$2 ;;
+    esac
+    shift 2
+done
+for needed in IMAGES CLASSES BACKBONE; do
+    [ -n "${!needed}" ] || { echo "error: --${needed,,} is missing; baselines/flips.sh --help shows an example" >&2 && exit 2; }
+done
+[ -d "$IMAGES/train" ] && [ -d "$IMAGES/test" ] || { echo "error: $IMAGES has no folders train/ and test/" >&2 && exit 2; }
+
+PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python)}
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+mkdir -p "$OUT/logs" || exit 2
+trap 'kill $(jobs -p) 2>/dev/null; wait; exit 130' INT TERM
+
+# run NAME SCRIPT OPTIONS...: start it in the background as soon as fewer than JOBS are running
+run() {
+    local name=$1 && shift
+    [ -f "$OUT/$name/report.json" ] && return
+    while (($(jobs -rp | wc -l) >= JOBS)); do wait -n; done
+    echo "$(date +%T) $name"
+    "$PYTHON" "$@" --output_dir "$OUT/$name" >"$OUT/logs/$name.log" 2>&1 &
+}
+
+# a folder of so many training images a class, and all test images
+if [ ! -d "$OUT/images" ]; then
+    for class in "$IMAGES"/train/*/; do
+        mkdir -p "$OUT/images.tmp/train/$(basename "$class")"
+        find "$class" -type f | sort | head -n "$PER_CLASS" |
+            while read -r file; do cp "$file" "$OUT/images.tmp/train/$(basename "$class")/"; done
+    done
+    cp -r "$IMAGES/test" "$OUT/images.tmp/test" && mv "$OUT/images.tmp" "$OUT/images" || exit 1
+fi
+for seed in $SEEDS; do
+    [ -f "$OUT/store-$seed/manifest.json" ] || "$PYTHON" -m coreg.annotate.synthetic --images "$OUT/images" --classes "$CLASSES" \
+        --rule flip --q "$Q" --eta "$ETA" --seed "$seed" --output_dir "$OUT/store-$seed" || exit 1
+done
+
+look=(--recipe folder --backbone "$BACKBONE" --image_size "$SIZE" --padding $((SIZE / 8)) --mean 0.5 --std 0.5 --workers 0)
+for seed in $SEEDS; do
+    job=("${look[@]}" --annotations "$OUT/store-$seed" --seed "$seed")
+    run "coreg-$seed" train_coreg.py "${job[@]}" --epochs "$EPOCHS"
+    run "partial-$seed" train_coreg.py "${job[@]}" --epochs "$EPOCHS" --warmup_epochs "$EPOCHS"
+    run "supervised-$seed" baselines/pll.py --method supervised "${job[@]}" --epochs "$EPOCHS"
+done
+first=${SEEDS%% *}
+job=("${look[@]}" --annotations "$OUT/store-$first" --seed "$first" --epochs "$EPOCHS")
+run "without_co-$first" train_coreg.py "${job[@]}" --co_pseudo_labels false
+run "without_u-$first" train_coreg.py "${job[@]}" --use_unlabeled false
+run "without_contrast-$first" train_coreg.py "${job[@]}" --contrast_weight 0
+run "without_prototypes-$first" train_coreg.py "${job[@]}" --prototype_weight 0
+run "without_alignment-$first" train_coreg.py "${job[@]}" --alignment none
+run "with_mixup-$first" train_coreg.py "${job[@]}" --mixup_alpha 4
+run "with_entropy-$first" train_coreg.py "${job[@]}" --entropy_weight 1
+run "fast-$first" train_coreg.py "${job[@]}" --preset fast
+# about as many passes as Co-Reg's
+for seed in $SEEDS; do
+    run "partial_longer-$seed" train_coreg.py "${look[@]}" --annotations "$OUT/store-$seed" --seed "$seed" \
+        --epochs $((7 * EPOCHS / 2)) --warmup_epochs $((7 * EPOCHS / 2))
+done
+wait
+"$PYTHON" -m coreg.report "$OUT"
