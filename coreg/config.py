@@ -21,6 +21,8 @@ import yaml
 from coreg.errors import UserError
 
 RECIPES = Path(__file__).parent / "recipes"
+# a recipe may hold settings of one of them alone, below its name
+SCRIPTS = ("train_coreg.py", "baselines/distill.py", "baselines/dividemix.py", "baselines/pll.py")
 _METAVAR = {int: "N", float: "X", str: "TEXT"}
 
 
@@ -114,8 +116,11 @@ def recipe_path(name: str) -> Path:
     raise UserError(f"unknown recipe {name}{hint} (there are: {', '.join(built_in)}; or give a .yaml file)")
 
 
-def read_recipe(name: str) -> dict[str, Any]:
+def read_recipe(name: str, script: str | None = None) -> dict[str, Any]:
     """The settings of a recipe as a flat mapping from option name to value.
+
+    Args:
+        name: of the recipe, or its file. script: whose own settings, which the recipe holds under its name, count too.
 
     Raises:
         UserError: the file is missing, is not YAML, or is not a mapping of options to plain values.
@@ -127,6 +132,13 @@ def read_recipe(name: str) -> dict[str, Any]:
         raise UserError(f"{path} is not a valid YAML file: {' '.join(str(error).split())}") from None
     if not isinstance(settings, dict):
         raise UserError(f"{path} holds a {type(settings).__name__}; write one `option: value` a line")
+    sections = {key: settings.pop(key) for key in SCRIPTS if key in settings}
+    for key, section in sections.items():
+        if not isinstance(section, dict):
+            raise UserError(
+                f"{path} gives {key} a {type(section).__name__}; write `option: value` lines, indented, below it"
+            )
+    settings |= sections.get(script, {})
     for key, value in settings.items():
         if value is None or isinstance(value, dict):
             raise UserError(f"{path} gives {key} no plain value; write `{key}: VALUE` or delete the line")
@@ -200,7 +212,7 @@ def parse(
     parser = _build_parser(groups, default_recipe, prog, description)
     arguments = [_underscored(word) for word in (sys.argv[1:] if argv is None else argv)]
     name = _pop("recipe", arguments) or default_recipe
-    recipe = read_recipe(name) if name else {}
+    recipe = read_recipe(name, prog) if name else {}
     preset = _pop("preset", arguments) or recipe.pop("preset", None) if presets else None
     known = [word for action in parser._actions for word in action.option_strings]
     theirs = {field.name for group in others for field in dataclasses.fields(group)}

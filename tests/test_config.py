@@ -49,6 +49,20 @@ def test_a_recipe_can_name_the_preset(tmp_path):
     assert (first.rate, first.preset) == (7.0, "odd")
 
 
+def test_a_recipe_can_tell_one_script_alone(tmp_path):
+    told = {"rate": 3, "train_coreg.py": {"rate": 5, "count": 7}, "baselines/pll.py": {"rate": 9}}
+    for prog, rate, count in (
+        ("train_coreg.py", 5, 7),
+        ("baselines/pll.py", 9, 3),
+        ("baselines/distill.py", 3, 3),
+        (None, 3, 3),
+    ):
+        first, second = parse(First, Second, argv=recipe(tmp_path, **told), prog=prog)
+        assert (first.rate, second.count) == (rate, count)
+    first, _ = parse(First, Second, argv=[*recipe(tmp_path, **told), "--rate", "1"], prog="train_coreg.py")
+    assert first.rate == 1
+
+
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
@@ -74,12 +88,16 @@ def test_bad_arguments(argv, said):
         ({"rate": None}, "gives rate no plain value"),
         ({"rate": {"a": 1}}, "gives rate no plain value"),
         ({"help": 1}, "unknown key help"),
+        ({"train_coreg": {"rate": 1}}, "gives train_coreg no plain value"),
+        ({"train_coreg.py": 1}, "gives train_coreg.py a int; write"),
+        ({"train_coreg.py": {"rate": None}}, "gives rate no plain value"),
+        ({"train_coreg.py": {"ratee": 1}}, "unknown key ratee, did you mean --rate"),
         ({"rate": "much"}, "invalid float"),
     ],
 )
 def test_bad_recipes(tmp_path, settings, said):
     with pytest.raises(UserError, match=said):
-        parse(First, Second, argv=recipe(tmp_path, **settings))
+        parse(First, Second, argv=recipe(tmp_path, **settings), prog="train_coreg.py")
 
 
 def test_a_recipe_that_is_no_mapping(tmp_path):
