@@ -36,19 +36,7 @@ for needed in IMAGES CLASSES BACKBONE; do
 done
 [ -d "$IMAGES/train" ] && [ -d "$IMAGES/test" ] || { echo "error: $IMAGES has no folders train/ and test/" >&2 && exit 2; }
 
-PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python)}
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-mkdir -p "$OUT/logs" || exit 2
-trap 'kill $(jobs -p) 2>/dev/null; wait; exit 130' INT TERM
-
-# run NAME SCRIPT OPTIONS...: start it in the background as soon as fewer than JOBS are running
-run() {
-    local name=$1 && shift
-    [ -f "$OUT/$name/report.json" ] && return
-    while (($(jobs -rp | wc -l) >= JOBS)); do wait -n; done
-    echo "$(date +%T) $name"
-    "$PYTHON" "$@" --output_dir "$OUT/$name" >"$OUT/logs/$name.log" 2>&1 &
-}
+source baselines/jobs.sh
 
 # a folder of so many training images a class, and all test images
 if [ ! -d "$OUT/images" ]; then
@@ -67,24 +55,23 @@ done
 look=(--recipe folder --backbone "$BACKBONE" --image_size "$SIZE" --padding $((SIZE / 8)) --mean 0.5 --std 0.5 --workers 0)
 for seed in $SEEDS; do
     job=("${look[@]}" --annotations "$OUT/store-$seed" --seed "$seed")
-    run "coreg-$seed" train_coreg.py "${job[@]}" --epochs "$EPOCHS"
-    run "partial-$seed" train_coreg.py "${job[@]}" --epochs "$EPOCHS" --warmup_epochs "$EPOCHS"
-    run "supervised-$seed" baselines/pll.py --method supervised "${job[@]}" --epochs "$EPOCHS"
+    start "coreg-$seed" train_coreg.py "${job[@]}" --epochs "$EPOCHS"
+    start "partial-$seed" train_coreg.py "${job[@]}" --epochs "$EPOCHS" --warmup_epochs "$EPOCHS"
+    start "supervised-$seed" baselines/pll.py --method supervised "${job[@]}" --epochs "$EPOCHS"
 done
 first=${SEEDS%% *}
 job=("${look[@]}" --annotations "$OUT/store-$first" --seed "$first" --epochs "$EPOCHS")
-run "without_co-$first" train_coreg.py "${job[@]}" --co_pseudo_labels false
-run "without_u-$first" train_coreg.py "${job[@]}" --use_unlabeled false
-run "without_contrast-$first" train_coreg.py "${job[@]}" --contrast_weight 0
-run "without_prototypes-$first" train_coreg.py "${job[@]}" --prototype_weight 0
-run "without_alignment-$first" train_coreg.py "${job[@]}" --alignment none
-run "with_mixup-$first" train_coreg.py "${job[@]}" --mixup_alpha 4
-run "with_entropy-$first" train_coreg.py "${job[@]}" --entropy_weight 1
-run "fast-$first" train_coreg.py "${job[@]}" --preset fast
+start "without_co-$first" train_coreg.py "${job[@]}" --co_pseudo_labels false
+start "without_u-$first" train_coreg.py "${job[@]}" --use_unlabeled false
+start "without_contrast-$first" train_coreg.py "${job[@]}" --contrast_weight 0
+start "without_prototypes-$first" train_coreg.py "${job[@]}" --prototype_weight 0
+start "without_alignment-$first" train_coreg.py "${job[@]}" --alignment none
+start "with_mixup-$first" train_coreg.py "${job[@]}" --mixup_alpha 4
+start "with_entropy-$first" train_coreg.py "${job[@]}" --entropy_weight 1
+start "fast-$first" train_coreg.py "${job[@]}" --preset fast
 # about as many passes as Co-Reg's
 for seed in $SEEDS; do
-    run "partial_longer-$seed" train_coreg.py "${look[@]}" --annotations "$OUT/store-$seed" --seed "$seed" \
+    start "partial_longer-$seed" train_coreg.py "${look[@]}" --annotations "$OUT/store-$seed" --seed "$seed" \
         --epochs $((7 * EPOCHS / 2)) --warmup_epochs $((7 * EPOCHS / 2))
 done
-wait
-"$PYTHON" -m coreg.report "$OUT"
+show_table

@@ -31,26 +31,9 @@ while (($#)); do
     shift 2
 done
 
-PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python)}
-# one thread a run: the last digits of sums depend on the number of threads, and threads of several runs get in each other's way
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-mkdir -p "$OUT/logs" || exit 2
-STARTED=()
-# told to stop, runs write a checkpoint first
-trap 'kill $(jobs -p) 2>/dev/null; wait; exit 130' INT TERM
+source baselines/jobs.sh
 
-# zero_shot has a report for each of its variants
-finished() { [ -f "$OUT/$1/report.json" ] || [ -f "$OUT/$1/averaged/report.json" ]; }
-
-# run NAME SCRIPT OPTIONS...: start it in the background as soon as fewer than JOBS are running
-run() {
-    local name=$1 && shift
-    finished "$name" && return
-    while (($(jobs -rp | wc -l) >= JOBS)); do wait -n; done
-    echo "$(date +%T) $name"
-    "$PYTHON" "$@" --annotations "$ANNOTATIONS" --output_dir "$OUT/$name" >"$OUT/logs/$name.log" 2>&1 &
-    STARTED+=("$name")
-}
+run() { start "$@" --annotations "$ANNOTATIONS"; }
 
 # what every method that trains a student is told, and what those are told that tune the annotator
 student=(--recipe "$RECIPE" --workers 0 ${EPOCHS:+--epochs "$EPOCHS"})
@@ -96,13 +79,4 @@ for seed in $SEEDS; do
         done
     fi
 done
-wait
-
-"$PYTHON" -m coreg.report "$OUT"
-"$PYTHON" -m coreg.report "$OUT" --format html --output "$OUT/compare.html"
-failed=()
-for name in "${STARTED[@]}"; do finished "$name" || failed+=("$name"); done
-if ((${#failed[@]})); then
-    echo "failed, see $OUT/logs: ${failed[*]}" >&2
-    exit 1
-fi
+show_table

@@ -1,4 +1,4 @@
-"""zero_shot.py, distill.py and dividemix.py through their own entry points, and run_all.sh with a stand-in for Python."""
+"""The scripts of baselines/ through their own entry points, and run_all.sh and flips.sh with a stand-in for Python."""
 
 import importlib.util
 import json
@@ -14,6 +14,7 @@ import open_clip
 import pytest
 import torch
 
+import train_coreg
 from coreg.annotate.candidates import zero_shot_accuracy
 from coreg.annotate.store import AnnotationStore
 from coreg.annotate.textual import averaged_embedding_classes, single_template_probabilities, text_side
@@ -294,7 +295,7 @@ esac
 """
 
 
-def run_all(tmp_path, *options, broken="nothing"):
+def run_all(tmp_path, *options, broken="nothing", script="run_all.sh"):
     """Exit code, what was said on stderr, and the commands that were started."""
     python, commands = tmp_path / "python", tmp_path / "commands"
     python.write_text(STAND_IN)
@@ -302,7 +303,7 @@ def run_all(tmp_path, *options, broken="nothing"):
     commands.write_text("")
     environment = os.environ | {"PYTHON": str(python), "COMMANDS": str(commands), "BROKEN": broken}
     done = subprocess.run(
-        [str(ROOT / "baselines" / "run_all.sh"), "--output_dir", str(tmp_path / "out"), *options],
+        [str(ROOT / "baselines" / script), "--output_dir", str(tmp_path / "out"), *options],
         env=environment, capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
     return done.returncode, done.stderr, [shlex.split(line) for line in commands.read_text().splitlines()]
@@ -336,3 +337,42 @@ def test_run_all_names_what_failed_and_does_the_rest(tmp_path):
     assert len([words for words in commands if "--seed" in words]) == 15 + 2
     assert run_all(tmp_path, "--seed", "0")[0] == 2
     assert run_all(tmp_path, "--jobs")[0] == 2
+
+
+def test_flips_trains_co_reg_its_parts_and_partial_cross_entropy(tmp_path):
+    for split, n in (("train", 5), ("test", 2)):
+        for name in ("a", "b c"):
+            (tmp_path / "images" / split / name).mkdir(parents=True)
+            for i in range(n):
+                (tmp_path / "images" / split / name / f"{i}.png").touch()
+    (tmp_path / "classes.txt").write_text("a\nb c\n")
+    given = ["--images", str(tmp_path / "images"), "--classes", str(tmp_path / "classes.txt"), "--backbone", "resnet18"]
+    more = ["--per_class", "3", "--seeds", "4 5", "--epochs", "12", "--jobs", "3"]
+    code, said, commands = run_all(tmp_path, *given, *more, script="flips.sh")
+    assert code == 0 and said == ""
+    copied = sorted(path.relative_to(tmp_path / "out/images").as_posix() for path in (tmp_path / "out").rglob("*.png"))
+    assert copied == [
+        f"{split}/{c}/{i}.png" for split, n in (("test", 2), ("train", 3)) for c in ("a", "b c") for i in range(n)
+    ]
+    stores = [words for words in commands if "coreg.annotate.synthetic" in words]
+    assert [words[words.index("--seed") + 1] for words in stores] == ["4", "5"]
+    jobs = {}
+    for words in commands:
+        if words[0] in ("train_coreg.py", "baselines/pll.py"):
+            read = (pll if "pll" in words[0] else train_coreg).read_settings(words[1:])
+            jobs[Path(read[0].output_dir).name] = read
+    parts = "co u contrast prototypes alignment".split()
+    assert set(jobs) == {
+        *(f"{name}-{seed}" for name in ("coreg", "partial", "partial_longer", "supervised") for seed in (4, 5)),
+        *(f"without_{part}-4" for part in parts), "with_mixup-4", "with_entropy-4", "fast-4",
+    }  # fmt: skip
+    for name, (job, look, *_) in jobs.items():
+        assert job.annotations.endswith(f"store-{name[-1]}") and job.seed == int(name[-1]) and look.backbone == "resnet18"
+    method = {name: read[-1] for name, read in jobs.items()}
+    assert method["coreg-4"].warmup_epochs < 12 == method["partial-4"].warmup_epochs
+    assert method["partial_longer-4"].warmup_epochs == jobs["partial_longer-4"][0].epochs == 42
+    for part in [*(f"without_{part}" for part in parts), "with_mixup", "with_entropy", "fast"]:
+        assert method[f"{part}-4"] != method["coreg-4"], part
+    assert run_all(tmp_path, "--images", "x", "--classes", "y", script="flips.sh")[:2] == (
+        2, "error: --backbone is missing; baselines/flips.sh --help shows an example\n",
+    )  # fmt: skip
