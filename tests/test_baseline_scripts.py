@@ -347,7 +347,7 @@ def test_flips_trains_co_reg_its_parts_and_partial_cross_entropy(tmp_path):
                 (tmp_path / "images" / split / name / f"{i}.png").touch()
     (tmp_path / "classes.txt").write_text("a\nb c\n")
     given = ["--images", str(tmp_path / "images"), "--classes", str(tmp_path / "classes.txt"), "--backbone", "resnet18"]
-    more = ["--per_class", "3", "--seeds", "4 5", "--epochs", "12", "--jobs", "3"]
+    more = ["--per_class", "3", "--seeds", "4 5", "--epochs", "24", "--jobs", "3"]
     code, said, commands = run_all(tmp_path, *given, *more, script="flips.sh")
     assert code == 0 and said == ""
     copied = sorted(path.relative_to(tmp_path / "out/images").as_posix() for path in (tmp_path / "out").rglob("*.png"))
@@ -369,8 +369,8 @@ def test_flips_trains_co_reg_its_parts_and_partial_cross_entropy(tmp_path):
     for name, (job, look, *_) in jobs.items():
         assert job.annotations.endswith(f"store-{name[-1]}") and job.seed == int(name[-1]) and look.backbone == "resnet18"
     method = {name: read[-1] for name, read in jobs.items()}
-    assert method["coreg-4"].warmup_epochs < 12 == method["partial-4"].warmup_epochs
-    assert method["partial_longer-4"].warmup_epochs == jobs["partial_longer-4"][0].epochs == 42
+    assert method["coreg-4"].warmup_epochs < 24 == method["partial-4"].warmup_epochs
+    assert method["partial_longer-4"].warmup_epochs == jobs["partial_longer-4"][0].epochs == 84
     for part in [*(f"without_{part}" for part in parts), "with_mixup", "with_entropy", "fast"]:
         assert method[f"{part}-4"] != method["coreg-4"], part
     assert run_all(tmp_path, "--images", "x", "--classes", "y", script="flips.sh")[:2] == (

@@ -16,6 +16,7 @@ from coreg.config import parse, read_recipe
 from coreg.data.augment import RANDAUGMENT
 from coreg.data.sources import TORCHVISION
 from coreg.errors import UserError
+from coreg.learn.dividemix_options import DivideMixOptions
 from coreg.learn.options import PRESETS, CoRegOptions
 from coreg.nets.model import CoRegNet, create_backbone, parse_backbone_args
 from coreg.recipes import FOLDER, listing
@@ -23,12 +24,13 @@ from coreg.recipes.__main__ import main
 from coreg.settings import ImageConfig, JobConfig, check, check_coreg
 
 NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
+OTHERS = (JobConfig, ImageConfig, CoRegOptions)
 PAPERS = [name for name in NAMES if name not in ("digits", "folder")]
 ROOT = FOLDER.parent.parent
 
 
 def settings(name):
-    return parse(JobConfig, ImageConfig, CoRegOptions, argv=["--recipe", name], presets=PRESETS)
+    return parse(JobConfig, ImageConfig, CoRegOptions, argv=["--recipe", name], presets=PRESETS, prog="train_coreg.py")
 
 
 def header(name):
@@ -116,6 +118,12 @@ def test_no_recipe_depends_on_a_default_of_its_table():
             key
         ) in "image_size channels mean std padding flip strong_count cutout epochs warmup_epochs lr batch_size".split():
             assert key in written, (name, key)
+
+
+def test_the_folder_recipe_leaves_mixup_to_the_methods_that_are_made_of_it():
+    assert settings("folder")[2].mixup_alpha == 0
+    (method,) = parse(DivideMixOptions, argv=["--recipe", "folder"], others=OTHERS, prog="baselines/dividemix.py")
+    assert method.mixup_alpha == 4 and method.warmup_epochs == settings("folder")[2].warmup_epochs
 
 
 @pytest.mark.parametrize("name", NAMES)
