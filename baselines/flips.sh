@@ -10,7 +10,7 @@
 #   --per_class N       training images a class, the first by name (default 100)
 #   --size S            side in pixels (default 48)
 #   --q Q --eta ETA     (default 0.1 and 0.2)
-#   --epochs N          of all, 10 of them warm-up (default 30)
+#   --epochs N          of all, 20 of them warm-up (default 50)
 #   --seeds "0 1 2"     of candidate sets and of training; parts are taken away with the first alone
 #   --jobs K            runs at a time, one thread each (default 1)
 #
@@ -18,7 +18,7 @@
 set -u
 cd "$(dirname "$0")/.."
 
-OUT=runs/flips IMAGES="" CLASSES="" BACKBONE="" PER_CLASS=100 SIZE=48 Q=0.1 ETA=0.2 EPOCHS=30 SEEDS="0 1 2" JOBS=1
+OUT=runs/flips IMAGES="" CLASSES="" BACKBONE="" PER_CLASS=100 SIZE=48 Q=0.1 ETA=0.2 EPOCHS=50 SEEDS="0 1 2" JOBS=1
 while (($#)); do
     case $1 in
     --images | --classes | --backbone | --per_class | --size | --q | --eta | --epochs | --seeds | --jobs | --output_dir)

@@ -15,7 +15,7 @@ NETWORK_SECONDS = 8.0
 
 
 @contextlib.contextmanager
-def cache_only(enabled: bool = True) -> Iterator[None]:
+def cache_only(enabled: bool) -> Iterator[None]:
     """Let huggingface_hub look into its cache only, and other downloads give up soon."""
     before = huggingface_hub.constants.HF_HUB_OFFLINE, socket.getdefaulttimeout()
     if enabled:
