@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from coreg.annotate.candidates import parse_rule
-from coreg.config import as_settings, as_yaml, parse
+from coreg.config import parse
 from coreg.errors import UserError, exits_with_one_line
 from coreg.learn.options import PRESETS, CoRegOptions
 from coreg.settings import ImageConfig, JobConfig, check, check_coreg, check_look
@@ -58,7 +58,7 @@ from coreg.report.report import summary
 from coreg.run.batches import Verdict, co_train_batch, warm_up_batch
 from coreg.run.epoch import train_epoch
 from coreg.run.job import open_run
-from coreg.run.process import follow_launcher, main_process_decides
+from coreg.run.process import main_process_decides
 from coreg.run.results import finish
 from coreg.run.task import Task, predict, prepare
 from coreg.run.training import Training, assemble, build_networks
@@ -191,10 +191,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parse, check, annotate where there is no store yet, train, report."""
     argv = list(sys.argv[1:] if argv is None else argv)
     job, look, method = read_settings(argv)
-    follow_launcher(job)
-    if job.print_config:
-        print(as_yaml(as_settings(job, look, method)), end="")
-        return
     with open_run("train_coreg.py", argv, (job, look, method), annotate_digits, "runs/demo") as run:
         if run is None:
             return

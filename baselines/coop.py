@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from coreg.adapt.settings import Outlook, TuningJob, ViewOptions, check
 from coreg.annotate.candidates import parse_rule
-from coreg.config import as_settings, as_yaml, option, parse
+from coreg.config import option, parse
 from coreg.errors import UserError, exits_with_one_line
 
 # digits must not be mirrored, and most of one has to be seen; the tiny CLIP reads 16 tokens in all
@@ -98,7 +98,7 @@ from coreg.adapt.tuning import ClipImages, Labelled, begin, finish, judge, load_
 from coreg.annotate.annotators import Towers
 from coreg.report.report import summary
 from coreg.run.job import Run, open_run
-from coreg.run.process import follow_launcher, main_process_decides
+from coreg.run.process import main_process_decides
 
 
 def rate(job: TuningJob, method: CoOpOptions, epochs: float) -> float:
@@ -142,10 +142,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parse, check, annotate where there is no store yet, train, report."""
     argv = list(sys.argv[1:] if argv is None else argv)
     job, view, method = read_settings(argv)
-    follow_launcher(job)
-    if job.print_config:
-        print(as_yaml(as_settings(job, view, method)), end="")
-        return
     with open_run("baselines/coop.py", argv, (job, view, method), annotate_digits, f"runs/coop_{job.shots}") as run:
         if run is None:
             return

@@ -15,7 +15,7 @@ from functools import partial
 from typing import Literal
 
 from coreg.annotate.candidates import parse_rule
-from coreg.config import as_settings, as_yaml, option, parse
+from coreg.config import option, parse
 from coreg.errors import UserError, exits_with_one_line
 from coreg.learn.options import CoRegOptions
 from coreg.settings import ImageConfig, JobConfig, check, check_look
@@ -74,7 +74,7 @@ from coreg.learn.distill import DistillBatch, DistillLearner
 from coreg.report.report import summary
 from coreg.run.epoch import Steps, train_epoch
 from coreg.run.job import open_run
-from coreg.run.process import follow_launcher, main_process_decides
+from coreg.run.process import main_process_decides
 from coreg.run.results import finish
 from coreg.run.task import Task, prepare
 from coreg.run.training import Training, assemble, build_networks
@@ -137,10 +137,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parse, check, annotate where there is no store yet, train, report."""
     argv = list(sys.argv[1:] if argv is None else argv)
     job, look, method = read_settings(argv)
-    follow_launcher(job)
-    if job.print_config:
-        print(as_yaml(as_settings(job, look, method)), end="")
-        return
     with open_run("baselines/distill.py", argv, (job, look, method), annotate_digits, f"runs/kd_{method.teacher}") as run:
         if run is None:
             return

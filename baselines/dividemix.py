@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from coreg.annotate.candidates import parse_rule
-from coreg.config import as_settings, as_yaml, parse
+from coreg.config import parse
 from coreg.errors import UserError, exits_with_one_line
 from coreg.learn.dividemix_options import OFFICIAL, DivideMixOptions
 from coreg.learn.options import CoRegOptions
@@ -73,7 +73,7 @@ from coreg.report.report import summary
 from coreg.run.batches import TrainingImages, Verdict, co_train_batch, warm_up_batch
 from coreg.run.epoch import Steps, train_epoch
 from coreg.run.job import open_run
-from coreg.run.process import follow_launcher, main_process_decides
+from coreg.run.process import main_process_decides
 from coreg.run.results import finish
 from coreg.run.task import Task, predict, prepare
 from coreg.run.training import Training, assemble, build_networks
@@ -215,10 +215,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parse, check, annotate where there is no store yet, train, report."""
     argv = list(sys.argv[1:] if argv is None else argv)
     job, look, method = read_settings(argv)
-    follow_launcher(job)
-    if job.print_config:
-        print(as_yaml(as_settings(job, look, method)), end="")
-        return
     with open_run(
         "baselines/dividemix.py", argv, (job, look, method), annotate_digits, f"runs/dividemix_{method.labels_from}"
     ) as run:

@@ -22,7 +22,7 @@ from typing import Literal
 
 from coreg.adapt.settings import Outlook, TuningJob, ViewOptions, check
 from coreg.annotate.candidates import parse_rule
-from coreg.config import as_settings, as_yaml, option, parse
+from coreg.config import option, parse
 from coreg.errors import UserError, exits_with_one_line
 from coreg.settings import refuse
 
@@ -126,7 +126,7 @@ from coreg.data.keyed import keyed_generator
 from coreg.learn.collective import rank_and_world
 from coreg.report.report import summary
 from coreg.run.job import Run, open_run
-from coreg.run.process import follow_launcher, main_process_decides
+from coreg.run.process import main_process_decides
 from coreg.run.training import Batch, Training
 
 PROBED = 8  # images on which adapters are proven to act
@@ -239,10 +239,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parse, check, annotate where there is no store yet, train, report."""
     argv = list(sys.argv[1:] if argv is None else argv)
     job, view, method = read_settings(argv)
-    follow_launcher(job)
-    if job.print_config:
-        print(as_yaml(as_settings(job, view, method)), end="")
-        return
     with open_run("baselines/lora.py", argv, (job, view, method), annotate_digits, f"runs/lora_{job.shots}") as run:
         if run is None:
             return

@@ -26,7 +26,7 @@ from coreg.progress import seconds_between_lines
 from coreg.report.report import summary, write_known_labels
 from coreg.run import checkpoint
 from coreg.run.folder import RunFolder, write_atomically
-from coreg.run.process import build_accelerator, main_process_decides
+from coreg.run.process import build_accelerator, follow_launcher, main_process_decides
 from coreg.run.task import known_labels
 from coreg.run.training import Training
 from coreg.run.watch import EXIT_INTERRUPTED, GOES_ON, STOP, Watch
@@ -170,7 +170,9 @@ def open_run(
     annotate_default: Callable[[Path, Accelerator], AnnotationStore],
     default_folder: str,
 ) -> Iterator[Run | None]:
-    """Check what every script is told, open the store, take the run folder; None where the run is already finished.
+    """Check what every script is told, open the store, take the run folder.
+
+    Gives None where nothing is to be run: the settings were asked for and are printed, or the run is already finished.
 
     Args:
         script: the command, for the report. argv: its arguments. settings: dataclasses, first `JobConfig` or one with
@@ -183,6 +185,11 @@ def open_run(
     """
     started = time.perf_counter()
     job = settings[0]
+    follow_launcher(job)
+    if job.print_config:
+        print(as_yaml(as_settings(*settings)), end="")
+        yield None
+        return
     job.output_dir = job.output_dir or default_folder
     look = next((group for group in settings if isinstance(group, ImageConfig)), None)
     parse_rule(job.candidates)
