@@ -30,3 +30,11 @@ def small_store(tmp_path_factory):
         "--eta", "0.2", "--output_dir", str(root / "store"),
     ])  # fmt: skip
     return root / "store"
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory):
+    """The built-in digits as the built-in annotator sees them, an annotation store; nobody writes into it."""
+    from annotate_vlm import AnnotateConfig, annotate
+
+    return annotate(AnnotateConfig(output_dir=str(tmp_path_factory.mktemp("digits") / "store"), workers=0))

@@ -1,6 +1,5 @@
 """CoOp through its own entry point: which images it learns from, resuming, what it leaves, what it refuses."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -10,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from runs import final_state, killed_at, refused, script
 from safetensors import safe_open
 from test_annotate_annotators import save_tiny_clip
 from test_annotate_chat import save_tiny_llava
@@ -19,48 +19,17 @@ from coreg.annotate.annotators import open_clip_towers
 from coreg.annotate.models import resolve
 from coreg.annotate.store import AnnotationStore
 from coreg.data.labels import few_shot_draw, read_labels
-from coreg.run import checkpoint
 
 ROOT = Path(__file__).parents[1]
 SHORT = ["--epochs", "3", "--workers", "0", "--report_to", "none"]
 
 
-def script(name):
-    spec = importlib.util.spec_from_file_location(f"baselines_{name}", ROOT / "baselines" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 coop = script("coop")
-
-
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory):
-    """The built-in digits annotated once for all tests of this module."""
-    from annotate_vlm import AnnotateConfig, annotate
-
-    folder = tmp_path_factory.mktemp("annotations") / "store"
-    return annotate(AnnotateConfig(output_dir=str(folder), workers=0))
 
 
 def run(store, output, *more):
     coop.main(["--annotations", str(store), "--output_dir", str(output), *SHORT, *more])
     return json.loads((output / "report.json").read_text())
-
-
-def refused(capsys, *arguments):
-    """The one line of a refused start."""
-    with pytest.raises(SystemExit) as stopped:
-        coop.main(list(arguments))
-    assert stopped.value.code == 2
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
-    return line
-
-
-def final_state(output):
-    return checkpoint.load(output / "checkpoints", checkpoint.latest(output / "checkpoints"))
 
 
 @pytest.fixture(scope="module")
@@ -107,23 +76,10 @@ def test_the_saved_prompt_gives_the_reported_accuracy(finished, digits):
     assert (named == digits.labels[test]).mean() == pytest.approx(report["accuracy"]["test"]["ensemble"], abs=0.003)
 
 
-class Killed(BaseException):
-    pass
-
-
 def test_a_killed_run_goes_on_bit_for_bit(digits, finished, tmp_path, monkeypatch, capsys):
-    whole = checkpoint.save
-
-    def save_then_die(folder, number, state):
-        whole(folder, number, state)
-        if state["epoch"] == 5:
-            raise Killed
-
     options = ("--shots", "4", "--epochs", "12", "--lr", "0.02")
-    with monkeypatch.context() as patched:
-        patched.setattr(checkpoint, "save", save_then_die)
-        with pytest.raises(Killed):
-            run(digits.root, tmp_path / "run", *options)
+    with killed_at(monkeypatch, 5):
+        run(digits.root, tmp_path / "run", *options)
     run(digits.root, tmp_path / "run", *options)
     assert "behind epoch 5" in capsys.readouterr().out
     expected, found = final_state(finished[0]), final_state(tmp_path / "run")
@@ -132,7 +88,16 @@ def test_a_killed_run_goes_on_bit_for_bit(digits, finished, tmp_path, monkeypatc
     run(digits.root, tmp_path / "run", *options)
     assert "finished" in capsys.readouterr().out
     assert "holds another job (seed was 0 and is 1)" in refused(
-        capsys, "--annotations", str(digits.root), "--output_dir", str(tmp_path / "run"), *SHORT, *options, "--seed", "1"
+        capsys,
+        coop.main,
+        "--annotations",
+        str(digits.root),
+        "--output_dir",
+        str(tmp_path / "run"),
+        *SHORT,
+        *options,
+        "--seed",
+        "1",
     )
 
 
@@ -190,14 +155,14 @@ def test_labels_of_ones_own_on_another_model_than_the_annotator(small_store, tmp
 
 def test_what_cannot_work_is_told_in_one_line(digits, small_store, tmp_path, capsys):
     options = ["--annotations", str(digits.root), "--output_dir", str(tmp_path / "run"), *SHORT]
-    assert "give --context_tokens 12 or less" in refused(capsys, *options, "--context_tokens", "16")
-    assert "--shots is 0" in refused(capsys, *options, "--shots", "0")
-    assert "--context_tokens is 0" in refused(capsys, *options, "--context_tokens", "0")
-    assert "--crop is 2.0" in refused(capsys, *options, "--crop", "2")
+    assert "give --context_tokens 12 or less" in refused(capsys, coop.main, *options, "--context_tokens", "16")
+    assert "--shots is 0" in refused(capsys, coop.main, *options, "--shots", "0")
+    assert "--context_tokens is 0" in refused(capsys, coop.main, *options, "--context_tokens", "0")
+    assert "--crop is 2.0" in refused(capsys, coop.main, *options, "--crop", "2")
     llava = save_tiny_llava(tmp_path / "llava")
-    assert "is a chat model" in refused(capsys, *options, "--vlm", f"chat:{llava}")
+    assert "is a chat model" in refused(capsys, coop.main, *options, "--vlm", f"chat:{llava}")
     options[1] = str(small_store)
-    assert "unknown model synthetic" in refused(capsys, *options)
+    assert "unknown model synthetic" in refused(capsys, coop.main, *options)
     assert not (tmp_path / "run").exists()
 
 

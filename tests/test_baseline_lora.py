@@ -1,6 +1,5 @@
 """LoRA through its own entry point, on CLIP and on a tiny LLaVA: what is trained, resumed, saved and refused."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -12,6 +11,7 @@ import open_clip
 import pytest
 import torch
 from peft import PeftModel
+from runs import final_state, killed_at, refused, script
 from safetensors.torch import save_file
 from test_annotate_annotators import save_tiny_clip
 from test_annotate_chat import NAMES, pictures, save_tiny_llava
@@ -21,18 +21,9 @@ from coreg.annotate.annotators import ClipAnnotator
 from coreg.annotate.chat import CHAT_TEMPLATES, ChatAnnotator
 from coreg.annotate.models import resolve
 from coreg.annotate.store import AnnotationStore
-from coreg.run import checkpoint
 
 ROOT = Path(__file__).parents[1]
 SHORT = ["--workers", "0", "--report_to", "none"]
-
-
-def script(name):
-    spec = importlib.util.spec_from_file_location(f"baselines_{name}", ROOT / "baselines" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 lora = script("lora")
@@ -71,40 +62,14 @@ def run(store, output, *more):
     return json.loads((output / "report.json").read_text())
 
 
-def refused(capsys, *arguments):
-    """The one line of a refused start."""
-    with pytest.raises(SystemExit) as stopped:
-        lora.main(list(arguments))
-    assert stopped.value.code == 2
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
-    return line
-
-
-def final_state(output):
-    return checkpoint.load(output / "checkpoints", checkpoint.latest(output / "checkpoints"))
-
-
 def same(one, two):
     return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
-class Killed(BaseException):
-    pass
-
-
 def interrupted(store, output, monkeypatch, epoch, *options):
     """Killed right after the checkpoint of an epoch, then started again."""
-    whole = checkpoint.save
-
-    def save_then_die(folder, number, state):
-        whole(folder, number, state)
-        if state["epoch"] == epoch:
-            raise Killed
-
-    with monkeypatch.context() as patched:
-        patched.setattr(checkpoint, "save", save_then_die)
-        with pytest.raises(Killed):
-            run(store, output, *options)
+    with killed_at(monkeypatch, epoch):
+        run(store, output, *options)
     return run(store, output, *options)
 
 
@@ -179,17 +144,17 @@ def test_models_of_transformers(clip_store, tmp_path, family):
 
 def test_what_cannot_work_is_told_in_one_line(clip_store, tmp_path, capsys):
     options = ["--annotations", str(clip_store.root), "--output_dir", str(tmp_path / "run"), *SHORT]
-    assert "--rank is 0" in refused(capsys, *options, "--rank", "0")
-    assert "--template 'a cat' needs exactly one {}" in refused(capsys, *options, "--template", "a cat")
-    assert "--dropout is 0.2, and" in refused(capsys, *options, "--dropout", "0.2")
-    assert "--views keeps features" in refused(capsys, *options, "--views", "2")
+    assert "--rank is 0" in refused(capsys, lora.main, *options, "--rank", "0")
+    assert "--template 'a cat' needs exactly one {}" in refused(capsys, lora.main, *options, "--template", "a cat")
+    assert "--dropout is 0.2, and" in refused(capsys, lora.main, *options, "--dropout", "0.2")
+    assert "--views keeps features" in refused(capsys, lora.main, *options, "--views", "2")
     vision = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "head_width": 8}
     text = {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
     network = open_clip.CLIP(8, vision, text)
     save_file(network.state_dict(), (folder := save_tiny_clip(tmp_path / "rn")) / "open_clip_model.safetensors")
     shape = {"embed_dim": 8, "vision_cfg": vision, "text_cfg": text}
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": shape, "preprocess_cfg": {}}))
-    line = refused(capsys, *options, "--vlm", f"local-dir:{folder}")
+    line = refused(capsys, lora.main, *options, "--vlm", f"local-dir:{folder}")
     assert "the image tower of" in line and "--towers text" in line
     assert not (tmp_path / "run").exists()
 
@@ -198,7 +163,7 @@ def test_adapters_that_never_act_stop_the_job(clip_store, tmp_path, monkeypatch,
     """As if the output projections were taken for layers that work."""
     monkeypatch.setattr(lora, "attention_targets", lambda *_: (["visual.transformer.resblocks.0.attn.out_proj"], []))
     options = ["--annotations", str(clip_store.root), "--output_dir", str(tmp_path / "run"), *SHORT]
-    assert "2 of 2 adapter weights change nothing" in refused(capsys, *options)
+    assert "2 of 2 adapter weights change nothing" in refused(capsys, lora.main, *options)
 
 
 def test_steps_and_schedule(clip_store, capsys):

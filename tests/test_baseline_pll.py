@@ -1,7 +1,6 @@
 """baselines/pll.py through its own entry point and the real launcher: reports, resuming, refusals, processes."""
 
 import dataclasses
-import importlib.util
 import json
 import os
 import signal
@@ -12,19 +11,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from runs import final_state, script
 
 from coreg.annotate.store import AnnotationStore
 from coreg.learn.partial import METHODS
-from coreg.run import checkpoint
 from coreg.run.training import Training
 from coreg.run.watch import EXIT_INTERRUPTED
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "baselines" / "pll.py"
-spec = importlib.util.spec_from_file_location("baselines_pll", SCRIPT)
-pll = importlib.util.module_from_spec(spec)
-sys.modules[spec.name] = pll
-spec.loader.exec_module(pll)
+pll = script("pll")
 
 # 97 images of three classes in batches of 13; every starting time is over after the first of three epochs
 SMALL = [
@@ -32,10 +28,6 @@ SMALL = [
     '{"norm": "group", "widths": [8, 16], "depths": [1, 1]}', "--epochs", "3", "--batch_size", "13", "--queue_size", "50",
     "--projection_dim", "8", "--workers", "0", "--report_to", "none", "--correction_margin", "0", "--noise_rate", "0.2",
 ]  # fmt: skip
-
-
-def final_state(output):
-    return checkpoint.load(output / "checkpoints", checkpoint.latest(output / "checkpoints"))
 
 
 def small_run(store, output, *more):

@@ -1,11 +1,9 @@
 """The scripts of baselines/ through their own entry points, and run_all.sh and flips.sh with a stand-in for Python."""
 
-import importlib.util
 import json
 import os
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +11,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+from runs import killed_at, refused, script
 
 import train_coreg
 from coreg.annotate.candidates import zero_shot_accuracy
@@ -34,38 +33,13 @@ SMALL = [
 ]  # fmt: skip
 
 
-def script(name):
-    spec = importlib.util.spec_from_file_location(f"baselines_{name}", ROOT / "baselines" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 zero_shot, distill, dividemix, pll = (script(name) for name in ("zero_shot", "distill", "dividemix", "pll"))
-
-
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory):
-    """The built-in digits annotated once for all tests of this module."""
-    from annotate_vlm import AnnotateConfig, annotate
-
-    folder = tmp_path_factory.mktemp("annotations") / "store"
-    return annotate(AnnotateConfig(output_dir=str(folder), workers=0))
 
 
 def small_run(module, store, output, *more):
     module.main(["--annotations", str(store), "--output_dir", str(output), *SMALL, *more])
     state = checkpoint.load(output / "checkpoints", checkpoint.latest(output / "checkpoints"))
     return state, json.loads((output / "report.json").read_text())
-
-
-def refused(capsys, module, *arguments):
-    with pytest.raises(SystemExit) as stopped:
-        module.main([str(word) for word in arguments])
-    assert stopped.value.code == 2
-    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error:"))
-    return line
 
 
 # ---- zero-shot and the text side -------------------------------------------------------------------------------------
@@ -124,13 +98,13 @@ def test_what_a_store_does_not_tell_is_left_out_or_refused(small_store, tmp_path
     assert sorted(path.parent.name for path in (tmp_path / "z").glob("*/report.json")) == ["averaged", "single"]
     assert not (tmp_path / "z" / "embeddings").exists()
     for variant in ("embeddings", "transductive"):
-        assert "keeps no features" in refused(capsys, zero_shot, *arguments, "--variant", variant)
+        assert "keeps no features" in refused(capsys, zero_shot.main, *arguments, "--variant", variant)
     # another store in the same folder
     (tmp_path / "y" / "averaged").mkdir(parents=True)
     (tmp_path / "y" / "averaged" / "job.json").write_text('{"schema": 1, "store": "other"}')
     arguments[-1] = tmp_path / "y"
-    assert "another job" in refused(capsys, zero_shot, *arguments, "--variant", "averaged")
-    assert "another job" in refused(capsys, zero_shot, *arguments)
+    assert "another job" in refused(capsys, zero_shot.main, *arguments, "--variant", "averaged")
+    assert "another job" in refused(capsys, zero_shot.main, *arguments)
 
 
 def test_an_annotator_that_cannot_be_had_is_told(tmp_path):
@@ -236,8 +210,8 @@ def test_official_settings_win_over_the_recipe_and_the_command_line_over_both(ca
     assert settings() == (0.03, 30, 64, "strong", 6, "cosine")
     assert settings("--preset", "official") == (0.02, 300, 64, "weak", 10, "step")
     assert settings("--preset=official", "--epochs", "40", "--train_view", "strong") == (0.02, 40, 64, "strong", 10, "step")
-    assert "--warmup_epochs" in refused(capsys, dividemix, "--epochs", "2", "--warmup_epochs", "3")
-    assert "--kd_temperature" in refused(capsys, distill, "--kd_temperature", "0")
+    assert "--warmup_epochs" in refused(capsys, dividemix.main, "--epochs", "2", "--warmup_epochs", "3")
+    assert "--kd_temperature" in refused(capsys, distill.main, "--kd_temperature", "0")
 
 
 def test_weak_views_train_on_what_was_guessed_from():
@@ -251,26 +225,13 @@ def test_weak_views_train_on_what_was_guessed_from():
     assert not torch.equal(made.x_weak[0], made.x_weak[1])
 
 
-class Killed(BaseException):
-    pass
-
-
 @pytest.mark.parametrize(("module", "more"), [(dividemix, ("--warmup_epochs", "1")), (distill, ())], ids=["two", "one"])
 def test_a_killed_run_goes_on_bit_for_bit(small_store, tmp_path, monkeypatch, module, more, capsys):
     """Killed at a checkpoint within the second epoch, then started again, and once more when it is finished."""
     more = (*more, "--checkpoint_minutes", "0")
     expected, _ = small_run(module, small_store, tmp_path / "whole", *more)
-    whole = checkpoint.save
-
-    def save_then_die(folder, number, state):
-        whole(folder, number, state)
-        if state["epoch"] == 1 and state["step"] == 2:
-            raise Killed
-
-    with monkeypatch.context() as patched:
-        patched.setattr(checkpoint, "save", save_then_die)
-        with pytest.raises(Killed):
-            small_run(module, small_store, tmp_path / "run", *more)
+    with killed_at(monkeypatch, 1, 2):
+        small_run(module, small_store, tmp_path / "run", *more)
     found, _ = small_run(module, small_store, tmp_path / "run", *more)
     for ours, theirs in zip(expected["learners"], found["learners"]):
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)

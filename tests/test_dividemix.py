@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from runs import final_state
 from torch.nn import functional as F
 
 from coreg.learn.coreg import CoRegBatch, WarmUpBatch
@@ -18,7 +19,6 @@ from coreg.learn.dividemix import DivideMixLearner, uniformity_penalty
 from coreg.learn.dividemix_options import DivideMixOptions
 from coreg.nets.model import CoRegNet
 from coreg.nets.preact import PreActResNet
-from coreg.run import checkpoint
 
 C = 4
 ROOT = Path(__file__).parents[1]
@@ -184,10 +184,6 @@ SMALL = [
     "--recipe", "digits", "--dtype", "float64", "--channels", "3", "--image_size", "12", "--backbone_args",
     '{"norm": "group", "widths": [8, 16], "depths": [1, 1]}', "--epochs", "3", "--batch_size", "13", "--workers", "0",
 ]  # fmt: skip
-
-
-def final_state(output):
-    return checkpoint.load(output / "checkpoints", checkpoint.latest(output / "checkpoints"))
 
 
 @pytest.mark.multiprocess

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import SMALL_JOB
+from runs import final_state
 
 from coreg.run import checkpoint
 from coreg.run.watch import EXIT_INTERRUPTED
@@ -58,10 +59,6 @@ def launched(processes, plan, args, launcher="accelerate", more=()):
         start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), *more]
     command = [*start, str(SIGNALLED), json.dumps(plan), *args]
     return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False)
-
-
-def final_state(output):
-    return checkpoint.load(output / "checkpoints", checkpoint.latest(output / "checkpoints"))
 
 
 def differences(ours, theirs, path=""):

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import SMALL_JOB
-
-from coreg.run import checkpoint
+from runs import final_state
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "train_coreg.py"
@@ -33,10 +32,6 @@ def launch(processes, small_store, output, *more, launcher="accelerate"):
         start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run([*start, *script], env=environment, capture_output=True, text=True, timeout=300, check=False)
-
-
-def final_state(output):
-    return checkpoint.load(output / "checkpoints", checkpoint.latest(output / "checkpoints"))
 
 
 @pytest.fixture(scope="module")

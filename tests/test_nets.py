@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from coreg.errors import UserError
-from coreg.nets.model import CoRegNet, check_backbone, create_backbone
+from coreg.nets.model import CoRegNet, check_backbone, check_weights, create_backbone
 from coreg.nets.preact import PreActBlock
 
 
@@ -63,11 +63,11 @@ def test_without_network_pretrained_weights_are_given_up_within_seconds(monkeypa
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     start = time.monotonic()
     with pytest.raises(UserError, match=r"resnet18 are not in the cache .* cannot be reached; .*--pretrained false"):
-        check_backbone("resnet18", pretrained=True)
+        check_weights("resnet18")
     assert time.monotonic() - start < 10
     with pytest.raises(UserError, match="preact_resnet18 has no pretrained weights"):
-        check_backbone("preact_resnet18", pretrained=True)
-    check_backbone("resnet18", pretrained=False)
+        check_weights("preact_resnet18")
+    check_weights("local-dir:somewhere")
 
 
 def test_cached_pretrained_weights_are_used_without_network(monkeypatch, tmp_path):
@@ -79,7 +79,7 @@ def test_cached_pretrained_weights_are_used_without_network(monkeypatch, tmp_pat
     (snapshot.parent.parent / "refs" / "main").write_text("abc")
     saved = timm.create_model("test_vit")
     save_file(saved.state_dict(), snapshot / "model.safetensors")
-    check_backbone("test_vit", pretrained=True)
+    check_weights("test_vit")
     loaded = create_backbone("test_vit", 5, 3, {}, pretrained=True)
     assert all(torch.equal(saved.state_dict()[k], v) for k, v in loaded.state_dict().items() if not k.startswith("head."))
     assert loaded.num_classes == 5

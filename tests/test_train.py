@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 from conftest import SMALL_JOB
+from runs import final_state, killed_at, refused
 
 import train_coreg
 from coreg.run import checkpoint
@@ -18,28 +19,13 @@ SHORT = ["--epochs", "4", "--warmup_epochs", "1", "--contrast_after", "0", "--qu
 
 
 @pytest.fixture(scope="module")
-def annotations(tmp_path_factory):
-    """The built-in digits annotated once for all tests of this module."""
-    from annotate_vlm import AnnotateConfig, annotate
-
-    folder = tmp_path_factory.mktemp("annotations") / "store"
-    annotate(AnnotateConfig(output_dir=str(folder), workers=0))
-    return folder
+def annotations(digits):
+    return digits.root
 
 
 def run(annotations, output, *more):
     arguments = ["--annotations", str(annotations), "--recipe", "digits", "--output_dir", str(output), *SHORT]
     train_coreg.main([*arguments, *more])
-
-
-def fails(capsys, *arguments):
-    """The one line of a refused start."""
-    with pytest.raises(SystemExit) as stopped:
-        train_coreg.main(list(arguments))
-    assert stopped.value.code == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
-    assert len(lines) == 1
-    return lines[0]
 
 
 @pytest.fixture(scope="module")
@@ -79,28 +65,11 @@ def test_the_same_command_again_says_that_it_is_finished(annotations, finished, 
     assert (finished / "report.json").stat().st_mtime_ns == before
 
 
-class Killed(BaseException):
-    pass
-
-
-def final_state(output):
-    return checkpoint.load(output / "checkpoints", checkpoint.latest(output / "checkpoints"))
-
-
 @pytest.mark.parametrize("epoch", [1, 3])
 def test_a_killed_run_goes_on_bit_for_bit(annotations, finished, tmp_path, monkeypatch, epoch):
     """Killed right after the checkpoint of epoch 1 (warm-up) or 3 (co-training with contrast), then started again."""
-    whole = checkpoint.save
-
-    def save_then_die(folder, number, state):
-        whole(folder, number, state)
-        if state["epoch"] == epoch and not state["step"]:
-            raise Killed
-
-    with monkeypatch.context() as patched:
-        patched.setattr(checkpoint, "save", save_then_die)
-        with pytest.raises(Killed):
-            run(annotations, tmp_path / "run")
+    with killed_at(monkeypatch, epoch):
+        run(annotations, tmp_path / "run")
     run(annotations, tmp_path / "run")
     expected, found = (final_state(folder) for folder in (finished, tmp_path / "run"))
     for ours, theirs in zip(expected["learners"], found["learners"]):
@@ -111,17 +80,8 @@ def test_a_killed_run_goes_on_bit_for_bit(annotations, finished, tmp_path, monke
 
 
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(annotations, finished, tmp_path, monkeypatch):
-    whole = checkpoint.save
-
-    def save_then_die(folder, number, state):
-        whole(folder, number, state)
-        if state["epoch"] == 3:
-            raise Killed
-
-    with monkeypatch.context() as patched:
-        patched.setattr(checkpoint, "save", save_then_die)
-        with pytest.raises(Killed):
-            run(annotations, tmp_path / "run")
+    with killed_at(monkeypatch, 3):
+        run(annotations, tmp_path / "run")
     folder = tmp_path / "run" / "checkpoints"
     damaged = folder / f"{checkpoint.latest(folder):08d}" / "state.pt"
     damaged.write_bytes(damaged.read_bytes()[:-1000])
@@ -133,13 +93,13 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(annotations, finished
 
 def test_another_job_in_the_folder_is_refused(annotations, finished, capsys):
     arguments = ["--annotations", str(annotations), "--recipe", "digits", "--output_dir", str(finished), *SHORT]
-    message = fails(capsys, *arguments, "--lr", "0.5")
+    message = refused(capsys, train_coreg.main, *arguments, "--lr", "0.5")
     assert "lr was 0.03 and is 0.5" in message
 
 
 def test_a_folder_with_other_things_is_refused_and_left_alone(annotations, tmp_path, capsys):
     (tmp_path / "thesis.tex").write_text("precious")
-    message = fails(capsys, "--annotations", str(annotations), "--output_dir", str(tmp_path))
+    message = refused(capsys, train_coreg.main, "--annotations", str(annotations), "--output_dir", str(tmp_path))
     assert "thesis.tex" in message
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
@@ -165,14 +125,14 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, capsys,
     monkeypatch.chdir(tmp_path)
     own = [] if "--annotations" in arguments else ["--annotations", str(annotations)]
     recipe = [] if "--recipe" in arguments else ["--recipe", "digits"]
-    message = fails(capsys, *own, *recipe, "--output_dir", "run", *arguments)
+    message = refused(capsys, train_coreg.main, *own, *recipe, "--output_dir", "run", *arguments)
     assert said in message
     assert not (tmp_path / "run").exists()
 
 
 def test_exploding_losses_stop_with_a_message_and_keep_the_last_checkpoint(annotations, tmp_path, capsys):
     arguments = ["--annotations", str(annotations), "--recipe", "digits", "--output_dir", str(tmp_path / "run"), *SHORT]
-    message = fails(capsys, *arguments, "--lr", "1e30")
+    message = refused(capsys, train_coreg.main, *arguments, "--lr", "1e30")
     assert "smaller --lr" in message
 
 
@@ -182,7 +142,7 @@ def test_two_jobs_cannot_share_a_folder(annotations, tmp_path, capsys):
     output = tmp_path / "run"
     with RunFolder(output).locked():
         arguments = ["--annotations", str(annotations), "--recipe", "digits", "--output_dir", str(output), *SHORT]
-        message = fails(capsys, *arguments)
+        message = refused(capsys, train_coreg.main, *arguments)
     assert "another job is running" in message
 
 
@@ -294,9 +254,9 @@ def test_a_persons_own_labels(small_store, tmp_path, capsys):
     assert sorted((tmp_path / "run" / "known_labels.csv").read_text().splitlines()) == sorted(own.read_text().splitlines())
     own.write_text("path,label\ntrain/a/0.png,a\ntrain/b/1.png,b\n")
     arguments = ["--annotations", str(small_store), "--output_dir", str(tmp_path / "run"), *SMALL_JOB, "--labels", str(own)]
-    assert "known_labels was" in fails(capsys, *arguments)
+    assert "known_labels was" in refused(capsys, train_coreg.main, *arguments)
     own.write_text("path,label\ntest/a/0.png,a\n")
-    assert "labels test images" in fails(capsys, *arguments)
+    assert "labels test images" in refused(capsys, train_coreg.main, *arguments)
 
 
 def test_print_config_shows_preset_below_recipe_below_command_line(capsys):

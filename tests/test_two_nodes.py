@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import SMALL_JOB
-
-from coreg.run import checkpoint
+from runs import final_state
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]
 
@@ -88,10 +87,6 @@ def alone(arguments):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-
-
-def final_state(output):
-    return checkpoint.load(output / "checkpoints", checkpoint.latest(output / "checkpoints"))
 
 
 def same(ours, theirs, limit=1e-10):

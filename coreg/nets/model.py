@@ -35,12 +35,11 @@ def parse_backbone_args(text: str) -> dict[str, Any]:
     return arguments
 
 
-def check_backbone(name: str, arguments: str = "{}", pretrained: bool = False) -> None:
-    """Find a wrong name, wrong JSON or weights out of reach before any work is done for it.
+def check_backbone(name: str, arguments: str = "{}") -> None:
+    """Find a wrong name or wrong JSON before any work is done for it.
 
     Raises:
-        UserError: no such model or folder, `arguments` is not a JSON object, or there are no pretrained weights, neither
-            in the cache nor on a hub that answers.
+        UserError: no such model or folder, or `arguments` is not a JSON object.
     """
     parse_backbone_args(arguments)
     if name.startswith("local-dir:"):
@@ -51,7 +50,15 @@ def check_backbone(name: str, arguments: str = "{}", pretrained: bool = False) -
         near = difflib.get_close_matches(name, timm.list_models(), n=1)
         hint = f", did you mean {near[0]}?" if near else ""
         raise UserError(f"unknown backbone {name}{hint} (timm.list_models() has them all; a folder is local-dir:PATH)")
-    elif pretrained and _needs_the_hub(name) and not hub_answers():
+
+
+def check_weights(name: str) -> None:
+    """Find pretrained weights out of reach before any work is done for them; a hub that answers is believed to have them.
+
+    Raises:
+        UserError: there are none, neither in the cache nor on the hub.
+    """
+    if not name.startswith("local-dir:") and _needs_the_hub(name) and not hub_answers():
         raise UserError(
             f"the pretrained weights of {name} are not in the cache and {huggingface_hub.constants.ENDPOINT} cannot be "
             "reached; start on a machine with network, give --backbone local-dir:FOLDER, or train from scratch with "

@@ -21,7 +21,7 @@ from coreg.annotate.candidates import parse_rule
 from coreg.annotate.store import AnnotationStore
 from coreg.config import as_settings, as_yaml
 from coreg.errors import UserError
-from coreg.nets.model import check_backbone
+from coreg.nets.model import check_backbone, check_weights
 from coreg.progress import seconds_between_lines
 from coreg.report.report import summary, write_known_labels
 from coreg.run import checkpoint
@@ -195,7 +195,7 @@ def open_run(
     parse_rule(job.candidates)
     if look is not None:
         check_look(look)
-        check_backbone(look.backbone, look.backbone_args, look.pretrained)
+        check_backbone(look.backbone, look.backbone_args)
     folder, all_settings = RunFolder(job.output_dir), as_settings(*settings)
     identity = {"script": script} | {k: v for k, v in all_settings.items() if k not in NOT_THE_JOB}
     accelerator = build_accelerator(job.mixed_precision, job.report_to, job.output_dir, job.timeout_minutes)
@@ -215,6 +215,8 @@ def open_run(
             accelerator.print(f"\nThis run is finished; choose another --output_dir, or delete {folder.root} to repeat it.")
             yield None
             return
+        if look is not None and look.pretrained:
+            check_weights(look.backbone)
         command = shlex.join([script, *argv])
         yield Run(accelerator, folder, store, known, job, look, identity, all_settings, command, started, held)
 

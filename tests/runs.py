@@ -1,0 +1,55 @@
+"""Runs of the scripts, as tests start, kill and read them; it holds no test."""
+
+import contextlib
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+from coreg.run import checkpoint
+
+ROOT = Path(__file__).parents[1]
+
+
+def script(name):
+    """The module of baselines/NAME.py."""
+    spec = importlib.util.spec_from_file_location(f"baselines_{name}", ROOT / "baselines" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def final_state(output):
+    """What the last checkpoint of a run holds."""
+    return checkpoint.load(output / "checkpoints", checkpoint.latest(output / "checkpoints"))
+
+
+def refused(capsys, main, *arguments):
+    """The one line of a refused start."""
+    with pytest.raises(SystemExit) as stopped:
+        main([str(word) for word in arguments])
+    assert stopped.value.code == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    return line
+
+
+class Killed(BaseException):
+    pass
+
+
+@contextlib.contextmanager
+def killed_at(monkeypatch, epoch, step=0):
+    """A run inside is killed right after the checkpoint of this moment."""
+    whole = checkpoint.save
+
+    def save_then_die(folder, number, state):
+        whole(folder, number, state)
+        if (state["epoch"], state["step"]) == (epoch, step):
+            raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "save", save_then_die)
+        with pytest.raises(Killed):
+            yield
