@@ -27,6 +27,7 @@ TUNERS = ("baselines/coop.py", "baselines/lora.py")
 # programs that are not run here, and where they are
 ELSEWHERE = {
     "baselines/run_all.sh": "test_baseline_scripts.py",
+    "baselines/flips.sh": "test_baseline_scripts.py",
     "accelerate_configs/slurm.sh": "needs Slurm; it hands everything on to train_coreg.py",
     "coreg.demo.pretrain": "test_demo_pretrain.py; here it would take minutes",
     "benchmarks": "test_benchmarks.py",
