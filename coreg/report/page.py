@@ -75,33 +75,38 @@ def _headline(record: RunRecord) -> str:
     else:
         name, split = record.judged
         before, after = accuracy(split.annotator, split.labels), accuracy(split.predicted, split.labels)
-        gain = f"{100 * (after - before):+.1f} points"
-        parts.append(
-            f"<h1>{percent(after)} of the {name} images are right; the annotator had {percent(before)} ({gain})</h1>"
-        )
+        gain = f"; the annotator had {percent(before)} ({100 * (after - before):+.1f} points)" if _is_judged(record) else ""
+        parts.append(f"<h1>{percent(after)} of the {name} images are right{gain}</h1>")
         parts.append(_intervals(record, name, split))
     if report.get("warnings"):
         parts.append(f'<p class="bad">Warning: {text("; ".join(report["warnings"]))}.</p>')
     return "\n".join(parts)
 
 
+def _is_judged(record: RunRecord) -> bool:
+    """Whether the annotator has an accuracy: candidate sets that were drawn from the truth come from nobody."""
+    return bool(record.report["annotator"].get("zero_shot_accuracy"))
+
+
 def _intervals(record: RunRecord, name: str, split: Split) -> str:
     known = split.labels >= 0
-    predictions = {"annotator": split.annotator, record.method: split.predicted}
+    predictions = {"annotator": split.annotator} if _is_judged(record) else {}
+    predictions[record.method] = split.predicted
     if len(split.networks) > 1:
         predictions |= {name: logits.argmax(axis=1) for name, logits in split.networks.items()}
     rows = []
-    for number, (who, predicted) in enumerate(predictions.items()):
+    for number, (who, predicted) in enumerate(predictions.items(), start="annotator" not in predictions):
         share = accuracy(predicted, split.labels)
         rows.append(
             Interval(who, share, *wilson_interval(share, int(known.sum())), ("muted", "a", "b", "c")[min(number, 3)])
         )
     before, after = (p[known] == split.labels[known] for p in (split.annotator, split.predicted))
     paired = (
-        f"{int((~before & after).sum()):,} of the annotator’s {int((~before).sum()):,} mistakes are set right, "
+        f" {int((~before & after).sum()):,} of the annotator’s {int((~before).sum()):,} mistakes are set right, "
         f"{int((before & ~after).sum()):,} new ones made."
     )
-    said = f"{int(known.sum()):,} {name} images with a known label; lines are 95% intervals (Wilson). {paired}"
+    paired = paired if _is_judged(record) else ""
+    said = f"{int(known.sum()):,} {name} images with a known label; lines are 95% intervals (Wilson).{paired}"
     return f'<div class="intervals">{interval_chart(rows)}</div><p class="note">{said}</p>'
 
 
