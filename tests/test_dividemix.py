@@ -1,7 +1,6 @@
 """Steps of DivideMix and of distillation against the methods written out in plain steps; two processes against one."""
 
 import copy
-import importlib.util
 import json
 import os
 import subprocess
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import final_state
+from runs import final_state, script
 from torch.nn import functional as F
 
 from coreg.learn.coreg import CoRegBatch, WarmUpBatch
@@ -22,15 +21,6 @@ from coreg.nets.preact import PreActResNet
 
 C = 4
 ROOT = Path(__file__).parents[1]
-
-
-def baseline(name):
-    """A script of baselines/ as a module."""
-    spec = importlib.util.spec_from_file_location(f"baselines_{name}", ROOT / "baselines" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def small_net(seed):
@@ -196,7 +186,7 @@ SMALL = [
 )
 def test_two_processes_train_like_one(small_store, tmp_path, name, more):
     options = ["--annotations", str(small_store), *SMALL, *more]
-    baseline(name).main([*options, "--output_dir", str(tmp_path / "1")])
+    script(name).main([*options, "--output_dir", str(tmp_path / "1")])
     launch = ["accelerate.commands.launch", "--config_file", str(ROOT / "accelerate_configs" / "cpu.yaml")]
     script = [str(ROOT / "baselines" / f"{name}.py"), *options, "--output_dir", str(tmp_path / "2")]
     done = subprocess.run(
