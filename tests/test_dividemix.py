@@ -188,9 +188,9 @@ def test_two_processes_train_like_one(small_store, tmp_path, name, more):
     options = ["--annotations", str(small_store), *SMALL, *more]
     script(name).main([*options, "--output_dir", str(tmp_path / "1")])
     launch = ["accelerate.commands.launch", "--config_file", str(ROOT / "accelerate_configs" / "cpu.yaml")]
-    script = [str(ROOT / "baselines" / f"{name}.py"), *options, "--output_dir", str(tmp_path / "2")]
+    command = [str(ROOT / "baselines" / f"{name}.py"), *options, "--output_dir", str(tmp_path / "2")]
     done = subprocess.run(
-        [sys.executable, "-m", *launch, *script], env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        [sys.executable, "-m", *launch, *command], env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
