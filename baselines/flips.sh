@@ -6,7 +6,7 @@
 #
 #   --images FOLDER     with train/CLASS/ and test/CLASS/
 #   --classes FILE      one class name a line, called like the folders
-#   --backbone NAME     as of train_coreg.py, with pretrained weights
+#   --backbone NAME     as of train_coreg.py, with pretrained weights for pixels in -1..1
 #   --per_class N       training images a class, the first by name (default 100)
 #   --size S            side in pixels (default 48)
 #   --q Q --eta ETA     (default 0.1 and 0.2)
@@ -40,6 +40,7 @@ source baselines/jobs.sh
 
 # a folder of so many training images a class, and all test images
 if [ ! -d "$OUT/images" ]; then
+    rm -rf "$OUT/images.tmp" # of a start that was stopped
     for class in "$IMAGES"/train/*/; do
         mkdir -p "$OUT/images.tmp/train/$(basename "$class")"
         find "$class" -type f | sort | head -n "$PER_CLASS" |
@@ -52,6 +53,7 @@ for seed in $SEEDS; do
         --rule flip --q "$Q" --eta "$ETA" --seed "$seed" --output_dir "$OUT/store-$seed" || exit 1
 done
 
+# mean and deviation are those that EfficientNet-Lite0 was trained with
 look=(--recipe folder --backbone "$BACKBONE" --image_size "$SIZE" --padding $((SIZE / 8)) --mean 0.5 --std 0.5 --workers 0)
 for seed in $SEEDS; do
     job=("${look[@]}" --annotations "$OUT/store-$seed" --seed "$seed")
