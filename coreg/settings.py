@@ -39,11 +39,14 @@ class JobConfig:
     batch_size: int = option(
         256, "images of P (and as many of U) in a step, over all processes; warm-up takes twice as many"
     )
-    lr: float = option(0.01, "learning rate of SGD")
+    optimizer: Literal["sgd", "adamw"] = option(
+        "sgd", "the papers' SGD, or AdamW, which many pretrained backbones want (with an --lr near 0.001)"
+    )
+    lr: float = option(0.01, "learning rate of the optimiser")
     lr_floor: float = option(1e-5, "learning rate at the horizon of the cosine schedule")
     lr_horizon: int = option(0, "epochs of the cosine schedule; 0 for --epochs")
     momentum: float = option(0.9, "of SGD")
-    weight_decay: float = option(5e-4, "of SGD")
+    weight_decay: float = option(5e-4, "of the optimiser (AdamW's is decoupled from the gradient)")
     gradient_accumulation_steps: int = option(1, "steps whose gradients are averaged before the weights move")
     mixed_precision: Literal["no", "bf16"] = option("no", "autocast")
     compile: bool = option(False, "compile the networks with torch.compile")

@@ -70,6 +70,16 @@ def test_several_processes_train_like_one(small_store, alone, tmp_path, processe
 
 
 @pytest.mark.multiprocess
+def test_two_processes_train_like_one_with_adamw_too(small_store, tmp_path):
+    """Its steps do not shrink with the gradient, and so it shows where a process has a gradient that it should not have."""
+    words = ("--optimizer", "adamw", "--lr", "0.001")
+    for processes in (1, 2):
+        done = launch(processes, small_store, tmp_path / str(processes), *words)
+        assert done.returncode == 0, done.stderr[-2000:]
+    same(final_state(tmp_path / "1"), final_state(tmp_path / "2"), rtol=1e-8)
+
+
+@pytest.mark.multiprocess
 def test_a_process_that_is_told_of_others_it_cannot_find_is_refused(small_store, tmp_path):
     done = subprocess.run(
         [sys.executable, str(SCRIPT), "--annotations", str(small_store), "--output_dir", str(tmp_path / "run")],

@@ -12,8 +12,9 @@ from runs import final_state, killed_at, refused
 
 import train_coreg
 from coreg.run import checkpoint
-from coreg.run.training import Training
+from coreg.run.training import Training, build_optimizer
 from coreg.run.watch import EXIT_INTERRUPTED
+from coreg.settings import JobConfig
 
 SHORT = ["--epochs", "4", "--warmup_epochs", "1", "--contrast_after", "0", "--queue_size", "256", "--workers", "0"]
 
@@ -146,7 +147,11 @@ def test_two_jobs_cannot_share_a_folder(annotations, tmp_path, capsys):
     assert "another job is running" in message
 
 
-@pytest.mark.parametrize("switch", [[], ["--preset", "fast"], ["--gradient_accumulation_steps", "3"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "switch",
+    [[], ["--preset", "fast"], ["--gradient_accumulation_steps", "3"], ["--optimizer", "adamw", "--lr", "0.001"]],
+    ids=" ".join,
+)
 def test_stopped_at_any_step_by_a_signal_it_goes_on_bit_for_bit(small_store, tmp_path, monkeypatch, capsys, switch):
     """SIGTERM or SIGUSR1 again and again, after so many steps each time, until the job is through."""
     whole, _ = small_run(small_store, tmp_path / "whole", *switch)
@@ -172,6 +177,17 @@ def test_stopped_at_any_step_by_a_signal_it_goes_on_bit_for_bit(small_store, tmp
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert whole["curves"] == state["curves"]
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_optimizers_take_the_first_step_that_their_equations_say():
+    w, g = torch.tensor([2.0, -1.0, 0.5], dtype=torch.float64), torch.tensor([0.3, -4.0, 1e-3], dtype=torch.float64)
+    # AdamW's first step is the gradient's sign, beside a decay that the gradient has no part in
+    expected = {"sgd": w - 0.1 * (g + 0.2 * w), "adamw": w * (1 - 0.1 * 0.2) - 0.1 * g / (g.abs() + 1e-8)}
+    for name, weights in expected.items():
+        net = torch.nn.Linear(3, 1, bias=False, dtype=torch.float64)
+        net.weight.data, net.weight.grad = w.clone()[None], g.clone()[None]
+        build_optimizer(net, JobConfig(optimizer=name, lr=0.1, momentum=0.9, weight_decay=0.2)).step()
+        torch.testing.assert_close(net.weight.data[0], weights)
 
 
 def test_averaged_gradients_move_the_weights_less_often(small_store, small, tmp_path):
@@ -218,6 +234,7 @@ def weights_of(state):
         ["--entropy_weight", "0"],
         ["--key_reset", "never"],
         ["--history", "1"],
+        ["--optimizer", "adamw"],
         ["--warmup_epochs", "3"],
         ["--queue_size", "5000"],
         ["--batch_size", "96"],

@@ -170,6 +170,13 @@ def build_networks(
     return nets
 
 
+def build_optimizer(net: nn.Module, job: JobConfig) -> torch.optim.Optimizer:
+    """The optimiser of one network's weights; the epoch sets its learning rate."""
+    if job.optimizer == "adamw":
+        return torch.optim.AdamW(net.parameters(), lr=job.lr, weight_decay=job.weight_decay)
+    return torch.optim.SGD(net.parameters(), lr=job.lr, momentum=job.momentum, weight_decay=job.weight_decay)
+
+
 def assemble(accelerator: Accelerator, job: JobConfig, nets: list[CoRegNet], learners: Sequence[nn.Module]) -> Training:
     """Learners on the device, compiled where that is asked for, each with its optimiser.
 
@@ -181,8 +188,5 @@ def assemble(accelerator: Accelerator, job: JobConfig, nets: list[CoRegNet], lea
         for name in ("net", "key_net"):
             if hasattr(learner, name):
                 getattr(learner, name).compile()
-    optimizers = [
-        torch.optim.SGD(learner.net.parameters(), lr=job.lr, momentum=job.momentum, weight_decay=job.weight_decay)
-        for learner in learners
-    ]
+    optimizers = [build_optimizer(learner.net, job) for learner in learners]
     return Training(nets, list(learners), [accelerator.prepare_model(learner) for learner in learners], optimizers)
