@@ -10,7 +10,7 @@
 #   --per_class N       training images a class, the first by name (default 100)
 #   --size S            side in pixels (default 48)
 #   --q Q --eta ETA     (default 0.1 and 0.2)
-#   --epochs N          of all, 20 of them warm-up (default 50)
+#   --epochs N          of all, warm-up included (default 20)
 #   --seeds "0 1 2"     of candidate sets and of training; parts are taken away with the first alone
 #   --jobs K            runs at a time, one thread each (default 1)
 #
@@ -18,7 +18,7 @@
 set -u
 cd "$(dirname "$0")/.."
 
-OUT=runs/flips IMAGES="" CLASSES="" BACKBONE="" PER_CLASS=100 SIZE=48 Q=0.1 ETA=0.2 EPOCHS=50 SEEDS="0 1 2" JOBS=1
+OUT=runs/flips IMAGES="" CLASSES="" BACKBONE="" PER_CLASS=100 SIZE=48 Q=0.1 ETA=0.2 EPOCHS=20 SEEDS="0 1 2" JOBS=1
 while (($#)); do
     case $1 in
     --images | --classes | --backbone | --per_class | --size | --q | --eta | --epochs | --seeds | --jobs | --output_dir)
@@ -53,8 +53,7 @@ for seed in $SEEDS; do
         --rule flip --q "$Q" --eta "$ETA" --seed "$seed" --output_dir "$OUT/store-$seed" || exit 1
 done
 
-# mean and deviation are those that EfficientNet-Lite0 was trained with
-look=(--recipe folder --backbone "$BACKBONE" --image_size "$SIZE" --padding $((SIZE / 8)) --mean 0.5 --std 0.5 --workers 0)
+look=(--recipe folder --backbone "$BACKBONE" --image_size "$SIZE" --padding $((SIZE / 8)) --workers 0)
 for seed in $SEEDS; do
     job=("${look[@]}" --annotations "$OUT/store-$seed" --seed "$seed")
     start "coreg-$seed" train_coreg.py "${job[@]}" --epochs "$EPOCHS"
@@ -66,14 +65,14 @@ job=("${look[@]}" --annotations "$OUT/store-$first" --seed "$first" --epochs "$E
 start "without_co-$first" train_coreg.py "${job[@]}" --co_pseudo_labels false
 start "without_u-$first" train_coreg.py "${job[@]}" --use_unlabeled false
 start "without_contrast-$first" train_coreg.py "${job[@]}" --contrast_weight 0
+start "supervised_contrast-$first" train_coreg.py "${job[@]}" --contrast supervised
 start "without_prototypes-$first" train_coreg.py "${job[@]}" --prototype_weight 0
 start "without_alignment-$first" train_coreg.py "${job[@]}" --alignment none
 start "with_mixup-$first" train_coreg.py "${job[@]}" --mixup_alpha 4
-start "with_entropy-$first" train_coreg.py "${job[@]}" --entropy_weight 1
 start "fast-$first" train_coreg.py "${job[@]}" --preset fast
 # about as many passes as Co-Reg's
 for seed in $SEEDS; do
     start "partial_longer-$seed" train_coreg.py "${look[@]}" --annotations "$OUT/store-$seed" --seed "$seed" \
-        --epochs $((7 * EPOCHS / 2)) --warmup_epochs $((7 * EPOCHS / 2))
+        --epochs $((5 * EPOCHS)) --warmup_epochs $((5 * EPOCHS))
 done
 show_table

@@ -325,14 +325,14 @@ def test_flips_trains_co_reg_its_parts_and_partial_cross_entropy(tmp_path):
     parts = "co u contrast prototypes alignment".split()
     assert set(jobs) == {
         *(f"{name}-{seed}" for name in ("coreg", "partial", "partial_longer", "supervised") for seed in (4, 5)),
-        *(f"without_{part}-4" for part in parts), "with_mixup-4", "with_entropy-4", "fast-4",
+        *(f"without_{part}-4" for part in parts), "with_mixup-4", "supervised_contrast-4", "fast-4",
     }  # fmt: skip
     for name, (job, look, *_) in jobs.items():
         assert job.annotations.endswith(f"store-{name[-1]}") and job.seed == int(name[-1]) and look.backbone == "resnet18"
     method = {name: read[-1] for name, read in jobs.items()}
     assert method["coreg-4"].warmup_epochs < 24 == method["partial-4"].warmup_epochs
-    assert method["partial_longer-4"].warmup_epochs == jobs["partial_longer-4"][0].epochs == 84
-    for part in [*(f"without_{part}" for part in parts), "with_mixup", "with_entropy", "fast"]:
+    assert method["partial_longer-4"].warmup_epochs == jobs["partial_longer-4"][0].epochs == 120
+    for part in [*(f"without_{part}" for part in parts), "with_mixup", "supervised_contrast", "fast"]:
         assert method[f"{part}-4"] != method["coreg-4"], part
     assert run_all(tmp_path, "--images", "x", "--classes", "y", script="flips.sh")[:2] == (
         2, "error: --backbone is missing; baselines/flips.sh --help shows an example\n",

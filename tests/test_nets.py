@@ -1,5 +1,6 @@
 """The backbone's peculiarities, its parameter count, and the way through timm's own save and load."""
 
+import json
 import time
 
 import huggingface_hub
@@ -11,6 +12,8 @@ from safetensors.torch import save_file
 from coreg.errors import UserError
 from coreg.nets.model import CoRegNet, check_backbone, check_weights, create_backbone
 from coreg.nets.preact import PreActBlock
+from coreg.run.job import other_pixels
+from coreg.settings import ImageConfig
 
 
 def test_preact_resnet18_has_the_papers_shapes():
@@ -56,6 +59,24 @@ def test_any_timm_model_can_be_the_backbone():
 def test_a_wrong_backbone_is_named(name, said):
     with pytest.raises(UserError, match=said):
         check_backbone(name)
+
+
+def test_pixels_unlike_those_that_weights_were_trained_with_are_told(tmp_path):
+    def told(backbone, mean, std, pretrained=True, channels=3):
+        return other_pixels(ImageConfig(backbone=backbone, mean=mean, std=std, pretrained=pretrained, channels=channels))
+
+    wants = "--mean 0.485 0.456 0.406 --std 0.229 0.224 0.225"
+    assert told("resnet18", [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]) is None
+    assert told("tf_efficientnet_lite0", [0.5], [0.5]) is None
+    assert told("resnet18", [0.5], [0.5]).endswith(f"resnet18 was trained with other pixels; it wants {wants}")
+    assert told("resnet18", [0.485, 0.456, 0.406], [0.3]) is not None
+    assert told("resnet18", [0.5], [0.5], pretrained=False) is None  # it was not
+    assert told("resnet18", [0.5], [0.5], channels=1) is None  # timm adds up the colours' weights
+    for config, note in ({"pretrained_cfg": {"mean": [0.1], "std": [0.2]}}, None), ({}, None), ([], None):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        assert told(f"local-dir:{tmp_path}", [0.5], [0.5], pretrained=False) == note
+    (tmp_path / "config.json").write_text(json.dumps({"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]}))
+    assert told(f"local-dir:{tmp_path}", [0.5], [0.5]).endswith("it wants --mean 0.5 0.5 0.5 --std 0.25 0.25 0.25")
 
 
 def test_without_network_pretrained_weights_are_given_up_within_seconds(monkeypatch, tmp_path):

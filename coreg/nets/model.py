@@ -81,6 +81,19 @@ def _needs_the_hub(name: str) -> bool:
     )
 
 
+def trained_with(name: str) -> tuple[list[float], list[float]] | None:
+    """Mean and deviation of the pixels, in 0..1, that a timm model's or folder's weights were trained with, if it tells."""
+    if name.startswith("local-dir:"):
+        try:
+            config = json.loads((Path(name.removeprefix("local-dir:")) / "config.json").read_text(encoding="utf-8"))
+            told = config.get("pretrained_cfg", config)
+        except (ValueError, AttributeError):
+            return None  # `create_backbone` says what is wrong with the folder
+    else:
+        told = timm.get_pretrained_cfg(name, allow_unregistered=True).to_dict()
+    return (list(told["mean"]), list(told["std"])) if {"mean", "std"} <= told.keys() else None
+
+
 def create_backbone(name: str, n_classes: int, channels: int, arguments: dict[str, Any], pretrained: bool) -> nn.Module:
     """Any timm model by name, or `local-dir:FOLDER` with weights, with a classifier of `n_classes`.
 

@@ -21,7 +21,7 @@ from coreg.annotate.candidates import parse_rule
 from coreg.annotate.store import AnnotationStore
 from coreg.config import as_settings, as_yaml
 from coreg.errors import UserError
-from coreg.nets.model import check_backbone, check_weights
+from coreg.nets.model import check_backbone, check_weights, trained_with
 from coreg.progress import seconds_between_lines
 from coreg.report.report import summary, write_known_labels
 from coreg.run import checkpoint
@@ -217,8 +217,22 @@ def open_run(
             return
         if look is not None and look.pretrained:
             check_weights(look.backbone)
+        if look is not None and (advice := other_pixels(look)):
+            accelerator.print(advice)
         command = shlex.join([script, *argv])
         yield Run(accelerator, folder, store, known, job, look, identity, all_settings, command, started, held)
+
+
+def other_pixels(look: ImageConfig) -> str | None:
+    """What to say where weights would see other pixels than those they were trained with."""
+    has_weights = look.pretrained or look.backbone.startswith("local-dir:")
+    pixels = trained_with(look.backbone) if has_weights else None
+    if pixels is None or len(pixels[0]) != look.channels:
+        return None
+    if all(np.allclose(wanted, given, atol=5e-3) for wanted, given in zip(pixels, (look.mean, look.std))):
+        return None
+    wanted = [" ".join(f"{number:g}" for number in numbers) for numbers in pixels]
+    return f"note: {look.backbone} was trained with other pixels; it wants --mean {wanted[0]} --std {wanted[1]}"
 
 
 @contextlib.contextmanager
