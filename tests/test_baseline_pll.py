@@ -124,7 +124,8 @@ def test_the_authors_settings_win_over_the_recipe_and_the_command_line_over_both
     assert (method.weak_view, method.strong_view, method.correction_start) == ("pico_weak", "pico_strong", 0.08)
     assert look.mean == [0.4914, 0.4822, 0.4465]  # what belongs to the data stays the recipe's
     for name in METHODS:
-        job, _, method = settings("--method", name, "--preset", "official")
+        job, _, method = settings("--recipe", "folder", "--method", name, "--preset", "official")
+        assert job.optimizer == "sgd"  # their learning rates would be far too large for the recipe's
         pll.check(job)
         pll.check_partial(method)
 

@@ -42,6 +42,7 @@ class DivideMixOptions:
 OFFICIAL: dict[str, Any] = {
     "train_view": "weak",
     "lr_schedule": "step",
+    "optimizer": "sgd",
     "lr": 0.02,
     "batch_size": 64,
     "epochs": 300,

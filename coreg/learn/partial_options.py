@@ -58,9 +58,18 @@ class PartialOptions:
     symmetric: bool = _option(False, "IRNet: symmetric cross-entropy, as its authors use on CIFAR-10")
 
 
-_DEEP: dict[str, Any] = {"lr": 0.05, "lr_floor": 0, "lr_horizon": 0, "weight_decay": 1e-3, "batch_size": 256, "epochs": 250}
-_LEVERAGED = {"batch_size": 256, "epochs": 250, "schedule": "halving"}
+_DEEP: dict[str, Any] = {
+    "optimizer": "sgd",
+    "lr": 0.05,
+    "lr_floor": 0,
+    "lr_horizon": 0,
+    "weight_decay": 1e-3,
+    "batch_size": 256,
+    "epochs": 250,
+}
+_LEVERAGED = {"optimizer": "sgd", "batch_size": 256, "epochs": 250, "schedule": "halving"}
 _PICO = {
+    "optimizer": "sgd",
     "lr": 0.01,
     "lr_floor": 1e-5,
     "lr_horizon": 0,
@@ -85,6 +94,7 @@ OFFICIAL: dict[str, dict[str, Any]] = {
     "lws": _LEVERAGED | {"lr": 0.05, "weight_decay": 1e-3},
     "lwc": _LEVERAGED | {"lr": 0.01, "weight_decay": 1e-2},
     "cr_dpll": {
+        "optimizer": "sgd",
         "lr": 0.1,
         "weight_decay": 1e-4,
         "batch_size": 64,
