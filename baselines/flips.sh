@@ -60,6 +60,11 @@ for seed in $SEEDS; do
     start "partial-$seed" train_coreg.py "${job[@]}" --epochs "$EPOCHS" --warmup_epochs "$EPOCHS"
     start "supervised-$seed" baselines/pll.py --method supervised "${job[@]}" --epochs "$EPOCHS"
 done
+# about as many passes as Co-Reg's
+for seed in $SEEDS; do
+    start "partial_longer-$seed" train_coreg.py "${look[@]}" --annotations "$OUT/store-$seed" --seed "$seed" \
+        --epochs $((5 * EPOCHS)) --warmup_epochs $((5 * EPOCHS))
+done
 first=${SEEDS%% *}
 job=("${look[@]}" --annotations "$OUT/store-$first" --seed "$first" --epochs "$EPOCHS")
 start "without_co-$first" train_coreg.py "${job[@]}" --co_pseudo_labels false
@@ -70,9 +75,4 @@ start "without_prototypes-$first" train_coreg.py "${job[@]}" --prototype_weight 
 start "without_alignment-$first" train_coreg.py "${job[@]}" --alignment none
 start "with_mixup-$first" train_coreg.py "${job[@]}" --mixup_alpha 4
 start "fast-$first" train_coreg.py "${job[@]}" --preset fast
-# about as many passes as Co-Reg's
-for seed in $SEEDS; do
-    start "partial_longer-$seed" train_coreg.py "${look[@]}" --annotations "$OUT/store-$seed" --seed "$seed" \
-        --epochs $((5 * EPOCHS)) --warmup_epochs $((5 * EPOCHS))
-done
 show_table
