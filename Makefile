@@ -21,8 +21,9 @@ $(READY): setup.cfg pyproject.toml
 demo: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/accelerate launch --quiet --config_file accelerate_configs/single_gpu.yaml train_coreg.py --seed $(SEED) --output_dir $(OUTPUT_DIR)
 
+# A test file goes to one worker as a whole: its tests share what they trained
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 test-slow: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -o addopts="-q --strict-markers"
