@@ -72,9 +72,9 @@ def test_pixels_unlike_those_that_weights_were_trained_with_are_told(tmp_path):
     assert told("resnet18", [0.485, 0.456, 0.406], [0.3]) is not None
     assert told("resnet18", [0.5], [0.5], pretrained=False) is None  # it was not
     assert told("resnet18", [0.5], [0.5], channels=1) is None  # timm adds up the colours' weights
-    for config, note in ({"pretrained_cfg": {"mean": [0.1], "std": [0.2]}}, None), ({}, None), ([], None):
-        (tmp_path / "config.json").write_text(json.dumps(config))
-        assert told(f"local-dir:{tmp_path}", [0.5], [0.5], pretrained=False) == note
+    for untold in ({"pretrained_cfg": {"mean": [0.1], "std": [0.2]}}, {}, []):  # one channel, nothing, no settings at all
+        (tmp_path / "config.json").write_text(json.dumps(untold))
+        assert told(f"local-dir:{tmp_path}", [0.5], [0.5], pretrained=False) is None
     (tmp_path / "config.json").write_text(json.dumps({"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]}))
     assert told(f"local-dir:{tmp_path}", [0.5], [0.5]).endswith("it wants --mean 0.5 0.5 0.5 --std 0.25 0.25 0.25")
 
