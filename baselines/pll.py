@@ -177,14 +177,14 @@ def mix_views(
     draw, alpha, data = keyed_generator(task.job.seed, "mixup", *key), task.method.mixup_alpha, task.data
     kept = float(draw.beta(alpha, alpha)) if alpha else 1.0
     kept = max(kept, 1 - kept)
-    if kind == "epoch":
-        partner = others[share(len(rows))]
-        views = data.view(task.method.weak_view, partner, ("partner", *key))
-    else:
-        partner = draw.permutation(len(rows))[share(len(rows))]
-        alone = rank_and_world()[1] == 1
-        views = first[torch.from_numpy(partner)] if alone else data.view(task.method.weak_view, rows[partner], ("0", *key))
+    partner = (others if kind == "epoch" else draw.permutation(len(rows)))[share(len(rows))]
     where = torch.from_numpy(partner).to(data.device, non_blocking=True)
+    if kind == "epoch":
+        views = data.view(task.method.weak_view, partner, ("partner", *key))
+    elif rank_and_world()[1] == 1:
+        views = first[where]
+    else:
+        views = data.view(task.method.weak_view, rows[partner], ("0", *key))
     return {"mixed": mix(first, views, kept), "partner": where, "share_kept": kept}
 
 
@@ -224,7 +224,7 @@ def steps_of(task: Task[PartialOptions], training: Training) -> tuple[int, Calla
             held = extra[share(len(extra))]
             made.labelled = (
                 data.view(options.weak_view, held, ("labelled", *at)),
-                torch.from_numpy(task.known[held]).to(data.device),
+                torch.from_numpy(task.known[held]).to(data.device, non_blocking=True),
             )
             made.n_labelled = len(extra)
         return made

@@ -22,6 +22,19 @@ def test_prototypes_equal_the_sequential_loop(n):
     torch.testing.assert_close(prototypes.value, by_hand, rtol=1e-12, atol=1e-14)
 
 
+def test_rows_that_do_not_count_are_as_if_they_were_not_there():
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(30, 5, generator=generator, dtype=torch.float64)
+    labels, taken = torch.randint(0, 4, (30,), generator=generator), torch.rand(30, generator=generator) < 0.6
+    taken[labels == 3] = False
+    masked, without = (Prototypes(4, 5).double() for _ in range(2))
+    for _ in range(2):
+        masked.update(features, labels, 0.9, taken)
+        without.update(features[taken], labels[taken], 0.9)
+    torch.testing.assert_close(masked.value, without.value, rtol=1e-12, atol=1e-14)
+    assert not masked.value[3].any() and masked.value[:3].any(dim=1).all()
+
+
 def test_the_prototype_of_an_unseen_class_stays_zero():
     prototypes = Prototypes(3, 2)
     prototypes.update(torch.tensor([[0.6, 0.8]]), torch.tensor([1]), 0.99)

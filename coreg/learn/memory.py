@@ -21,7 +21,7 @@ class Prototypes(nn.Module):
         self.register_buffer("value", torch.zeros(n_classes, dim))
 
     @torch.no_grad()
-    def update(self, features: Tensor, labels: Tensor, momentum: float) -> None:
+    def update(self, features: Tensor, labels: Tensor, momentum: float, taken: Tensor | None = None) -> None:
         """Take in rows one after another, o_c <- gamma o_c + (1 - gamma) f, then normalise every prototype.
 
         The closed form of that loop: with f_1 .. f_k the rows of class c in order,
@@ -29,8 +29,12 @@ class Prototypes(nn.Module):
 
         Args:
             features: (n, D) in global order. labels: (n,) int64. momentum: gamma in 0..1.
+            taken: bool (n,), rows that count, as if the others were not there; all by default. (Leaving them out would
+                make a GPU wait until it has told how many are left.)
         """
         member = F.one_hot(labels, len(self.value)).to(self.value.dtype)
+        if taken is not None:
+            member = member * taken[:, None]
         seen = member.cumsum(dim=0)
         count = member.sum(dim=0)
         later = count[labels] - seen.gather(1, labels[:, None])[:, 0]

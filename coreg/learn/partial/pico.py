@@ -65,7 +65,7 @@ class PiCO(PartialMethod):
         n, reliable = len(index), self._reliable(index)
         write(self.confidence, index, self._next_confidence(outputs, mine(index), step))
         labels, features = self._labels(outputs, index), gather_rows(outputs.features[0].detach(), n)
-        self.prototypes.update(features[reliable], labels[reliable], self.options.prototype_momentum)
+        self.prototypes.update(features, labels, self.options.prototype_momentum, reliable)
         self.queue.enqueue(gather_rows(outputs.keys, n), labels, reliable)
 
     def _mode(self, step: Step) -> Contrast:

@@ -1,0 +1,196 @@
+"""Every training script on a device that is not there: no two devices in one operation, no waiting in a step.
+
+What a GPU computes is not asked here (`tests/test_gpu_step.py` does), but everything that would end a job on one because a
+tensor was left on the other side, and all that would let a GPU run idle, happens here as well.
+"""
+
+import contextlib
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from far_device import FAR, FarTensor, TwoDevicesError, WaitedError, far_device, strictly
+from runs import final_state, script
+from test_annotate_annotators import save_tiny_clip
+from test_baseline_lora import clip_store  # noqa: F401
+from torch.utils._pytree import tree_map
+
+import train_coreg
+from benchmarks.sides import Bench, Case
+from benchmarks.step import parts_of_a_step
+from coreg.annotate.annotators import ClipAnnotator
+from coreg.annotate.models import resolve
+from coreg.learn.partial.learner import PartialLearner
+from coreg.run import checkpoint
+from coreg.run.process import build_accelerator
+from coreg.run.training import Training
+from coreg.settings import JobConfig
+
+# ---- the device itself -----------------------------------------------------------------------------------------------
+
+
+def test_it_computes_what_the_cpu_computes():
+    here = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    with far_device():
+        weights = torch.nn.Parameter(here.to(FAR))
+        rows = torch.arange(6, device=FAR, dtype=torch.float32).reshape(2, 3)
+        (rows @ weights.T).square().sum().backward()
+        assert isinstance(weights.grad, FarTensor) and weights.grad.device == FAR
+        found = weights.grad.cpu()
+    wanted = here.clone().requires_grad_()
+    (torch.arange(6.0).reshape(2, 3) @ wanted.T).square().sum().backward()
+    assert torch.equal(found, wanted.grad)
+
+
+WAITS = {
+    "a number": lambda x: float(x.sum()),
+    "a condition": lambda x: bool((x > 0).any()),
+    "rows by mask": lambda x: x[x > 0],
+    "places": lambda x: torch.where(x > 0),
+    "to the cpu": lambda x: x.cpu(),
+    "from the cpu": lambda x: torch.ones(2).to(x.device),
+    "from numpy": lambda x: torch.as_tensor(np.ones(2), device=x.device),
+    "from a list": lambda x: torch.tensor([1.0], device=x.device) + 1,
+    "copied over": lambda x: x.copy_(torch.zeros(3)),
+    "counts": lambda x: x.repeat_interleave((x > 0).long()),
+    "kinds": lambda x: x.unique(),
+}
+FLOWS = {
+    "from the cpu": lambda x: torch.ones(2).to(x.device, non_blocking=True),
+    "copied over": lambda x: x.copy_(torch.zeros(3), non_blocking=True),
+    "a mask written": lambda x: x.masked_fill_(x > 0, 2.0),
+    "one hot": lambda x: torch.nn.functional.one_hot((x > 0).long(), 2),
+    "a number from the cpu": lambda x: x * torch.tensor(2.0),
+    "rows": lambda x: x[torch.arange(2, device=x.device)],
+}
+
+
+@pytest.mark.parametrize("what", WAITS)
+def test_waiting_is_noticed(what):
+    with far_device() as mode:
+        x = torch.arange(3.0, device=FAR)
+        with strictly(mode), pytest.raises(WaitedError):
+            WAITS[what](x)
+
+
+@pytest.mark.parametrize("what", FLOWS)
+def test_what_does_not_wait_is_let_through(what):
+    with far_device() as mode:
+        x = torch.arange(3.0, device=FAR)
+        with strictly(mode):
+            assert FLOWS[what](x).device == FAR
+
+
+def test_two_devices_in_one_operation_are_noticed():
+    with far_device():
+        x = torch.arange(3.0, device=FAR)
+        for mixed in (lambda: x + torch.ones(3), lambda: torch.cat([x, torch.ones(1)]), lambda: x[torch.tensor([0, 1])]):
+            with pytest.raises(TwoDevicesError):
+                mixed()
+
+
+# ---- every training script -------------------------------------------------------------------------------------------
+
+
+def brought_here(value):
+    return value.cpu() if isinstance(value, FarTensor) else value
+
+
+def trained_far_away(main, arguments, monkeypatch):
+    """Run a script with the far device for its own; making a batch and training on it must not wait."""
+    with far_device() as mode, monkeypatch.context() as patched:
+
+        def strict(method):
+            def wrapped(*args, **kwargs):
+                with strictly(mode):
+                    return method(*args, **kwargs)
+
+            return wrapped
+
+        patched.setattr(Accelerator, "device", property(lambda accelerator: FAR))
+        patched.setattr(Training, "optimise", strict(Training.optimise))
+        patched.setattr(Training, "timed", strict(Training.timed))
+        patched.setattr(PartialLearner, "after_step", strict(PartialLearner.after_step))
+        # a checkpoint is read with map_location="cpu"
+        save = checkpoint.save
+        patched.setattr(
+            checkpoint, "save", lambda folder, number, state: save(folder, number, tree_map(brought_here, state))
+        )
+        main(arguments)
+
+
+JOB = [
+    "--recipe", "digits", "--channels", "3", "--image_size", "12", "--epochs", "2",
+    "--backbone_args", '{"widths": [8, 16], "depths": [1, 1]}',
+    "--batch_size", "25", "--workers", "0", "--report_to", "none",
+]  # fmt: skip
+CO_TRAINED = ["--warmup_epochs", "1", "--contrast_after", "-1", "--queue_size", "50", "--projection_dim", "8"]
+# every starting time is over after the first epoch
+PARTIAL = ["--queue_size", "50", "--projection_dim", "8", "--correction_margin", "0", "--noise_rate", "0.2"]
+pll = script("pll")
+SCRIPTS = {
+    "coreg": (train_coreg, CO_TRAINED),
+    "coreg fast": (train_coreg, [*CO_TRAINED, "--preset", "fast", "--few_shot", "2"]),
+    "coreg eval": (train_coreg, [*CO_TRAINED, "--guess_mode", "eval", "--optimizer", "adamw", "--mixup_alpha", "0"]),
+    "coreg accumulating": (train_coreg, [*CO_TRAINED, "--gradient_accumulation_steps", "2", "--contrast", "supervised"]),
+    "distill": (script("distill"), ["--teacher", "averaged"]),
+    "dividemix": (script("dividemix"), ["--warmup_epochs", "1"]),
+    "distill few": (script("distill"), ["--teacher", "single", "--few_shot", "2"]),
+    "dividemix few": (script("dividemix"), ["--warmup_epochs", "1", "--few_shot", "2"]),
+    "alim few": (pll, [*PARTIAL, "--method", "alim_onehot", "--few_shot", "2", "--gradient_accumulation_steps", "2"]),
+    **{method: (pll, [*PARTIAL, "--method", method]) for method in pll.NAMES},
+    "pico views": (pll, [*PARTIAL, "--method", "pico", "--weak_view", "pico_weak", "--strong_view", "pico_strong"]),
+    "cr views": (pll, [*PARTIAL, "--method", "cr_dpll", "--weak_view", "cr_weak", "--strong_view", "cr_strong"]),
+}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_script_trains_far_away_as_it_trains_here(name, small_store, tmp_path, monkeypatch):
+    module, more = SCRIPTS[name]
+    job = ["--annotations", str(small_store), *JOB, *more]
+    module.main([*job, "--output_dir", str(tmp_path / "here")])
+    trained_far_away(module.main, [*job, "--output_dir", str(tmp_path / "far")], monkeypatch)
+    here, far = final_state(tmp_path / "here"), final_state(tmp_path / "far")
+    assert far["epoch"] == 2 and len(here["learners"]) == len(far["learners"])
+    for one, other in zip(here["learners"], far["learners"]):
+        assert one.keys() == other.keys()
+        for key, value in one.items():
+            torch.testing.assert_close(other[key], value, rtol=0, atol=0, equal_nan=True, msg=key)
+
+
+# ---- annotators, what tunes them, and the benchmark ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["coop", "lora"])
+def test_a_tuner_tunes_far_away_as_it_tunes_here(name, clip_store, tmp_path, monkeypatch):  # noqa: F811
+    module = script(name)
+    job = ["--annotations", str(clip_store.root), "--shots", "2", "--epochs", "2", "--workers", "0", "--report_to", "none"]
+    job += ["--context_tokens", "2"] if name == "coop" else []
+    module.main([*job, "--output_dir", str(tmp_path / "here")])
+    trained_far_away(module.main, [*job, "--output_dir", str(tmp_path / "far")], monkeypatch)
+    here, far = (final_state(tmp_path / place)["learners"][0] for place in ("here", "far"))
+    assert here.keys() == far.keys()
+    for key, value in here.items():
+        torch.testing.assert_close(far[key], value, msg=key)  # attention is computed by other kernels elsewhere
+
+
+def test_an_annotator_judges_far_away_as_it_judges_here(tmp_path):
+    model, texts = resolve(f"local-dir:{save_tiny_clip(tmp_path / 'clip')}"), (["a {}", "the {}"], ["one", "two", "three"])
+    pixels = torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    here = ClipAnnotator(model, *texts).annotate(pixels)
+    with far_device():
+        far = ClipAnnotator(model, *texts, FAR).annotate(pixels)
+        assert all(torch.equal(here[key], far[key].cpu()) for key in here)
+
+
+def test_no_side_of_the_benchmark_waits_but_the_plain_one(monkeypatch):
+    with far_device() as mode, monkeypatch.context() as patched:
+        patched.setattr(Accelerator, "device", property(lambda accelerator: FAR))
+        bench = Bench(Case("preact_resnet_tiny", 16, 1, 4, 6, 20), build_accelerator(), JobConfig())
+        for name, make in bench.sides().items():
+            step = make()
+            with strictly(mode) if name != "plain" else contextlib.nullcontext():
+                step(0)
+                step(1)
+        assert sum(parts_of_a_step(bench, "fast", 1).values()) == pytest.approx(1)
