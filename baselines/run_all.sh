@@ -4,6 +4,7 @@
 #   baselines/run_all.sh                                           built-in digits, seeds 0 1 2, into runs/compare
 #   baselines/run_all.sh --jobs 8 --compute_matched                the same, and with as much computing as Co-Reg has
 #   baselines/run_all.sh --annotations ann --recipe cifar10 --output_dir runs/cifar10
+#   baselines/run_all.sh --annotations ann --only "zero_shot coop lora" --output_dir runs/few_shot
 #
 #   --jobs K            runs at a time, one thread each (default 1)
 #   --seeds "0 1 2"     of every method
@@ -16,24 +17,30 @@
 set -u
 cd "$(dirname "$0")/.."
 
-OUT=runs/compare RECIPE=digits ANNOTATIONS="" JOBS=1 SEEDS="0 1 2" SHOTS="1 4 16" MATCHED=0 EPOCHS=""
+OUT=runs/compare RECIPE=digits ANNOTATIONS="" JOBS=1 SEEDS="0 1 2" SHOTS="1 4 16" MATCHED=0 EPOCHS="" ONLY="" TUNING="" FOUND=""
 while (($#)); do
     case $1 in
     --compute_matched) MATCHED=1 && shift && continue ;;
-    --output_dir | --recipe | --annotations | --jobs | --seeds | --shots | --epochs)
+    --output_dir | --recipe | --annotations | --jobs | --seeds | --shots | --epochs | --only | --tuning)
         (($# > 1)) || { echo "error: $1 needs a value behind it" >&2 && exit 2; } ;;
     *) sed -n '2,/^set -u/{s/^# \{0,1\}//p}' "$0" >&2 && exit 2 ;;
     esac
     case $1 in
     --output_dir) OUT=$2 ;; --recipe) RECIPE=$2 ;; --annotations) ANNOTATIONS=$2 ;;
     --jobs) JOBS=$2 ;; --seeds) SEEDS=$2 ;; --shots) SHOTS=$2 ;; --epochs) EPOCHS=$2 ;;
+    --only) ONLY=$2 ;; --tuning) TUNING=$2 ;;
     esac
     shift 2
 done
 
 source baselines/jobs.sh
 
-run() { start "$@" --annotations "$ANNOTATIONS"; }
+# run NAME SCRIPT OPTIONS...: start it if it is wanted
+run() {
+    local prefix wanted=""
+    for prefix in ${ONLY:-""}; do [[ $1 == "$prefix"* ]] && wanted=yes; done
+    [ -z "$wanted" ] || { FOUND=yes && start "$@" --annotations "$ANNOTATIONS"; }
+}
 
 # what every method that trains a student is told, and what those are told that tune the annotator
 student=(--recipe "$RECIPE" --workers 0 ${EPOCHS:+--epochs "$EPOCHS"})
@@ -44,6 +51,8 @@ if [ -z "$ANNOTATIONS" ]; then
         { tail -n 5 "$OUT/logs/annotate.log" >&2 && exit 1; }
     tuning+=(--preset digits)
 fi
+read -ra more <<<"$TUNING"
+tuning+=("${more[@]}")
 EPOCHS=${EPOCHS:-$("$PYTHON" train_coreg.py --recipe "$RECIPE" --print_config | sed -n 's/^epochs: //p')}
 
 # methods that learn without labels, and the passes through a network that each image costs them in an epoch, a backward pass
@@ -79,4 +88,5 @@ for seed in $SEEDS; do
         done
     fi
 done
+[ -n "$FOUND" ] || { echo "error: no run's name begins like one of --only \"$ONLY\"; see $0 --help" >&2 && exit 2; }
 show_table

@@ -302,6 +302,20 @@ def test_run_all_names_what_failed_and_does_the_rest(tmp_path):
     assert run_all(tmp_path, "--jobs")[0] == 2
 
 
+def test_run_all_starts_only_what_is_named(tmp_path):
+    some = ["--only", "zero_shot lora coreg_4-1 alim", "--tuning", "--lr 0.5 --preset digits"]
+    code, said, commands = run_all(tmp_path, "--seeds", "0 1", "--shots", "4", "--annotations", "ann", *some)
+    assert code == 0 and said == ""
+    jobs = {Path(words[words.index("--output_dir") + 1]).name: words for words in commands if "--annotations" in words}
+    assert set(jobs) == {
+        "zero_shot", "lora_4-0", "lora_4-1", "coreg_4-1",
+        "alim_onehot-0", "alim_onehot-1", "alim_scale-0", "alim_scale-1",
+    }  # fmt: skip
+    assert all(("0.5" in words) == name.startswith("lora") for name, words in jobs.items())
+    code, said, commands = run_all(tmp_path, "--only", "alims")
+    assert code == 2 and "alims" in said and not [words for words in commands if "--seed" in words]
+
+
 def test_flips_trains_co_reg_its_parts_and_partial_cross_entropy(tmp_path):
     for split, n in (("train", 5), ("test", 2)):
         for name in ("a", "b c"):

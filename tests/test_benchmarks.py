@@ -6,9 +6,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.nn.modules.module import register_module_forward_hook
 
-from benchmarks import growth
+from benchmarks import growth, tiny_clip
 from benchmarks.__main__ import PAGE, TABLES
 from benchmarks.augment import MEAN, STD, pil_batch, waves
 from benchmarks.plain import VIEWS, PlainCoReg
@@ -16,7 +17,11 @@ from benchmarks.sides import Bench, Case
 from benchmarks.step import Clock, parts_of_a_step
 from benchmarks.tables import as_markdown, fill
 from benchmarks.turns import in_turns, ratio
+from coreg.annotate.annotators import ClipAnnotator
+from coreg.annotate.models import resolve
+from coreg.annotate.prompts import TEMPLATES
 from coreg.data.augment import Augmentation
+from coreg.data.sources import open_images
 from coreg.learn.coreg import CoRegBatch, CoRegLearner
 from coreg.learn.memory import Prototypes
 from coreg.learn.options import CoRegOptions
@@ -186,3 +191,34 @@ def test_the_page_has_a_place_for_every_table():
     page = PAGE.read_text(encoding="utf-8")
     for name in TABLES:
         assert fill(page, name, "new") != page
+
+
+# ---- the tiny CLIP ---------------------------------------------------------------------------------------------------
+
+
+def test_a_tiny_clip_learns_the_classes_and_annotates_other_images(tmp_path, capsys):
+    generator = np.random.default_rng(0)
+    for name, tint in (("dark thing", 0), ("bright thing", 150)):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for i in range(12):
+            noise = generator.integers(0, 100, (20, 24, 3)) + tint
+            Image.fromarray(noise.astype(np.uint8)).save(tmp_path / "images" / name / f"{i:02}.png")
+    (tmp_path / "classes.txt").write_text("dark thing\nbright thing\n")
+    told = ["--images", str(tmp_path / "images"), "--classes", str(tmp_path / "classes.txt"), "--skip", "4"]
+    assert tiny_clip.main([*told, "--steps", "12", "--output_dir", str(tmp_path / "clip")]) == 0
+    assert "trained on 16 images" in capsys.readouterr().out
+    spec = f"local-dir:{tmp_path / 'clip'}"
+    annotator = ClipAnnotator(resolve(spec), TEMPLATES, ["dark thing", "bright thing"])
+    images = open_images(str(tmp_path / "images"), ["dark thing", "bright thing"])
+    pixels = torch.stack([annotator.preprocess(images.load(row)) for row in range(24)])
+    assert (annotator.annotate(pixels)["votes"] == images.labels[:, None]).all()
+    for wrong, why in ((["--skip", "12"], "smaller --skip"), ([], "exists")):
+        folder = tmp_path / ("new" if wrong else "clip")
+        with pytest.raises(SystemExit):
+            tiny_clip.main([*told, *wrong, "--output_dir", str(folder)])
+        assert why in capsys.readouterr().err and (wrong == [] or not folder.exists())
+
+
+def test_the_tiny_clip_leaves_the_first_images_of_every_class_alone():
+    labels = np.array([2, 0, 0, -1, 2, 0, 2, 0, 2])
+    assert tiny_clip.chosen_rows(labels, 1, 2).tolist() == [2, 5, 4, 6]

@@ -32,6 +32,7 @@ ELSEWHERE = {
     "coreg.demo.pretrain": "test_demo_pretrain.py; here it would take minutes",
     "benchmarks": "test_benchmarks.py",
     "benchmarks.annotate": "test_benchmarks.py",
+    "benchmarks.tiny_clip": "test_benchmarks.py",
 }
 # test_export.py and test_adapt_lora.py have stand-ins for the hub and for a chat model
 OUT_OF_REACH = ("--push_to_hub", "chat:llava-1.5-7b-hf")
