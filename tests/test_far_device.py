@@ -1,10 +1,11 @@
-"""Every training script on a device that is not there: no two devices in one operation, no waiting in a step.
+"""Every script on a device that is not there: no two devices in one operation, no waiting in a step.
 
 What a GPU computes is not asked here (`tests/test_gpu_step.py` does), but everything that would end a job on one because a
 tensor was left on the other side, and all that would let a GPU run idle, happens here as well.
 """
 
 import contextlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,11 +17,11 @@ from test_annotate_annotators import save_tiny_clip
 from test_baseline_lora import clip_store  # noqa: F401
 from torch.utils._pytree import tree_map
 
+import annotate_vlm
 import train_coreg
 from benchmarks.sides import Bench, Case
 from benchmarks.step import parts_of_a_step
-from coreg.annotate.annotators import ClipAnnotator
-from coreg.annotate.models import resolve
+from coreg.annotate.store import AnnotationStore
 from coreg.learn.partial.learner import PartialLearner
 from coreg.run import checkpoint
 from coreg.run.process import build_accelerator
@@ -175,13 +176,17 @@ def test_a_tuner_tunes_far_away_as_it_tunes_here(name, clip_store, tmp_path, mon
         torch.testing.assert_close(far[key], value, msg=key)  # attention is computed by other kernels elsewhere
 
 
-def test_an_annotator_judges_far_away_as_it_judges_here(tmp_path):
-    model, texts = resolve(f"local-dir:{save_tiny_clip(tmp_path / 'clip')}"), (["a {}", "the {}"], ["one", "two", "three"])
-    pixels = torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    here = ClipAnnotator(model, *texts).annotate(pixels)
-    with far_device():
-        far = ClipAnnotator(model, *texts, FAR).annotate(pixels)
-        assert all(torch.equal(here[key], far[key].cpu()) for key in here)
+def test_images_are_annotated_far_away_as_they_are_here(small_store, tmp_path, monkeypatch):
+    images = Path(AnnotationStore.open(small_store).images_spec)
+    told = ["--images", str(images), "--classes", str(images.parent / "classes.txt"), "--workers", "0"]
+    told += ["--vlm", f"local-dir:{save_tiny_clip(tmp_path / 'clip')}", "--output_dir"]
+    annotate_vlm.main([*told, str(tmp_path / "here")])
+    with far_device(), monkeypatch.context() as patched:
+        patched.setattr(Accelerator, "device", property(lambda accelerator: FAR))
+        annotate_vlm.main([*told, str(tmp_path / "far")])
+    here, far = (AnnotationStore.open(tmp_path / place) for place in ("here", "far"))
+    assert len(np.unique(here.votes())) > 1
+    assert np.array_equal(here.votes(), far.votes()) and np.array_equal(here.probs(), far.probs())
 
 
 def test_no_side_of_the_benchmark_waits_but_the_plain_one(monkeypatch):
