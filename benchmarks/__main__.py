@@ -34,9 +34,9 @@ def _parts() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "start": lambda: as_markdown(start.measure()),
     "augment": lambda: as_markdown(augment.measure(32, 256, 10.0)),
-    "step": lambda: as_markdown([row for name in CASES for row in step.measure(name, 25.0, JobConfig())]),
+    "step": lambda: as_markdown([row for name in CASES for row in step.measure(name, 15.0, JobConfig())]),
     "parts": _parts,
-    "kept": lambda: as_markdown(kept.measure("demo", 12.0)),
+    "kept": lambda: as_markdown(kept.measure("demo", 8.0)),
     "growth": lambda: as_markdown(growth.measure(1_000_000)),
     "annotate": lambda: annotate.measure(["--images", "48", "--seconds", "3", "--rounds", "2", "--rows", "20000"]),
 }
