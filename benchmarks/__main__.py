@@ -38,7 +38,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "parts": _parts,
     "kept": lambda: as_markdown(kept.measure("demo", 8.0)),
     "growth": lambda: as_markdown(growth.measure(1_000_000)),
-    "annotate": lambda: annotate.measure(["--images", "48", "--seconds", "3", "--rounds", "2", "--rows", "20000"]),
+    "annotate": lambda: annotate.measure(
+        ["--images", "48", "--classes", "10", "--seconds", "3", "--rounds", "2", "--rows", "20000"]
+    ),
 }
 
 
