@@ -168,13 +168,13 @@ def affine(images: Tensor, matrices: Tensor) -> Tensor:
     fixed = send((fixed * 65536 + 0.5).floor().to(torch.int32), images.device).view(6, -1, 1, 1)
     x = torch.arange(width, dtype=torch.int32, device=images.device)
     y = torch.arange(height, dtype=torch.int32, device=images.device).unsqueeze(1)
-    from_x = (fixed[0] * x + (fixed[1] * y + fixed[2])) >> 16
-    from_y = (fixed[3] * x + (fixed[4] * y + fixed[5])) >> 16
-    near_x, near_y = from_x.clamp(0, width - 1), from_y.clamp(0, height - 1)
-    inside = (near_x == from_x).view(torch.uint8) * (near_y == from_y).view(torch.uint8)
-    source = near_y.mul_(width).add_(near_x).view(count, 1, height * width).long()
-    moved = images.flatten(2).gather(2, source.expand(-1, channels, -1))
-    return moved.mul_(inside.view(count, 1, height * width)).view_as(images)
+    from_x = (fixed[0] * x + (fixed[1] * y + fixed[2])).bitwise_right_shift_(16).clamp_(-1, width)
+    from_y = (fixed[3] * x + (fixed[4] * y + fixed[5])).bitwise_right_shift_(16).clamp_(-1, height)
+    # whatever lies outside comes from a black frame, so that nothing has to be compared
+    framed = images.new_zeros(count, channels, height + 2, width + 2)
+    framed[:, :, 1:-1, 1:-1] = images
+    source = from_y.mul_(width + 2).add_(from_x).add_(width + 3).view(count, 1, height * width).long()
+    return framed.flatten(2).gather(2, source.expand(-1, channels, -1)).view_as(images)
 
 
 def _matrices(magnitudes: Tensor, **entries: Tensor) -> Tensor:
