@@ -103,9 +103,11 @@ def trained_far_away(main, arguments, monkeypatch):
     with far_device() as mode, monkeypatch.context() as patched:
 
         def strict(method):
-            def wrapped(*args, **kwargs):
+            def wrapped(owner, *args, **kwargs):
+                weights = (owner.learners[0] if isinstance(owner, Training) else owner).parameters()
+                assert all(isinstance(weight, FarTensor) for weight in weights)
                 with strictly(mode):
-                    return method(*args, **kwargs)
+                    return method(owner, *args, **kwargs)
 
             return wrapped
 
