@@ -39,8 +39,8 @@ BATCH_SIZE, LEARNING_RATE, WEIGHT_DECAY = 100, 1e-3, 0.1
 
 def chosen_rows(labels: np.ndarray, skip: int, per_class: int) -> np.ndarray:
     """Sample indices, int64, of at most `per_class` images of every class, behind its first `skip`."""
-    of_class = (np.flatnonzero(labels == label)[skip : skip + per_class] for label in range(labels.max() + 1))
-    return np.concatenate(list(of_class))
+    of_class = [np.flatnonzero(labels == label)[skip : skip + per_class] for label in range(labels.max() + 1)]
+    return np.concatenate(of_class) if of_class else np.zeros(0, dtype=np.int64)
 
 
 def train(pixels: torch.Tensor, labels: torch.Tensor, names: Sequence[str], steps: int, seed: int) -> CLIP:
@@ -78,6 +78,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output_dir", type=Path, required=True, help="new folder")
     args = parser.parse_args(argv)
+    if args.skip < 0 or min(args.per_class, args.steps) < 1:
+        raise UserError("--skip has to be 0 or more, --per_class and --steps at least 1")
     if args.output_dir.exists():
         raise UserError(f"--output_dir {args.output_dir} exists; name a new folder or remove it")
     names = read_class_names(args.classes)
@@ -87,9 +89,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = chosen_rows(images.labels, args.skip, args.per_class)
     if not len(rows):
         raise UserError(f"no class of --images {args.images} has more than {args.skip} images; give a smaller --skip")
-    args.output_dir.mkdir(parents=True)
-    pixels, labels = decode(images, rows, SIDE, 3, 2), torch.from_numpy(images.labels[rows])
+    failed: dict[int, str] = {}
+    pixels, labels = decode(images, rows, SIDE, 3, 2, failed), torch.from_numpy(images.labels[rows])
+    for row, why in failed.items():
+        raise UserError(f"{images.paths[row]!r} cannot be read ({why}); {len(failed)} in all: repair or remove them")
     model = train(pixels, labels, names, args.steps, args.seed)
+    args.output_dir.mkdir(parents=True)
     weights = {name: value.contiguous() for name, value in model.state_dict().items()}
     save_file(weights, args.output_dir / "open_clip_model.safetensors")
     told = {"model_cfg": CONFIG, "preprocess_cfg": {"mean": [MEAN] * 3, "std": [STD] * 3, "resize_mode": "squash"}}

@@ -212,13 +212,18 @@ def test_a_tiny_clip_learns_the_classes_and_annotates_other_images(tmp_path, cap
     images = open_images(str(tmp_path / "images"), ["dark thing", "bright thing"])
     pixels = torch.stack([annotator.preprocess(images.load(row)) for row in range(24)])
     assert (annotator.annotate(pixels)["votes"] == images.labels[:, None]).all()
-    for wrong, why in ((["--skip", "12"], "smaller --skip"), ([], "exists")):
+    for wrong, why in ((["--skip", "12"], "smaller --skip"), (["--skip", "-1"], "0 or more"), ([], "exists")):
         folder = tmp_path / ("new" if wrong else "clip")
         with pytest.raises(SystemExit):
             tiny_clip.main([*told, *wrong, "--output_dir", str(folder)])
         assert why in capsys.readouterr().err and (wrong == [] or not folder.exists())
+    (tmp_path / "images" / "dark thing" / "07.png").write_bytes(b"no image")
+    with pytest.raises(SystemExit):
+        tiny_clip.main([*told, "--output_dir", str(tmp_path / "new")])
+    assert "07.png' cannot be read" in capsys.readouterr().err and not (tmp_path / "new").exists()
 
 
 def test_the_tiny_clip_leaves_the_first_images_of_every_class_alone():
     labels = np.array([2, 0, 0, -1, 2, 0, 2, 0, 2])
     assert tiny_clip.chosen_rows(labels, 1, 2).tolist() == [2, 5, 4, 6]
+    assert tiny_clip.chosen_rows(np.full(3, -1), 0, 2).tolist() == []
