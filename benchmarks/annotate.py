@@ -14,7 +14,6 @@ random features. Its peak memory is compared with that of a store of a tenth of 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
@@ -27,10 +26,10 @@ import numpy as np
 import open_clip
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 
 import annotate_vlm
 from benchmarks.tables import as_markdown, environment
+from benchmarks.tiny_clip import save_clip
 from coreg.annotate.annotators import ClipAnnotator
 from coreg.annotate.claims import BlockQueue
 from coreg.annotate.models import resolve
@@ -59,13 +58,7 @@ def save_random(folder: Path, config: dict) -> str:
     """A randomly initialised open_clip model as a folder; returns its spelling for --vlm."""
     torch.manual_seed(0)
     model = open_clip.CLIP(**{key: config[key] for key in ("embed_dim", "vision_cfg", "text_cfg")})
-    folder.mkdir()
-    save_file(
-        {name: value.contiguous() for name, value in model.state_dict().items()}, folder / "open_clip_model.safetensors"
-    )
-    told = {"model_cfg": config, "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.25] * 3}}
-    (folder / "open_clip_config.json").write_text(json.dumps(told))
-    return f"local-dir:{folder}"
+    return save_clip(folder, model, config, 0.5, 0.25)
 
 
 def save_jpegs(folder: Path, count: int) -> None:

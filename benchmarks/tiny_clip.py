@@ -66,6 +66,16 @@ def train(pixels: torch.Tensor, labels: torch.Tensor, names: Sequence[str], step
     return model.eval()
 
 
+def save_clip(folder: Path, model: CLIP, config: dict, mean: float, std: float) -> str:
+    """Write a model and its `model_cfg` as a new open_clip folder; returns its spelling for --vlm."""
+    folder.mkdir(parents=True)
+    weights = {name: value.contiguous() for name, value in model.state_dict().items()}
+    save_file(weights, folder / "open_clip_model.safetensors")
+    told = {"model_cfg": config, "preprocess_cfg": {"mean": [mean] * 3, "std": [std] * 3, "resize_mode": "squash"}}
+    (folder / "open_clip_config.json").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+    return f"local-dir:{folder}"
+
+
 @exits_with_one_line
 def main(argv: Sequence[str] | None = None) -> int:
     """Train and write; exit status 0."""
@@ -94,12 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for row, why in failed.items():
         raise UserError(f"{images.paths[row]!r} cannot be read ({why}); {len(failed)} in all: repair or remove them")
     model = train(pixels, labels, names, args.steps, args.seed)
-    args.output_dir.mkdir(parents=True)
-    weights = {name: value.contiguous() for name, value in model.state_dict().items()}
-    save_file(weights, args.output_dir / "open_clip_model.safetensors")
-    told = {"model_cfg": CONFIG, "preprocess_cfg": {"mean": [MEAN] * 3, "std": [STD] * 3, "resize_mode": "squash"}}
-    (args.output_dir / "open_clip_config.json").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
-    print(f"trained on {len(rows)} images; use it with: --vlm local-dir:{args.output_dir}")
+    print(f"trained on {len(rows)} images; use it with: --vlm {save_clip(args.output_dir, model, CONFIG, MEAN, STD)}")
     return 0
 
 
