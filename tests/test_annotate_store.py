@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from coreg.annotate import blocks
+from coreg import files
 from coreg.annotate.blocks import DamagedBlockError, read_block, write_block
 from coreg.annotate.store import AnnotationStore, StoreWriter, make_manifest, refuse_other_job
 from coreg.data.images import ImageList
@@ -267,7 +267,7 @@ def test_a_full_disk_is_told_in_one_line_and_leaves_no_half_block(tmp_path, monk
     def full(descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(blocks.os, "fsync", full)
+    monkeypatch.setattr(files.os, "fsync", full)
     message = refused(writer.write, 2, {name: table[6:] for name, table in whole.items()}, {})
     assert "No space left on device" in message and "run the same command again" in message
     assert sorted(os.listdir(tmp_path / "ann" / "blocks")) == ["00000.safetensors", "00001.safetensors"]
@@ -279,8 +279,9 @@ def test_a_full_disk_is_told_in_one_line_and_leaves_no_half_block(tmp_path, monk
 def test_a_writer_that_is_killed_leaves_only_whole_blocks(tmp_path):
     file = tmp_path / "00000.safetensors"
     program = (
-        "import os, sys, numpy as np; from pathlib import Path; from coreg.annotate import blocks\n"
-        "blocks.os.fsync = lambda descriptor: os.kill(os.getpid(), 9)\n"
+        "import os, sys, numpy as np\nfrom pathlib import Path\n"
+        "from coreg import files\nfrom coreg.annotate import blocks\n"
+        "files.os.fsync = lambda descriptor: os.kill(os.getpid(), 9)\n"
         "blocks.write_block(Path(sys.argv[1]), 0, 'job', {'votes': np.zeros((2, 2), np.int16)}, {})"
     )
     killed = subprocess.run([sys.executable, "-c", program, str(file)], capture_output=True)

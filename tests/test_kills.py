@@ -194,7 +194,7 @@ def test_a_full_disk_is_a_clear_error_and_the_checkpoints_before_it_stay(run, sm
         assert code == 2 and len(lines) == 1 and "Traceback" not in log, log
         assert "No space left on device" in lines[0] and "the earlier ones are intact" in lines[0]
         assert final_state(disk / "run")["epoch"] == 2
-        assert not list((disk / "run").rglob("*.tmp"))
+        assert not list((disk / "run").rglob("*.tmp*"))
         subprocess.run(["mount", "-o", "remount,size=16m", str(disk)], check=True)
         code, log = run({}, arguments(small_store, disk / "run"))
         assert code == 0, log

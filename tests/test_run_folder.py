@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from coreg.errors import UserError
+from coreg.files import write_atomically
 from coreg.run import checkpoint
-from coreg.run.folder import RunFolder, write_atomically
+from coreg.run.folder import RunFolder
 
 
 def test_a_folder_is_claimed_once_and_then_belongs_to_the_job(tmp_path):

@@ -56,7 +56,7 @@ def test_the_run_folder_is_complete(finished):
     assert {"job.json", "config.yaml", "report.json", "labels.csv", "export", "checkpoints", "tensorboard"} <= names
     assert len((finished / "labels.csv").read_text().splitlines()) == 1438
     assert len(list((finished / "checkpoints").iterdir())) == 2
-    assert not list(finished.rglob("*.tmp"))
+    assert not list(finished.rglob("*.tmp*"))
 
 
 def test_the_same_command_again_says_that_it_is_finished(annotations, finished, capsys):

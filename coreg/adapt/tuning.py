@@ -23,12 +23,12 @@ from coreg.annotate.models import ModelSpec, resolve
 from coreg.data.decode import decode
 from coreg.data.order import ShuffledRows
 from coreg.errors import UserError
+from coreg.files import write_atomically
 from coreg.learn.collective import gather_rows, share
 from coreg.report.metrics import collapse_warnings
 from coreg.report.page import write_page
 from coreg.report.page_record import RunRecord, Split
 from coreg.report.report import build_report, write_labels
-from coreg.run.folder import write_atomically
 from coreg.run.job import Run
 from coreg.run.process import main_process_decides
 from coreg.run.training import Batch, Training

@@ -2,43 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
-import platform
 from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from coreg.errors import UserError
+from coreg.files import write_atomically
 
 
 class DamagedBlockError(Exception):
     """A block file that is not what its writer wrote; the message says what is wrong with it."""
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that it is there whole or not at all, also when the power fails.
-
-    Raises:
-        UserError: the disk is full or the folder cannot be written.
-    """
-    temporary = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise UserError(
-            f"cannot write {path}: {error.strerror}; what is written is kept, run the same command again"
-        ) from None
 
 
 def _checksum(tensors: dict[str, np.ndarray], job: str, index: int, errors: dict[str, str]) -> str:
@@ -54,7 +30,8 @@ def write_block(path: Path, index: int, job: str, tensors: dict[str, np.ndarray]
     told = {str(row): reason for row, reason in sorted(errors.items())}
     head = {"job": job, "index": index, "errors": told, "sha256": _checksum(tensors, job, index, told)}
     # One metadata key: safetensors does not keep the order of several, and equal blocks are to be equal files.
-    write_atomically(path, save(tensors, metadata={"coreg": json.dumps(head, sort_keys=True)}))
+    content = save(tensors, metadata={"coreg": json.dumps(head, sort_keys=True)})
+    write_atomically(path, content, "what is written is kept: free some space and run the same command again")
 
 
 def read_block(path: Path, index: int, job: str) -> tuple[dict[str, np.ndarray], dict[int, str], str]:

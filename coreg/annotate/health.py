@@ -15,12 +15,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from coreg.annotate.blocks import write_atomically
 from coreg.annotate.candidates import candidates_of, vote_counts
 from coreg.annotate.health_html import page
 from coreg.annotate.store import AnnotationStore
 from coreg.data.images import ImageList
 from coreg.errors import UserError, exits_with_one_line
+from coreg.files import write_atomically
 
 FEW_IMAGES = 50  # per class; below this a prototype and a class's share of a batch are mostly noise (rule of thumb)
 NEARLY_ALWAYS = 0.95

@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 
-from coreg.annotate.blocks import write_atomically
 from coreg.annotate.candidates import candidate_sets
 from coreg.annotate.manifest import block_files, read_manifest
 from coreg.annotate.merge import merge
@@ -30,6 +29,7 @@ from coreg.annotate.writer import StoreWriter
 from coreg.config import option, parse
 from coreg.data.decode import UnreadableImage
 from coreg.errors import UserError, exits_with_one_line
+from coreg.files import write_atomically
 
 SPLITS = ("train", "test")
 

@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save
 
-from coreg.annotate.blocks import DamagedBlockError, read_block, read_errors, write_atomically, write_block
+from coreg.annotate.blocks import DamagedBlockError, read_block, read_errors, write_block
 from coreg.annotate.manifest import JOB, block_files, job_hash, read_manifest
 from coreg.data.images import ImageList, escape
 from coreg.errors import UserError
+from coreg.files import write_atomically
 
 
 def refuse_other_job(root: Path, manifest: dict[str, Any]) -> None:
@@ -165,5 +166,5 @@ class StoreWriter:
             reasons |= read_block(file, index, self.job)[1]
         table.writerows([path, reasons[row]] for row, path in enumerate(paths) if row in reasons)
         write_atomically(self.root / "errors.csv", os.fsencode(text.getvalue()))
-        for leftover in (self.root / "blocks").glob(".*.tmp"):  # of writers that were killed
+        for leftover in (self.root / "blocks").glob(".tmp.*"):  # of writers that were killed
             leftover.unlink(missing_ok=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from coreg.files import write_atomically
 from coreg.report import page_charts, page_classes
 from coreg.report.metrics import accuracy, mean_prediction_entropy, wilson_interval
 from coreg.report.page_charts import COLOURS, Interval, Line, interval_chart, line_chart, mixture_chart
@@ -24,7 +25,6 @@ from coreg.report.page_images import (
     write_label_next,
 )
 from coreg.report.page_record import RunRecord, Split
-from coreg.run.folder import write_atomically
 from coreg.webpage import document, percent, table, text
 
 STYLE = """

@@ -5,29 +5,15 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from coreg.errors import UserError
+from coreg.files import write_atomically
 
 SCHEMA = 1
 JOB, REPORT = "job.json", "report.json"
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a whole file or nothing: to a temporary name beside it, flushed to the disk, then renamed."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path} ({error.strerror}); free some space or choose another --output_dir") from None
 
 
 class RunFolder:

@@ -21,11 +21,12 @@ from coreg.annotate.candidates import parse_rule
 from coreg.annotate.store import AnnotationStore
 from coreg.config import as_settings, as_yaml
 from coreg.errors import UserError
+from coreg.files import write_atomically
 from coreg.nets.model import check_backbone, check_weights, trained_with
 from coreg.progress import seconds_between_lines
 from coreg.report.report import summary, write_known_labels
 from coreg.run import checkpoint
-from coreg.run.folder import RunFolder, write_atomically
+from coreg.run.folder import RunFolder
 from coreg.run.process import build_accelerator, follow_launcher, main_process_decides
 from coreg.run.task import known_labels
 from coreg.run.training import Training

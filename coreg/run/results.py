@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from coreg.export import export, spread_rows
+from coreg.files import write_atomically
 from coreg.learn.division import smoothed
 from coreg.nets.model import parse_backbone_args
 from coreg.report.board import show_end
@@ -23,7 +24,6 @@ from coreg.report.page import write_page
 from coreg.report.page_record import RunRecord, Split
 from coreg.report.report import accuracies, build_report, per_class, without_missing, write_labels
 from coreg.run.batches import TrainingImages
-from coreg.run.folder import write_atomically
 from coreg.run.job import Run
 from coreg.run.process import main_process_decides
 from coreg.run.task import Task, predict

@@ -1,0 +1,234 @@
+"""Files that are there whole or not at all, and records from disk that are checked before anything believes them."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import secrets
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from coreg.errors import UserError
+
+# ---- writing --------------------------------------------------------------------------------------------------------
+
+
+def reason_of(error: BaseException) -> str | None:
+    """Why a file could not be written, in a few words, or None for an error that is not the file system's.
+
+    Libraries wrap what the system said: torch in a RuntimeError, safetensors in one of its own.
+    """
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    text = str(error)
+    for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.ENOENT, errno.EIO):
+        if f"os error {number}" in text or os.strerror(number) in text:
+            return os.strerror(number)
+    cause = error.__cause__ or error.__context__
+    return reason_of(cause) if cause is not None else None
+
+
+@contextlib.contextmanager
+def replacing(path: str | Path, remedy: str = "free some space or choose another place") -> Iterator[Path]:
+    """A new file beside `path` to write to, which takes its place, flushed to the disk, when the block ends well.
+
+    A symbolic link is written through, a device or pipe directly. The file gets the permissions that the umask gives,
+    whatever permissions the library that fills it prefers. Its name cannot be foreseen, so nothing can be laid in its way.
+
+    Args:
+        path: the file to make or to replace.
+        remedy: what the person can do when it cannot be written; the end of the error's one line.
+
+    Raises:
+        UserError: it cannot be written; nothing is left behind and what was at `path` is untouched.
+    """
+    given, temporary = Path(path), None
+    try:
+        target = Path(os.path.realpath(given))
+        if target.exists() and not stat.S_ISREG(target.stat().st_mode):
+            if target.is_dir():
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+            yield target
+            return
+        # its own name is kept at the end: libraries go by the suffix
+        temporary = target.with_name(f".tmp.{secrets.token_hex(8)}.{target.name[-100:]}")
+        descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+        mode = stat.S_IMODE(os.fstat(descriptor).st_mode)
+        os.close(descriptor)
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fchmod(file.fileno(), mode)
+            os.fsync(file.fileno())
+        temporary.replace(target)
+    except UserError:
+        _remove(temporary)
+        raise
+    except Exception as error:
+        _remove(temporary)
+        reason = reason_of(error)
+        if reason is None:
+            raise
+        raise UserError(f"cannot write {given} ({reason}); {remedy}") from None
+    except BaseException:
+        _remove(temporary)
+        raise
+
+
+def _remove(temporary: Path | None) -> None:
+    if temporary is not None:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def write_atomically(
+    path: str | Path, content: str | bytes, remedy: str = "free some space or choose another place"
+) -> None:
+    """Write a whole file or nothing; text as UTF-8, with file names that are no UTF-8 kept as they are.
+
+    Raises:
+        UserError: it cannot be written; what was there is untouched.
+    """
+    with replacing(path, remedy) as temporary:
+        temporary.write_bytes(content.encode("utf-8", "surrogateescape") if isinstance(content, str) else content)
+
+
+def check_writable(path: str | Path, option: str) -> None:
+    """Make sure, before long work, that `path` can be written as a file.
+
+    Args:
+        path: the file that is to be written later; what it holds is not touched.
+        option: its name on the command line.
+
+    Raises:
+        UserError: it is a folder, or lies where nothing can be written.
+    """
+    given = Path(path)
+    target = Path(os.path.realpath(given))
+    if target.is_dir():
+        raise UserError(f"{option} {given} is a folder; give the name of a file, such as {given / 'output.csv'}")
+    if not target.parent.is_dir():
+        raise UserError(f"{option} {given}: there is no folder {target.parent}; make it, or choose another place")
+    if not os.access(target if target.exists() else target.parent, os.W_OK):
+        raise UserError(f"{option} {given} cannot be written (permission denied); choose another place")
+
+
+# ---- reading --------------------------------------------------------------------------------------------------------
+
+
+class RecordError(Exception):
+    """A record is not what its writer wrote; the message says what is wrong with it, and where."""
+
+
+@dataclass(frozen=True)
+class Number:
+    """A finite number within bounds, a whole one unless `whole` is false."""
+
+    low: float = float("-inf")
+    high: float = float("inf")
+    whole: bool = True
+
+
+@dataclass(frozen=True)
+class Maybe:
+    """A value that may be missing or null, and has to be of `kind` otherwise."""
+
+    kind: Any
+
+
+def check_record(value: Any, kind: Any, where: str = "") -> None:
+    """Compare a value read from JSON with what it has to be.
+
+    Args:
+        value: what was read.
+        kind: a type (`str`, `bool`, `dict`, `list`); a `Number`; a dict of required entries, more of which may be there;
+            a list of one kind, for a list of any length of it; a `Maybe`; or a tuple of kinds, of which one has to fit.
+        where: the name of the value, for the message.
+
+    Raises:
+        RecordError: it is something else.
+    """
+    name = where or "its content"
+    if isinstance(kind, Maybe):
+        if value is not None:
+            check_record(value, kind.kind, where)
+    elif isinstance(kind, tuple):
+        problems = []
+        for one in kind:
+            try:
+                return check_record(value, one, where)
+            except RecordError as error:
+                problems.append(str(error))
+        raise RecordError(problems[0])
+    elif isinstance(kind, Number):
+        fits = isinstance(value, int if kind.whole else (int, float)) and not isinstance(value, bool)
+        if not (fits and kind.low <= value <= kind.high and abs(value) != float("inf")):
+            raise RecordError(
+                f"{name} is {_short(value)}, expected a {'whole ' if kind.whole else ''}number{_bounds(kind)}"
+            )
+    elif isinstance(kind, dict):
+        check_record(value, dict, where)
+        for key, inner in kind.items():
+            if key not in value and not isinstance(inner, Maybe):
+                raise RecordError(f"{f'{where} has no' if where else 'there is no'} {key!r}")
+            check_record(value.get(key), inner, f"{where}.{key}" if where else key)
+    elif isinstance(kind, list):
+        check_record(value, list, where)
+        for index, item in enumerate(value):
+            check_record(item, kind[0], f"{name}[{index}]")
+    elif not isinstance(value, kind):
+        raise RecordError(f"{name} is {_short(value)}, expected {NAMES[kind]}")
+
+
+NAMES = {str: "a text", bool: "true or false", dict: "an object", list: "a list"}
+
+
+def _bounds(kind: Number) -> str:
+    low, high = kind.low != float("-inf"), kind.high != float("inf")
+    if low and high:
+        return f" from {kind.low:g} to {kind.high:g}"
+    return f" of at least {kind.low:g}" if low else f" of at most {kind.high:g}" if high else ""
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+def parse_record(text: str | bytes, kind: Any = dict) -> Any:
+    """The value that a JSON text holds, compared with `kind` (see `check_record`).
+
+    Raises:
+        RecordError: it is no JSON, is nested without end, or holds something else.
+    """
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise RecordError(f"it is no JSON ({' '.join(str(error).split())})") from None
+    check_record(value, kind)
+    return value
+
+
+def read_record(path: Path, kind: Any = dict, largest: int = 1 << 28) -> Any:
+    """A JSON file, compared with `kind` (see `check_record`).
+
+    Args:
+        largest: bytes; a larger file is refused without being read.
+
+    Raises:
+        RecordError: it is missing, cannot be read, is no JSON, or holds something else. The caller, who knows what the
+            file is for, says so to the person.
+    """
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise RecordError("it is no file")
+        if status.st_size > largest:
+            raise RecordError(f"it has {status.st_size} bytes")
+        return parse_record(path.read_bytes(), kind)
+    except OSError as error:
+        raise RecordError(error.strerror or str(error)) from None

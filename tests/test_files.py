@@ -1,0 +1,133 @@
+"""Files are there whole or not at all, with the umask's permissions, and records are checked before they are believed."""
+
+import errno
+import json
+import os
+import threading
+
+import pytest
+
+from coreg.errors import UserError
+from coreg.files import Maybe, Number, RecordError, check_record, check_writable, read_record, replacing, write_atomically
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_beside_it(tmp_path):
+    target = tmp_path / "report.json"
+    write_atomically(target, "old")
+    with (
+        pytest.raises(UserError, match=r"report.json \(No space left on device\); free some space"),
+        replacing(target) as file,
+    ):
+        file.write_text("half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with pytest.raises(KeyboardInterrupt), replacing(target) as file:
+        file.write_text("half")
+        raise KeyboardInterrupt
+    assert target.read_text() == "old" and list(tmp_path.iterdir()) == [target]
+
+
+def test_what_a_library_says_of_a_full_disk_is_understood(tmp_path):
+    for error in (
+        RuntimeError("[enforce fail] . PytorchStreamWriter failed: No space left on device"),
+        ValueError("I/O error: os error 28"),
+    ):
+        with pytest.raises(UserError, match="No space left"), replacing(tmp_path / "weights.safetensors"):
+            raise error
+    with pytest.raises(ZeroDivisionError), replacing(tmp_path / "weights.safetensors"):  # a fault of ours stays one
+        _ = 1 / 0
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o007])
+def test_permissions_follow_the_umask_whatever_a_library_prefers(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        with replacing(tmp_path / "model.safetensors") as file:
+            file.unlink()
+            file.touch(mode=0o600)  # as safetensors makes its files
+    finally:
+        os.umask(before)
+    assert (tmp_path / "model.safetensors").stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+def test_links_are_written_through_and_pipes_written_into(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    real, link, pipe = tmp_path / "elsewhere" / "real.csv", tmp_path / "link.csv", tmp_path / "pipe"
+    link.symlink_to(real)
+    write_atomically(link, "one")
+    assert link.is_symlink() and real.read_text() == "one" and not list(real.parent.glob(".tmp*"))
+    os.mkfifo(pipe)
+    read = []
+    reader = threading.Thread(target=lambda: read.append(pipe.read_text()))
+    reader.start()
+    write_atomically(pipe, "two")
+    reader.join(10)
+    assert read == ["two"] and pipe.is_fifo()
+    write_atomically(os.devnull, "three")
+    assert not os.path.isfile(os.devnull)
+
+
+def test_two_writers_at_once_never_mix(tmp_path):
+    with replacing(tmp_path / "a.csv") as first, replacing(tmp_path / "a.csv") as second:
+        assert first != second
+        first.write_text("1" * 1000)
+        second.write_text("2" * 10)
+    assert (tmp_path / "a.csv").read_text() == "1" * 1000
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_the_work(tmp_path):
+    (tmp_path / "old.csv").write_text("kept")
+    check_writable(tmp_path / "old.csv", "--output")
+    check_writable(tmp_path / "new.csv", "--output")
+    check_writable(os.devnull, "--output")
+    assert (tmp_path / "old.csv").read_text() == "kept" and not (tmp_path / "new.csv").exists()
+    with pytest.raises(UserError, match="is a folder"):
+        check_writable(tmp_path, "--output")
+    with pytest.raises(UserError, match="there is no folder"):
+        check_writable(tmp_path / "no" / "such.csv", "--output")
+    with pytest.raises(UserError, match="cannot write"):
+        write_atomically(tmp_path, "text")
+
+
+KIND = {"names": [str], "count": Number(0, 10), "T": Number(0.0, whole=False), "note": Maybe(str), "inner": {"flag": bool}}
+GOOD = {"names": ["a"], "count": 3, "T": 1.5, "inner": {"flag": True}, "more": None}
+
+
+def test_a_good_record_is_read(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps(GOOD))
+    assert read_record(tmp_path / "a.json", KIND) == GOOD
+    check_record(2, (str, Number()))
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"names": "a"}, "names is 'a', expected a list"),
+        ({"names": ["a", 1]}, r"names\[1\] is 1, expected a text"),
+        ({"count": True}, "count is True, expected a whole number from 0 to 10"),
+        ({"count": 11}, "count is 11"),
+        ({"count": 2.0}, "count is 2.0"),
+        ({"T": float("nan")}, "T is nan, expected a number of at least 0"),
+        ({"T": float("inf")}, "T is inf"),
+        ({"note": 5}, "note is 5, expected a text"),
+        ({"inner": {}}, "inner has no 'flag'"),
+        ({"inner": None}, "inner is None, expected an object"),
+    ],
+)
+def test_a_wrong_record_names_the_entry(tmp_path, change, problem):
+    (tmp_path / "a.json").write_text(json.dumps(GOOD | change))
+    with pytest.raises(RecordError, match=problem):
+        read_record(tmp_path / "a.json", KIND)
+
+
+def test_files_that_are_no_records(tmp_path):
+    os.mkfifo(tmp_path / "fifo.json")  # reading it would wait for ever
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    (tmp_path / "bytes.json").write_bytes(b"\xff\xfe{")
+    (tmp_path / "list.json").write_text("[]")
+    (tmp_path / "folder.json").mkdir()
+    for name in ("fifo", "deep", "bytes", "list", "folder", "missing"):
+        with pytest.raises(RecordError):
+            read_record(tmp_path / f"{name}.json", KIND)
+    with pytest.raises(RecordError, match="bytes"):
+        read_record(tmp_path / "list.json", list, largest=1)
