@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch.nn.modules.module import register_module_forward_hook
 
-from benchmarks import growth, tiny_clip
+from benchmarks import growth, record, tiny_clip
 from benchmarks.__main__ import PAGE, TABLES
 from benchmarks.augment import MEAN, STD, pil_batch, waves
 from benchmarks.plain import VIEWS, PlainCoReg
@@ -227,3 +227,15 @@ def test_the_tiny_clip_leaves_the_first_images_of_every_class_alone():
     labels = np.array([2, 0, 0, -1, 2, 0, 2, 0, 2])
     assert tiny_clip.chosen_rows(labels, 1, 2).tolist() == [2, 5, 4, 6]
     assert tiny_clip.chosen_rows(np.full(3, -1), 0, 2).tolist() == []
+
+
+def test_the_record_of_results_sees_one_bit_shape_and_dtype():
+    """And no times, names or order of tables."""
+    zeros, other = torch.zeros(2, 3), torch.zeros(2, 3)
+    other[1, 2] = 1e-40
+    different = [zeros, other, zeros.view(3, 2), zeros.double(), zeros.view(torch.int32)]
+    assert len({record.digest(record.bytes_of(tensor)) for tensor in different}) == 5
+    assert record.digest(record.bytes_of(zeros.t().contiguous().t())) == record.digest(record.bytes_of(zeros))
+    assert record.digest(b"a", b"bc") != record.digest(b"ab", b"c")
+    found = record.tensors_in({"epoch": 3, "nets": [{"w": zeros}, {"w": other, "chosen": None}], "t": (zeros,)})
+    assert [id(tensor) for tensor in found] == [id(zeros), id(other), id(zeros)]
