@@ -73,7 +73,8 @@ def divide_by(task: Task[CoRegOptions], training: Training, number: int) -> tupl
     if not np.isfinite(log_p).all():
         raise UserError(
             f"network {number + 1} predicts no numbers any more in epoch {training.epoch + 1}; start anew in another "
-            f"--output_dir with a smaller --lr (now {task.job.lr}); the checkpoints before it are kept"
+            f"--output_dir with a smaller --lr (now {task.job.lr}); the checkpoints before it are kept",
+            told=not task.accelerator.is_main_process,
         )
     aligned = log_p if method.alignment == "none" else align(log_p, task.prior)
     history = [*training.losses[number], division_loss(aligned, task.candidates)][-method.history :]

@@ -120,7 +120,8 @@ def divide_by(
     if not np.isfinite(log_p).all():
         raise UserError(
             f"network {number + 1} predicts no numbers any more in epoch {training.epoch + 1}; start anew in another "
-            f"--output_dir with a smaller --lr (now {job.lr}); the checkpoints before it are kept"
+            f"--output_dir with a smaller --lr (now {job.lr}); the checkpoints before it are kept",
+            told=not task.accelerator.is_main_process,
         )
     history = [*training.losses[number], division_loss(log_p, labels.table)][-method.history :]
     training.losses[number] = history

@@ -118,7 +118,7 @@ def parts_of_a_step(bench: Bench, preset: str, steps: int) -> dict[str, float]:
             clock.start()
             with clock.part("augmentation"):
                 batch = bench.made(preset, step)
-            loss = learner(batch)["loss"]
+            loss = learner(batch)["loss"] * world  # gradients are averaged
             loss.backward()
             with clock.part("passes"):
                 used = [(output, leaf.grad) for output, leaf in cut if leaf.grad is not None]

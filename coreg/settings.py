@@ -105,7 +105,10 @@ def check(job: JobConfig) -> None:
     refuse(
         [
             (job.epochs >= 1, f"--epochs is {job.epochs}; give at least 1"),
-            (job.batch_size >= 1, f"--batch_size is {job.batch_size}; give at least 1"),
+            (
+                job.batch_size >= 2,
+                f"--batch_size is {job.batch_size}; give at least 2, for batch normalisation cannot do with one image",
+            ),
             (job.lr > 0, f"--lr is {job.lr}; give a number above 0"),
             (job.gradient_accumulation_steps >= 1, "--gradient_accumulation_steps has to be at least 1"),
             (job.checkpoint_minutes >= 0, "--checkpoint_minutes has to be 0 (every step) or more"),

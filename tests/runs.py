@@ -26,6 +26,14 @@ def final_state(output):
     return checkpoint.load(output / "checkpoints", checkpoint.latest(output / "checkpoints"))
 
 
+def same_curves(ours, theirs, limit=1e-10):
+    """The curves of two final states, each number within `limit` (times its size, where that is above 1)."""
+    for number, (a, b) in enumerate(zip(ours["curves"], theirs["curves"], strict=True)):
+        assert list(a) == list(b)
+        apart = {name: (a[name], b[name]) for name in a if not abs(a[name] - b[name]) <= limit * max(1, abs(a[name]))}
+        assert not apart, f"epoch {number + 1}: {apart}"
+
+
 def refused(capsys, main, *arguments):
     """The one line of a refused start."""
     with pytest.raises(SystemExit) as stopped:

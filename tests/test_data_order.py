@@ -1,4 +1,4 @@
-"""Every round visits every row once, whatever the batch size; a batch is a pure function of its number."""
+"""Every round visits every row once and none alone, whatever the batch size; a batch is a pure function of its number."""
 
 import numpy as np
 import pytest
@@ -6,16 +6,34 @@ import pytest
 from coreg.data.order import ShuffledRows, n_batches
 
 
-@pytest.mark.parametrize(("n", "size"), [(10, 3), (9, 3), (1, 4), (4, 4)])
-def test_every_round_is_a_new_permutation(n, size):
+@pytest.mark.parametrize(("n", "size", "smallest"), [(11, 3, 2), (9, 3, 2), (4, 4, 2), (10, 3, 1), (5, 1, 1), (1, 4, 1)])
+def test_every_round_is_a_new_permutation(n, size, smallest):
     rows = np.arange(100, 100 + n)
-    order = ShuffledRows(rows, size, ("key", 1))
+    order = ShuffledRows(rows, size, ("key", 1), smallest)
     rounds = [[order.batch(r * order.per_round + i) for i in range(order.per_round)] for r in range(3)]
     for batches in rounds:
         assert [len(b) for b in batches] == [min(size, n - i * size) for i in range(n_batches(n, size))]
         assert sorted(np.concatenate(batches)) == rows.tolist()
     if n > 4:
         assert not np.array_equal(np.concatenate(rounds[0]), np.concatenate(rounds[1]))
+
+
+def test_one_row_that_is_left_over_joins_the_batch_before_it():
+    for n in range(2, 70):
+        for size in range(2, 20):
+            order = ShuffledRows(np.arange(n), size, ("key", n))
+            batches = [order.batch(i) for i in range(order.per_round)]
+            row = np.concatenate(batches)
+            assert sorted(row) == list(range(n))
+            # cut every `size` rows, unless one is left over
+            cuts = [at for at in range(size, n, size) if n - at > 1]
+            assert [len(b) for b in batches] == [len(b) for b in np.split(row, cuts)]
+            assert min(len(b) for b in batches) >= 2 and max(len(b) for b in batches) <= size + 1
+
+
+def test_a_row_that_is_the_only_one_is_taken_twice():
+    order = ShuffledRows(np.array([7]), 5, ("U",))
+    assert order.per_round == 1 and [order.batch(step).tolist() for step in range(3)] == [[7, 7]] * 3
 
 
 def test_batches_can_be_asked_for_in_any_order():

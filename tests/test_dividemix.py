@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import final_state, script
+from runs import final_state, same_curves, script
 from torch.nn import functional as F
 
 from coreg.learn.coreg import CoRegBatch, WarmUpBatch
@@ -203,4 +203,5 @@ def test_two_processes_train_like_one(small_store, tmp_path, name, more):
     for key in ("losses", "weights"):
         for ours, theirs in zip(alone[key], both[key]):
             torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-10)
+    same_curves(alone, both)
     assert json.loads((tmp_path / "2" / "report.json").read_text())["processes"] == 2

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import SMALL_JOB
-from runs import final_state
+from runs import final_state, same_curves
 
 from coreg.run import checkpoint
 from coreg.run.watch import EXIT_INTERRUPTED
@@ -247,6 +247,7 @@ def within_rounding(ours, theirs, limit=1e-9):
     for key in ("losses", "weights"):
         for a, b in zip(ours[key], theirs[key]):
             torch.testing.assert_close(a, b, rtol=limit, atol=limit)
+    same_curves(ours, theirs)
 
 
 def test_one_of_two_gets_the_signal_and_both_stop_with_the_exit_code(run, small_store, whole, tmp_path):
@@ -257,6 +258,20 @@ def test_one_of_two_gets_the_signal_and_both_stop_with_the_exit_code(run, small_
     assert done.stdout.count("Stopped by a signal in epoch 2") == 1
     code, log = run({}, arguments(small_store, tmp_path / "run"))
     assert code == 0, log
+    within_rounding(whole[0], final_state(tmp_path / "run"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 3), (3, 1)])
+def test_stopped_within_an_epoch_it_goes_on_in_another_number_of_processes(small_store, whole, tmp_path, before, after):
+    """The sums of the loss parts up to the signal are part of the epoch's curves."""
+    args = arguments(small_store, tmp_path / "run")
+    done = launched(before, {"signal": "SIGTERM", "at": whole[1].index("training") + 3}, args, launcher="torchrun")
+    assert done.stdout.count("Stopped by a signal in epoch 2") == 1, done.stderr[-2000:]
+    sums = final_state(tmp_path / "run")["sums"]
+    assert len(sums) > 3 and all(shares.shape == (before,) for shares in sums.values())
+    done = launched(after, {}, args)
+    assert done.returncode == 0, done.stderr[-2000:]
     within_rounding(whole[0], final_state(tmp_path / "run"))
 
 

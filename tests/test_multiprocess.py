@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import SMALL_JOB
-from runs import final_state
+from runs import final_state, same_curves
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "train_coreg.py"
@@ -58,6 +58,7 @@ def same(ours, theirs, rtol=1e-10):
     for key in ("losses", "weights"):
         for a, b in zip(ours[key], theirs[key]):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+    same_curves(ours, theirs, rtol)
 
 
 @pytest.mark.multiprocess

@@ -1,4 +1,4 @@
-"""What happens around the steps of an epoch: batch statistics counted anew."""
+"""What happens around the steps of an epoch: learning rates, batch statistics counted anew."""
 
 from types import SimpleNamespace
 
@@ -10,7 +10,7 @@ from coreg.data.augment import Augmentation
 from coreg.data.order import ShuffledRows
 from coreg.nets.model import CoRegNet, create_backbone
 from coreg.run.batches import TrainingImages
-from coreg.run.epoch import count_statistics
+from coreg.run.epoch import count_statistics, train_epoch
 from coreg.run.training import Training
 
 
@@ -33,3 +33,20 @@ def test_batch_statistics_are_means_over_one_weak_view_of_every_whole_batch(n):
         torch.testing.assert_close(net.backbone.norm1.running_mean, mean)
         torch.testing.assert_close(net.backbone.norm1.running_var, var)
         assert torch.equal(net.backbone.conv1.weight, before[number]) and net.backbone.norm1.momentum == 0.1
+
+
+def test_weights_with_a_learning_rate_of_their_own_keep_their_share_of_it():
+    """The schedule goes from 0.1 to 0.03 to 0.05; a group that began with a fifth of the peak stays at a fifth."""
+    whole, fifth = torch.zeros(1, requires_grad=True), torch.zeros(1, requires_grad=True)
+    groups = [{"params": [whole]}, {"params": [fifth], "lr": 0.02}]
+    task = SimpleNamespace(
+        accelerator=SimpleNamespace(num_processes=1, is_main_process=False),
+        job=SimpleNamespace(gradient_accumulation_steps=1, lr=0.1, epochs=3),
+        data=None,
+        test=None,
+    )
+    training = Training([], [], [], [torch.optim.SGD(groups, lr=0.1)])
+    for rate in (0.1, 0.03, 0.05):
+        curves = train_epoch(task, training, rate, None, None, None)
+        rates = [group["lr"] for group in training.optimizers[0].param_groups]
+        assert curves["lr"] == rates[0] == rate and rates[1] == pytest.approx(rate / 5, rel=1e-12)

@@ -1,7 +1,7 @@
 """Training steps of tuned models: modules whose forward takes a batch and gives its loss, with what is trained as state.
 
-A batch holds this process's share of the rows (see `coreg.learn.collective.share`); losses are sums over that share divided
-by global counts and multiplied by the number of processes, because gradients are averaged over processes.
+A batch holds this process's share of the rows (see `coreg.learn.collective.share`); loss and accuracy are sums over that
+share divided by global counts, so that their sums over all processes are means over the global batch.
 """
 
 from __future__ import annotations
@@ -12,8 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-from coreg.learn.collective import rank_and_world
 
 IGNORED = -100  # label of what is not learnt; torch's cross-entropy leaves it out
 
@@ -109,9 +107,8 @@ class ClipLearner(Learner):
     def forward(self, batch: ClipBatch) -> dict[str, Tensor]:
         """Cross-entropy: `loss` with gradient, `accuracy` on the batch; both are this process's shares."""
         logits = self.logits(batch.images, batch.encoded)
-        share = rank_and_world()[1] / batch.size
-        loss = nn.functional.cross_entropy(logits, batch.classes, reduction="sum") * share
-        right = (logits.detach().argmax(dim=1) == batch.classes).sum() * share
+        loss = nn.functional.cross_entropy(logits, batch.classes, reduction="sum") * (1 / batch.size)
+        right = (logits.detach().argmax(dim=1) == batch.classes).sum().to(loss.dtype) * (1 / batch.size)
         return {"loss": loss, "accuracy": right}
 
 
@@ -139,8 +136,8 @@ class ChatLearner(Learner):
         return said[answers].float(), labels[answers]
 
     def forward(self, batch: ChatBatch) -> dict[str, Tensor]:
-        """`loss` with gradient, the mean over all answer tokens, and `accuracy`, the share of them that was most likely."""
+        """`loss` with gradient, and `accuracy`: this process's shares of means over all answer tokens of the batch."""
         logits, labels = self.logits(batch)
-        share = rank_and_world()[1] / batch.tokens
-        loss = nn.functional.cross_entropy(logits, labels, reduction="sum") * share
-        return {"loss": loss, "accuracy": (logits.detach().argmax(dim=1) == labels).sum() * share}
+        loss = nn.functional.cross_entropy(logits, labels, reduction="sum") * (1 / batch.tokens)
+        right = (logits.detach().argmax(dim=1) == labels).sum().to(loss.dtype) * (1 / batch.tokens)
+        return {"loss": loss, "accuracy": right}

@@ -194,12 +194,11 @@ def tuning_epoch(
         at_boundary, advance: see `Run.train`.
     """
     job = run.job
-    rows = ShuffledRows(np.arange(count), job.batch_size, (job.seed, "labelled", training.epoch))
+    # a frozen model normalises with running statistics, so that a batch may be one image
+    rows = ShuffledRows(np.arange(count), job.batch_size, (job.seed, "labelled", training.epoch), smallest=1)
     while training.step < rows.per_round:
         step, accumulated = training.step, job.gradient_accumulation_steps
-        for optimizer in training.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = rate(training.epoch + step / rows.per_round)
+        training.set_rate(rate(training.epoch + step / rows.per_round), job.lr)
         made = batch(rows.batch(step), training.epoch)
         update = (step + 1) % accumulated == 0 or step + 1 == rows.per_round
         training.optimise(run.accelerator, made, update, accumulated)

@@ -16,21 +16,34 @@ def n_batches(n: int, batch_size: int) -> int:
 
 
 class ShuffledRows:
-    """Rows in batches, shuffled anew in every round; a batch is asked for by its number and rounds follow each other."""
+    """Rows in batches, shuffled anew in every round; a batch is asked for by its number and rounds follow each other.
 
-    def __init__(self, rows: np.ndarray, batch_size: int, key: tuple[int | str, ...]) -> None:
-        self.rows = rows
+    Batch normalisation cannot normalise over one image whose feature map is one pixel. So no batch has fewer than
+    `smallest` rows: what is left over at the end of a round joins the batch before it, and where there are fewer rows in
+    all, they are repeated. Sizes are those of global batches, the same for any number of processes.
+    """
+
+    def __init__(self, rows: np.ndarray, batch_size: int, key: tuple[int | str, ...], smallest: int = 2) -> None:
+        """Take the rows.
+
+        Args:
+            rows: int64 (n,), possibly none. batch_size: at least `smallest`. key: names the orders.
+            smallest: 1 where nothing is normalised over a batch.
+        """
+        self.rows = np.resize(rows, smallest) if 0 < len(rows) < smallest else rows
         self.batch_size = batch_size
         self.key = key
-        self.per_round = n_batches(len(rows), batch_size)
-        self._round, self._order = -1, rows
+        joins = len(self.rows) > batch_size and 0 < len(self.rows) % batch_size < smallest
+        self.per_round = n_batches(len(self.rows), batch_size) - joins
+        self._round, self._order = -1, self.rows
 
     def batch(self, step: int) -> np.ndarray:
-        """The global batch of a step, int64 (<= batch_size,); empty where there are no rows at all."""
+        """The global batch of a step, int64 (< batch_size + smallest,); empty where there are no rows at all."""
         if not self.per_round:
             return self.rows
         number, place = divmod(step, self.per_round)
         if number != self._round:
             self._order = keyed_generator(*self.key, number).permutation(self.rows)
             self._round = number
-        return self._order[place * self.batch_size : (place + 1) * self.batch_size]
+        stop = len(self._order) if place + 1 == self.per_round else (place + 1) * self.batch_size
+        return self._order[place * self.batch_size : stop]

@@ -1,8 +1,8 @@
 """One network's side of Co-Reg: a module whose forward is a whole training step and returns its loss.
 
 The same module serves warm-up and co-training, so that a data-parallel wrapper sees one module with one forward. A batch
-holds this process's share of the rows (see `coreg.learn.collective.share`); losses are sums over that share divided by
-global counts and multiplied by the number of processes, because gradients are averaged over processes.
+holds this process's share of the rows (see `coreg.learn.collective.share`); the loss and all its parts are sums over that
+share divided by global counts, so that their sums over all processes are means over the global batch.
 
 Shapes: n_x and n_u rows of P and U in the global step, l_x and l_u of them here, C classes, D projected features.
 """
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from coreg.learn import losses
-from coreg.learn.collective import gather_rows, rank_and_world, share
+from coreg.learn.collective import gather_rows, share
 from coreg.learn.memory import Prototypes, Queue
 from coreg.learn.options import CoRegOptions
 from coreg.learn.pseudo import fuse_trusted, mix, sharpen
@@ -130,7 +130,12 @@ class CoRegLearner(nn.Module):
             key.copy_(query)
 
     def forward(self, batch: WarmUpBatch | CoRegBatch) -> dict[str, Tensor]:
-        """The step's `loss` (with gradient) and its parts (without), each a scalar; the parts are this process's shares."""
+        """The step's `loss` (with gradient) and its parts (without), each a scalar and this process's share.
+
+        In warm-up `partial` is a mean over the informative rows and `negative_entropy` over all; in co-training `trusted`
+        is a mean over P, `distrusted` over U, `supervised` over the labelled rows, `contrast` over both splits, and
+        `prototype` the sum of a mean over P and one over U.
+        """
         return self._warm_up(batch) if isinstance(batch, WarmUpBatch) else self._co_train(batch)
 
     def _warm_up(self, batch: WarmUpBatch) -> dict[str, Tensor]:
@@ -138,9 +143,8 @@ class CoRegLearner(nn.Module):
         logits, _ = self.net(batch.images)
         partial = losses.partial_cross_entropy(logits, batch.candidates).sum() / max(batch.n_informative, 1)
         entropy = losses.negative_entropy(logits).sum() / batch.n
-        _, world = rank_and_world()
         loss = partial + self.options.entropy_weight * entropy
-        return {"loss": loss * world, "partial": partial.detach(), "negative_entropy": entropy.detach()}
+        return {"loss": loss, "partial": partial.detach(), "negative_entropy": entropy.detach()}
 
     def _co_train(self, batch: CoRegBatch) -> dict[str, Tensor]:
         """Fuse, sharpen, mix and train (AAAI eq. 5-11)."""
@@ -176,8 +180,7 @@ class CoRegLearner(nn.Module):
                 parts["contrast"] = self._contrast(batch, labels)
                 if batch.gate:
                     loss = loss + options.contrast_weight * parts["contrast"]
-        _, world = rank_and_world()
-        return {"loss": loss * world} | {name: part.detach() for name, part in parts.items()}
+        return {"loss": loss} | {name: part.detach() for name, part in parts.items()}
 
     @torch.no_grad()
     def _guess(self, batch: CoRegBatch) -> Guess:

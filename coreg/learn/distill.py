@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from coreg.learn import losses
-from coreg.learn.collective import rank_and_world
 from coreg.learn.pseudo import sharpen
 from coreg.nets.model import CoRegNet
 
@@ -39,7 +38,7 @@ class DistillLearner(nn.Module):
         self.temperature = temperature
 
     def forward(self, batch: DistillBatch) -> dict[str, Tensor]:
-        """The step's `loss` (with gradient) and `divergence` (without), scalars; the latter is this process's share.
+        """The step's `loss` (with gradient) and `divergence` (without), scalars, this process's shares of means over rows.
 
         L = T^2 KL(t || f), t the teacher's probabilities and f the network's, both tempered by T; the factor keeps the size
         of the gradient as it is at T = 1.
@@ -47,5 +46,4 @@ class DistillLearner(nn.Module):
         logits, _ = self.net(batch.images)
         teacher = sharpen(batch.teacher, self.temperature)
         divergence = losses.divergence(teacher, losses.log_probabilities(logits / self.temperature)).sum() / batch.n
-        _, world = rank_and_world()
-        return {"loss": self.temperature**2 * divergence * world, "divergence": divergence.detach()}
+        return {"loss": self.temperature**2 * divergence, "divergence": divergence.detach()}

@@ -4,7 +4,7 @@ Li, Socher and Hoi, "DivideMix: Learning with Noisy Labels as Semi-supervised Le
 where the text leaves a choice. The skeleton is Co-Reg's, with a label in place of the candidate set, no prototypes and no
 contrast; instead, a penalty keeps the mean prediction of a step near uniform. Batches are those of `coreg.learn.coreg`,
 so that the draws of MixUp and the exactness under data parallelism are shared: losses are sums over this process's rows
-divided by global counts and multiplied by the number of processes.
+divided by global counts.
 
 Shapes: n_x and n_u rows of P and U in the global step, l_x and l_u of them here, C classes.
 """
@@ -44,7 +44,10 @@ class DivideMixLearner(nn.Module):
         self._peer = [peer]
 
     def forward(self, batch: WarmUpBatch | CoRegBatch) -> dict[str, Tensor]:
-        """The step's `loss` (with gradient) and its parts (without), each a scalar; the parts are this process's shares.
+        """The step's `loss` (with gradient) and its parts (without), each a scalar and this process's share.
+
+        All are means over rows (`trusted` over P, `distrusted` over U, `supervised` in co-training over the labelled rows)
+        but for `penalty`, which is of the global mean prediction, and of which every process has an equal part.
 
         Args:
             batch: in warm-up its candidate sets are singletons, in co-training `x_targets` (l_x, C) holds the noisy labels.
@@ -56,9 +59,8 @@ class DivideMixLearner(nn.Module):
         logits, _ = self.net(batch.images)
         supervised = losses.partial_cross_entropy(logits, batch.candidates).sum() / batch.n
         entropy = losses.negative_entropy(logits).sum() / batch.n
-        _, world = rank_and_world()
         loss = supervised + self.options.entropy_weight * entropy
-        return {"loss": loss * world, "supervised": supervised.detach(), "negative_entropy": entropy.detach()}
+        return {"loss": loss, "supervised": supervised.detach(), "negative_entropy": entropy.detach()}
 
     def _co_train(self, batch: CoRegBatch) -> dict[str, Tensor]:
         """Refine labels of P, guess those of U, mix, and train (eq. 4-12)."""
@@ -80,7 +82,7 @@ class DivideMixLearner(nn.Module):
             supervised = nn.functional.nll_loss(losses.log_probabilities(self.net(images)[0]), classes, reduction="sum")
             parts["supervised"] = supervised / batch.n_labelled
             loss = loss + parts["supervised"]
-        return {"loss": loss * world} | {name: part.detach() for name, part in parts.items()}
+        return {"loss": loss} | {name: part.detach() for name, part in parts.items()}
 
     @torch.no_grad()
     def _targets(self, batch: CoRegBatch) -> Tensor:

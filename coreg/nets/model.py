@@ -116,6 +116,28 @@ def create_backbone(name: str, n_classes: int, channels: int, arguments: dict[st
         raise UserError(f"backbone {name} could not be loaded ({first_line}); {way_out}") from None
 
 
+def evaluate_lone_values(net: nn.Module) -> None:
+    """Let batch normalisation take its running statistics, as in evaluation, where it gets one value a channel.
+
+    For processes that do not share batch statistics: a process's share of a small batch may be one image, and its feature
+    map one pixel, which has no variance. What does share them sees the whole batch.
+    """
+    for module in net.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.register_forward_pre_hook(_before_lone_value)
+            module.register_forward_hook(_after_lone_value)
+
+
+def _before_lone_value(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    if module.training and inputs[0].numel() == inputs[0].shape[1]:
+        module.training, module.lone_value = False, True
+
+
+def _after_lone_value(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    if getattr(module, "lone_value", False):
+        module.training, module.lone_value = True, False
+
+
 class CoRegNet(nn.Module):
     """Backbone, linear classifier and projector: images (n, c, H, W) to logits (n, C) and unit features q (n, dim).
 

@@ -41,8 +41,7 @@ def train_epoch(
             alone, whose statistics are not those of images.
     """
     accelerator, accumulated = task.accelerator, task.job.gradient_accumulation_steps
-    for optimizer in training.optimizers:
-        optimizer.param_groups[0]["lr"] = rate
+    training.set_rate(rate, task.job.lr)
     while training.number < len(training.nets):
         count, batch = steps()
         while training.step < count:

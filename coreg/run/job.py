@@ -115,9 +115,8 @@ class Run:
         def save() -> None:
             nonlocal mark
             training.seconds, mark = training.seconds + time.perf_counter() - mark, time.perf_counter()
-            main_process_decides(
-                accelerator, lambda: checkpoint.save(self.folder.checkpoints, training.serial, training.state_dict())
-            )
+            state = training.state_dict()
+            main_process_decides(accelerator, lambda: checkpoint.save(self.folder.checkpoints, training.serial, state))
             watch.saved()
 
         def at_boundary() -> None:
@@ -155,11 +154,13 @@ class Run:
                 save()
 
     def _refuse_nan(self, curves: dict[str, float], epoch: int) -> None:
+        """Curves are the same on every process, and so all of them leave."""
         broken = [name for name, value in curves.items() if not math.isfinite(value)]
         if broken:
             raise UserError(
                 f"{broken[0]} became {curves[broken[0]]} in epoch {epoch}; the checkpoints before it are kept in "
-                f"{self.folder.checkpoints}: start anew in another --output_dir with a smaller --lr (now {self.job.lr})"
+                f"{self.folder.checkpoints}: start anew in another --output_dir with a smaller --lr (now {self.job.lr})",
+                told=not self.accelerator.is_main_process,
             )
 
 

@@ -14,7 +14,8 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 
-from coreg.nets.model import CoRegNet, create_backbone, parse_backbone_args
+from coreg.learn.collective import gather_rows, rank_and_world
+from coreg.nets.model import CoRegNet, create_backbone, evaluate_lone_values, parse_backbone_args
 from coreg.run.batches import Verdict
 from coreg.settings import ImageConfig, JobConfig
 
@@ -33,12 +34,14 @@ class Training:
     """One or two networks, their learners and optimisers, and how far they are, down to the step.
 
     nets: [net1, net2], or one alone. learners: their training steps, modules whose forward takes a batch and returns the
-    `loss` with gradient beside its detached parts, and whose buffers are their state. steps: the learners wrapped for
-    data parallelism.
+    `loss` with gradient beside its detached parts, and whose buffers are their state. Each of these scalars is this
+    process's share: added up over all processes it is that of the global batch. steps: the learners wrapped for data
+    parallelism.
     losses: for each network the division losses (N,) of the last epochs, oldest first.
     weights: w (N,) of both networks' last division; empty before the first.
     epoch: finished epochs; number, step: network (0 or 1) and step to go on with in the present one.
-    verdicts: of this epoch's division; sums, partial: loss parts of this network so far, and curves of this epoch so far.
+    verdicts: of this epoch's division; sums: this process's shares of the loss parts, added up over this network's steps
+    so far; partial: curves of this epoch so far.
     curves: one mapping of scalars for each finished epoch. chosen: of the networks that looked best without labels so
     far, the number of finished epochs, the score and the weights.
     seconds, making_seconds: spent training, and on making batches within that, over all restarts.
@@ -63,6 +66,15 @@ class Training:
     images_seen: int = 0
     updates: int = 0
 
+    def __post_init__(self) -> None:
+        self.first_rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
+
+    def set_rate(self, rate: float, peak: float) -> None:
+        """The learning rate of weights that began with `peak`; those that began with another one get it in proportion."""
+        for optimizer, first in zip(self.optimizers, self.first_rates):
+            for group, own in zip(optimizer.param_groups, first):
+                group["lr"] = rate * (own / peak)
+
     def optimise(self, accelerator: Accelerator, batch: Batch, update: bool, accumulated: int) -> None:
         """Train the present network on one batch; loss parts are summed on the device, without waiting for it.
 
@@ -75,7 +87,8 @@ class Training:
         module = self.steps[self.number]
         with contextlib.nullcontext() if update else accelerator.no_sync(module):
             parts = module(batch)
-            accelerator.backward(parts["loss"] / accumulated)
+            # gradients are averaged over processes, and the shares of a loss add up
+            accelerator.backward(parts["loss"] * accelerator.num_processes / accumulated)
         if update:
             self.optimizers[self.number].step()
             self.optimizers[self.number].zero_grad(set_to_none=True)
@@ -97,11 +110,20 @@ class Training:
             weights = [{k: v.detach().clone() for k, v in net.state_dict().items()} for net in self.nets]
             self.chosen = {"epoch": self.epoch, "score": score, "nets": weights}
 
+    def shares(self) -> dict[str, Tensor]:
+        """The sums of all W processes, (W,) for each loss part, the same on every process; all have to call it."""
+        if not self.sums:
+            return {}
+        mine = torch.stack([value.double() for value in self.sums.values()])
+        every = gather_rows(mine[None], rank_and_world()[1])
+        # in the dtype that they are added up in, so that a resumed job rounds as this one does
+        return {name: every[:, i].to(value.dtype) for i, (name, value) in enumerate(self.sums.items())}
+
     def finish_network(self) -> None:
-        """Turn the present network's sums into means of this epoch, and go on with the next network."""
-        for name, value in self.sums.items():
+        """Turn the sums of all processes into means of the present network's epoch, and go on with the next network."""
+        for name, shares in self.shares().items():
             part = "total" if name == "loss" else name
-            self.partial[f"loss/net{self.number + 1}/{part}"] = float(value) / self.step
+            self.partial[f"loss/net{self.number + 1}/{part}"] = float(shares.double().sum()) / self.step
         self.sums, self.step, self.number = {}, 0, self.number + 1
 
     def finish_epoch(self, more: dict[str, float]) -> dict[str, float]:
@@ -118,16 +140,21 @@ class Training:
         return self.updates + self.epoch
 
     def state_dict(self) -> dict[str, Any]:
+        """All of it, with every process's sums; all processes have to call it."""
         return {
             "learners": [learner.state_dict() for learner in self.learners],
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "losses": [torch.from_numpy(np.stack(rows)) if rows else None for rows in self.losses],
             "weights": [torch.from_numpy(weight) for weight in self.weights],
             "verdicts": [verdict.state_dict() for verdict in self.verdicts],
-            "sums": self.sums,
+            "sums": self.shares(),
         } | {name: getattr(self, name) for name in PLAIN}
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        """Take what `state_dict` gave.
+
+        A process goes on with its own sums; where the number of processes is another one, the first has those of all.
+        """
         for learner, saved in zip(self.learners, state["learners"]):
             learner.load_state_dict(saved)
         for optimizer, saved in zip(self.optimizers, state["optimizers"]):
@@ -135,9 +162,17 @@ class Training:
         self.losses = [[] if rows is None else list(rows.numpy()) for rows in state["losses"]]
         self.weights = [weight.numpy() for weight in state["weights"]]
         self.verdicts = [Verdict.from_state(saved, device) for saved in state["verdicts"]]
-        self.sums = {name: value.to(device) for name, value in state["sums"].items()}
+        self.sums = {name: _own(shares).to(device) for name, shares in state["sums"].items()}
         for name in PLAIN:
             setattr(self, name, state[name])
+
+
+def _own(shares: Tensor) -> Tensor:
+    """What this process goes on with of sums that were (W,) processes' when they were saved."""
+    rank, world = rank_and_world()
+    if len(shares) == world:
+        return shares[rank]
+    return shares.sum() if rank == 0 else shares.new_zeros(())
 
 
 PLAIN = (
@@ -166,6 +201,8 @@ def build_networks(
         net = CoRegNet(backbone, projection_dim)
         if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
             net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
+        elif accelerator.num_processes > 1:
+            evaluate_lone_values(net)
         nets.append(net.to(memory_format=torch.channels_last))
     return nets
 

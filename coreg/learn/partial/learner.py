@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from coreg.learn.collective import rank_and_world
 from coreg.learn.losses import log_probabilities
 from coreg.learn.partial.method import Mixed, Outputs, PartialMethod, Step
 from coreg.nets.model import CoRegNet
@@ -53,7 +52,10 @@ class PartialLearner(nn.Module):
         self._average = get_ema_multi_avg_fn(method.options.key_momentum)
 
     def forward(self, batch: PartialBatch) -> dict[str, Tensor]:
-        """The step's `loss` (with gradient) and its parts (without), each a scalar; the parts are this process's shares."""
+        """The step's `loss` (with gradient) and its parts (without), each a scalar and this process's share.
+
+        The parts are those of the method, and `supervised`, a mean over the labelled rows.
+        """
         outputs = self._look(batch)
         parts = self.method.loss(outputs, batch.index, batch.step)
         if batch.labelled is not None:
@@ -64,8 +66,7 @@ class PartialLearner(nn.Module):
         if not self.method.reads_again:
             with torch.no_grad():
                 self.method.update(outputs, batch.index, batch.step)
-        _, world = rank_and_world()
-        return {name: part.detach() for name, part in parts.items()} | {"loss": parts["loss"] * world}
+        return {name: part.detach() for name, part in parts.items()} | {"loss": parts["loss"]}
 
     @torch.no_grad()
     def after_step(self, batch: PartialBatch) -> None:

@@ -103,6 +103,9 @@ class PartialMethod(nn.Module):
     def loss(self, outputs: Outputs, index: Tensor, step: Step) -> dict[str, Tensor]:
         """The step's `loss` and its parts, scalars: sums over this process's rows divided by global counts.
 
+        Added up over all processes, every one is a mean over the global batch (`reliable` and `guessed` of PiCO+: over its
+        rows that are reliable, and that are not).
+
         Args:
             index: int64 (n,), training rows of the global batch.
         """
