@@ -104,12 +104,12 @@ def same(alone, several):
         same_curves(state, several[name])
 
 
-def test_two_processes_have_the_states_of_one(states_of):
+def test_two_processes_have_the_curves_of_one(states_of):
     names = ["distill", "alim_scale"]
     same(states_of(names, 1), states_of(names, 2))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 3])
-def test_several_processes_have_the_states_of_one(states_of, processes):
+def test_several_processes_have_the_curves_of_one(states_of, processes):
     same(states_of(list(JOBS), 1), states_of(list(JOBS), processes))

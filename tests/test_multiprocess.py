@@ -1,6 +1,7 @@
 """N processes compute what one computes: real processes started by the real launcher, float64, odd sizes."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -89,3 +90,43 @@ def test_a_process_that_is_told_of_others_it_cannot_find_is_refused(small_store,
     )  # fmt: skip
     assert done.returncode == 2 and "error: the processes cannot start" in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+BROKEN_ON_THE_SECOND = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+import train_coreg
+from coreg.learn.coreg import CoRegLearner
+step = CoRegLearner._warm_up
+
+def broken(self, batch):
+    parts = step(self, batch)
+    return parts | {"negative_entropy": parts["negative_entropy"] * (float("nan") if os.environ["RANK"] == "1" else 1)}
+
+CoRegLearner._warm_up = broken
+train_coreg.main(sys.argv[2:])
+"""
+
+
+@pytest.mark.multiprocess
+def test_no_number_on_one_process_ends_all_of_them_with_one_line(small_store, tmp_path):
+    """Started without a launcher, which would end the first process when the second has left."""
+    (tmp_path / "broken.py").write_text(BROKEN_ON_THE_SECOND)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    arguments = ["--annotations", str(small_store), "--output_dir", str(tmp_path / "run"), *SMALL_JOB]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(tmp_path / "broken.py"), str(ROOT), *arguments],
+            env=os.environ | where | {"RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in "01"
+    ]  # fmt: skip
+    said = [process.communicate(timeout=300)[1] for process in processes]
+    assert [process.returncode for process in processes] == [2, 2], said
+    (line,) = [line for text in said for line in text.splitlines() if "error:" in line]
+    assert "loss/net1/negative_entropy became nan in epoch 1" in line
+    assert not any("Traceback" in text for text in said)
+    assert not (tmp_path / "run" / "checkpoints").exists()

@@ -1,5 +1,6 @@
 """The backbone's peculiarities, its parameter count, and the way through timm's own save and load."""
 
+import copy
 import json
 import time
 
@@ -8,9 +9,10 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 from coreg.errors import UserError
-from coreg.nets.model import CoRegNet, check_backbone, check_weights, create_backbone
+from coreg.nets.model import CoRegNet, check_backbone, check_weights, create_backbone, evaluate_lone_values
 from coreg.nets.preact import PreActBlock
 from coreg.run.job import other_pixels
 from coreg.settings import ImageConfig
@@ -104,3 +106,22 @@ def test_cached_pretrained_weights_are_used_without_network(monkeypatch, tmp_pat
     loaded = create_backbone("test_vit", 5, 3, {}, pretrained=True)
     assert all(torch.equal(saved.state_dict()[k], v) for k, v in loaded.state_dict().items() if not k.startswith("head."))
     assert loaded.num_classes == 5
+
+
+def test_one_value_a_channel_is_normalised_as_in_evaluation():
+    torch.manual_seed(0)
+    made = nn.Sequential(nn.BatchNorm2d(3), nn.Flatten(), nn.BatchNorm1d(3))
+    plain = copy.deepcopy(made)
+    evaluate_lone_values(made)
+    made = copy.deepcopy(made)  # as a momentum encoder is made
+    for images in (torch.randn(5, 3, 1, 1), torch.randn(2, 3, 1, 1), torch.randn(0, 3, 1, 1)):
+        assert torch.equal(made(images), plain(images))
+    one, state = torch.randn(1, 3, 1, 1), copy.deepcopy(plain.state_dict())
+    with pytest.raises(ValueError, match="more than 1 value"):
+        plain(one)
+    assert torch.equal(made(one), plain.eval()(one))
+    assert all(torch.equal(value, state[name]) for name, value in made.state_dict().items())
+    assert all(part.training for part in made.modules())
+    # a map of several pixels has a variance
+    wide = torch.randn(1, 3, 4, 4)
+    assert torch.equal(made[0](wide), plain.train()[0](wide))
