@@ -151,7 +151,7 @@ def mixed(seed=20):
 @pytest.mark.parametrize(("neighbours_on", "weight"), [(False, 0.5), (True, 0.5), (False, 0.2), (True, 0.2)])
 @pytest.mark.parametrize("reliable", [[0, 3, 5], [0, 3, 6, 8], [5]])  # some of the batch, all of it, none of it
 def test_a_step_of_pico_plus(reliable, neighbours_on, weight):
-    """`contrast_weight` is what a reliable anchor counts beside its neighbours; the contrastive loss itself counts fully."""
+    """`contrast_weight` is what a reliable anchor counts once neighbours do; the contrastive loss itself counts fully."""
     step = Step(5, 30)
     method = made("pico_plus", neighbour_start=0.1 if neighbours_on else 0.5, neighbours=3, contrast_weight=weight)
     method.reliable.zero_()[reliable] = True
