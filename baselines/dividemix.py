@@ -17,7 +17,7 @@ from coreg.config import parse
 from coreg.errors import UserError, exits_with_one_line
 from coreg.learn.dividemix_options import OFFICIAL, DivideMixOptions
 from coreg.learn.options import CoRegOptions
-from coreg.settings import ImageConfig, JobConfig, check, check_look, refuse
+from coreg.settings import ImageConfig, JobConfig, check, check_look, lacks_official, official, refuse
 
 NAMES = {"single": "DivideMix, single template", "averaged": "DivideMix, averaged"}
 
@@ -38,7 +38,7 @@ def read_settings(argv: Sequence[str]) -> tuple[JobConfig, ImageConfig, DivideMi
     )
     job, look, method = read(argv=argv)
     if method.preset == "official":
-        job, look, method = read(argv=[*(f"--{name}={value}" for name, value in OFFICIAL.items()), *argv])
+        job, look, method = read(argv=[*official(OFFICIAL, job.dataset)[1], *argv])
     check(job)
     check_look(look)
     refuse(
@@ -221,6 +221,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     ) as run:
         if run is None:
             return
+        note = lacks_official(OFFICIAL, job.dataset, "DivideMix")
+        if method.preset == "official" and note:
+            run.accelerator.print(note)
         task = prepare(run, method)
         if method.train_view == "weak":
             task.data = WeakViews(**vars(task.data))
@@ -228,7 +231,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         training = build_training(task)
         run.begin(training)
         run.train(training, partial(one_epoch, task, training, labels), "DivideMix")
-        report = finish(run, task, training, NAMES[method.labels_from], preset=method.preset)
+        told = {"preset": method.preset}
+        if method.preset == "official":
+            told["official_for"], _ = official(OFFICIAL, job.dataset)
+        report = finish(run, task, training, NAMES[method.labels_from], **told)
         run.accelerator.print(summary(report, run.folder.root))
 
 

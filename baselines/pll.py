@@ -19,7 +19,7 @@ from coreg.config import parse
 from coreg.errors import UserError, exits_with_one_line
 from coreg.learn.options import CoRegOptions
 from coreg.learn.partial_options import OFFICIAL, PartialOptions
-from coreg.settings import ImageConfig, JobConfig, check, check_look, refuse
+from coreg.settings import ImageConfig, JobConfig, check, check_look, lacks_official, official, refuse
 
 NAMES = {
     "cc": "CC",
@@ -71,7 +71,8 @@ def check_partial(method: PartialOptions) -> None:
 def read_settings(argv: Sequence[str]) -> tuple[JobConfig, ImageConfig, PartialOptions]:
     """The settings of the recipe, of the method's authors with `--preset official`, and of the command line, in this order.
 
-    A recipe holds Co-Reg's optimiser and schedule beside what belongs to the data; the authors' settings replace those.
+    Which of the authors' settings depends on the data set that the recipe names. A recipe holds Co-Reg's optimiser and
+    schedule beside what belongs to the data; the authors' settings replace those.
     """
     own_images = any(word.split("=")[0] == "--annotations" for word in argv)
 
@@ -89,7 +90,8 @@ def read_settings(argv: Sequence[str]) -> tuple[JobConfig, ImageConfig, PartialO
 
     settings = fill(argv)
     if settings[2].preset == "official":
-        settings = fill([*(f"--{name}={value}" for name, value in OFFICIAL[settings[2].method].items()), *argv])
+        _, values = official(OFFICIAL[settings[2].method], settings[0].dataset)
+        settings = fill([*values, *argv])
     job, look, method = settings
     check(job)
     check_look(look)
@@ -150,6 +152,8 @@ def noise_rate(task: Task[PartialOptions]) -> tuple[float, str]:
 def build_method(task: Task[PartialOptions]) -> tuple[PartialMethod, dict[str, Any]]:
     """The method with its state on the training images, and what the report has to say about it."""
     options, told = task.method, {"preset": task.method.preset}
+    if options.preset == "official":
+        told["official_for"], _ = official(OFFICIAL[options.method], task.job.dataset)
     sets = task.candidates
     if options.method == "supervised":
         sets = task.labels[:, None] == np.arange(sets.shape[1])
@@ -272,6 +276,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     with open_run("baselines/pll.py", argv, (job, look, method), annotate_digits, f"runs/{method.method}") as run:
         if run is None:
             return
+        if method.preset == "official" and (
+            note := lacks_official(OFFICIAL[method.method], job.dataset, NAMES[method.method])
+        ):
+            run.accelerator.print(note)
         task = prepare(run, method)
         if method.method == "supervised":
             if (task.labels < 0).all():

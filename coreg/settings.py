@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from coreg.config import option
 from coreg.data.operations import RANDAUGMENT
@@ -26,6 +27,9 @@ class JobConfig:
     output_dir: str | None = option(
         None,
         "the run folder (runs/demo, or runs/METHOD for a baseline); the same command again goes on where it stopped",
+    )
+    dataset: str | None = option(
+        None, "public data set that the images are, as recipes name it; --preset official of a baseline goes by it"
     )
     seed: int = option(0, "of everything random")
     few_shot: int = option(0, "true labels a class to train with, drawn from the store's own labels")
@@ -180,3 +184,25 @@ def refuse(rules: list[tuple[bool, str]]) -> None:
     for holds, message in rules:
         if not holds:
             raise UserError(message)
+
+
+def official(values: Mapping[str, Mapping[str, Any]], dataset: str | None) -> tuple[str, list[str]]:
+    """Which data set's values of a method's authors are taken, and the values as arguments for `parse`.
+
+    Args:
+        values: by data set; the first are taken where there are none for `dataset`.
+    """
+    chosen = dataset if dataset in values else next(iter(values))
+    return chosen, [f"--{name}={value}" for name, value in values[chosen].items()]
+
+
+def lacks_official(values: Mapping[str, Mapping[str, Any]], dataset: str | None, name: str) -> str | None:
+    """What to say where the authors of the method called `name` give no values for the data set."""
+    chosen, _ = official(values, dataset)
+    if chosen == dataset:
+        return None
+    given = ", ".join(values)
+    return (
+        f"note: there are no official values of {name} for {dataset or 'this recipe'}; those for {chosen} are taken "
+        f"(--dataset names another; there are: {given})"
+    )

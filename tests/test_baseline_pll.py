@@ -114,6 +114,82 @@ def settings(*arguments):
     return pll.read_settings(["--annotations", "ann", *arguments])
 
 
+# method: recipe: what its authors train with on that data set (papers and public code)
+AUTHORS = {
+    "pico": {
+        "cifar10": {"lr": 0.01, "weight_decay": 1e-3, "epochs": 800, "batch_size": 256, "prototype_start": 1},
+        "cifar100": {"lr": 0.01, "weight_decay": 1e-3, "epochs": 800, "batch_size": 256, "prototype_start": 1},
+    },
+    "pico_plus": {
+        "cifar10": {"epochs": 800, "prototype_start": 5, "neighbours": 16, "neighbour_start": 100 / 800},
+        "cifar100": {
+            "epochs": 800,
+            "batch_size": 256,
+            "prototype_start": 50,
+            "neighbours": 5,
+            "neighbour_start": 100 / 800,
+        },
+    },
+    "irnet": {  # the margin is tau C
+        "cifar10": {"epochs": 1000, "batch_size": 128, "symmetric": True, "correction_margin": 0.02 * 10},
+        "cifar100": {"epochs": 1000, "batch_size": 128, "symmetric": False, "correction_margin": 0.002 * 100},
+    },
+    "alim_scale": {
+        "cifar10": {"epochs": 1000, "batch_size": 128, "correction_start": 80 / 1000, "mixup_alpha": 4},
+        "cifar100": {"epochs": 1000, "batch_size": 128, "correction_start": 80 / 1000, "mixup_alpha": 4},
+    },
+    "cr_dpll": {
+        "cifar10": {"lr": 0.1, "batch_size": 64, "epochs": 200, "weak_view": "cr_weak", "strong_view": "cr_strong"},
+        "cifar100": {"lr": 0.1, "batch_size": 64, "epochs": 200, "weak_view": "cr_weak", "strong_view": "cr_strong"},
+        "svhn": {"lr": 0.1, "batch_size": 64, "epochs": 200, "weak_view": "plain", "strong_view": "cr_strong_svhn"},
+        "fashion_mnist": {"lr": 0.1, "batch_size": 64, "epochs": 200, "weak_view": "cr_weak", "strong_view": "strong"},
+    },
+}
+
+
+@pytest.mark.parametrize("method", AUTHORS)
+def test_the_authors_settings_are_those_for_the_data_set_that_the_recipe_names(method):
+    for recipe, values in AUTHORS[method].items():
+        groups = settings("--recipe", recipe, "--method", method, "--preset", "official")
+        found = {name: value for group in groups for name, value in vars(group).items()}
+        assert {name: found[name] for name in values} == pytest.approx(values), recipe
+    assert (
+        settings("--recipe", "cifar100_synthetic", "--method", method, "--preset", "official")[2]
+        == (settings("--recipe", "cifar100", "--method", method, "--preset", "official")[2])
+    )
+
+
+def test_a_recipe_of_ones_own_names_its_data_set_and_the_command_line_wins(tmp_path):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("dataset: cifar100\nimage_size: 64\n")
+    official = ["--method", "pico_plus", "--preset", "official", "--recipe", str(recipe)]
+    _, look, method = settings(*official)
+    assert (look.image_size, method.prototype_start, method.neighbours) == (64, 50, 5)
+    assert settings(*official, "--neighbours", "7")[2].neighbours == 7
+    assert settings(*official, "--dataset", "cifar10")[2].prototype_start == 5
+    matched = settings("--method", "pico_plus", "--recipe", str(recipe))[2]
+    assert (matched.prototype_start, matched.neighbours) == (1, 16)
+
+
+@pytest.mark.parametrize(
+    ("more", "line"),
+    [
+        (["--method", "pico_plus"], "no official values of PiCO+ for digits; those for cifar10"),
+        (
+            ["--method", "lws", "--dataset", "cifar100"],
+            "no official values of LWS for cifar100; those for cifar10",
+        ),
+        (["--method", "pico_plus", "--dataset", "cifar100"], None),
+        (["--method", "pico_plus", "--preset", "matched"], None),
+    ],
+)
+def test_one_line_where_the_authors_give_no_values(small_store, tmp_path, capsys, more, line):
+    _, report = small_run(small_store, tmp_path / "run", "--preset", "official", "--epochs", "1", *more)
+    notes = [text for text in capsys.readouterr().out.splitlines() if "official values" in text]
+    assert len(notes) == (line is not None) and all(line in note for note in notes)
+    assert report.get("official_for") == (None if "matched" in more else "cifar100" if line is None else "cifar10")
+
+
 def test_the_authors_settings_win_over_the_recipe_and_the_command_line_over_both():
     job, _, method = settings("--recipe", "cifar10", "--method", "alim_scale")
     assert (job.epochs, job.batch_size, job.weight_decay, method.weak_view) == (800, 256, 5e-4, "weak")

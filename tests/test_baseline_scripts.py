@@ -209,6 +209,8 @@ def test_official_settings_win_over_the_recipe_and_the_command_line_over_both(ca
 
     assert settings() == (0.03, 30, 64, "strong", 6, "cosine")
     assert settings("--preset", "official") == (0.02, 300, 64, "weak", 10, "step")
+    # the authors warm up longer for a hundred classes
+    assert settings("--preset", "official", "--recipe", "cifar100") == (0.02, 300, 64, "weak", 30, "step")
     ours, theirs = (dividemix.read_settings(["--recipe", "folder", *more])[0] for more in ([], ["--preset", "official"]))
     assert (ours.optimizer, ours.lr, theirs.optimizer, theirs.lr) == ("adamw", 0.001, "sgd", 0.02)
     assert settings("--preset=official", "--epochs", "40", "--train_view", "strong") == (0.02, 40, 64, "strong", 10, "step")

@@ -125,9 +125,11 @@ def test_the_first_step_of_all_has_an_empty_queue_and_prototypes_of_nothing():
 
 
 def nearest_by_hand(rows, i, key, k, temperature):
-    order = sorted((j for j in range(len(rows)) if j != i), key=lambda j: -(rows[i] @ rows[j]).item())
-    chosen = set(order[:k]) | {key}
-    total = sum(torch.exp(rows[i] @ rows[j] / temperature) for j in order)
+    """The k nearest rows of all, the anchor itself among them, which is then no positive."""
+    order = sorted(range(len(rows)), key=lambda j: -(rows[i] @ rows[j]).item())
+    assert order[0] == i
+    chosen = (set(order[:k]) | {key}) - {i}
+    total = sum(torch.exp(rows[i] @ rows[j] / temperature) for j in order[1:])
     return -sum(rows[i] @ rows[j] / temperature - total.log() for j in chosen) / len(chosen)
 
 
@@ -146,11 +148,12 @@ def mixed(seed=20):
     return Mixed(logits.requires_grad_(), partner=torch.tensor([2, 3, 0, 1]), share_kept=0.7)
 
 
-@pytest.mark.parametrize("neighbours_on", [False, True])
+@pytest.mark.parametrize(("neighbours_on", "weight"), [(False, 0.5), (True, 0.5), (False, 0.2), (True, 0.2)])
 @pytest.mark.parametrize("reliable", [[0, 3, 5], [0, 3, 6, 8], [5]])  # some of the batch, all of it, none of it
-def test_a_step_of_pico_plus(reliable, neighbours_on):
+def test_a_step_of_pico_plus(reliable, neighbours_on, weight):
+    """`contrast_weight` is what a reliable anchor counts once neighbours do; the contrastive loss itself counts fully."""
     step = Step(5, 30)
-    method = made("pico_plus", neighbour_start=0.1 if neighbours_on else 0.5, neighbours=2)
+    method = made("pico_plus", neighbour_start=0.1 if neighbours_on else 0.5, neighbours=3, contrast_weight=weight)
     method.reliable.zero_()[reliable] = True
     told = outputs(mixed=mixed())
     assert method.passes(step).mixup == "batch" and method.passes(Step(0, 30)).mixup == "none"
@@ -176,9 +179,9 @@ def test_a_step_of_pico_plus(reliable, neighbours_on):
     believed = contrast_by_hand(told, method, lambda i, j: c[i] == c[j] and r[i] and r[j])
     if neighbours_on:
         rows = [*told.features[0], *told.keys, *method.queue.keys[:6]]
-        near = [nearest_by_hand(rows, i, 4 + i, 2, 0.07) for i in range(4)]
-        believed = [0.5 * x if s else 0.1 * y for x, y, s in zip(believed, near, sure)]
-    by_hand = classification + 0.5 * (sum(believed) / 4 + 0.1 * sum(plain) / 4)
+        near = [nearest_by_hand(rows, i, 4 + i, 3, 0.07) for i in range(4)]
+        believed = [weight * x if s else 0.1 * y for x, y, s in zip(believed, near, sure)]
+    by_hand = classification + sum(believed) / 4 + 0.1 * sum(plain) / 4
     parts = method.loss(told, INDEX, step)
     torch.testing.assert_close(parts["loss"], by_hand)
     leaves = (told.logits[0], told.features[0], told.mixed.logits)
@@ -195,6 +198,25 @@ def test_a_step_of_pico_plus(reliable, neighbours_on):
     torch.testing.assert_close(method.prototypes.value, F.normalize(prototypes, dim=1))
     torch.testing.assert_close(method.confidence[INDEX], torch.stack(confidence))
     assert method.queue.confident[torch.arange(6, 10) % 7].tolist() == sure
+
+
+def test_one_neighbour_is_the_anchor_itself():
+    rows, place, key = unit(8, D, seed=4), torch.tensor([0, 1]), torch.tensor([2, 3])
+    found = nearest_contrast(rows[:2], rows, place, key, 1, 0.2)
+    similarity = rows[:2] @ rows.T / 0.2
+    own_key_alone = [similarity[i, [j for j in range(8) if j != i]].logsumexp(0) - similarity[i, 2 + i] for i in range(2)]
+    torch.testing.assert_close(found, torch.stack(own_key_alone))
+
+
+def test_confidences_that_move_in_the_first_epoch_move_by_a_hundredth():
+    """The authors set phi when an epoch ends, and begin with 0.99."""
+    method, told = made(prototype_start=0), outputs()
+    expected = [
+        0.99 * method.confidence[i] + 0.01 * HOT[(score * SETS[i]).argmax()]
+        for i, score in zip(INDEX.tolist(), scores_by_hand(told, method))
+    ]
+    method.update(detached(told), INDEX, Step(0, 30))
+    torch.testing.assert_close(method.confidence[INDEX], torch.stack(expected))
 
 
 def test_before_its_start_pico_plus_is_pico_and_believes_everybody():

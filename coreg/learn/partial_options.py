@@ -27,7 +27,7 @@ class PartialOptions:
     preset: Literal["matched", "official"] = _option(
         "matched",
         "matched: Co-Reg's student, batch, schedule and views; official: optimiser, epochs, batch and views of the "
-        "method's authors, which win over the recipe",
+        "method's authors for --dataset, or for CIFAR-10 where they give none; these win over the recipe",
     )
     weak_view: View = _option("weak", "what a weak view is")
     strong_view: View = _option("strong", "what a strong view is; the CR authors' views of SVHN: plain and cr_strong_svhn")
@@ -37,9 +37,13 @@ class PartialOptions:
     leverage: float = _option(1.0, "LWS, LWC: beta, weight of the classes outside the candidate set")
     consistency_weight: float = _option(1.0, "CR-DPLL: lambda, weight of the consistency loss")
     consistency_ramp: float = _option(0.5, "CR-DPLL: share of the epochs over which lambda grows from 0")
-    contrast_weight: float = _option(0.5, "PiCO and its kin: weight of the contrastive loss")
+    contrast_weight: float = _option(
+        0.5, "PiCO and its kin: weight of the contrastive loss; PiCO+: in it, of reliable images beside the others"
+    )
     contrast_temperature: float = _option(0.07, "PiCO and its kin: of the contrastive similarities")
-    prototype_start: int = _option(1, "PiCO and its kin: epoch from which prototypes move the confidence")
+    prototype_start: int = _option(
+        1, "PiCO and its kin: epoch from which prototypes move the confidence; the first is 0, of ALIM and IRNet 1"
+    )
     prototype_momentum: float = _option(0.99, "PiCO and its kin: momentum of the class prototypes")
     key_momentum: float = _option(0.999, "PiCO and its kin: momentum of the encoder that makes the keys")
     confidence_momentum: list[float] = _option([0.95, 0.8], "PiCO and its kin: phi in the first and in the last epoch")
@@ -47,7 +51,7 @@ class PartialOptions:
     projection_dim: int = _option(128, "D, width of the projected features")
     mixup_alpha: float = _option(4.0, "PiCO+, ALIM: MixUp's lambda is drawn from Beta(alpha, alpha)")
     pure_ratio: float = _option(0.6, "PiCO+: share of the images that count as reliable")
-    neighbours: int = _option(16, "PiCO+: nearest features that an unreliable image is drawn to")
+    neighbours: int = _option(16, "PiCO+: nearest features that an unreliable image is drawn to, its own included")
     neighbour_start: float = _option(0.125, "PiCO+: share of the epochs before that begins")
     correction_start: float = _option(0.1, "ALIM, IRNet: share of the epochs before candidate sets are doubted")
     noise_rate: float = _option(
@@ -78,34 +82,51 @@ _PICO = {
     "epochs": 800,
     "weak_view": "pico_weak",
     "strong_view": "pico_strong",
+    "prototype_start": 1,
     "prototype_momentum": 0.99,
     "key_momentum": 0.999,
     "queue_size": 8192,
 }
 _NOISY = _PICO | {"batch_size": 128, "epochs": 1000}
 
-# What the methods' authors train with, on CIFAR-10 where it depends on the data. The backbone stays the recipe's.
-# CC, RC and PRODEN: values in the range that their authors search
-OFFICIAL: dict[str, dict[str, Any]] = {
-    "cc": _DEEP,
-    "rc": _DEEP,
-    "proden": _DEEP,
-    "supervised": _DEEP,
-    "lws": _LEVERAGED | {"lr": 0.05, "weight_decay": 1e-3},
-    "lwc": _LEVERAGED | {"lr": 0.01, "weight_decay": 1e-2},
+_CR = {
+    "optimizer": "sgd",
+    "lr": 0.1,
+    "weight_decay": 1e-4,
+    "batch_size": 64,
+    "epochs": 200,
+    "schedule": "steps",
+    "weak_view": "cr_weak",
+    "strong_view": "cr_strong",
+}
+_ALIM = _NOISY | {"correction_start": 0.08}
+
+# What the methods' authors train with, by data set as recipes name it; those of CIFAR-10 count where they give none. The
+# backbone and the normalisation stay the recipe's. CC, RC and PRODEN: values in the range that their authors search.
+OFFICIAL: dict[str, dict[str, dict[str, Any]]] = {
+    "cc": {"cifar10": _DEEP},
+    "rc": {"cifar10": _DEEP},
+    "proden": {"cifar10": _DEEP},
+    "supervised": {"cifar10": _DEEP},
+    "lws": {"cifar10": _LEVERAGED | {"lr": 0.05, "weight_decay": 1e-3}},
+    "lwc": {"cifar10": _LEVERAGED | {"lr": 0.01, "weight_decay": 1e-2}},
     "cr_dpll": {
-        "optimizer": "sgd",
-        "lr": 0.1,
-        "weight_decay": 1e-4,
-        "batch_size": 64,
-        "epochs": 200,
-        "schedule": "steps",
-        "weak_view": "cr_weak",
-        "strong_view": "cr_strong",
+        "cifar10": _CR,
+        "cifar100": _CR,
+        "svhn": _CR | {"weak_view": "plain", "strong_view": "cr_strong_svhn"},
+        # the recipe's strong view: crop, flip and a square of 16 pixels, without a policy
+        "fashion_mnist": _CR | {"strong_view": "strong"},
     },
-    "pico": _PICO,
-    "pico_plus": _PICO | {"prototype_start": 5},
-    "irnet": _NOISY | {"correction_start": 0.15, "symmetric": True},
-    "alim_onehot": _NOISY | {"correction_start": 0.08},
-    "alim_scale": _NOISY | {"correction_start": 0.08},
+    "pico": {"cifar10": _PICO, "cifar100": _PICO},
+    "pico_plus": {
+        "cifar10": _PICO | {"prototype_start": 5, "neighbours": 16},
+        "cifar100": _PICO | {"prototype_start": 50, "neighbours": 5},
+    },
+    # tau is 0.02 of ten classes (their value for few candidates and little noise; 0.008 for many), 0.002 of a hundred
+    "irnet": {
+        "cifar10": _NOISY | {"correction_start": 0.15, "symmetric": True, "correction_margin": 10 * 0.02},
+        "cifar100": _NOISY | {"correction_start": 0.15, "symmetric": False, "correction_margin": 100 * 0.002},
+    },
+    "alim_onehot": {"cifar10": _ALIM, "cifar100": _ALIM},
+    "alim_scale": {"cifar10": _ALIM, "cifar100": _ALIM},
 }

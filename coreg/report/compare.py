@@ -25,9 +25,10 @@ from coreg.report.tables import FORMATS, Run, compare, printable
 
 SCHEMA = 1
 LARGEST = 1e15  # of a count or a number of seconds
-# settings that make no other method of a run: the seed, places, and how often it is saved
+# settings that make no other method of a run: the seed, the data set's name, places, and how often it is saved
 NOT_THE_METHOD = (
     "seed",
+    "dataset",
     "annotations",
     "output_dir",
     "labels",

@@ -38,6 +38,7 @@ NOT_THE_JOB = (
     "output_dir",
     "annotations",
     "labels",
+    "dataset",
     "workers",
     "report_to",
     "print_config",

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from coreg.learn.collective import gather_rows
 from coreg.learn.losses import log_probabilities, soft_cross_entropy
 from coreg.learn.options import Contrast
 from coreg.learn.partial.method import Outputs, Passes, Step, mine, write
@@ -13,7 +16,19 @@ from coreg.learn.partial.pico import PiCO
 from coreg.learn.pseudo import mix
 
 
-class ALIMOnehot(PiCO):
+class NoisyPiCO(PiCO):
+    """PiCO as ALIM's and IRNet's authors run it: supervised contrast from the first epoch on, and epochs counted from 1.
+
+    With `prototype_start` 1 the confidence moves in the first epoch too.
+    """
+
+    first_epoch = 1
+
+    def _mode(self, step: Step) -> Contrast:
+        return "supervised"
+
+
+class ALIMOnehot(NoisyPiCO):
     """Adjusting label importance (Xu et al., NeurIPS 2023): a class outside the candidate set counts lambda.
 
     lambda is 0 until the share `correction_start` of the epochs is over. From then on, where the noise rate eta is known,
@@ -35,9 +50,8 @@ class ALIMOnehot(PiCO):
 
     def loss(self, outputs: Outputs, index: Tensor, step: Step) -> dict[str, Tensor]:
         parts, mixed = super().loss(outputs, index, step), outputs.mixed
-        # partners have the confidence that they were left with, even those of this batch
         targets = self._next_confidence(outputs, mine(index), step)
-        targets = mix(targets, self.confidence[mixed.partner], mixed.share_kept)
+        targets = mix(targets, self._confidence_of(mixed.partner, index, targets), mixed.share_kept)
         mixup = soft_cross_entropy(mixed.logits, targets).sum() / len(index)
         return parts | {"loss": parts["loss"] + mixup, "mixup": mixup}
 
@@ -49,7 +63,7 @@ class ALIMOnehot(PiCO):
         super().update(outputs, index, step)
 
     def finish_epoch(self, step: Step) -> dict[str, float]:
-        if step.reached(self.options.correction_start):
+        if Step(step.epoch + 1, step.epochs).reached(self.options.correction_start):
             self.weight.fill_(self.options.importance if self.options.noise_rate < 0 else self._quantile())
         self.log_margin.fill_(torch.nan)
         return {"importance": float(self.weight)}
@@ -61,8 +75,17 @@ class ALIMOnehot(PiCO):
             return 0.0
         return margins[min(int(len(margins) * self.options.noise_rate), len(margins) - 1)].clamp_max(0).exp()
 
-    def _mode(self, step: Step) -> Contrast:
-        return "supervised"
+    def _confidence_of(self, partners: Tensor, index: Tensor, after: Tensor) -> Tensor:
+        """(l, C), confidence of the training rows `partners` (l,): of those in the batch `index` what this step makes it.
+
+        Args:
+            after: (l, C), s after this step of this process's rows of the batch.
+        """
+        after = gather_rows(after, len(index))
+        place = torch.arange(1, len(index) + 1, device=index.device)
+        # 0 for rows that are not in the batch; the last place of one that is there twice, as in the table
+        place = ((partners[:, None] == index) * place).amax(dim=1)
+        return torch.where(place[:, None] > 0, after[place - 1], self.confidence[partners])
 
     def _log_trust(self, rows: Tensor) -> Tensor:
         trust, members = super()._log_trust(rows), self.candidates[rows]
@@ -76,7 +99,7 @@ class ALIMScale(ALIMOnehot):
         return torch.softmax(log_score, dim=1)
 
 
-class IRNet(PiCO):
+class IRNet(NoisyPiCO):
     """Iterative refinement (Lian et al., "IRNet", 2022): classes are added to candidate sets, for good.
 
     After the share `correction_start` of the epochs, an image whose two weak views both score the same class outside the
@@ -84,7 +107,7 @@ class IRNet(PiCO):
     test set stops growing; a fixed time needs no labels.
     """
 
-    alpha, beta = 6.0, 1.0  # of the symmetric cross-entropy and its reverse part
+    alpha, beta = 6.0, 1.0  # weights of cross-entropy and reverse cross-entropy in the symmetric one
 
     def init(self, candidates: Tensor, certain: Tensor | None = None, dtype: torch.dtype = torch.float32) -> None:
         super().init(candidates, certain, dtype)
@@ -94,25 +117,22 @@ class IRNet(PiCO):
     def passes(self, step: Step) -> Passes:
         return Passes(key="strong", glance="weak" if step.reached(self.options.correction_start) else None)
 
-    def loss(self, outputs: Outputs, index: Tensor, step: Step) -> dict[str, Tensor]:
-        parts = super().loss(outputs, index, step)
-        if not self.options.symmetric:
-            return parts
-        p = log_probabilities(outputs.logits[0]).exp().clamp(1e-7, 1)
-        targets = self._next_confidence(outputs, mine(index), step).clamp(1e-4, 1)
-        reverse = -(p * targets.log()).sum() / len(index)
-        extra = (self.alpha - 1) * parts["classification"] + self.beta * reverse
-        return parts | {"loss": parts["loss"] + extra, "reverse": reverse}
-
     def update(self, outputs: Outputs, index: Tensor, step: Step) -> None:
         scores = self._log_score(outputs.features[0]).exp()
-        glanced = None if outputs.glance is None else self._log_score(outputs.glance).exp()
         super().update(outputs, index, step)
-        if glanced is not None:
-            self._correct(scores, glanced, index)
+        if outputs.glance is not None:
+            # the second view meets the prototypes that the first one has moved
+            self._correct(scores, self._log_score(outputs.glance).exp(), index)
 
     def finish_epoch(self, step: Step) -> dict[str, float]:
         return {"candidates": float(self.candidates.sum(dim=1).double().mean())}
+
+    def _classification(self, logits: Tensor, targets: Tensor) -> Tensor:
+        if not self.options.symmetric:
+            return super()._classification(logits, targets)
+        log_p = log_probabilities(logits).clamp_min(math.log(1e-7))
+        targets = targets.clamp(1e-4, 1)
+        return -(self.alpha * targets * log_p + self.beta * log_p.exp() * targets.log()).sum(dim=1)
 
     def _correct(self, scores: Tensor, glanced: Tensor, index: Tensor) -> None:
         """Add the class that both views (l, C) agree on to candidate sets, with its score as confidence."""

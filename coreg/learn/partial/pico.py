@@ -22,6 +22,7 @@ def nearest_contrast(
     Args:
         queries: (b, D) anchors, unit length, with gradient. others: (M, D), [q; k; queue].
         self_position, key_position: (b,) int64, rows of `others` that hold the anchor itself, left out, and its own key.
+        neighbours: how many rows are near, the anchor itself, the nearest of all, counted as one of them.
 
     Returns:
         (b,) losses: the mean over positives of logsumexp over all rows minus the positive's similarity.
@@ -29,7 +30,7 @@ def nearest_contrast(
     similarity = queries @ others.T / temperature
     columns = torch.arange(len(others), device=queries.device)
     kept = similarity.masked_fill(columns == self_position[:, None], -torch.inf)
-    nearest = kept.detach().topk(min(neighbours, len(others) - 1), dim=1).indices
+    nearest = kept.detach().topk(min(neighbours, len(others)) - 1, dim=1).indices
     positive = torch.zeros_like(kept, dtype=torch.bool).scatter_(1, nearest, True) | (columns == key_position[:, None])
     return torch.logsumexp(kept, dim=1) - (similarity * positive).sum(dim=1) / positive.sum(dim=1)
 
@@ -43,6 +44,7 @@ class PiCO(PartialMethod):
     """
 
     score_temperature = 1.0
+    first_epoch = 0  # how the authors number the first epoch
 
     def init(self, candidates: Tensor, certain: Tensor | None = None, dtype: torch.dtype = torch.float32) -> None:
         super().init(candidates, certain, dtype)
@@ -56,7 +58,7 @@ class PiCO(PartialMethod):
     def loss(self, outputs: Outputs, index: Tensor, step: Step) -> dict[str, Tensor]:
         n = len(index)
         targets = self._next_confidence(outputs, mine(index), step)
-        classification = soft_cross_entropy(outputs.logits[0], targets).sum() / n
+        classification = self._classification(outputs.logits[0], targets).sum() / n
         contrast = self._contrast(outputs, index, self._mode(step)).sum() / n
         loss = classification + self.options.contrast_weight * contrast
         return {"loss": loss, "classification": classification, "contrast": contrast}
@@ -67,6 +69,10 @@ class PiCO(PartialMethod):
         labels, features = self._labels(outputs, index), gather_rows(outputs.features[0].detach(), n)
         self.prototypes.update(features, labels, self.options.prototype_momentum, reliable)
         self.queue.enqueue(gather_rows(outputs.keys, n), labels, reliable)
+
+    def _classification(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """(l,), the loss that draws predictions to the confidence."""
+        return soft_cross_entropy(logits, targets)
 
     def _mode(self, step: Step) -> Contrast:
         return "supervised" if step.epoch >= self.options.prototype_start else "unsupervised"
@@ -94,12 +100,15 @@ class PiCO(PartialMethod):
         return F.one_hot(log_score.argmax(dim=1), log_score.shape[1]).to(log_score.dtype)
 
     def _next_confidence(self, outputs: Outputs, rows: Tensor, step: Step) -> Tensor:
-        """s after this step, (l, C): phi s + (1 - phi) aim, phi falling linearly over the epochs."""
+        """s after this step, (l, C): phi s + (1 - phi) aim.
+
+        phi falls linearly over the epochs. The authors set it when an epoch ends, for the next one, and begin with 0.99.
+        """
         before = self.confidence[rows]
-        if step.epoch < self.options.prototype_start:
+        if step.epoch + self.first_epoch < self.options.prototype_start:
             return before
         first, last = self.options.confidence_momentum
-        phi = first + (last - first) * max(step.epoch - 1, 0) / step.epochs
+        phi = first + (last - first) * (step.epoch - 1 + self.first_epoch) / step.epochs if step.epoch else 0.99
         aim = self._aim(self._log_score(outputs.features[0]) + self._log_trust(rows))
         return phi * before + (1 - phi) * aim
 
@@ -140,10 +149,13 @@ class PiCOPlus(PiCO):
     The `pure_ratio` of the images that lie nearest to the prototype of their label are reliable; they are judged anew after
     every epoch from `prototype_start` on, and all are reliable before. The others are trained, weakly, on what all
     prototypes say, drawn to their nearest neighbours, and mixed with the reliable ones.
+
+    As in the authors' code, `contrast_weight` is the weight of the contrastive loss until `prototype_start`. After that the
+    loss counts fully, and from `neighbour_start` on `contrast_weight` is what a reliable image counts in it.
     """
 
     guess_temperature = 0.07
-    all_weight = 0.1  # of the contrast that believes every label, and of the guessed targets
+    all_weight = 0.1  # of the contrast that believes every label, of the neighbours, and of the guessed targets
     reliable_weight = 2.0
 
     def init(self, candidates: Tensor, certain: Tensor | None = None, dtype: torch.dtype = torch.float32) -> None:
@@ -171,7 +183,7 @@ class PiCOPlus(PiCO):
         guessed = (each * ~reliable).sum() / (n - n_reliable).clamp_min(1)
         contrast = self._contrast_over_reliable(outputs, index, step).sum() / n
         contrast = contrast + self.all_weight * self._contrast(outputs, index, "supervised").sum() / n
-        loss = mixup + self.reliable_weight * sure + self.all_weight * guessed + self.options.contrast_weight * contrast
+        loss = mixup + self.reliable_weight * sure + self.all_weight * guessed + contrast
         return {"loss": loss, "mixup": mixup, "reliable": sure, "guessed": guessed, "contrast": contrast}
 
     def update(self, outputs: Outputs, index: Tensor, step: Step) -> None:
@@ -209,4 +221,4 @@ class PiCOPlus(PiCO):
         nearest = nearest_contrast(
             outputs.features[0], others, position, n + position, self.options.neighbours, self.options.contrast_temperature
         )
-        return torch.where(reliable[position], 0.5 * each, self.all_weight * nearest)
+        return torch.where(reliable[position], self.options.contrast_weight * each, self.all_weight * nearest)
