@@ -21,8 +21,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from coreg.annotate.settings import GLYPH_CLIP, AnnotateConfig, check
-from coreg.config import parse
+from coreg.annotate.settings import GLYPH_CLIP, AnnotateConfig
+from coreg.config import check_bounds, parse
 from coreg.errors import UserError, exits_with_one_line
 
 
@@ -30,7 +30,6 @@ from coreg.errors import UserError, exits_with_one_line
 def read_settings(argv: Sequence[str] | None = None) -> AnnotateConfig:
     """The job, as the command line has it."""
     (config,) = parse(AnnotateConfig, argv=argv, prog="annotate_vlm.py", description=__doc__)
-    check(config)
     return config
 
 
@@ -95,7 +94,7 @@ def annotate(config: AnnotateConfig, accelerator: Accelerator | None = None) -> 
         UserError: something in the job is wrong; nothing has been written then. Or more than `max_errors` images cannot
             be read; what was annotated is kept.
     """
-    check(config)
+    check_bounds(config)
     accelerator = accelerator or build_accelerator(timeout_minutes=60)
     root = Path(config.output_dir)
     # The main process looks at the files and everyone believes it; it keeps the list that it opened.

@@ -43,9 +43,9 @@ class PredictConfig:
         None, "CSV file to write: path, label, probability, and the next best labels (default: predictions.csv; for one "
         "image none)"
     )  # fmt: skip
-    top_k: int = option(3, "labels a row")
-    batch_size: int = option(256, "images at a time")
-    workers: int = option(2, "threads that decode images")
+    top_k: int = option(3, "labels a row", (1, 1_000_000))
+    batch_size: int = option(256, "images at a time", (1, 1_000_000))
+    workers: int = option(2, "threads that decode images", (0, 1024))
 
 
 @dataclass
@@ -133,7 +133,7 @@ def best(probabilities: np.ndarray, k: int) -> np.ndarray:
 def write_csv(classifier: Classifier, images: ImageList, config: PredictConfig, output: Path) -> dict[int, str]:
     """Predict all images into a CSV file, whole or not at all; gives row -> reason of the unreadable ones."""
     names = classifier.class_names
-    k = max(1, min(config.top_k, len(names)))
+    k = min(config.top_k, len(names))
     temporary, unreadable = output.with_name(f".{output.name}.tmp"), {}
     with temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.writer(file)
@@ -160,7 +160,7 @@ def show(classifier: Classifier, images: ImageList, config: PredictConfig) -> No
     ((_, probabilities, failed),) = classifier.batches(images)
     if failed:
         raise UserError(f"{config.images} cannot be read: {failed[0]}")
-    for c in best(probabilities, max(1, config.top_k))[0]:
+    for c in best(probabilities, config.top_k)[0]:
         print(f"{probabilities[0, c]:.4f}  {classifier.class_names[c]}")
 
 
@@ -171,8 +171,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in ("model", "images"):
         if getattr(config, name) is None:
             raise UserError(f"--{name} is missing; write for example: coreg-predict --model runs/a/export --images new/")
-    if config.batch_size < 1:
-        raise UserError(f"--batch_size is {config.batch_size}; give at least 1")
     output = Path(config.output or "predictions.csv")
     if not output.parent.is_dir():
         raise UserError(f"the folder of --output {output} does not exist; create it or choose another file")

@@ -19,7 +19,7 @@ from accelerate.utils import tqdm
 
 from coreg.annotate.candidates import parse_rule
 from coreg.annotate.store import AnnotationStore
-from coreg.config import as_settings, as_yaml
+from coreg.config import as_settings, as_yaml, check_bounds
 from coreg.errors import UserError
 from coreg.files import write_atomically
 from coreg.nets.model import check_backbone, check_weights, trained_with
@@ -193,6 +193,7 @@ def open_run(
         return
     job.output_dir = job.output_dir or default_folder
     look = next((group for group in settings if isinstance(group, ImageConfig)), None)
+    check_bounds(*settings)
     parse_rule(job.candidates)
     if look is not None:
         check_look(look)
