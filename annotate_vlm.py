@@ -113,10 +113,12 @@ def annotate(config: AnnotateConfig, accelerator: Accelerator | None = None) -> 
             )
 
     # The text side is encoded once, here; from now on an image costs one pass through the image tower.
-    names, precision = manifest["class_names"], manifest["model"]["precision"]
-    annotator = load_annotator(job.model, manifest["templates"], names, accelerator.device, precision, config.chat_mode)
     if config.vlm == GLYPH_CLIP and config.images != "builtin:digits":
         accelerator.print(f"note: {GLYPH_CLIP} reads single digits and nothing else; name another model with --vlm")
+    names, precision = manifest["class_names"], manifest["model"]["precision"]
+    annotator = load_annotator(job.model, manifest["templates"], names, accelerator.device, precision, config.chat_mode)
+    for note in annotator.notes:
+        accelerator.print(f"note: {note}")
     told = {"features": annotator.features, "preprocessing": annotator.preprocessing, "versions": versions()}
     writer = StoreWriter(root, manifest | told)
     for line in main_process_decides(accelerator, lambda: begin(writer, opened[0])):

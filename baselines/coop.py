@@ -86,6 +86,7 @@ from coreg.adapt.learner import ClipLearner
 from coreg.adapt.prompts import PromptLearner, lay_out, random_context, text_ids, token_embedding
 from coreg.adapt.tuning import ClipImages, Labelled, begin, finish, judge, load_towers, tuning_epoch
 from coreg.annotate.annotators import Towers
+from coreg.annotate.texts import refuse_same, same_rows
 from coreg.report.report import summary
 from coreg.run.job import Run, open_run
 from coreg.run.process import main_process_decides
@@ -103,12 +104,13 @@ def build_prompts(run: Run, method: CoOpOptions, towers: Towers) -> PromptLearne
     """The prompts of all classes with their first context vectors.
 
     Raises:
-        UserError: the prompts do not fit the model, or it has no place for context vectors.
+        UserError: the prompts do not fit the model, two are the same to it, or it has no place for context vectors.
     """
     names = run.store.class_names
     ids = text_ids(towers.tokenize, method.context_init, names) if method.context_init else None
     count = method.context_tokens if ids is None else len(ids)
     prompts = lay_out(towers.tokenize, names, count, method.class_position)
+    refuse_same(same_rows(prompts.tokens["input_ids"]), names, "the model")
     table = token_embedding(towers.network, towers.text, prompts.tokens)
     classes = [len(names)] if method.context == "per_class" else []
     if ids is None:

@@ -113,6 +113,7 @@ from coreg.adapt.tuning import ClipImages, Labelled, begin, finish, judge, load_
 from coreg.adapt.views import RandomView
 from coreg.annotate.chat import CHAT_TEMPLATES, ChatAnnotator
 from coreg.annotate.prompts import TEMPLATES, prompts
+from coreg.annotate.texts import refuse_same, same_rows
 from coreg.data.keyed import keyed_generator
 from coreg.learn.collective import rank_and_world
 from coreg.report.report import summary
@@ -154,10 +155,12 @@ def clip_learner(run: Run, labelled: Labelled, view: ViewOptions, method: LoraOp
     """A CLIP model with adapters that are proven to act.
 
     Raises:
-        UserError: a tower has nothing to put adapters on, or some of them would be dead.
+        UserError: two class names are the same to the model, a tower has nothing to put adapters on, or some of them
+            would be dead.
     """
     towers = load_towers(labelled.model, run, method.precision)
     tokens = towers.tokenize(prompts([template_of(run, labelled, method)], run.store.class_names))
+    refuse_same(same_rows(tokens["input_ids"]), run.store.class_names, labelled.model.spec)
     normalize = torch.nn.functional.normalize
     images = ClipImages(run, labelled, towers, view, frozen=method.towers == "text")
     pixels, encoded = images.sample(PROBED)

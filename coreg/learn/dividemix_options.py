@@ -31,7 +31,9 @@ class DivideMixOptions:
     history: int = option(
         1, "epochs over which the division losses are averaged; the authors take 5 for 90 % noise", (1, 1000)
     )
-    threshold: float = option(0.5, "an image is trusted (in P) when its weight w lies above it", (1e-6, 0.999999))
+    threshold: float = option(
+        0.5, "an image is trusted (in P) when its weight w lies above it", (1e-300, 0.9999999999999999)
+    )
     temperature: float = option(0.5, "T, sharpening of guessed labels", (0.001, 1))
     mixup_alpha: float = option(4.0, "MixUp's lambda is drawn from Beta(alpha, alpha); 0 switches MixUp off", (0, 1e6))
     lambda_u: float = option(25.0, "weight of the loss on distrusted images U; the authors try 0, 25, 50 and 150", (0, 1e6))

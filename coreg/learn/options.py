@@ -34,7 +34,9 @@ class CoRegOptions:
     )
     division_view: Literal["weak", "plain"] = _option("weak", "view of an image in division")
     history: int = _option(5, "epochs over which the division losses are averaged", (1, 1000))
-    threshold: float = _option(0.5, "tau_div, an image is trusted (in P) when its weight w lies above it", (1e-6, 0.999999))
+    threshold: float = _option(
+        0.5, "tau_div, an image is trusted (in P) when its weight w lies above it", (1e-300, 0.9999999999999999)
+    )
     monotone: bool = _option(False, "division: let no image lose trust by having a smaller loss")
     co_pseudo_labels: bool = _option(True, "use the peer's division and predictions; otherwise only the network's own")
     use_unlabeled: bool = _option(True, "train on distrusted images U too")
