@@ -62,6 +62,7 @@ from coreg.annotate.work import POLL_SECONDS, Progress, annotate_images, rescore
 from coreg.data.images import ImageList, list_hash, translated
 from coreg.data.sources import open_images, require_readable
 from coreg.demo.annotator import demo_templates
+from coreg.plaintext import printable
 from coreg.run.process import build_accelerator, main_process_decides
 
 
@@ -118,11 +119,11 @@ def annotate(config: AnnotateConfig, accelerator: Accelerator | None = None) -> 
     names, precision = manifest["class_names"], manifest["model"]["precision"]
     annotator = load_annotator(job.model, manifest["templates"], names, accelerator.device, precision, config.chat_mode)
     for note in annotator.notes:
-        accelerator.print(f"note: {note}")
+        accelerator.print(f"note: {printable(note)}")
     told = {"features": annotator.features, "preprocessing": annotator.preprocessing, "versions": versions()}
     writer = StoreWriter(root, manifest | told)
     for line in main_process_decides(accelerator, lambda: begin(writer, opened[0])):
-        accelerator.print(f"damaged, annotated again: {line}")
+        accelerator.print(f"damaged, annotated again: {printable(line)}")
 
     # From here to the end processes meet in the folder only: they may be slow, die, or be joined by others.
     start = accelerator.process_index / accelerator.num_processes
@@ -130,7 +131,7 @@ def annotate(config: AnnotateConfig, accelerator: Accelerator | None = None) -> 
         progress = Progress(queue, writer, shown=accelerator.is_main_process)
         work(queue, source_of_evidence(config, opened, annotator, writer, queue, progress), progress)
         if accelerator.is_main_process:
-            writer.finish(opened[0].paths)
+            writer.finish(opened[0].paths, config.safe_csv)
             queue.clear()
     while not (root / "errors.csv").exists():  # the last file, which the main process writes
         time.sleep(POLL_SECONDS)

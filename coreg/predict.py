@@ -9,7 +9,6 @@ The probabilities are calibrated by the temperature that the export came with; i
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,12 +19,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from coreg.config import option, parse
+from coreg.config import SAFE_CSV, option, parse
 from coreg.data.decode import SUFFIXES, decode, read_image
 from coreg.data.images import ImageList
 from coreg.data.sources import open_images
 from coreg.errors import UserError, exits_with_one_line
 from coreg.export import Ensemble, load_export
+from coreg.plaintext import csv_rows, printable
 from coreg.programs import TOLD, open_onnx
 from coreg.progress import seconds_between_lines
 
@@ -46,6 +46,7 @@ class PredictConfig:
     top_k: int = option(3, "labels a row", (1, 1_000_000))
     batch_size: int = option(256, "images at a time", (1, 1_000_000))
     workers: int = option(2, "threads that decode images", (0, 1024))
+    safe_csv: bool = option(False, SAFE_CSV)
 
 
 @dataclass
@@ -136,16 +137,16 @@ def write_csv(classifier: Classifier, images: ImageList, config: PredictConfig, 
     k = min(config.top_k, len(names))
     temporary, unreadable = output.with_name(f".{output.name}.tmp"), {}
     with temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        writer = csv.writer(file)
+        write = csv_rows(file, config.safe_csv)
         columns = ["label", "probability"]
-        writer.writerow(["path", *columns, *(f"{column}_{i}" for i in range(2, k + 1) for column in columns), "error"])
+        write(["path", *columns, *(f"{column}_{i}" for i in range(2, k + 1) for column in columns), "error"])
         with tqdm(total=len(images), desc="predict", unit="image", mininterval=seconds_between_lines()) as bar:
             for rows, probabilities, failed in classifier.batches(images, config.batch_size, config.workers):
                 unreadable |= failed
                 for row, shares, classes in zip(rows.tolist(), probabilities, best(probabilities, k)):
                     named = [word for c in classes for word in (names[c], f"{shares[c]:.4f}")]
                     named = [""] * 2 * k if row in failed else named
-                    writer.writerow([images.paths[row], *named, failed.get(row, "")])
+                    write([images.paths[row], *named, failed.get(row, "")])
                 bar.update(len(rows))
     temporary.replace(output)
     return unreadable
@@ -161,7 +162,7 @@ def show(classifier: Classifier, images: ImageList, config: PredictConfig) -> No
     if failed:
         raise UserError(f"{config.images} cannot be read: {failed[0]}")
     for c in best(probabilities, config.top_k)[0]:
-        print(f"{probabilities[0, c]:.4f}  {classifier.class_names[c]}")
+        print(f"{probabilities[0, c]:.4f}  {printable(classifier.class_names[c])}")
 
 
 @exits_with_one_line
@@ -182,10 +183,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if single and config.output is None:
         return
     unreadable = write_csv(classifier, images, config, output)
-    print(f"{output}: {len(images) - len(unreadable)} images named, {len(unreadable)} unreadable")
+    print(f"{printable(output)}: {len(images) - len(unreadable)} images named, {len(unreadable)} unreadable")
     for row in list(unreadable)[:SHOWN]:
         # a name may hold anything, so its printable form
-        print(f"  unreadable: {images.paths[row]!r} ({unreadable[row]})")
+        print(f"  unreadable: {images.paths[row]!r} ({printable(unreadable[row])})")
     if len(unreadable) > SHOWN:
         print(f"  … and {len(unreadable) - SHOWN} more, see the column `error`")
     if len(unreadable) == len(images):

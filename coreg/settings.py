@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from coreg.config import SEEDS, option
+from coreg.config import SAFE_CSV, SEEDS, option
 from coreg.data.operations import RANDAUGMENT
 from coreg.errors import UserError
 from coreg.learn.options import CoRegOptions
 
 if TYPE_CHECKING:
     from coreg.data.augment import Augmentation
+
+# accelerate's trackers and the packages of which each needs one
+TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX")} | {
+    name: (name,) for name in ("wandb", "trackio", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab")
+}
 
 
 @dataclass
@@ -60,6 +66,7 @@ class JobConfig:
     workers: int = option(2, "processes that decode images", (0, 1024))
     print_config: bool = option(False, "print the resolved settings as a recipe and stop")
     report_to: str = option("tensorboard", "where curves go: tensorboard, another of accelerate's trackers, or none")
+    safe_csv: bool = option(False, SAFE_CSV)
 
 
 @dataclass
@@ -141,6 +148,24 @@ def check_coreg(method: CoRegOptions, epochs: int) -> None:
     """
     if method.warmup_epochs > epochs:
         raise UserError(f"--warmup_epochs is {method.warmup_epochs} of {epochs} --epochs in all; give at most as many")
+
+
+def check_tracker(name: str) -> None:
+    """Refuse a tracker of curves that accelerate would leave out without a word.
+
+    Raises:
+        UserError: there is none of this name, or its package is not installed.
+    """
+    if name in ("none", "all"):
+        return
+    if name not in TRACKERS:
+        raise UserError(f"--report_to is {name}; write one of {', '.join(TRACKERS)}, all or none")
+    packages = TRACKERS[name]
+    if not any(importlib.util.find_spec(package) for package in packages):
+        raise UserError(
+            f"--report_to {name} needs the package {packages[0]}, which is not installed; type: pip install {packages[0]}, "
+            f"or write --report_to none"
+        )
 
 
 def refuse(rules: list[tuple[bool, str]]) -> None:

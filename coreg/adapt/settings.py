@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 
 from coreg.annotate.manifest import read_manifest
 from coreg.annotate.settings import GLYPH_CLIP
-from coreg.config import SEEDS, option
+from coreg.config import SAFE_CSV, SEEDS, option
 from coreg.demo.digits import DIGIT_NAMES
 
 
@@ -54,6 +54,7 @@ class TuningJob:
     workers: int = option(2, "threads that decode images", (0, 1024))
     print_config: bool = option(False, "print the resolved settings as a recipe and stop")
     report_to: str = option("tensorboard", "where curves go: tensorboard, another of accelerate's trackers, or none")
+    safe_csv: bool = option(False, SAFE_CSV)
 
     # hooks and adapters reach into the frozen model: it is not compiled, whatever the launcher's configuration says
     compile: ClassVar[bool] = False

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from coreg.config import option
+from coreg.config import SAFE_CSV, option
 
 GLYPH_CLIP = "builtin:glyph-clip"
 
@@ -38,3 +38,4 @@ class AnnotateConfig:
     block_size: int = option(2048, "images a block, the unit of work that is kept when the job is stopped", (1, 1_000_000))
     workers: int = option(2, "processes that decode images, per process that annotates", (0, 1024))
     data_root: str = option("data", "where torchvision data sets lie or are downloaded to")
+    safe_csv: bool = option(False, SAFE_CSV)

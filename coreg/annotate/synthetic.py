@@ -32,6 +32,7 @@ from coreg.annotate.store import AnnotationStore, StoreWriter, make_manifest
 from coreg.config import SEEDS, option, parse
 from coreg.data.sources import open_images
 from coreg.errors import UserError, exits_with_one_line
+from coreg.plaintext import printable
 
 BLOCK_SIZE = 16_384  # rows a block of the store
 # rule -> the options that it takes, with their defaults
@@ -207,7 +208,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line, write the store, and say how noisy the candidates really are."""
     (config,) = parse(SyntheticConfig, argv=argv, prog="python -m coreg.annotate.synthetic", description=__doc__)
     store, candidates = annotate(config)
-    print(f"{store.root}: {len(store)} images, {len(store.class_names)} classes, {store.manifest['model']['spec']}")
+    spec = store.manifest["model"]["spec"]
+    print(printable(f"{store.root}: {len(store)} images, {len(store.class_names)} classes, {spec}"))
     for index, split in enumerate(("train", "test")):
         rows = np.flatnonzero(store.split == index)
         if len(rows):
