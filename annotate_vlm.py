@@ -21,8 +21,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from coreg.annotate.settings import GLYPH_CLIP, AnnotateConfig, check
-from coreg.config import parse
+from coreg.annotate.settings import GLYPH_CLIP, AnnotateConfig
+from coreg.config import check_bounds, parse
 from coreg.errors import UserError, exits_with_one_line
 
 
@@ -30,7 +30,6 @@ from coreg.errors import UserError, exits_with_one_line
 def read_settings(argv: Sequence[str] | None = None) -> AnnotateConfig:
     """The job, as the command line has it."""
     (config,) = parse(AnnotateConfig, argv=argv, prog="annotate_vlm.py", description=__doc__)
-    check(config)
     return config
 
 
@@ -63,6 +62,7 @@ from coreg.annotate.work import POLL_SECONDS, Progress, annotate_images, rescore
 from coreg.data.images import ImageList, list_hash, translated
 from coreg.data.sources import open_images, require_readable
 from coreg.demo.annotator import demo_templates
+from coreg.plaintext import printable
 from coreg.run.process import build_accelerator, main_process_decides
 
 
@@ -95,7 +95,7 @@ def annotate(config: AnnotateConfig, accelerator: Accelerator | None = None) -> 
         UserError: something in the job is wrong; nothing has been written then. Or more than `max_errors` images cannot
             be read; what was annotated is kept.
     """
-    check(config)
+    check_bounds(config)
     accelerator = accelerator or build_accelerator(timeout_minutes=60)
     root = Path(config.output_dir)
     # The main process looks at the files and everyone believes it; it keeps the list that it opened.
@@ -114,14 +114,16 @@ def annotate(config: AnnotateConfig, accelerator: Accelerator | None = None) -> 
             )
 
     # The text side is encoded once, here; from now on an image costs one pass through the image tower.
-    names, precision = manifest["class_names"], manifest["model"]["precision"]
-    annotator = load_annotator(job.model, manifest["templates"], names, accelerator.device, precision, config.chat_mode)
     if config.vlm == GLYPH_CLIP and config.images != "builtin:digits":
         accelerator.print(f"note: {GLYPH_CLIP} reads single digits and nothing else; name another model with --vlm")
+    names, precision = manifest["class_names"], manifest["model"]["precision"]
+    annotator = load_annotator(job.model, manifest["templates"], names, accelerator.device, precision, config.chat_mode)
+    for note in annotator.notes:
+        accelerator.print(f"note: {printable(note)}")
     told = {"features": annotator.features, "preprocessing": annotator.preprocessing, "versions": versions()}
     writer = StoreWriter(root, manifest | told)
     for line in main_process_decides(accelerator, lambda: begin(writer, opened[0])):
-        accelerator.print(f"damaged, annotated again: {line}")
+        accelerator.print(f"damaged, annotated again: {printable(line)}")
 
     # From here to the end processes meet in the folder only: they may be slow, die, or be joined by others.
     start = accelerator.process_index / accelerator.num_processes
@@ -129,7 +131,7 @@ def annotate(config: AnnotateConfig, accelerator: Accelerator | None = None) -> 
         progress = Progress(queue, writer, shown=accelerator.is_main_process)
         work(queue, source_of_evidence(config, opened, annotator, writer, queue, progress), progress)
         if accelerator.is_main_process:
-            writer.finish(opened[0].paths)
+            writer.finish(opened[0].paths, config.safe_csv)
             queue.clear()
     while not (root / "errors.csv").exists():  # the last file, which the main process writes
         time.sleep(POLL_SECONDS)

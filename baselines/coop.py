@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
-from coreg.adapt.settings import Outlook, TuningJob, ViewOptions, check
+from coreg.adapt.settings import Outlook, TuningJob, ViewOptions
 from coreg.annotate.candidates import parse_rule
 from coreg.config import option, parse
-from coreg.errors import UserError, exits_with_one_line
+from coreg.errors import exits_with_one_line
 
 # digits must not be mirrored, and most of one has to be seen; the tiny CLIP reads 16 tokens in all
 PRESETS = {"paper": {}, "digits": {"crop": 0.7, "flip": False, "context_tokens": 4}}
@@ -37,27 +37,19 @@ class CoOpOptions:
         "paper", "named defaults; digits are those of the built-in data (default: paper, or digits for the built-in digits)"
     )
     context: Literal["shared", "per_class"] = option("shared", "one context for all classes, or one for each")
-    context_tokens: int = option(16, "M, context vectors in a prompt")
+    context_tokens: int = option(16, "M, context vectors in a prompt", (1, 10_000))
     context_init: str | None = option(
         None, 'words to begin with instead of random vectors, such as "a photo of a"; their tokens are counted, not M'
     )
     class_position: Literal["end", "middle", "front"] = option("end", "where the class name stands")
-    warmup_epochs: int = option(1, "epochs with --warmup_lr before the cosine schedule")
-    warmup_lr: float = option(1e-5, "learning rate while warming up")
-    momentum: float = option(0.9, "of SGD")
+    warmup_epochs: int = option(1, "epochs with --warmup_lr before the cosine schedule", (0, 1_000_000))
+    warmup_lr: float = option(1e-5, "learning rate while warming up", (0, 1e6))
+    momentum: float = option(0.9, "of SGD", (0, 0.999999))
 
 
 def epochs_of(shots: int) -> int:
     """Epochs that CoOp's authors train for."""
     return 50 if shots == 1 else 100 if shots <= 4 else 200
-
-
-def check_coop(method: CoOpOptions) -> None:
-    """Refuse a prompt without context vectors."""
-    if method.context_tokens < 1:
-        raise UserError(f"--context_tokens is {method.context_tokens}; give at least 1")
-    if method.warmup_epochs < 0 or not 0 <= method.momentum < 1:
-        raise UserError("--warmup_epochs has to be 0 or more, and --momentum at least 0 and below 1")
 
 
 @exits_with_one_line
@@ -75,8 +67,6 @@ def read_settings(argv: Sequence[str]) -> tuple[TuningJob, ViewOptions, CoOpOpti
     preset = "digits" if Outlook.of(read(argv=argv)[0]).digits else "paper"
     job, view, method = read(argv=[f"--preset={preset}", *argv])
     job.epochs = job.epochs or epochs_of(job.shots)
-    check(job, view)
-    check_coop(method)
     parse_rule(job.candidates)
     return job, view, method
 
@@ -96,6 +86,7 @@ from coreg.adapt.learner import ClipLearner
 from coreg.adapt.prompts import PromptLearner, lay_out, random_context, text_ids, token_embedding
 from coreg.adapt.tuning import ClipImages, Labelled, begin, finish, judge, load_towers, tuning_epoch
 from coreg.annotate.annotators import Towers
+from coreg.annotate.texts import refuse_same, same_rows
 from coreg.report.report import summary
 from coreg.run.job import Run, open_run
 from coreg.run.process import main_process_decides
@@ -113,12 +104,13 @@ def build_prompts(run: Run, method: CoOpOptions, towers: Towers) -> PromptLearne
     """The prompts of all classes with their first context vectors.
 
     Raises:
-        UserError: the prompts do not fit the model, or it has no place for context vectors.
+        UserError: the prompts do not fit the model, two are the same to it, or it has no place for context vectors.
     """
     names = run.store.class_names
     ids = text_ids(towers.tokenize, method.context_init, names) if method.context_init else None
     count = method.context_tokens if ids is None else len(ids)
     prompts = lay_out(towers.tokenize, names, count, method.class_position)
+    refuse_same(same_rows(prompts.tokens["input_ids"]), names, "the model")
     table = token_embedding(towers.network, towers.text, prompts.tokens)
     classes = [len(names)] if method.context == "per_class" else []
     if ids is None:

@@ -32,7 +32,9 @@ class DistillOptions:
     teacher: Literal["single", "averaged"] = option(
         "averaged", "the annotator's probabilities under its first template, or their mean over all templates"
     )
-    kd_temperature: float = option(1.0, "T, by which both distributions are softened; the loss is multiplied by T^2")
+    kd_temperature: float = option(
+        1.0, "T, by which both distributions are softened; the loss is multiplied by T^2", (0.001, 1000)
+    )
     view: Literal["weak", "strong"] = option("weak", "view of an image in training")
 
 
@@ -52,8 +54,6 @@ def read_settings(argv: Sequence[str]) -> tuple[JobConfig, ImageConfig, DistillO
     )
     check(job)
     check_look(look)
-    if method.kd_temperature <= 0:
-        raise UserError(f"--kd_temperature is {method.kd_temperature}; give a number above 0")
     parse_rule(job.candidates)
     return job, look, method
 

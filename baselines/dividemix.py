@@ -17,7 +17,7 @@ from coreg.config import parse
 from coreg.errors import UserError, exits_with_one_line
 from coreg.learn.dividemix_options import OFFICIAL, DivideMixOptions
 from coreg.learn.options import CoRegOptions
-from coreg.settings import ImageConfig, JobConfig, check, check_look, lacks_official, official, refuse
+from coreg.settings import ImageConfig, JobConfig, check, check_look, lacks_official, official
 
 NAMES = {"single": "DivideMix, single template", "averaged": "DivideMix, averaged"}
 
@@ -41,15 +41,8 @@ def read_settings(argv: Sequence[str]) -> tuple[JobConfig, ImageConfig, DivideMi
         job, look, method = read(argv=[*official(OFFICIAL, job.dataset)[1], *argv])
     check(job)
     check_look(look)
-    refuse(
-        [
-            (0 <= method.warmup_epochs <= job.epochs, "--warmup_epochs has to be from 0 to --epochs"),
-            (0 < method.temperature <= 1, f"--temperature is {method.temperature}; give a number above 0 and up to 1"),
-            (0 < method.threshold < 1, f"--threshold is {method.threshold}; give a number between 0 and 1"),
-            (method.mixup_alpha >= 0, f"--mixup_alpha is {method.mixup_alpha}; give 0 (off) or more"),
-            (method.history >= 1, f"--history is {method.history}; give at least 1"),
-        ]
-    )
+    if method.warmup_epochs > job.epochs:
+        raise UserError(f"--warmup_epochs is {method.warmup_epochs}, of {job.epochs} --epochs in all; give at most as many")
     parse_rule(job.candidates)
     return job, look, method
 

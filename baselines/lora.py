@@ -20,11 +20,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
-from coreg.adapt.settings import Outlook, TuningJob, ViewOptions, check
+from coreg.adapt.settings import Outlook, TuningJob, ViewOptions
 from coreg.annotate.candidates import parse_rule
 from coreg.config import option, parse
 from coreg.errors import UserError, exits_with_one_line
-from coreg.settings import refuse
 
 CLIP = {"lr": 2e-4, "weight_decay": 1e-2}
 CHAT = {
@@ -57,14 +56,18 @@ class LoraOptions:
         "clip", "named defaults (default: by the kind of model; digits for the built-in digits)"
     )
     towers: Literal["both", "image", "text"] = option("both", "CLIP models: where adapters are put")
-    rank: int = option(2, "of the adapters")
-    alpha: float = option(1.0, "the adapters' outputs are multiplied by alpha / sqrt(rank), or alpha / rank")
+    rank: int = option(2, "of the adapters", (1, 65_536))
+    alpha: float = option(1.0, "the adapters' outputs are multiplied by alpha / sqrt(rank), or alpha / rank", (1e-6, 1e6))
     rslora: bool = option(True, "alpha / sqrt(rank) instead of alpha / rank")
-    dropout: float = option(0.0, "of the adapters' inputs, where attention keeps queries, keys and values apart")
+    dropout: float = option(
+        0.0, "of the adapters' inputs, where attention keeps queries, keys and values apart", (0, 0.999999)
+    )
     template: str | None = option(None, "text or question with one {}; default: the first of the annotation")
-    steps_per_shot: int = option(500, "steps for every shot, from which the epochs follow where none are given")
-    warmup: float = option(0.0, "share of all steps in which the learning rate rises")
-    lr_floor: float = option(1e-6, "learning rate at the end of the cosine schedule")
+    steps_per_shot: int = option(
+        500, "steps for every shot, from which the epochs follow where none are given", (1, 1_000_000)
+    )
+    warmup: float = option(0.0, "share of all steps in which the learning rate rises", (0, 0.999999))
+    lr_floor: float = option(1e-6, "learning rate at the end of the cosine schedule", (0, 1e6))
     precision: Literal["fp32", "bf16"] = option("fp32", "of the frozen weights")
     chat_mode: Literal["likelihood", "generate"] = option(
         "likelihood", "chat models are judged by the likelihood of every class name, or by their answers in words"
@@ -72,20 +75,9 @@ class LoraOptions:
 
 
 def check_lora(method: LoraOptions) -> None:
-    """Refuse adapters that cannot be made."""
-    refuse(
-        [
-            (method.rank >= 1, f"--rank is {method.rank}; give at least 1"),
-            (method.alpha > 0, f"--alpha is {method.alpha}; give a number above 0"),
-            (0 <= method.dropout < 1, f"--dropout is {method.dropout}; give at least 0 and below 1"),
-            (0 <= method.warmup < 1, f"--warmup is {method.warmup}; give at least 0 and below 1"),
-            (method.steps_per_shot >= 1, f"--steps_per_shot is {method.steps_per_shot}; give at least 1"),
-            (
-                method.template is None or method.template.count("{}") == 1,
-                f"--template {method.template!r} needs exactly one {{}}, such as: a photo of a {{}}",
-            ),
-        ]
-    )
+    """Refuse a template without a place for the class name."""
+    if method.template is not None and method.template.count("{}") != 1:
+        raise UserError(f"--template {method.template!r} needs exactly one {{}}, such as: a photo of a {{}}")
 
 
 @exits_with_one_line
@@ -97,9 +89,8 @@ def read_settings(argv: Sequence[str]) -> tuple[TuningJob, ViewOptions, LoraOpti
     outlook = Outlook.of(read(argv=argv)[0])
     preset = "chat" if outlook.spec.startswith("chat:") else "digits" if outlook.digits else "clip"
     job, view, method = read(argv=[f"--preset={preset}", *argv])
-    steps = math.ceil(job.shots * outlook.classes / max(job.batch_size, 1))
-    job.epochs = job.epochs or math.ceil(method.steps_per_shot * job.shots / max(steps, 1))
-    check(job, view)
+    steps = math.ceil(job.shots * outlook.classes / job.batch_size)
+    job.epochs = job.epochs or math.ceil(method.steps_per_shot * job.shots / steps)
     check_lora(method)
     parse_rule(job.candidates)
     return job, view, method
@@ -122,6 +113,7 @@ from coreg.adapt.tuning import ClipImages, Labelled, begin, finish, judge, load_
 from coreg.adapt.views import RandomView
 from coreg.annotate.chat import CHAT_TEMPLATES, ChatAnnotator
 from coreg.annotate.prompts import TEMPLATES, prompts
+from coreg.annotate.texts import refuse_same, same_rows
 from coreg.data.keyed import keyed_generator
 from coreg.learn.collective import rank_and_world
 from coreg.report.report import summary
@@ -163,10 +155,12 @@ def clip_learner(run: Run, labelled: Labelled, view: ViewOptions, method: LoraOp
     """A CLIP model with adapters that are proven to act.
 
     Raises:
-        UserError: a tower has nothing to put adapters on, or some of them would be dead.
+        UserError: two class names are the same to the model, a tower has nothing to put adapters on, or some of them
+            would be dead.
     """
     towers = load_towers(labelled.model, run, method.precision)
     tokens = towers.tokenize(prompts([template_of(run, labelled, method)], run.store.class_names))
+    refuse_same(same_rows(tokens["input_ids"]), run.store.class_names, labelled.model.spec)
     normalize = torch.nn.functional.normalize
     images = ClipImages(run, labelled, towers, view, frozen=method.towers == "text")
     pixels, encoded = images.sample(PROBED)

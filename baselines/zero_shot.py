@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from coreg.config import option, parse
 from coreg.errors import UserError, exits_with_one_line
+from coreg.plaintext import printable
 
 
 @dataclass
@@ -199,7 +200,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
 
     # files alone, and seconds of work: one process does it
-    accelerator.print(main_process_decides(accelerator, work))
+    accelerator.print(printable(main_process_decides(accelerator, work), lines=True))
 
 
 if __name__ == "__main__":

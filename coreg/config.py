@@ -23,12 +23,19 @@ from coreg.errors import UserError
 RECIPES = Path(__file__).parent / "recipes"
 # a recipe may hold settings of one of them alone, below its name
 SCRIPTS = ("train_coreg.py", "baselines/distill.py", "baselines/dividemix.py", "baselines/pll.py")
+# bounds of a seed: network k of a training is seeded with 1000 * seed + k, which has to fit into 32 bits
+SEEDS = (0, 4_294_966)
+SAFE_CSV = "CSV files: an apostrophe before texts that a spreadsheet would take for a formula"
 _METAVAR = {int: "N", float: "X", str: "TEXT"}
 
 
-def option(default: Any, text: str) -> Any:
-    """A dataclass field with a default (copied when it is a list) and its help text."""
-    metadata = {"help": text}
+def option(default: Any, text: str, bounds: tuple[float, float] | None = None) -> Any:
+    """A dataclass field with a default (copied when it is a list) and its help text.
+
+    Args:
+        bounds: smallest and largest value of an option that is a number, or a list of numbers.
+    """
+    metadata = {"help": text, "bounds": bounds}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -207,7 +214,7 @@ def parse(
         One instance for each of `groups`.
 
     Raises:
-        UserError: an unknown option, a value of the wrong type or outside the choices, or an unreadable recipe.
+        UserError: an unknown option, a value of the wrong type or outside the choices or bounds, or an unreadable recipe.
     """
     parser = _build_parser(groups, default_recipe, prog, description)
     arguments = [_underscored(word) for word in (sys.argv[1:] if argv is None else argv)]
@@ -223,9 +230,31 @@ def parse(
     found, unknown = parser.parse_known_args([*_preset_arguments(preset, presets), *_as_arguments(recipe), *arguments])
     if unknown:
         raise UserError(f"unknown option {unknown[0]}{_near(unknown[0].split('=')[0], known)}")
-    return tuple(
+    filled = tuple(
         group(**{field.name: getattr(found, field.name) for field in dataclasses.fields(group)}) for group in groups
     )
+    check_bounds(*filled)
+    return filled
+
+
+def check_bounds(*configs: Any) -> None:
+    """Refuse numbers outside the bounds of their options; NaN lies outside all of them.
+
+    Args:
+        configs: instances of dataclasses whose fields were made by `option`.
+
+    Raises:
+        UserError: the first such number.
+    """
+    for config in configs:
+        for field in dataclasses.fields(config):
+            value, bounds = getattr(config, field.name), field.metadata.get("bounds")
+            if value is None or bounds is None:
+                continue
+            low, high = bounds
+            for number in value if isinstance(value, list) else [value]:
+                if not low <= number <= high:
+                    raise UserError(f"--{field.name} is {number}; give a number from {low} to {high}")
 
 
 def _near(word: str, known: list[str]) -> str:

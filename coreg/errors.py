@@ -6,6 +6,8 @@ import sys
 from collections.abc import Callable
 from functools import wraps
 
+from coreg.plaintext import printable
+
 
 class UserError(Exception):
     """Bad input: the message says what was found, what was expected and what to type next, in one line.
@@ -27,7 +29,7 @@ def exits_with_one_line(main: Callable[..., int | None]) -> Callable[..., int | 
             return main(*args, **kwargs)
         except UserError as error:
             if not error.told:
-                print(f"error: {error}", file=sys.stderr)
+                print(f"error: {printable(error)}", file=sys.stderr)
             raise SystemExit(2) from None
 
     return wrapped

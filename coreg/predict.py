@@ -9,7 +9,6 @@ The probabilities are calibrated by the temperature that the export came with; i
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,12 +19,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from coreg.config import option, parse
+from coreg.config import SAFE_CSV, option, parse
 from coreg.data.decode import SUFFIXES, decode, read_image
 from coreg.data.images import ImageList
 from coreg.data.sources import open_images
 from coreg.errors import UserError, exits_with_one_line
 from coreg.export import Ensemble, load_export
+from coreg.plaintext import csv_rows, printable
 from coreg.programs import TOLD, open_onnx
 from coreg.progress import seconds_between_lines
 
@@ -43,9 +43,10 @@ class PredictConfig:
         None, "CSV file to write: path, label, probability, and the next best labels (default: predictions.csv; for one "
         "image none)"
     )  # fmt: skip
-    top_k: int = option(3, "labels a row")
-    batch_size: int = option(256, "images at a time")
-    workers: int = option(2, "threads that decode images")
+    top_k: int = option(3, "labels a row", (1, 1_000_000))
+    batch_size: int = option(256, "images at a time", (1, 1_000_000))
+    workers: int = option(2, "threads that decode images", (0, 1024))
+    safe_csv: bool = option(False, SAFE_CSV)
 
 
 @dataclass
@@ -133,19 +134,19 @@ def best(probabilities: np.ndarray, k: int) -> np.ndarray:
 def write_csv(classifier: Classifier, images: ImageList, config: PredictConfig, output: Path) -> dict[int, str]:
     """Predict all images into a CSV file, whole or not at all; gives row -> reason of the unreadable ones."""
     names = classifier.class_names
-    k = max(1, min(config.top_k, len(names)))
+    k = min(config.top_k, len(names))
     temporary, unreadable = output.with_name(f".{output.name}.tmp"), {}
     with temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        writer = csv.writer(file)
+        write = csv_rows(file, config.safe_csv)
         columns = ["label", "probability"]
-        writer.writerow(["path", *columns, *(f"{column}_{i}" for i in range(2, k + 1) for column in columns), "error"])
+        write(["path", *columns, *(f"{column}_{i}" for i in range(2, k + 1) for column in columns), "error"])
         with tqdm(total=len(images), desc="predict", unit="image", mininterval=seconds_between_lines()) as bar:
             for rows, probabilities, failed in classifier.batches(images, config.batch_size, config.workers):
                 unreadable |= failed
                 for row, shares, classes in zip(rows.tolist(), probabilities, best(probabilities, k)):
                     named = [word for c in classes for word in (names[c], f"{shares[c]:.4f}")]
                     named = [""] * 2 * k if row in failed else named
-                    writer.writerow([images.paths[row], *named, failed.get(row, "")])
+                    write([images.paths[row], *named, failed.get(row, "")])
                 bar.update(len(rows))
     temporary.replace(output)
     return unreadable
@@ -160,8 +161,8 @@ def show(classifier: Classifier, images: ImageList, config: PredictConfig) -> No
     ((_, probabilities, failed),) = classifier.batches(images)
     if failed:
         raise UserError(f"{config.images} cannot be read: {failed[0]}")
-    for c in best(probabilities, max(1, config.top_k))[0]:
-        print(f"{probabilities[0, c]:.4f}  {classifier.class_names[c]}")
+    for c in best(probabilities, config.top_k)[0]:
+        print(f"{probabilities[0, c]:.4f}  {printable(classifier.class_names[c])}")
 
 
 @exits_with_one_line
@@ -171,8 +172,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in ("model", "images"):
         if getattr(config, name) is None:
             raise UserError(f"--{name} is missing; write for example: coreg-predict --model runs/a/export --images new/")
-    if config.batch_size < 1:
-        raise UserError(f"--batch_size is {config.batch_size}; give at least 1")
     output = Path(config.output or "predictions.csv")
     if not output.parent.is_dir():
         raise UserError(f"the folder of --output {output} does not exist; create it or choose another file")
@@ -184,10 +183,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if single and config.output is None:
         return
     unreadable = write_csv(classifier, images, config, output)
-    print(f"{output}: {len(images) - len(unreadable)} images named, {len(unreadable)} unreadable")
+    print(f"{printable(output)}: {len(images) - len(unreadable)} images named, {len(unreadable)} unreadable")
     for row in list(unreadable)[:SHOWN]:
         # a name may hold anything, so its printable form
-        print(f"  unreadable: {images.paths[row]!r} ({unreadable[row]})")
+        print(f"  unreadable: {images.paths[row]!r} ({printable(unreadable[row])})")
     if len(unreadable) > SHOWN:
         print(f"  … and {len(unreadable) - SHOWN} more, see the column `error`")
     if len(unreadable) == len(images):

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from coreg.config import option
+from coreg.config import SAFE_CSV, SEEDS, option
 from coreg.data.operations import RANDAUGMENT
 from coreg.errors import UserError
 from coreg.learn.options import CoRegOptions
 
 if TYPE_CHECKING:
     from coreg.data.augment import Augmentation
+
+# accelerate's trackers and the packages of which each needs one
+TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX")} | {
+    name: (name,) for name in ("wandb", "trackio", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab")
+}
 
 
 @dataclass
@@ -31,35 +37,43 @@ class JobConfig:
     dataset: str | None = option(
         None, "public data set that the images are, as recipes name it; --preset official of a baseline goes by it"
     )
-    seed: int = option(0, "of everything random")
-    few_shot: int = option(0, "true labels a class to train with, drawn from the store's own labels")
+    seed: int = option(0, "of everything random", SEEDS)
+    few_shot: int = option(0, "true labels a class to train with, drawn from the store's own labels", (0, 1_000_000))
     labels: str | None = option(None, "CSV file (path,label) of images that a person labelled")
     label_mode: Literal["replace", "replace+repeat", "extra_ce"] = option(
         "replace+repeat",
         "known labels replace candidate sets; +repeat draws them in at least 5 % of P; extra_ce adds a supervised loss",
     )
     candidates: str = option("union", "candidate rule: union, votes:V, topk:K, prob:P, ratio:R or cumulative:P")
-    epochs: int = option(100, "epochs in all, warm-up included")
+    epochs: int = option(100, "epochs in all, warm-up included", (1, 1_000_000))
     batch_size: int = option(
-        256, "images of P (and as many of U) in a step, over all processes; warm-up takes twice as many"
+        256,
+        "images of P (and as many of U) in a step, over all processes; warm-up takes twice as many; batch normalisation "
+        "needs 2 at least",
+        (2, 1_000_000),
     )
     optimizer: Literal["sgd", "adamw"] = option(
         "sgd", "the papers' SGD, or AdamW, which many pretrained backbones want (with an --lr near 0.001)"
     )
-    lr: float = option(0.01, "learning rate of the optimiser")
-    lr_floor: float = option(1e-5, "learning rate at the horizon of the cosine schedule")
-    lr_horizon: int = option(0, "epochs of the cosine schedule; 0 for --epochs")
-    momentum: float = option(0.9, "of SGD")
-    weight_decay: float = option(5e-4, "of the optimiser (AdamW's is decoupled from the gradient)")
-    gradient_accumulation_steps: int = option(1, "steps whose gradients are averaged before the weights move")
+    lr: float = option(0.01, "learning rate of the optimiser", (1e-30, 1e6))
+    lr_floor: float = option(1e-5, "learning rate at the horizon of the cosine schedule", (0, 1e6))
+    lr_horizon: int = option(0, "epochs of the cosine schedule; 0 for --epochs", (0, 1_000_000))
+    momentum: float = option(0.9, "of SGD", (0, 0.999999))
+    weight_decay: float = option(5e-4, "of the optimiser (AdamW's is decoupled from the gradient)", (0, 1e6))
+    gradient_accumulation_steps: int = option(
+        1, "steps whose gradients are averaged before the weights move", (1, 1_000_000)
+    )
     mixed_precision: Literal["no", "bf16"] = option("no", "autocast")
     compile: bool = option(False, "compile the networks with torch.compile")
-    checkpoint_minutes: float = option(10.0, "a checkpoint is written every epoch, and after so many minutes within one")
-    timeout_minutes: float = option(10.0, "a job ends when a process does not answer for so long")
+    checkpoint_minutes: float = option(
+        10.0, "a checkpoint is written every epoch, and after so many minutes within one", (0, 1_000_000)
+    )
+    timeout_minutes: float = option(10.0, "a job ends when a process does not answer for so long", (0.001, 100_000))
     dtype: Literal["float32", "float64"] = option("float32", "of weights and arithmetic; float64 to compare runs exactly")
-    workers: int = option(2, "processes that decode images")
+    workers: int = option(2, "processes that decode images", (0, 1024))
     print_config: bool = option(False, "print the resolved settings as a recipe and stop")
     report_to: str = option("tensorboard", "where curves go: tensorboard, another of accelerate's trackers, or none")
+    safe_csv: bool = option(False, SAFE_CSV)
 
 
 @dataclass
@@ -71,16 +85,16 @@ class ImageConfig:
     backbone: str = option("preact_resnet18", "any timm model, preact_resnet18, or local-dir:FOLDER")
     backbone_args: str = option("{}", "further arguments of the backbone, as JSON")
     pretrained: bool = option(False, "start from timm's pretrained weights")
-    image_size: int = option(32, "side in pixels to which images are resized")
-    channels: int = option(3, "1 for grey images, 3 for RGB")
-    mean: list[float] = option([0.5], "of the pixels in 0..1, one number or one a channel")
-    std: list[float] = option([0.5], "of the pixels in 0..1, one number or one a channel")
-    padding: int = option(4, "weak view: random crop with this zero padding")
+    image_size: int = option(32, "side in pixels to which images are resized", (1, 8192))
+    channels: int = option(3, "1 for grey images, 3 for RGB", (1, 3))
+    mean: list[float] = option([0.5], "of the pixels in 0..1, one number or one a channel", (0, 1))
+    std: list[float] = option([0.5], "of the pixels in 0..1, one number or one a channel", (0.001, 10))
+    padding: int = option(4, "weak view: random crop with this zero padding", (0, 8192))
     flip: bool = option(True, "weak view: random horizontal flip")
     strong_ops: list[str] = option(list(RANDAUGMENT), "strong view: operations to draw from")
-    strong_count: int = option(1, "strong view: operations a view")
-    cutout: float = option(0.5, "strong view: largest side of the cut out square, as a share of the image")
-    cutout_fixed: int = option(0, "strong view: side in pixels of one square set to 0")
+    strong_count: int = option(1, "strong view: operations a view", (0, 100))
+    cutout: float = option(0.5, "strong view: largest side of the cut out square, as a share of the image", (0, 1))
+    cutout_fixed: int = option(0, "strong view: side in pixels of one square set to 0", (0, 8192))
 
     def augmentation(self) -> Augmentation:
         """The views these settings describe; `check_look` has said what is wrong with them."""
@@ -106,22 +120,8 @@ def check(job: JobConfig) -> None:
     Raises:
         UserError: the first one found.
     """
-    refuse(
-        [
-            (job.epochs >= 1, f"--epochs is {job.epochs}; give at least 1"),
-            (
-                job.batch_size >= 2,
-                f"--batch_size is {job.batch_size}; give at least 2, for batch normalisation cannot do with one image",
-            ),
-            (job.lr > 0, f"--lr is {job.lr}; give a number above 0"),
-            (job.gradient_accumulation_steps >= 1, "--gradient_accumulation_steps has to be at least 1"),
-            (job.checkpoint_minutes >= 0, "--checkpoint_minutes has to be 0 (every step) or more"),
-            (job.timeout_minutes > 0, "--timeout_minutes has to be above 0"),
-            (job.few_shot >= 0, f"--few_shot is {job.few_shot}; give 0 or more"),
-            (not (job.few_shot and job.labels), "--few_shot and --labels exclude each other; give one of them"),
-            (job.workers >= 0, f"--workers is {job.workers}; give 0 or more"),
-        ]
-    )
+    if job.few_shot and job.labels:
+        raise UserError("--few_shot and --labels exclude each other; give one of them")
 
 
 def check_look(look: ImageConfig) -> None:
@@ -143,12 +143,6 @@ def check_look(look: ImageConfig) -> None:
                 )
                 for name, count in lengths.items()
             ),
-            (min(look.std) > 0, f"--std is {min(look.std)}; give numbers above 0"),
-            (1 <= look.image_size <= 8192, f"--image_size is {look.image_size}; give a number of pixels up to 8192"),
-            (look.padding >= 0, f"--padding is {look.padding}; give 0 or more pixels"),
-            (look.strong_count >= 0, f"--strong_count is {look.strong_count}; give 0 or more"),
-            (0 <= look.cutout <= 1, f"--cutout is {look.cutout}; give a share of the image, 0 to 1"),
-            (look.cutout_fixed >= 0, f"--cutout_fixed is {look.cutout_fixed}; give 0 or more pixels"),
         ]
     )
 
@@ -159,24 +153,26 @@ def check_coreg(method: CoRegOptions, epochs: int) -> None:
     Raises:
         UserError: the first one found.
     """
-    refuse(
-        [
-            (method.warmup_epochs >= 0, f"--warmup_epochs is {method.warmup_epochs}; give 0 or more"),
-            (
-                method.warmup_epochs <= epochs,
-                f"--warmup_epochs is {method.warmup_epochs} of {epochs} --epochs in all; give at most as many",
-            ),
-            (0 < method.temperature <= 1, f"--temperature is {method.temperature}; give a number above 0 and up to 1"),
-            (0 < method.threshold < 1, f"--threshold is {method.threshold}; give a number between 0 and 1"),
-            (method.mixup_alpha >= 0, f"--mixup_alpha is {method.mixup_alpha}; give 0 (off) or more"),
-            (method.history >= 1, f"--history is {method.history}; give at least 1"),
-            (method.queue_size >= 1, f"--queue_size is {method.queue_size}; give at least 1"),
-            (method.prototype_temperature > 0, "--prototype_temperature has to be above 0"),
-            (method.contrast_temperature > 0, "--contrast_temperature has to be above 0"),
-            (0 <= method.prototype_momentum < 1, "--prototype_momentum has to be at least 0 and below 1"),
-            (0 <= method.key_momentum < 1, "--key_momentum has to be at least 0 and below 1"),
-        ]
-    )
+    if method.warmup_epochs > epochs:
+        raise UserError(f"--warmup_epochs is {method.warmup_epochs} of {epochs} --epochs in all; give at most as many")
+
+
+def check_tracker(name: str) -> None:
+    """Refuse a tracker of curves that accelerate would leave out without a word.
+
+    Raises:
+        UserError: there is none of this name, or its package is not installed.
+    """
+    if name in ("none", "all"):
+        return
+    if name not in TRACKERS:
+        raise UserError(f"--report_to is {name}; write one of {', '.join(TRACKERS)}, all or none")
+    packages = TRACKERS[name]
+    if not any(importlib.util.find_spec(package) for package in packages):
+        raise UserError(
+            f"--report_to {name} needs the package {packages[0]}, which is not installed; type: pip install {packages[0]}, "
+            f"or write --report_to none"
+        )
 
 
 def refuse(rules: list[tuple[bool, str]]) -> None:

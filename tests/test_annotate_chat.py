@@ -25,7 +25,7 @@ from transformers import (
 from annotate_vlm import main
 from coreg.annotate.annotators import load_annotator
 from coreg.annotate.chat import CHAT_TEMPLATES, ChatAnnotator, questions
-from coreg.annotate.models import resolve
+from coreg.annotate.models import ModelSpec, resolve
 from coreg.annotate.store import AnnotationStore
 from coreg.errors import UserError
 
@@ -311,7 +311,9 @@ def test_code_in_a_folder_is_never_run(tiny, tmp_path):
     config = json.loads((folder / "config.json").read_text())
     config |= {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Model", "AutoModelForImageTextToText": "evil.Model"}}
     (folder / "config.json").write_text(json.dumps(config))
-    assert "cannot load" in refused(load_annotator, resolve(f"chat:{folder}"), CHAT_TEMPLATES, NAMES)
+    assert "asks to run code of its own" in refused(resolve, f"chat:{folder}")
+    unchecked = ModelSpec(f"chat:{folder}", str(folder), None, "", "chat")
+    assert "cannot load" in refused(load_annotator, unchecked, CHAT_TEMPLATES, NAMES)
     assert not (tmp_path / "trapped").exists()
 
 

@@ -208,8 +208,8 @@ def test_bad_input_is_told_in_one_line_and_leaves_nothing(place, tmp_path, capsy
         ({"templates": tmp_path / "plain.txt"}, "exactly one {}"),
         ({"vlm": "ViT-B-23/openai"}, "did you mean ViT-B-32/openai?"),
         ({"vlm": f"local-dir:{broken}"}, "open_clip_config.json does not exist"),
-        ({"batch_size": 0}, "must be at least 1"),
-        ({"block_size": -1}, "must be at least 1"),
+        ({"batch_size": 0}, "--batch_size is 0; give a number from 1"),
+        ({"block_size": -1}, "--block_size is -1; give a number from 1"),
         ({"batch_size": "many"}, "many"),
         ({"image": "x"}, "did you mean --images?"),
         ({"output_dir": tmp_path}, "holds other things"),
@@ -234,7 +234,8 @@ def test_without_arguments_the_demo_is_annotated(tmp_path, monkeypatch, capsys):
 
 def test_the_built_in_model_on_other_images_is_remarked(place, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    main(arguments(place, tmp_path / "ann", vlm="builtin:glyph-clip", templates=None))
+    (tmp_path / "digits.txt").write_text("one\ntwo\n")
+    main(arguments(place, tmp_path / "ann", vlm="builtin:glyph-clip", templates=None, classes=tmp_path / "digits.txt"))
     assert "note: builtin:glyph-clip reads single digits and nothing else" in capsys.readouterr().out
 
 

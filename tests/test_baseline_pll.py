@@ -223,7 +223,7 @@ def test_learning_rates():
         (["--pure_ratio", "0"], "--pure_ratio"),
         (["--confidence_momentum", "0.9"], "two numbers"),
         (["--noise_rate", "1.5"], "--noise_rate"),
-        (["--correction_start", "80"], "between 0 and 1"),
+        (["--correction_start", "80"], "give a number from 0 to 1"),
         (["--contrast_after", "3"], "--contrast_after"),
     ],
 )

@@ -1,5 +1,6 @@
 """The main job through its own entry point: files written, resumed bit for bit, refused with one line."""
 
+import importlib.util
 import json
 import os
 import signal
@@ -133,8 +134,18 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, capsys,
 
 def test_exploding_losses_stop_with_a_message_and_keep_the_last_checkpoint(annotations, tmp_path, capsys):
     arguments = ["--annotations", str(annotations), "--recipe", "digits", "--output_dir", str(tmp_path / "run"), *SHORT]
-    message = refused(capsys, train_coreg.main, *arguments, "--lr", "1e30")
+    message = refused(capsys, train_coreg.main, *arguments, "--lr", "1e6")
     assert "smaller --lr" in message
+
+
+def test_a_tracker_that_is_missing_is_an_error_before_anything_is_written(small_store, tmp_path, monkeypatch, capsys):
+    arguments = ["--annotations", str(small_store), "--recipe", "digits", "--output_dir", str(tmp_path / "run"), *SHORT]
+    there = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "wandb" else there(name, *a))
+    message = refused(capsys, train_coreg.main, *arguments, "--report_to", "wandb")
+    assert "--report_to wandb needs the package wandb" in message and "pip install wandb" in message
+    assert "write one of tensorboard, wandb" in refused(capsys, train_coreg.main, *arguments, "--report_to", "wandbb")
+    assert not (tmp_path / "run").exists()
 
 
 def test_two_jobs_cannot_share_a_folder(annotations, tmp_path, capsys):

@@ -8,9 +8,8 @@ from typing import ClassVar, Literal
 
 from coreg.annotate.manifest import read_manifest
 from coreg.annotate.settings import GLYPH_CLIP
-from coreg.config import option
+from coreg.config import SAFE_CSV, SEEDS, option
 from coreg.demo.digits import DIGIT_NAMES
-from coreg.settings import refuse
 
 
 @dataclass
@@ -29,24 +28,33 @@ class TuningJob:
         None, "the run folder, runs/METHOD_SHOTS by default; the same command again goes on where it stopped"
     )
     vlm: str | None = option(None, "model to tune, as in annotate_vlm.py; default: the one that made the store")
-    seed: int = option(0, "of everything random")
+    seed: int = option(0, "of everything random", SEEDS)
     shots: int = option(
-        16, "true labels a class, drawn from the store's own; the same images as --few_shot of train_coreg.py"
+        16,
+        "true labels a class, drawn from the store's own; the same images as --few_shot of train_coreg.py",
+        (1, 1_000_000),
     )
     labels: str | None = option(None, "CSV file (path,label) of images that a person labelled, instead of --shots")
     candidates: str = option("union", "candidate rule, of which the report tells how good the annotator is")
-    epochs: int = option(0, "rounds over the labelled images; 0: as many as usual for the method and so many shots")
-    batch_size: int = option(32, "labelled images in a step, over all processes")
-    lr: float = option(2e-3, "learning rate at its peak")
-    weight_decay: float = option(5e-4, "of the optimiser")
-    gradient_accumulation_steps: int = option(1, "steps whose gradients are averaged before the weights move")
+    epochs: int = option(
+        0, "rounds over the labelled images; 0: as many as usual for the method and so many shots", (0, 1_000_000)
+    )
+    batch_size: int = option(32, "labelled images in a step, over all processes", (1, 1_000_000))
+    lr: float = option(2e-3, "learning rate at its peak", (1e-30, 1e6))
+    weight_decay: float = option(5e-4, "of the optimiser", (0, 1e6))
+    gradient_accumulation_steps: int = option(
+        1, "steps whose gradients are averaged before the weights move", (1, 1_000_000)
+    )
     mixed_precision: Literal["no", "bf16"] = option("no", "autocast")
-    checkpoint_minutes: float = option(10.0, "a checkpoint is written every epoch, and after so many minutes within one")
-    timeout_minutes: float = option(10.0, "a job ends when a process does not answer for so long")
+    checkpoint_minutes: float = option(
+        10.0, "a checkpoint is written every epoch, and after so many minutes within one", (0, 1_000_000)
+    )
+    timeout_minutes: float = option(10.0, "a job ends when a process does not answer for so long", (0.001, 100_000))
     dtype: Literal["float32", "float64"] = option("float32", "of weights and arithmetic; float64 to compare runs exactly")
-    workers: int = option(2, "threads that decode images")
+    workers: int = option(2, "threads that decode images", (0, 1024))
     print_config: bool = option(False, "print the resolved settings as a recipe and stop")
     report_to: str = option("tensorboard", "where curves go: tensorboard, another of accelerate's trackers, or none")
+    safe_csv: bool = option(False, SAFE_CSV)
 
     # hooks and adapters reach into the frozen model: it is not compiled, whatever the launcher's configuration says
     compile: ClassVar[bool] = False
@@ -63,10 +71,14 @@ class ViewOptions:
 
     _argument_group_name = "views"
 
-    crop: float = option(0.08, "smallest share of the image that a random crop keeps; 1: the whole image, as in annotation")
+    crop: float = option(
+        0.08, "smallest share of the image that a random crop keeps; 1: the whole image, as in annotation", (1e-6, 1)
+    )
     flip: bool = option(True, "mirror every other view")
     views: int = option(
-        0, "random views of an image whose features are computed once and used in turn; 0: a new view in every epoch"
+        0,
+        "random views of an image whose features are computed once and used in turn; 0: a new view in every epoch",
+        (0, 10_000),
     )
 
 
@@ -93,25 +105,3 @@ class Outlook:
         told = read_manifest(Path(job.annotations))
         spec = job.vlm or told["model"]["spec"]
         return cls(spec, len(told["class_names"]), told["images"]["spec"] == "builtin:digits")
-
-
-def check(job: TuningJob, view: ViewOptions) -> None:
-    """Refuse settings that nothing can be tuned with.
-
-    Raises:
-        UserError: the first one found.
-    """
-    refuse(
-        [
-            (job.shots >= 1, f"--shots is {job.shots}; give 1 or more (1 to 16 are usual)"),
-            (job.epochs >= 0, f"--epochs is {job.epochs}; give at least 1, or 0 for the preset's"),
-            (job.batch_size >= 1, f"--batch_size is {job.batch_size}; give at least 1"),
-            (job.lr > 0, f"--lr is {job.lr}; give a number above 0"),
-            (job.gradient_accumulation_steps >= 1, "--gradient_accumulation_steps has to be at least 1"),
-            (job.checkpoint_minutes >= 0, "--checkpoint_minutes has to be 0 (every step) or more"),
-            (job.timeout_minutes > 0, "--timeout_minutes has to be above 0"),
-            (job.workers >= 0, f"--workers is {job.workers}; give 0 or more"),
-            (0 < view.crop <= 1, f"--crop is {view.crop}; give a share above 0 and up to 1"),
-            (view.views >= 0, f"--views is {view.views}; give 0 or more"),
-        ]
-    )

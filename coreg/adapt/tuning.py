@@ -266,7 +266,9 @@ def finish(
         annotator = store.probs()[train].argmax(axis=1)
         paths = [store.paths[row] for row in train.tolist()]
         on_train = {"ensemble": logits["train"]}
-        needs_review = write_labels(folder.root / "labels.csv", store.class_names, paths, on_train, [], annotator)
+        needs_review = write_labels(
+            folder.root / "labels.csv", store.class_names, paths, on_train, [], annotator, safe_csv=job.safe_csv
+        )
         report = build_report(
             method=method,
             store=store,

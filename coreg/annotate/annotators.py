@@ -11,26 +11,30 @@ import numpy as np
 import torch
 from PIL import Image
 
-from coreg.annotate.models import ModelSpec, load_open_clip, one_line, quiet
+from coreg.annotate.models import ModelSpec, load_open_clip, loading, one_line
 from coreg.annotate.prompts import prompts
+from coreg.annotate.texts import compare_texts
 from coreg.errors import UserError
 
 SCORES_AT_ONCE = 1 << 24  # logits of a batch that are held at the same time: 64 MB of float32
+SAME = {torch.float32: 1e-6, torch.bfloat16: 1e-3, torch.float16: 1e-3}  # features of length 1 that differ by rounding
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Annotator(Protocol):
-    """What `annotate_vlm.py` asks of an annotator; a new one is a class with these five.
+    """What `annotate_vlm.py` asks of an annotator; a new one is a class with these six.
 
     Attributes:
         features: D, the length of the feature vectors that `annotate` gives, or None when it gives none.
         preprocessing: for the manifest.
+        notes: for the person, a line each, before the work begins.
         preprocess: PIL image -> what one image becomes in a decoding process; it is sent there, so it holds no model.
         collate: list of what `preprocess` gave -> a batch.
     """
 
     features: int | None
     preprocessing: dict[str, Any]
+    notes: list[str]
     preprocess: Callable[[Image.Image], Any]
     collate: Callable[[list[Any]], Any]
 
@@ -73,6 +77,8 @@ class Towers:
         network: the model itself, in evaluation mode and frozen, on the device.
         image: float (n, 3, H, W) on the device -> features (n, D), of any length and dtype.
         tokenize: list of m texts -> `input_ids` int64 (m, L) on the device and whatever else the text side reads.
+        context: tokens that the text side reads at most.
+        cut: list of m texts -> bool (m,), those that have more.
         text: what `tokenize` gave -> features (m, D).
         preprocess: PIL image -> float32 (3, H, W).
         scale: factor s of the cosine, exp(logit_scale).
@@ -83,6 +89,8 @@ class Towers:
     network: torch.nn.Module
     image: Callable[[torch.Tensor], torch.Tensor]
     tokenize: Callable[[list[str]], dict[str, torch.Tensor]]
+    context: int
+    cut: Callable[[list[str]], torch.Tensor]
     text: Callable[[dict[str, torch.Tensor]], torch.Tensor]
     preprocess: Callable[[Image.Image], torch.Tensor]
     scale: float
@@ -99,10 +107,19 @@ def open_clip_towers(model: ModelSpec, device: torch.device, precision: str) -> 
     network, preprocess, tokenizer = load_open_clip(model)
     scale, bias = _scale_and_bias(network)
     network.to(device, PRECISIONS[precision])
+    context = tokenizer([""]).shape[1]
+
+    def cut(texts: list[str]) -> torch.Tensor:
+        read, whole = tokenizer(texts), tokenizer(texts, context_length=4 * context)
+        # a text that goes on has another token where the shorter one has to end, or more than padding after it
+        return (whole[:, :context] != read).any(dim=1) | (whole[:, context:] != whole[:, -1:]).any(dim=1)
+
     return Towers(
         network=network,
         image=network.encode_image,
         tokenize=lambda texts: {"input_ids": tokenizer(texts).to(device)},
+        context=context,
+        cut=cut,
         text=lambda tokens: network.encode_text(tokens["input_ids"]),
         preprocess=preprocess,
         scale=scale,
@@ -137,7 +154,7 @@ def transformers_towers(model: ModelSpec, device: torch.device, precision: str) 
 
     safely = {"local_files_only": True, "trust_remote_code": False}
     try:
-        with quiet():
+        with loading():
             processor = AutoProcessor.from_pretrained(model.name, **safely)
             network = AutoModel.from_pretrained(model.name, dtype=torch.float32, use_safetensors=True, **safely)
     except Exception as error:  # transformers lets every kind of error through
@@ -155,10 +172,16 @@ def transformers_towers(model: ModelSpec, device: torch.device, precision: str) 
     def tokenize(texts: list[str]) -> dict[str, torch.Tensor]:
         return dict(processor.tokenizer(texts, padding=padding, truncation=True, return_tensors="pt").to(device))
 
+    def cut(texts: list[str]) -> torch.Tensor:
+        whole = processor.tokenizer(texts, verbose=False)["input_ids"]
+        return torch.tensor([len(ids) > processor.tokenizer.model_max_length for ids in whole])
+
     return Towers(
         network=network,
         image=lambda images: _pooled(network.get_image_features(pixel_values=images)),
         tokenize=tokenize,
+        context=processor.tokenizer.model_max_length,
+        cut=cut,
         text=lambda tokens: _pooled(network.get_text_features(**tokens)),
         preprocess=_Pixels(processor.image_processor),
         scale=scale,
@@ -199,7 +222,7 @@ class ClipAnnotator:
         """Load the model and encode the T*C prompts.
 
         Raises:
-            UserError: the model cannot be had.
+            UserError: the model cannot be had, or two classes are the same to it under every template.
         """
         self.device, self.dtype = torch.device(device), PRECISIONS[precision]
         load = transformers_towers if model.kind == "transformers" else open_clip_towers
@@ -212,6 +235,16 @@ class ClipAnnotator:
                 f"{model.spec} gives text features that are not finite; its weights are damaged, get them again"
             )
         self.features = self.text.shape[1]
+        self.notes = self._compare(templates, class_names, model.spec)
+
+    def _compare(self, templates: Sequence[str], class_names: Sequence[str], model: str) -> list[str]:
+        texts = prompts(templates, class_names)
+        cut = torch.zeros(len(texts), dtype=torch.bool)
+        # no tokenizer makes more of plain letters than a token each, a first and a last one, and one for the beginning
+        some = [i for i, text in enumerate(texts) if not text.isascii() or len(text) + 3 > self.towers.context]
+        for at in range(0, len(some), 256):
+            cut[some[at : at + 256]] = self.towers.cut([texts[i] for i in some[at : at + 256]])
+        return compare_texts(self.text, cut, templates, class_names, model, SAME[self.dtype])
 
     @torch.inference_mode()
     def _encode(self, texts: list[str]) -> torch.Tensor:

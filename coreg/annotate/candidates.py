@@ -95,7 +95,7 @@ def parse_rule(rule: str) -> tuple[Rule, float]:
     function, is_count = RULES[name]
     try:
         value = float(int(written)) if is_count else float(written)
-    except ValueError:
+    except (ValueError, OverflowError):
         value = 0.0
     if not (value >= 1 if is_count else 0 < value <= 1):
         wanted = "a whole number from 1 on" if is_count else "a number above 0 and up to 1"

@@ -8,14 +8,15 @@ import json
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from PIL import Image
 
 from coreg.annotate.annotators import PRECISIONS
 from coreg.annotate.answers import AnswerParser
-from coreg.annotate.models import ModelSpec, one_line, quiet
+from coreg.annotate.models import ModelSpec, loading, one_line
+from coreg.annotate.texts import refuse_same, same_rows
 from coreg.data.keyed import keyed_generator
 from coreg.errors import UserError
 
@@ -105,6 +106,7 @@ class ChatAnnotator:
     """
 
     features = None
+    notes: ClassVar[list[str]] = []
     collate = list
 
     def __init__(
@@ -119,7 +121,7 @@ class ChatAnnotator:
         """Load the model.
 
         Raises:
-            UserError: it cannot be loaded, or has no chat template.
+            UserError: it cannot be loaded, has no chat template, or reads the same in two class names.
         """
         self.device, self.dtype, self.mode = torch.device(device), PRECISIONS[precision], mode
         processor, network = load_chat(model, self.dtype)
@@ -132,6 +134,10 @@ class ChatAnnotator:
         self.preprocess = Asked(processor, prompts, special)
         self.preprocessing = json.loads(processor.image_processor.to_json_string())
         self.names = [self._name_tokens(prompts[0], name, special) for name in class_names]
+        longest = max(map(len, self.names))
+        refuse_same(
+            same_rows(torch.tensor([name + [-1] * (longest - len(name)) for name in self.names])), class_names, model.spec
+        )
         self.parse = AnswerParser(class_names)
         ends = getattr(network.generation_config, "eos_token_id", None)
         ends = [ends] if isinstance(ends, int) else list(ends or [])
@@ -316,7 +322,7 @@ def load_chat(model: ModelSpec, dtype: torch.dtype) -> tuple[Any, torch.nn.Modul
     safely = {"local_files_only": True, "trust_remote_code": False}
     load: Callable = AutoModelForImageTextToText.from_pretrained
     try:
-        with quiet():
+        with loading():
             processor = AutoProcessor.from_pretrained(model.name, **safely)
             network = load(model.name, dtype=dtype, use_safetensors=True, **safely)
     except Exception as error:  # transformers lets every kind of error through

@@ -21,6 +21,7 @@ from coreg.annotate.store import AnnotationStore
 from coreg.data.images import ImageList
 from coreg.errors import UserError, exits_with_one_line
 from coreg.files import write_atomically
+from coreg.plaintext import printable
 
 FEW_IMAGES = 50  # per class; below this a prototype and a class's share of a batch are mostly noise (rule of thumb)
 NEARLY_ALWAYS = 0.95
@@ -276,9 +277,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         images = store.images()
     except UserError as error:  # moved or changed since
-        print(f"note: without pictures: {error}", file=sys.stderr)
+        print(f"note: without pictures: {printable(error)}", file=sys.stderr)
         images = None
-    print(as_text(store, write_report(store, images)), end="")
+    print(printable(as_text(store, write_report(store, images)), lines=True), end="")
     print(f"{store.root / 'report.html'}")
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import difflib
 import hashlib
-import json
 import logging
+import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +20,15 @@ from PIL import Image
 
 from coreg.annotate.settings import GLYPH_CLIP
 from coreg.errors import UserError
-from coreg.hub import cache_only, hub_answers
+from coreg.files import Maybe, Number, RecordError, read_record
+from coreg.hub import cache_only, hub_answers, without_foreign_code
 
 SPELLINGS = "NAME/TAG such as ViT-B-32/openai, local-dir:FOLDER, hf-hub:ORG/NAME, transformers:FOLDER or chat:FOLDER"
 WEIGHT_FILES = (".safetensors", ".bin", ".pth")
+# parts of an open_clip configuration that name a model for transformers to load
+OPEN_CLIP_TEXT = {"hf_model_name": Maybe(str), "hf_tokenizer_name": Maybe(str)}
+HUB = "https://huggingface.co/"
+HUB_NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]*(/[A-Za-z0-9][A-Za-z0-9_.-]*)?"
 
 
 @dataclass(frozen=True)
@@ -60,12 +66,12 @@ def resolve(spec: str) -> ModelSpec:
         folder = local_dir()
         return ModelSpec(spec, f"local-dir:{folder}", None, _folder_hash(Path(folder)))
     if spec.startswith("local-dir:"):
-        folder = Path(spec.removeprefix("local-dir:")).expanduser().resolve()
+        folder = Path(os.path.expanduser(spec.removeprefix("local-dir:"))).resolve()
         _check_open_clip(folder)
         return ModelSpec(f"local-dir:{folder}", f"local-dir:{folder}", None, _folder_hash(folder))
     kind = spec.partition(":")[0]
     if kind in ("transformers", "chat"):
-        folder = Path(spec.partition(":")[2]).expanduser().resolve()
+        folder = Path(os.path.expanduser(spec.partition(":")[2])).resolve()
         _check_transformers(folder)
         return ModelSpec(f"{kind}:{folder}", str(folder), None, _folder_hash(folder), kind)
     if spec.startswith("hf-hub:"):
@@ -83,7 +89,10 @@ def resolve(spec: str) -> ModelSpec:
             return ModelSpec(spec, name, tag, f"tag {tag}")
         raise UserError(f"{name} has no weights {tag!r}{_near(tag, tags)} (tags: {', '.join(tags) or 'none'})")
     named = [f"{model}/{weights}" for model, weights in open_clip.list_pretrained()]
-    near = _near(spec, [*named, GLYPH_CLIP]) or _near(name or spec, known)
+    near = _near(spec, [*named, GLYPH_CLIP])
+    if hint := _spelling(spec) or (not near and _download(spec)):
+        raise UserError(f"unknown model {spec}{hint}")
+    near = near or _near(name or spec, known)
     raise UserError(f"unknown model {spec}{near}; write --vlm {SPELLINGS}")
 
 
@@ -97,21 +106,23 @@ def _check_open_clip(folder: Path) -> None:
     wanted = f"a model folder holds open_clip_config.json and weights ({', '.join(WEIGHT_FILES)})"
     if not folder.is_dir():
         raise UserError(f"model folder {folder} does not exist; {wanted}")
+    if not config.exists():
+        raise UserError(f"{config} does not exist{_folder_hint(folder)}; {wanted}")
     try:
-        model = json.loads(config.read_text(encoding="utf-8"))["model_cfg"]
-        complete = {"embed_dim", "vision_cfg", "text_cfg"} <= set(model)
-    except FileNotFoundError:
-        raise UserError(f"{config} does not exist; {wanted}") from None
-    except (OSError, ValueError, KeyError, TypeError):
-        complete = False
-    if not complete:
-        raise UserError(f"{config} is not an open_clip configuration with a model_cfg; {wanted}")
+        text = read_record(
+            config, {"model_cfg": {"embed_dim": Number(low=1), "vision_cfg": dict, "text_cfg": OPEN_CLIP_TEXT}}
+        )["model_cfg"]["text_cfg"]
+    except RecordError as error:
+        raise UserError(f"{config} is not an open_clip configuration with a model_cfg ({error}); {wanted}") from None
+    _check_files(folder)
     if not any(file.suffix in WEIGHT_FILES for file in folder.iterdir()):
         raise UserError(f"{folder} holds no weights; {wanted}")
-    for file in folder.glob("*.json"):
-        # transformers would offer to run code that such a tokenizer or text tower brings along
-        if b"auto_map" in (content := file.read_bytes()) or b"trust_remote_code" in content:
-            raise UserError(f"{file} asks to run code of its own, which is never done; use a model without auto_map")
+    for key in OPEN_CLIP_TEXT:
+        name = text.get(key)
+        if name and not re.fullmatch(HUB_NAME, name):
+            raise UserError(f"{config} has {key} {name!r}; a model folder may name models of the hub alone, as ORG/NAME")
+        if name and Path(name).is_dir():  # transformers prefers a folder of that name to the hub
+            _check_files(Path(name))
 
 
 def _check_transformers(folder: Path) -> None:
@@ -119,24 +130,114 @@ def _check_transformers(folder: Path) -> None:
     if not folder.is_dir():
         raise UserError(f"model folder {folder} does not exist; {wanted}")
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        config = None
-    if not isinstance(config, dict) or "model_type" not in config:
-        raise UserError(f"{folder}/config.json is missing or not a transformers configuration; {wanted}")
+        read_record(folder / "config.json", {"model_type": str})
+    except RecordError as error:
+        raise UserError(
+            f"{folder}/config.json is missing or not a transformers configuration ({error}){_folder_hint(folder)}; {wanted}"
+        ) from None
+    _check_files(folder)
     if not any(folder.glob("*.safetensors")):
         raise UserError(f"{folder} holds no .safetensors weights; {wanted}")
+
+
+def _check_files(folder: Path) -> None:
+    """Refuse a folder with what would hang its reader, or with a JSON file that asks to run code.
+
+    Raises:
+        UserError: the first such file.
+    """
+    for file in sorted(folder.rglob("*")):
+        if file.is_dir():
+            continue
+        if not file.is_file():
+            raise UserError(f"{file} is a pipe, a device or a broken link; a model folder holds files, copy it anew")
+        if file.suffix != ".json":
+            continue
+        try:
+            content = read_record(file, (dict, list))
+        except RecordError as error:
+            raise UserError(f"{file} cannot be read as JSON ({error}); copy the model folder anew") from None
+        if _asks_for_code(content):
+            raise UserError(
+                f"{file} asks to run code of its own, which is never done; use a model without auto_map (or delete "
+                f"auto_map from the file, where transformers has this kind of model itself)"
+            )
+
+
+def _asks_for_code(content: dict | list) -> bool:
+    """Whether `auto_map` or `trust_remote_code` is set at any depth; a vocabulary may have the words, with a number."""
+    waiting: list[object] = [content]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict):
+            if isinstance(value.get("auto_map"), (dict, list, str)) or value.get("trust_remote_code") is True:
+                return True
+            waiting += value.values()
+        elif isinstance(value, list):
+            waiting += value
+    return False
 
 
 def _folder_hash(folder: Path) -> str:
     digest = hashlib.sha256()
     for file in sorted(folder.iterdir()):
-        if file.suffix in (".json", ".txt", ".model", ".jinja", *WEIGHT_FILES):
-            digest.update(f"{file.name} {file.stat().st_size}\n".encode())
-            with file.open("rb") as content:
-                while piece := content.read(1 << 24):
-                    digest.update(piece)
+        if file.is_file() and file.suffix in (".json", ".txt", ".model", ".jinja", *WEIGHT_FILES):
+            digest.update(f"{file.name} {file.stat().st_size}\n".encode("utf-8", "surrogateescape"))
+            try:
+                with file.open("rb") as content:
+                    while piece := content.read(1 << 24):
+                        digest.update(piece)
+            except OSError as error:
+                raise UserError(f"cannot read {file} ({error.strerror}); copy the model folder anew") from None
     return f"sha256 {digest.hexdigest()}"
+
+
+# ---- hints ----------------------------------------------------------------------------------------------------------
+
+
+def _spelling(spec: str) -> str:
+    """What to write for a spelling that other programs understand; "" where nothing comes near."""
+    folder = Path(os.path.expanduser(spec))
+    if folder.is_dir():
+        return _folder_hint(folder) or f", a folder without a model ({SPELLINGS})"
+    if spec.startswith((".", "~", "/")):
+        return ", and there is no such folder"
+    spec = spec.removeprefix(HUB).rstrip("/")
+    for model, tag in open_clip.list_pretrained():
+        if spec == str(open_clip.get_pretrained_cfg(model, tag).get("hf_hub")).rstrip("/"):
+            return f"; write --vlm {model}/{tag}"
+    names = {name.lower(): name for name in open_clip.list_models()}
+    if clip := re.fullmatch(r"openai/clip-vit-(base|large)-patch(\d+)(-336)?", spec):
+        spec = f"ViT-{clip[1][0]}-{clip[2]}{clip[3] or ''}"
+    # OpenAI's own names: ViT-B/32, ViT-L/14@336px
+    name = names.get(spec.replace("/", "-").replace("@", "-").removesuffix("px").lower())
+    if name and (tags := open_clip.list_pretrained_tags_by_model(name)):
+        return f"; write --vlm {name}/{tags[0]}"
+    return ""
+
+
+def _download(spec: str) -> str:
+    """How to get a model of the hub, which ORG/NAME may be."""
+    spec = spec.removeprefix(HUB)
+    if "/" not in spec or not re.fullmatch(HUB_NAME, spec):
+        return ""
+    folder = spec.split("/")[1]
+    return (
+        f"; get a model of the hub with: hf download {spec} --local-dir {folder}, and write --vlm transformers:{folder} "
+        f"(CLIP, SigLIP), chat:{folder} (chat models) or local-dir:{folder} (open_clip)"
+    )
+
+
+def _folder_hint(folder: Path) -> str:
+    """How to write a folder, by what is in it; "" for one without a model."""
+    if (folder / "open_clip_config.json").is_file():
+        return f"; write --vlm local-dir:{folder}"
+    try:
+        config = read_record(folder / "config.json", {"model_type": str})
+    except RecordError:
+        return ""
+    chat = any("For" in str(name) for name in config.get("architectures") or [])
+    return f"; write --vlm {'chat' if chat else 'transformers'}:{folder}"
 
 
 # ---- loading --------------------------------------------------------------------------------------------------------
@@ -155,7 +256,7 @@ def load_open_clip(model: ModelSpec) -> tuple[torch.nn.Module, Callable[[Image.I
         UserError: the model cannot be had.
     """
     try:
-        with quiet(), cache_only(model.tag is not None or model.name.startswith("hf-hub:")):
+        with loading(), cache_only(model.tag is not None or model.name.startswith("hf-hub:")):
             return _load(model)
     except Exception as error:
         if model.name.startswith("local-dir:"):
@@ -166,7 +267,7 @@ def load_open_clip(model: ModelSpec) -> tuple[torch.nn.Module, Callable[[Image.I
             f"{model.spec} is not in the cache and {huggingface_hub.constants.ENDPOINT} cannot be reached; {offline}"
         )
     try:
-        with quiet():
+        with loading():
             return _load(model)
     except Exception as error:
         raise UserError(f"cannot load {model.spec}: {one_line(error)}; {offline}") from None
@@ -192,13 +293,17 @@ def one_line(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Without the progress bars and log lines of the model libraries, which come before an error told in one line."""
+def loading() -> Iterator[None]:
+    """How models are loaded: no code of theirs is run, and without the libraries' progress bars and log lines.
+
+    Those would come before an error told in one line.
+    """
     before, bars = logging.root.manager.disable, transformers.utils.logging.is_progress_bar_enabled()
     logging.disable(logging.CRITICAL)
     transformers.utils.logging.disable_progress_bar()
     try:
-        yield
+        with without_foreign_code():
+            yield
     finally:
         logging.disable(before)
         if bars:

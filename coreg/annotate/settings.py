@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from coreg.config import option
-from coreg.errors import UserError
+from coreg.config import SAFE_CSV, option
 
 GLYPH_CLIP = "builtin:glyph-clip"
 
@@ -32,20 +31,11 @@ class AnnotateConfig:
     chat_mode: Literal["likelihood", "generate"] = option(
         "likelihood", "chat models: likelihood of every class name, or the answer in words"
     )
-    max_errors: int | None = option(None, "stop when more images than this cannot be read; default: never")
-    batch_size: int = option(64, "images a forward pass, per process")
-    block_size: int = option(2048, "images a block, the unit of work that is kept when the job is stopped")
-    workers: int = option(2, "processes that decode images, per process that annotates")
+    max_errors: int | None = option(
+        None, "stop when more images than this cannot be read; default: never", (0, 1_000_000_000_000)
+    )
+    batch_size: int = option(64, "images a forward pass, per process", (1, 1_000_000))
+    block_size: int = option(2048, "images a block, the unit of work that is kept when the job is stopped", (1, 1_000_000))
+    workers: int = option(2, "processes that decode images, per process that annotates", (0, 1024))
     data_root: str = option("data", "where torchvision data sets lie or are downloaded to")
-
-
-def check(config: AnnotateConfig) -> None:
-    """Refuse numbers that make no sense.
-
-    Raises:
-        UserError: the first one found.
-    """
-    if min(config.batch_size, config.block_size) < 1 or config.workers < 0:
-        raise UserError("--batch_size and --block_size must be at least 1 and --workers at least 0")
-    if config.max_errors is not None and config.max_errors < 0:
-        raise UserError(f"--max_errors is {config.max_errors}; give 0 or more, or leave it out for no limit")
+    safe_csv: bool = option(False, SAFE_CSV)

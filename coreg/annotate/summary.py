@@ -9,6 +9,7 @@ import numpy as np
 
 from coreg.annotate.health import examine
 from coreg.annotate.store import AnnotationStore
+from coreg.plaintext import printable
 
 
 def summary(store: AnnotationStore) -> str:
@@ -36,7 +37,7 @@ def summary(store: AnnotationStore) -> str:
     lines.append(
         f"next: accelerate launch train_coreg.py --annotations {shlex.quote(str(store.root))} --output_dir runs/mine"
     )
-    return "\n".join(lines)
+    return printable("\n".join(lines), lines=True)
 
 
 def some(names: Sequence[str], chosen: np.ndarray) -> str:

@@ -29,9 +29,10 @@ import coreg
 from coreg.annotate.noise import flip, hierarchical, instance, noise_report, pico, uniform, uniforms
 from coreg.annotate.prompts import read_class_names
 from coreg.annotate.store import AnnotationStore, StoreWriter, make_manifest
-from coreg.config import option, parse
+from coreg.config import SEEDS, option, parse
 from coreg.data.sources import open_images
 from coreg.errors import UserError, exits_with_one_line
+from coreg.plaintext import printable
 
 BLOCK_SIZE = 16_384  # rows a block of the store
 # rule -> the options that it takes, with their defaults
@@ -53,12 +54,14 @@ class SyntheticConfig:
 
     images: str = option("builtin:digits", "labelled images: folder, .csv list, torchvision data set or builtin:digits")
     rule: Literal["flip", "pico", "uniform", "hierarchical", "instance"] = option("flip", "how candidates are drawn")
-    q: float | None = option(None, "chance of every wrong class to be a candidate (default: 0.1)")
-    eta: float | None = option(None, "share of the images whose truth is no candidate (default: 0)")
-    rho: float | None = option(None, "of rule instance: wrong candidates an image / C (default: 0.4; 0.04 for 100 classes)")
+    q: float | None = option(None, "chance of every wrong class to be a candidate (default: 0.1)", (0, 1))
+    eta: float | None = option(None, "share of the images whose truth is no candidate (default: 0)", (0, 1))
+    rho: float | None = option(
+        None, "of rule instance: wrong candidates an image / C (default: 0.4; 0.04 for 100 classes)", (0, 1)
+    )
     probabilities: str | None = option(None, "of rule instance: .safetensors file with the tensor probs, float (N, C)")
     superclasses: str | None = option(None, "of rule hierarchical: CSV file with the columns class,superclass")
-    seed: int = option(0, "of all draws")
+    seed: int = option(0, "of all draws", SEEDS)
     classes: str | None = option(None, "text file with one class name a line; default: the names that the images carry")
     output_dir: str = option("runs/synthetic/annotations", "folder of the annotation store")
     data_root: str = option("data", "where torchvision data sets lie or are downloaded to")
@@ -205,7 +208,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line, write the store, and say how noisy the candidates really are."""
     (config,) = parse(SyntheticConfig, argv=argv, prog="python -m coreg.annotate.synthetic", description=__doc__)
     store, candidates = annotate(config)
-    print(f"{store.root}: {len(store)} images, {len(store.class_names)} classes, {store.manifest['model']['spec']}")
+    spec = store.manifest["model"]["spec"]
+    print(printable(f"{store.root}: {len(store)} images, {len(store.class_names)} classes, {spec}"))
     for index, split in enumerate(("train", "test")):
         rows = np.flatnonzero(store.split == index)
         if len(rows):

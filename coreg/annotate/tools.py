@@ -8,7 +8,6 @@ python -m coreg.annotate.store merge ann1 ann2 --output_dir ann
 
 from __future__ import annotations
 
-import csv
 import io
 import json
 import os
@@ -26,10 +25,11 @@ from coreg.annotate.merge import merge
 from coreg.annotate.store import AnnotationStore
 from coreg.annotate.summary import summary
 from coreg.annotate.writer import StoreWriter
-from coreg.config import option, parse
+from coreg.config import SAFE_CSV, option, parse
 from coreg.data.decode import UnreadableImage
 from coreg.errors import UserError, exits_with_one_line
 from coreg.files import write_atomically
+from coreg.plaintext import csv_rows, printable
 
 SPLITS = ("train", "test")
 
@@ -87,6 +87,7 @@ class ExportConfig:
 
     output: str | None = option(None, "a .csv or .parquet file, or a new folder for images sorted by class")
     candidates: str = option("union", "candidate rule: union, votes:V, topk:K, prob:P, ratio:R or cumulative:P")
+    safe_csv: bool = option(False, SAFE_CSV)
 
 
 def export(folder: str, config: ExportConfig) -> str:
@@ -101,7 +102,7 @@ def export(folder: str, config: ExportConfig) -> str:
     if target.exists():
         raise UserError(f"{target} is there already; give another --output")
     if target.suffix == ".csv":
-        _to_csv(store, target, config.candidates)
+        _to_csv(store, target, config.candidates, config.safe_csv)
     elif target.suffix == ".parquet":
         _to_parquet(store, target, config.candidates)
     elif target.suffix:
@@ -131,15 +132,15 @@ def _rows(store: AnnotationStore, rule: str) -> Iterator[dict[str, Any]]:
         }
 
 
-def _to_csv(store: AnnotationStore, target: Path, rule: str) -> None:
+def _to_csv(store: AnnotationStore, target: Path, rule: str, safe_csv: bool) -> None:
     text = io.StringIO(newline="")
-    table = csv.writer(text)
+    write = csv_rows(text, safe_csv)
     heads = ["row", "path", "split", "label", "unreadable", "best", "probability", "candidates"]
-    table.writerow([*heads, *(f"p({name})" for name in store.class_names)])
+    write([*heads, *(f"p({name})" for name in store.class_names)])
     for row in _rows(store, rule):
         row["candidates"] = json.dumps(row["candidates"], ensure_ascii=False)
         row["probability"] = f"{row['probability']:.4g}"
-        table.writerow([*(row[head] for head in heads), *(f"{share:.4g}" for share in row["probabilities"])])
+        write([*(row[head] for head in heads), *(f"{share:.4g}" for share in row["probabilities"])])
     write_atomically(target, os.fsencode(text.getvalue()))
 
 
@@ -199,24 +200,24 @@ def _merge(folders: list[str], options: list[str]) -> int:
     if config.output_dir is None:
         raise UserError("--output_dir is missing; write: merge ann1 ann2 --output_dir ann")
     root, done = merge(folders, config.output_dir)
-    print(f"{root}: {done}")
+    print(printable(f"{root}: {done}", lines=True))
     return 0
 
 
 def _export(folders: list[str], options: list[str]) -> int:
     (config,) = parse(ExportConfig, argv=options, prog="python -m coreg.annotate.store export")
-    print(export(_only(folders), config))
+    print(printable(export(_only(folders), config), lines=True))
     return 0
 
 
 def _info(folders: list[str], options: list[str]) -> int:
-    print(info(_only(folders)))
+    print(printable(info(_only(folders)), lines=True))
     return 0
 
 
 def _verify(folders: list[str], options: list[str]) -> int:
     said, whole = verify(_only(folders))
-    print(said)
+    print(printable(said, lines=True))
     return 0 if whole else 1
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import json
 import os
@@ -20,6 +19,7 @@ from coreg.annotate.manifest import JOB, block_files, job_hash, read_manifest
 from coreg.data.images import ImageList, escape
 from coreg.errors import UserError
 from coreg.files import write_atomically
+from coreg.plaintext import csv_rows
 
 
 def refuse_other_job(root: Path, manifest: dict[str, Any]) -> None:
@@ -156,15 +156,17 @@ class StoreWriter:
                 self._errors[index] = read_errors(file)
         return {row: reason for index in sorted(self._errors) for row, reason in self._errors[index].items()}
 
-    def finish(self, paths: Iterable[str]) -> None:
-        """Write errors.csv, which ends the job; every block must be there. One process calls this."""
+    def finish(self, paths: Iterable[str], safe_csv: bool = False) -> None:
+        """Write errors.csv (see `csv_rows`), which ends the job; every block must be there. One process calls this."""
         text = io.StringIO(newline="")
-        table = csv.writer(text)
-        table.writerow(["path", "reason"])
+        write = csv_rows(text, safe_csv)
+        write(["path", "reason"])
         reasons: dict[int, str] = {}
         for index, file in enumerate(self.files):
             reasons |= read_block(file, index, self.job)[1]
-        table.writerows([path, reasons[row]] for row, path in enumerate(paths) if row in reasons)
+        for row, path in enumerate(paths):
+            if row in reasons:
+                write([path, reasons[row]])
         write_atomically(self.root / "errors.csv", os.fsencode(text.getvalue()))
         for leftover in (self.root / "blocks").glob(".tmp.*"):  # of writers that were killed
             leftover.unlink(missing_ok=True)

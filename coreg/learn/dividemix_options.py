@@ -22,18 +22,24 @@ class DivideMixOptions:
     labels_from: Literal["single", "averaged"] = option(
         "averaged", "the noisy label of an image: what the first template names, or the largest mean probability"
     )
-    warmup_epochs: int = option(10, "epochs of cross-entropy before the first division")
-    entropy_weight: float = option(1.0, "weight of the negative entropy in warm-up; 0 for class-independent label noise")
+    warmup_epochs: int = option(10, "epochs of cross-entropy before the first division", (0, 1_000_000))
+    entropy_weight: float = option(
+        1.0, "weight of the negative entropy in warm-up; 0 for class-independent label noise", (0, 1e6)
+    )
     train_view: Literal["strong", "weak"] = option(
         "strong", "views to train on: strong ones as Co-Reg does, or the two weak ones that labels are guessed from"
     )
-    history: int = option(1, "epochs over which the division losses are averaged; the authors take 5 for 90 % noise")
-    threshold: float = option(0.5, "an image is trusted (in P) when its weight w lies above it")
-    temperature: float = option(0.5, "T, sharpening of guessed labels")
-    mixup_alpha: float = option(4.0, "MixUp's lambda is drawn from Beta(alpha, alpha); 0 switches MixUp off")
-    lambda_u: float = option(25.0, "weight of the loss on distrusted images U; the authors try 0, 25, 50 and 150")
-    rampup_epochs: int = option(16, "epochs over which lambda_u grows from 0 after warm-up; 0 for at once")
-    penalty_weight: float = option(1.0, "weight of the penalty on an uneven mean prediction")
+    history: int = option(
+        1, "epochs over which the division losses are averaged; the authors take 5 for 90 % noise", (1, 1000)
+    )
+    threshold: float = option(
+        0.5, "an image is trusted (in P) when its weight w lies above it", (1e-300, 0.9999999999999999)
+    )
+    temperature: float = option(0.5, "T, sharpening of guessed labels", (0.001, 1))
+    mixup_alpha: float = option(4.0, "MixUp's lambda is drawn from Beta(alpha, alpha); 0 switches MixUp off", (0, 1e6))
+    lambda_u: float = option(25.0, "weight of the loss on distrusted images U; the authors try 0, 25, 50 and 150", (0, 1e6))
+    rampup_epochs: int = option(16, "epochs over which lambda_u grows from 0 after warm-up; 0 for at once", (0, 1_000_000))
+    penalty_weight: float = option(1.0, "weight of the penalty on an uneven mean prediction", (0, 1e6))
     lr_schedule: Literal["cosine", "step"] = option(
         "cosine", "learning rate: cosine, or a tenth in the second half of all epochs"
     )

@@ -12,9 +12,9 @@ Name = Literal[
 View = Literal["plain", "weak", "strong", "pico_weak", "pico_strong", "cr_weak", "cr_strong", "cr_strong_svhn"]
 
 
-def _option(default: Any, text: str) -> Any:
+def _option(default: Any, text: str, bounds: tuple[float, float] | None = None) -> Any:
     made = {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
-    return field(**made, metadata={"help": text})
+    return field(**made, metadata={"help": text, "bounds": bounds})
 
 
 @dataclass
@@ -34,31 +34,45 @@ class PartialOptions:
     schedule: Literal["cosine", "halving", "steps"] = _option(
         "cosine", "learning rate: cosine to --lr_floor, halved five times, or a tenth at half and at three quarters"
     )
-    leverage: float = _option(1.0, "LWS, LWC: beta, weight of the classes outside the candidate set")
-    consistency_weight: float = _option(1.0, "CR-DPLL: lambda, weight of the consistency loss")
-    consistency_ramp: float = _option(0.5, "CR-DPLL: share of the epochs over which lambda grows from 0")
+    leverage: float = _option(1.0, "LWS, LWC: beta, weight of the classes outside the candidate set", (0, 1e6))
+    consistency_weight: float = _option(1.0, "CR-DPLL: lambda, weight of the consistency loss", (0, 1e6))
+    consistency_ramp: float = _option(0.5, "CR-DPLL: share of the epochs over which lambda grows from 0", (0, 1))
     contrast_weight: float = _option(
-        0.5, "PiCO and its kin: weight of the contrastive loss; PiCO+: in it, of reliable images beside the others"
+        0.5,
+        "PiCO and its kin: weight of the contrastive loss; PiCO+: in it, of reliable images beside the others",
+        (0, 1e6),
     )
-    contrast_temperature: float = _option(0.07, "PiCO and its kin: of the contrastive similarities")
+    contrast_temperature: float = _option(0.07, "PiCO and its kin: of the contrastive similarities", (0.001, 1000))
     prototype_start: int = _option(
-        1, "PiCO and its kin: epoch from which prototypes move the confidence; the first is 0, of ALIM and IRNet 1"
+        1,
+        "PiCO and its kin: epoch from which prototypes move the confidence; the first is 0, of ALIM and IRNet 1",
+        (0, 1_000_000),
     )
-    prototype_momentum: float = _option(0.99, "PiCO and its kin: momentum of the class prototypes")
-    key_momentum: float = _option(0.999, "PiCO and its kin: momentum of the encoder that makes the keys")
-    confidence_momentum: list[float] = _option([0.95, 0.8], "PiCO and its kin: phi in the first and in the last epoch")
-    queue_size: int = _option(8192, "PiCO and its kin: keys kept for contrast")
-    projection_dim: int = _option(128, "D, width of the projected features")
-    mixup_alpha: float = _option(4.0, "PiCO+, ALIM: MixUp's lambda is drawn from Beta(alpha, alpha)")
-    pure_ratio: float = _option(0.6, "PiCO+: share of the images that count as reliable")
-    neighbours: int = _option(16, "PiCO+: nearest features that an unreliable image is drawn to, its own included")
-    neighbour_start: float = _option(0.125, "PiCO+: share of the epochs before that begins")
-    correction_start: float = _option(0.1, "ALIM, IRNet: share of the epochs before candidate sets are doubted")
+    prototype_momentum: float = _option(0.99, "PiCO and its kin: momentum of the class prototypes", (0, 0.999999))
+    key_momentum: float = _option(0.999, "PiCO and its kin: momentum of the encoder that makes the keys", (0, 0.999999))
+    confidence_momentum: list[float] = _option(
+        [0.95, 0.8], "PiCO and its kin: phi in the first and in the last epoch", (0, 1)
+    )
+    queue_size: int = _option(8192, "PiCO and its kin: keys kept for contrast", (1, 10_000_000))
+    projection_dim: int = _option(128, "D, width of the projected features", (1, 65_536))
+    mixup_alpha: float = _option(4.0, "PiCO+, ALIM: MixUp's lambda is drawn from Beta(alpha, alpha)", (0, 1e6))
+    pure_ratio: float = _option(0.6, "PiCO+: share of the images that count as reliable", (0.001, 1))
+    neighbours: int = _option(
+        16, "PiCO+: nearest features that an unreliable image is drawn to, its own included", (1, 1_000_000)
+    )
+    neighbour_start: float = _option(0.125, "PiCO+: share of the epochs before that begins", (0, 1))
+    correction_start: float = _option(0.1, "ALIM, IRNet: share of the epochs before candidate sets are doubted", (0, 1))
     noise_rate: float = _option(
-        -1.0, "ALIM: share of candidate sets without the truth; -1 to count it on labelled images, if there are any"
+        -1.0,
+        "ALIM: share of candidate sets without the truth; -1 to count it on labelled images, if there are any",
+        (-1, 0.999999),
     )
-    importance: float = _option(0.4, "ALIM: lambda, weight of classes outside the set, where the noise rate is unknown")
-    correction_margin: float = _option(0.2, "IRNet: tau times C, by how much a score outside the set has to be larger")
+    importance: float = _option(
+        0.4, "ALIM: lambda, weight of classes outside the set, where the noise rate is unknown", (0, 1)
+    )
+    correction_margin: float = _option(
+        0.2, "IRNet: tau times C, by how much a score outside the set has to be larger", (0, 1e6)
+    )
     symmetric: bool = _option(False, "IRNet: symmetric cross-entropy, as its authors use on CIFAR-10")
 
 

@@ -34,6 +34,7 @@ NOT_THE_METHOD = (
     "labels",
     "workers",
     "report_to",
+    "safe_csv",
     "print_config",
     "checkpoint_minutes",
     "timeout_minutes",

@@ -15,6 +15,7 @@ import torch
 
 from coreg.annotate.candidates import mean_candidates, partial_accuracy
 from coreg.annotate.store import AnnotationStore
+from coreg.plaintext import csv_rows, printable
 from coreg.report.metrics import accuracy, per_class_accuracy, wilson_interval
 
 SCHEMA = 1
@@ -104,6 +105,7 @@ def write_labels(
     weights: list[np.ndarray],
     annotator: np.ndarray,
     temperature: float = 1.0,
+    safe_csv: bool = False,
 ) -> int:
     """Purified labels of the training images as CSV, one row an image; gives the number that a person should look at.
 
@@ -114,6 +116,7 @@ def write_labels(
         logits: (N, C) of `ensemble` (the sum) and, where there are two networks, of `net1` and `net2`.
         weights: w (N,) of both divisions, if any.
         annotator: int64 (N,), its predictions. temperature: that logits are divided by for the probabilities.
+        safe_csv: see `csv_rows`.
     """
     nets = [rows for name, rows in logits.items() if name != "ensemble"]
     # the mean of the networks' logits: the ensemble at the scale of one network
@@ -127,12 +130,12 @@ def write_labels(
     review = disagree | (~(trust > 0.5).any(axis=0) & (sure < 0.9))
     temporary = path.with_name(f".{path.name}.tmp")
     with temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        writer = csv.writer(file)
-        writer.writerow(["path", "label", "probability", "annotator_label", "trust_net1", "trust_net2", "needs_review"])
+        write = csv_rows(file, safe_csv)
+        write(["path", "label", "probability", "annotator_label", "trust_net1", "trust_net2", "needs_review"])
         for i, image in enumerate(image_paths):
             weight = ["" if np.isnan(w) else f"{w:.4f}" for w in trust[:, i]]
             label, before = class_names[best[i]], class_names[annotator[i]]
-            writer.writerow([image, label, f"{sure[i]:.4f}", before, *weight, int(review[i])])
+            write([image, label, f"{sure[i]:.4f}", before, *weight, int(review[i])])
     temporary.replace(path)
     return int(review.sum())
 
@@ -249,7 +252,7 @@ def summary(report: dict[str, Any], root: Path) -> str:
         "prompt": "the learned context vectors",
         "adapter": "the trained adapter, which peft's PeftModel.from_pretrained reads",
     }
-    page = root / "report.html"
+    page, has_curves = root / "report.html", any(root.rglob("events.out.tfevents.*"))
     lines += [
         "",
         f"{report['parameters'] / 1e6:.2f} M parameters a network{tuned}, {report['images_per_second']:.0f} images/s, "
@@ -258,6 +261,6 @@ def summary(report: dict[str, Any], root: Path) -> str:
         f"  {root / 'report.json'}   all numbers",
         f"  {root / 'labels.csv'}    purified labels of the training images, {report['needs_review']} of them worth a look",
         *(f"  {root / name!s:<{len(str(root)) + 14}}{what}" for name, what in left.items() if (root / name).is_dir()),
-        f"  {root}               curves: tensorboard --logdir {root}",
+        *([f"  {root}               curves: tensorboard --logdir {root}"] if has_curves else []),
     ]
-    return "\n".join(lines)
+    return printable("\n".join(lines), lines=True)

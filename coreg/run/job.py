@@ -19,7 +19,7 @@ from accelerate.utils import tqdm
 
 from coreg.annotate.candidates import parse_rule
 from coreg.annotate.store import AnnotationStore
-from coreg.config import as_settings, as_yaml
+from coreg.config import as_settings, as_yaml, check_bounds
 from coreg.errors import UserError
 from coreg.files import write_atomically
 from coreg.nets.model import check_backbone, check_weights, trained_with
@@ -31,7 +31,7 @@ from coreg.run.process import build_accelerator, follow_launcher, main_process_d
 from coreg.run.task import known_labels
 from coreg.run.training import Training
 from coreg.run.watch import EXIT_INTERRUPTED, GOES_ON, STOP, Watch
-from coreg.settings import ImageConfig, JobConfig, check_look
+from coreg.settings import ImageConfig, JobConfig, check_look, check_tracker
 
 # settings that may change between two starts of the same job; what the store holds is compared by its hash
 NOT_THE_JOB = (
@@ -41,6 +41,7 @@ NOT_THE_JOB = (
     "dataset",
     "workers",
     "report_to",
+    "safe_csv",
     "print_config",
     "checkpoint_minutes",
     "timeout_minutes",
@@ -195,6 +196,8 @@ def open_run(
         return
     job.output_dir = job.output_dir or default_folder
     look = next((group for group in settings if isinstance(group, ImageConfig)), None)
+    check_bounds(*settings)
+    check_tracker(job.report_to)
     parse_rule(job.candidates)
     if look is not None:
         check_look(look)

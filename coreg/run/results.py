@@ -182,6 +182,7 @@ def finish(run: Run, task: Task, training: Training, method: str, **more: Any) -
             training.weights,
             task.annotator,
             exported["temperature"],
+            run.job.safe_csv,
         )
         report = build_report(
             method=method,

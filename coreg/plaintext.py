@@ -1,0 +1,35 @@
+"""Names and paths come from anywhere: what a terminal or a spreadsheet would act on is made harmless."""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Callable, Iterable
+from typing import Any, TextIO
+
+# control characters, line separators, changes of the writing direction, and bytes of file names that are no text
+_ACTIVE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")
+
+
+def printable(text: object, lines: bool = False) -> str:
+    r"""A text for the terminal, with what is no letter to see written as Python would: \x1b, \n, \u202e.
+
+    Args:
+        lines: it has several lines, whose ends stay.
+    """
+    return _ACTIVE.sub(lambda m: m[0] if lines and m[0] == "\n" else ascii(m[0])[1:-1], str(text))
+
+
+def csv_rows(file: TextIO, safe: bool = False) -> Callable[[Iterable[Any]], Any]:
+    """A function that writes a row of cells to a CSV file.
+
+    Args:
+        safe: texts that a spreadsheet would take for a formula get an apostrophe in front, which it takes for a text.
+    """
+    writer = csv.writer(file)
+    if not safe:
+        return writer.writerow
+    return lambda row: writer.writerow(
+        [f"'{cell}" if isinstance(cell, str) and cell.startswith(_FORMULA) else cell for cell in row]
+    )
