@@ -1,6 +1,7 @@
 """Images inside tar files and saved data sets: the same pixels as the files that went in, and damage told in one line."""
 
 import io
+import os
 import pickle
 import tarfile
 
@@ -67,7 +68,45 @@ def test_webdataset_shards_give_labels_by_number_or_name(tmp_path):
     assert [images.load(row).getpixel((0, 0))[0] for row in range(6)] == [6, 1, 2, 3, 4, 5]
     assert open_images(str(shards)).labels is None
     (shards / "readme.png").write_bytes(png(1))  # now it is a folder like any other, with one image
-    assert open_images(str(shards)).paths == ["readme.png"]
+    images = open_images(str(shards))
+    assert images.paths == ["readme.png"]
+    assert images.notes == ["images lie beside 3 .tar files, which are not opened: put either into a folder of its own"]
+
+
+def test_what_img2dataset_writes_is_read_as_shards(tmp_path):
+    """A .tar of KEY.jpg, KEY.txt and KEY.json, a .parquet and a _stats.json for each shard."""
+    for number in range(2):
+        members = [(f"{number}{i}.{kind}", png(i) if kind == "png" else b"x") for i in range(3) for kind in ("json", "png")]
+        write_tar(tmp_path / f"{number:05d}.tar", members)
+        (tmp_path / f"{number:05d}.parquet").write_bytes(b"PAR1")
+        (tmp_path / f"{number:05d}_stats.json").write_text("{}")
+    images = open_images(str(tmp_path))
+    assert images.paths == [f"{number:05d}.tar/{number}{i}.png" for number in range(2) for i in range(3)]
+    assert images.load(4).getpixel((0, 0))[0] == 1
+    assert images.notes == ["passed over: 8 .json, 2 .parquet"]
+    assert open_images(images.spec).paths == images.paths
+
+
+def test_shards_and_folders_in_them_say_the_split(tmp_path):
+    for name in ("set-train-0.tar", "set-val-0.tar", "plain.tar"):
+        write_tar(tmp_path / name, [("test/1.png", png(1)), ("2.png", png(2))])
+    images = open_images(str(tmp_path))
+    found = dict(zip(images.paths, images.split.tolist()))
+    assert found == {
+        "plain.tar/test/1.png": 1, "plain.tar/2.png": 0, "set-train-0.tar/test/1.png": 1, "set-train-0.tar/2.png": 0,
+        "set-val-0.tar/test/1.png": 1, "set-val-0.tar/2.png": 1,
+    }  # fmt: skip
+    assert any("'set-val-0.tar' is test (there is no other)" in note for note in images.notes)
+    write_tar(tmp_path / "test-0.tar", [("3.png", png(3))])
+    images = open_images(str(tmp_path))
+    assert images.split[list(images.paths).index("set-val-0.tar/2.png")] == 2
+    assert any("'set-val-0.tar' is held out" in note for note in images.notes)
+
+
+def test_a_pipe_called_like_a_shard_does_not_block(tmp_path):
+    write_tar(tmp_path / "0.tar", [("1.png", png(1))])
+    os.mkfifo(tmp_path / "1.tar")
+    assert open_images(str(tmp_path)).paths == ["0.tar/1.png"]
 
 
 def test_what_is_no_regular_member_is_listed_and_says_so(tmp_path):
@@ -121,6 +160,11 @@ def test_saved_data_sets(tmp_path):
 
     parts = {"train": part([1, 2, None], [0, 1, -1]), "test": part([3], [1])}
     datasets.DatasetDict(parts).save_to_disk(tmp_path / "both")
+    validated = datasets.DatasetDict({"train": parts["train"], "validation": parts["test"]})
+    validated.save_to_disk(tmp_path / "validated")
+    images = open_images(str(tmp_path / "validated"))
+    assert images.split.tolist() == [0, 0, 0, 1]
+    assert images.notes == ["splits: 'train' is train, 'validation' is test (there is no other)"]
     images = open_images(str(tmp_path / "both"), NAMES)
     assert images.paths == ["test/00000000", "train/00000000", "train/00000001", "train/00000002"]
     assert images.labels.tolist() == [0, 1, 0, -1] and images.split.tolist() == [1, 0, 0, 0]

@@ -4,6 +4,8 @@ import hashlib
 import os
 import pickle
 import struct
+import subprocess
+import sys
 import urllib.error
 import urllib.request
 import zlib
@@ -137,6 +139,86 @@ def test_at_least_one_image_must_be_readable(tmp_path):
     assert "none of the 1 images" in one_line(raised) and "empty file" in str(raised.value)
     put(tmp_path / "b.png")
     require_readable(open_images(str(tmp_path)))
+
+
+def test_what_is_passed_over_is_counted_and_what_systems_leave_is_not(tmp_path):
+    put(tmp_path / "a" / "1.png")
+    for name in ("b/2.cr2", "b/3.CR2", "b/no suffix", "b/readme.md", "b/odd.\x1b[31m", "c/list.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    for name in ("@eaDir/1.png/SYNOPHOTO_THUMB_XL.jpg", ".thumbnails/1.png", "a/__MACOSX/._1.png", "__MACOSX/1.png"):
+        put(tmp_path / name)
+    for name in ("Thumbs.db", "a/desktop.ini", ".DS_Store"):
+        (tmp_path / name).write_bytes(b"x")
+    images = open_images(str(tmp_path))
+    assert images.paths == ["a/1.png"]
+    assert images.notes == ["passed over: 2 .cr2, 1 .json, 1 .md, 1 of other kinds, 1 without suffix"]
+    (tmp_path / "a" / "1.png").unlink()
+    with pytest.raises(UserError, match=r"no image below .* \(passed over: 2 .cr2, "):
+        open_images(str(tmp_path))
+
+
+def in_child(code, *arguments, path=""):
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(path), *filter(None, sys.path)])}
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=True).stdout
+
+
+HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"
+LIST = """
+import sys
+from coreg.data.decode import UnreadableImage
+from coreg.data.sources import open_images
+images = open_images(sys.argv[1])
+print(list(images.paths), images.notes, "pillow_heif" in sys.modules)
+for row in range(len(images)):
+    try:
+        print(images.load(row).getpixel((0, 0)))
+    except UnreadableImage as error:
+        print(error)
+"""
+
+
+def test_heic_is_read_where_its_library_is_installed_and_named_where_it_is_not(tmp_path):
+    """A stand-in for pillow-heif, which registers a format HEIF as that does."""
+    put(tmp_path / "photos" / "1.png")
+    for name in ("2.heic", "3.HEIF", "called.jpg"):
+        (tmp_path / "photos" / name).write_bytes(HEIC)
+    (tmp_path / "library").mkdir()
+    (tmp_path / "library" / "pillow_heif.py").write_text(
+        "from PIL import Image\n"
+        "def open_heif(file, name):\n"
+        "    image = Image.new('RGB', (6, 4), (7, 8, 9))\n"
+        "    image.format = 'HEIF'\n"
+        "    return image\n"
+        "def register_heif_opener():\n"
+        "    Image.register_open('HEIF', open_heif, lambda prefix: prefix[4:8] == b'ftyp')\n"
+    )
+    with_it = in_child(LIST, tmp_path / "photos", path=tmp_path / "library").splitlines()
+    assert with_it[0] == "['1.png', '2.heic', '3.HEIF', 'called.jpg'] [] False"  # not loaded before it is needed
+    assert with_it[1:] == ["(10, 200, 30)", "(7, 8, 9)", "(7, 8, 9)", "(7, 8, 9)"]
+
+
+def test_heic_by_its_own_library(tmp_path):
+    pillow_heif = pytest.importorskip("pillow_heif")
+    pillow_heif.register_heif_opener()
+    Image.new("RGB", (64, 48), (10, 200, 30)).save(tmp_path / "1.heic", quality=95)
+    image = read_image(tmp_path / "1.heic")
+    assert image.size == (64, 48) and np.abs(np.subtract(image.getpixel((5, 5)), (10, 200, 30))).max() < 8
+
+
+@pytest.mark.skipif(decoding.READS_HEIF, reason="pillow-heif is installed")
+def test_heic_that_cannot_be_read_is_counted_with_the_remedy(tmp_path):
+    put(tmp_path / "1.png")
+    for name in ("2.heic", "3.HEIC", "4.heif"):
+        (tmp_path / name).write_bytes(HEIC)
+    images = open_images(str(tmp_path))
+    assert images.paths == ["1.png"]
+    hint = "(pip install pillow-heif and they are read)"
+    assert images.notes == [f"passed over: 2 .heic {hint}, 1 .heif {hint}"]
+    (tmp_path / "called.png").write_bytes(HEIC)
+    with pytest.raises(UnreadableImage, match=r"^not an image of a known format"):
+        read_image(tmp_path / "called.png")
 
 
 # ---- CSV lists ------------------------------------------------------------------------------------------------------

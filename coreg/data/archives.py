@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import os
 import posixpath
+import re
+import stat
 import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,8 +16,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from coreg.data.decode import SUFFIXES, UnreadableImage, decode_image
-from coreg.data.images import TEST, TRAIN, ImageList, Paths, folder_labels, lookup, translated
+from coreg.data.decode import MAX_BYTES, UnreadableImage, decode_image
+from coreg.data.folders import folder_labels, settled, split_notes, split_of
+from coreg.data.images import HELD_OUT, TEST, TRAIN, ImageList, Paths, lookup, translated
+from coreg.data.passed_over import PassedOver
 from coreg.errors import UserError
 
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
@@ -25,15 +29,14 @@ COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 
 def is_tar(spec: str) -> bool:
-    """Whether `spec` is a tar file, or a folder in which nothing but tar files lies."""
-    path = Path(spec)
-    if path.is_file():
-        return spec.lower().endswith((".tar", *COMPRESSED))
-    return path.is_dir() and bool(names := _shards(path)) and all(name.lower().endswith(".tar") for name in names)
+    """Whether `spec` is a tar file."""
+    return Path(spec).is_file() and spec.lower().endswith((".tar", *COMPRESSED))
 
 
-def _shards(folder: Path) -> list[str]:
-    return sorted((entry.name for entry in os.scandir(folder) if not entry.name.startswith(".")), key=os.fsencode)
+def shards_of(folder: Path) -> list[str]:
+    """The names of the tar files in a folder, sorted."""
+    names = [name for name in os.listdir(folder) if name.lower().endswith(".tar") and not name.startswith(".")]
+    return sorted((name for name in names if (folder / name).is_file()), key=os.fsencode)
 
 
 @dataclass
@@ -49,6 +52,8 @@ class _Members:
         size = int(self.size[row])
         if size <= 0:
             raise UnreadableImage("empty file" if size == 0 else "not a regular file")
+        if size > MAX_BYTES:
+            raise UnreadableImage(f"a file of {size / 1e9:.1f} GB")
         try:
             with self.files[self.file[row]].open("rb") as file:
                 file.seek(int(self.offset[row]))
@@ -58,11 +63,14 @@ class _Members:
         return decode_image(io.BytesIO(content))
 
 
-def tar_shards(spec: str, class_names: Sequence[str] | None) -> ImageList:
+def tar_shards(spec: str, class_names: Sequence[str] | None, passed_over: PassedOver | None = None) -> ImageList:
     """The images in one tar file or in a folder of tar files; paths are `shard.tar/path/in/it.jpg` for a folder.
 
     Labels come from a member `KEY.cls` beside `KEY.jpg` (a number or a class name, as WebDataset writes it), otherwise
     from the folders in the archive. Of several members with one name the last counts, as in tar.
+
+    Args:
+        passed_over: the files beside the shards; takes those in them.
 
     Raises:
         UserError: an archive is compressed, damaged or holds no image.
@@ -70,34 +78,43 @@ def tar_shards(spec: str, class_names: Sequence[str] | None) -> ImageList:
     root = Path(spec).resolve()
     if root.name.lower().endswith(COMPRESSED):
         raise UserError(f"{spec} is compressed, so single images cannot be read from it; unpack it, or make a plain .tar")
-    files = [root / name for name in _shards(root)] if root.is_dir() else [root]
+    files = [root / name for name in shards_of(root)] if root.is_dir() else [root]
+    passed_over = passed_over or PassedOver()
     found: dict[bytes, tuple[int, int, int]] = {}
     written: dict[str, str] = {}
     for number, file in enumerate(files):
         prefix = f"{file.name}/" if root.is_dir() else ""
         for member, content in _index(file):
             name = posixpath.normpath(member.name).lstrip("/")
-            suffix = posixpath.splitext(name)[1].lower()
-            if suffix == ".cls":
+            if posixpath.splitext(name)[1].lower() == ".cls":
                 written[prefix + posixpath.splitext(name)[0]] = content
-            elif suffix in SUFFIXES and not posixpath.basename(name).startswith("."):
+            elif not member.isdir() and passed_over.takes(name):
                 place = (number, member.offset_data, member.size if member.isreg() else -1)
                 found[os.fsencode(prefix + name)] = place
     if not found:
-        raise UserError(f"{spec} holds no image; put files such as .jpg or .png into it, or give another archive")
+        seen = "".join(f" ({note})" for note in passed_over.notes())
+        raise UserError(f"{spec} holds no image{seen}; put files such as .jpg or .png into it, or give another archive")
     names = sorted(found)
     file, offset, size = np.array([found[name] for name in names], dtype=np.int64).T
     paths = Paths(names)
-    labels, split = folder_labels(paths, class_names)
-    if root.is_dir():  # there the first part is the shard: test/ or a shard called test-000.tar
-        split = np.fromiter((_shard_split(path) for path in paths), np.uint8, len(paths))
+    # in a folder of shards the first part is the shard, which may be called test-000.tar
+    labels, split, notes = folder_labels(paths, class_names, skip=int(root.is_dir()))
+    if root.is_dir():
+        kinds = np.array([_shard_split(file.name) for file in files], dtype=np.uint8)
+        split = np.where(kinds[file] == TRAIN, split, settled(kinds)[file]).astype(np.uint8)
+        if (kinds == HELD_OUT).any():
+            notes += split_notes({file.name: kind for file, kind in zip(files, kinds.tolist())}, (kinds == TEST).any())
     labels = _written_labels(paths, written, class_names, labels)
-    return ImageList(str(root), paths, labels, split, None, _Members(files, file, offset, size))
+    return ImageList(
+        str(root), paths, labels, split, None, _Members(files, file, offset, size), notes + passed_over.notes()
+    )
 
 
 def _index(file: Path) -> Iterator[tuple[tarfile.TarInfo, str]]:
     """The members of a tar file one by one, with the text of those called `*.cls`."""
     try:
+        if not stat.S_ISREG(file.stat().st_mode):
+            raise tarfile.ReadError("it is no file")
         with tarfile.open(file, "r:") as archive:
             end = 0
             for member in archive:
@@ -112,9 +129,11 @@ def _index(file: Path) -> Iterator[tuple[tarfile.TarInfo, str]]:
         raise UserError(f"{file} cannot be read as a tar file: {' '.join(str(error).split())}; copy it again") from None
 
 
-def _shard_split(path: str) -> int:
-    shard, inside = path.split("/", 1)
-    return TEST if inside.startswith("test/") or shard.lower().startswith("test") else TRAIN
+def _shard_split(shard: str) -> int:
+    """The split of a shard by its name, such as test-000.tar or imagenet-val-12.tar."""
+    words = re.findall("[a-z]+", shard.lower())
+    kinds = [kind for word in words if (kind := split_of(word)) is not None]
+    return TEST if shard.lower().startswith("test") else next(iter(kinds), TRAIN)
 
 
 def _written_labels(
@@ -160,7 +179,7 @@ class _Rows:
 
 
 def datasets_folder(spec: str, class_names: Sequence[str] | None) -> ImageList:
-    """The images of a saved `Dataset` or `DatasetDict`; its split `test` is the test split, all others are for training.
+    """The images of a saved `Dataset` or `DatasetDict`; its splits are those of `folder_labels`, others are for training.
 
     Raises:
         UserError: the library is not installed, or the folder holds no column of images.
@@ -192,9 +211,10 @@ def datasets_folder(spec: str, class_names: Sequence[str] | None) -> ImageList:
         names += [os.fsencode(f"{name}/{row:08d}") for row in range(len(part))]
     if not names:
         raise UserError(f"{spec} holds no row; give another folder")
-    split = np.concatenate(
-        [np.full(len(splits[name]), TEST if name == "test" else TRAIN, np.uint8) for name in sorted(splits)]
-    )
+    used = {name: split_of(name) or TRAIN for name in splits}
+    split = np.concatenate([np.full(len(splits[name]), used[name], np.uint8) for name in sorted(splits)])
+    notes = split_notes(used, TEST in used.values())
     table = np.concatenate(labels)
     table = None if own is None or not (table >= 0).any() else translated(table, own, class_names)
-    return ImageList(str(root), Paths(names), table, split, list(own) if own else None, _Rows(parts, columns))
+    own = list(own) if own else None
+    return ImageList(str(root), Paths(names), table, settled(split), own, _Rows(parts, columns), notes)

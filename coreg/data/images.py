@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import os
-import posixpath
 import re
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from PIL import Image
 
-TRAIN, TEST = 0, 1
+TRAIN, TEST, HELD_OUT = 0, 1, 2
+SPLIT_NAMES = ("train", "test", "held out")
 SPLITS = {"": TRAIN, "train": TRAIN, "0": TRAIN, "test": TEST, "1": TEST}
 
 
@@ -62,9 +63,10 @@ class ImageList:
         spec: what `open_images` takes to open the same list again; absolute for files.
         paths: N unique posix paths relative to the folder (or made-up names for data sets), sorted bytewise.
         labels: int64 (N,), -1 where unknown, or None without any; for reporting only.
-        split: uint8 (N,), 0 = train, 1 = test.
+        split: uint8 (N,), 0 = train, 1 = test, 2 = held out: neither trained on nor counted.
         class_names: what the data set itself says, in label order, or None.
         pixels: row -> PIL image.
+        notes: what a person should know about how the list came about, one line each.
     """
 
     spec: str
@@ -73,6 +75,7 @@ class ImageList:
     split: np.ndarray
     class_names: list[str] | None
     pixels: Callable[[int], Image.Image]
+    notes: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -108,8 +111,8 @@ def list_hash(paths: Iterable[str]) -> str:
 
 
 def _plain(name: str) -> str:
-    """What is left of a name when case, spaces, underscores and hyphens do not count."""
-    return re.sub(r"[\s_-]+", "", name).casefold()
+    """What is left of a name when case, Unicode form, spaces, underscores and hyphens do not count."""
+    return re.sub(r"[\s_-]+", "", unicodedata.normalize("NFKC", name)).casefold()
 
 
 def lookup(class_names: Sequence[str]) -> Callable[[str], int]:
@@ -135,23 +138,3 @@ def translated(labels: np.ndarray, own: Sequence[str], wanted: Sequence[str] | N
     if (table < 0).all():
         return None
     return np.where(labels < 0, -1, table[labels])
-
-
-def folder_labels(paths: Paths, class_names: Sequence[str] | None) -> tuple[np.ndarray | None, np.ndarray]:
-    """What the folders of a path say: `test/` at its beginning, and the innermost folder that is called like a class.
-
-    Returns:
-        labels int64 (N,), -1 where no folder is called so, or None where none is at all; split uint8 (N,).
-    """
-    split = np.fromiter((TEST if path.startswith("test/") else TRAIN for path in paths), np.uint8, len(paths))
-    if class_names is None:
-        return None, split
-    find = lookup(class_names)
-    of_folder: dict[str, int] = {}
-    labels = np.full(len(paths), -1, dtype=np.int64)
-    for row, path in enumerate(paths):
-        folder = posixpath.dirname(path)
-        if folder not in of_folder:
-            of_folder[folder] = next((i for part in folder.split("/")[::-1] if (i := find(part)) >= 0), -1)
-        labels[row] = of_folder[folder]
-    return (labels if (labels >= 0).any() else None), split

@@ -71,4 +71,5 @@ def joined_images(spec: str, open_one: Callable[[str], ImageList]) -> ImageList:
         split=np.concatenate([part.split for part in parts]),
         class_names=own or None,
         pixels=_Joined(parts),
+        notes=[f"{part.spec}: {note}" for part in parts for note in part.notes],
     )

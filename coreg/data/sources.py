@@ -13,10 +13,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from coreg.data.archives import datasets_folder, is_datasets_folder, is_tar, tar_shards
-from coreg.data.decode import SUFFIXES, UnreadableImage, read_image
-from coreg.data.images import SPLITS, ImageList, Paths, folder_labels, lookup, translated
+from coreg.data.archives import datasets_folder, is_datasets_folder, is_tar, shards_of, tar_shards
+from coreg.data.decode import UnreadableImage, read_image
+from coreg.data.folders import folder_labels
+from coreg.data.images import SPLITS, ImageList, Paths, lookup, translated
 from coreg.data.joined import PREFIX, joined_images
+from coreg.data.passed_over import PassedOver, is_system_folder
 from coreg.data.torchvision_sets import TORCHVISION, torchvision_set
 from coreg.errors import UserError
 
@@ -24,15 +26,15 @@ from coreg.errors import UserError
 def open_images(spec: str, class_names: Sequence[str] | None = None, data_root: str = "data") -> ImageList:
     """List the images that `spec` names, without decoding any.
 
-    In folders and tar files, what lies below `test/` is the test split, and the innermost folder that is called like a
-    class (case, spaces, underscores and hyphens do not count) gives the label.
+    In folders and tar files, what lies below `test/` is the test split (see `folder_labels` for other spellings), and the
+    innermost folder that is called like a class (case, spaces, underscores and hyphens do not count) gives the label.
 
     Args:
         spec: a folder (searched recursively; hidden entries and files without an image suffix are passed over); a CSV
             file with the columns `path[,label][,split]`, paths relative to its folder; a `.tar` file or a folder of
-            nothing but such files (WebDataset shards); a folder that Hugging Face `datasets` saved; a torchvision set
-            (`CIFAR10` or `torchvision:CIFAR10`), downloaded when it is not there; `builtin:digits`; or several of these,
-            `joined:["a", "b"]`.
+            such files without images beside them (WebDataset shards, img2dataset's folder); a folder that Hugging Face
+            `datasets` saved; a torchvision set (`CIFAR10` or `torchvision:CIFAR10`), downloaded when it is not there;
+            `builtin:digits`; or several of these, `joined:["a", "b"]`.
         class_names: the classes that labels are expressed in; None means the data set's own, if it has them.
         data_root: where torchvision data sets lie.
 
@@ -87,7 +89,7 @@ class _Files:
         return read_image(self.root / self.paths[row])
 
 
-def _walk(root: Path) -> list[bytes]:
+def _walk(root: Path, passed_over: PassedOver) -> list[bytes]:
     """Relative posix paths (encoded) of all entries with an image suffix, sorted bytewise.
 
     Links to folders are followed, after all real folders and never twice into the same one, which ends loops. Broken
@@ -107,12 +109,11 @@ def _walk(root: Path) -> list[bytes]:
             seen.add((status.st_dev, status.st_ino))
             with os.scandir(Path(root, folder)) as entries:
                 for entry in entries:
-                    if entry.name.startswith("."):
-                        continue
                     path = posixpath.join(folder, entry.name)
                     if _is_folder(entry):
-                        (links if entry.is_symlink() else pending).append(path)
-                    elif posixpath.splitext(entry.name)[1].lower() in SUFFIXES:
+                        if not is_system_folder(entry.name):
+                            (links if entry.is_symlink() else pending).append(path)
+                    elif passed_over.takes(entry.name):
                         found.append(os.fsencode(path))
         except OSError as error:
             raise UserError(f"cannot list {Path(root, folder)}: {error.strerror}") from None
@@ -129,11 +130,22 @@ def _is_folder(entry: os.DirEntry) -> bool:
 
 def _folder(spec: str, class_names: Sequence[str] | None) -> ImageList:
     root = Path(spec).resolve()
-    paths = Paths(_walk(root))
+    passed_over = PassedOver()
+    paths = Paths(_walk(root, passed_over))
+    shards = shards_of(root)
+    passed_over.counts[".tar"] -= len(shards)
+    if not len(paths) and shards:
+        return tar_shards(spec, class_names, passed_over)
+    notes = passed_over.notes()
     if not len(paths):
-        raise UserError(f"no image below {spec}; put files such as .jpg or .png there, or give another folder")
-    labels, split = folder_labels(paths, class_names)
-    return ImageList(str(root), paths, labels, split, None, _Files(root, paths))
+        seen = f" ({notes[0]})" if notes else ""
+        raise UserError(f"no image below {spec}{seen}; put files such as .jpg or .png there, or give another folder")
+    if shards:
+        notes.append(
+            f"images lie beside {len(shards)} .tar files, which are not opened: put either into a folder of its own"
+        )
+    labels, split, told = folder_labels(paths, class_names)
+    return ImageList(str(root), paths, labels, split, None, _Files(root, paths), told + notes)
 
 
 def _csv(spec: str, class_names: Sequence[str] | None) -> ImageList:
