@@ -72,3 +72,64 @@ def test_files_that_cannot_be_read_are_told_in_one_line(tmp_path):
     assert "not UTF-8" in refused(read_class_names, tmp_path / "latin.txt")
     (tmp_path / "many.txt").write_text("\n".join(f"class {i}" for i in range(32768)))
     assert "32768 class names" in refused(read_class_names, tmp_path / "many.txt")
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        (
+            ["0: cat", "1: dog"],
+            "line 1 is '0: cat', which has a number; write one class name a line and nothing else, here: cat",
+        ),
+        (["1, cat", "2, dog"], "which has a number"),
+        (["0 cat", "1 dog"], "which has a number"),
+        (["1. cat", "2. dog"], "which has a number"),
+        (["1) cat", "2) dog"], "which has a number"),
+        (
+            ["cat,0", "dog,1"],
+            "line 1 is 'cat,0', which has a number; write one class name a line and nothing else, here: cat",
+        ),
+        (["0\tcat", "1\tdog"], "several columns"),
+        (["n02\ttench, fish", "n03\tshark"], "here: tench, fish"),
+        (["label,name", "a,cat", "b,dog"], "begins with 'label,name', the header of a table"),
+        (["Class ID;Class_Name", "a;cat"], "the header of a table"),
+        (['"cat"', '"dog"'], "line 1 is '\"cat\"', in quotes; write one class name a line and nothing else, here: cat"),
+        (["cat", "'dog',"], "line 2 is \"'dog',\", in quotes"),
+        (["# animals", "cat", "dog"], "line 1 is '# animals', and a remark would be a class; remove it"),
+        (["cat", "// more", "dog"], "line 2 is '// more', and a remark"),
+        (["- cat", "- dog"], "line 1 is '- cat', an item of a list"),
+        (
+            ["caf\u00e9", "cafe\u0301"],
+            "line 2 repeats the class name 'cafe\u0301' of line 1, but for Unicode form or invisible",
+        ),
+        (["cat", "dog", "c\u200bat"], "line 3 repeats the class name 'c\\u200bat' of line 1, but for Unicode form"),
+        (["no cat", "no\u00a0cat"], "of line 1, but for Unicode form"),
+        (["item \u2460", "item 1"], "of line 1, but for Unicode form"),
+        (["re\u00addo", "RedO"], "of line 1, but for Unicode form"),
+    ],
+)
+def test_what_is_more_than_names_is_refused(tmp_path, lines, words):
+    (tmp_path / "classes.txt").write_text("\n".join(lines), encoding="utf-8")
+    assert words in refused(read_class_names, tmp_path / "classes.txt")
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["1 person", "2 people", "3 people"],
+        ["2 door", "4 door"],
+        ["3 series", "5 series", "0 series"],
+        ["tench, Tinca tinca", "great white shark, white shark, man-eater", "cock"],
+        ["speed limit: 20", "speed limit: 30"],
+        ["rock 'n' roll", "'n' roll", 'a 5" disk'],
+        ["C#", "C", "F#"],
+        ["name", "label"],
+        ["zero", "one - two"],
+        ["cat", "cats", "\u732b", "\u732b\u732b"],
+        ["T-shirt/top", "Tshirt top"],
+        ["10:30", "11:45"],
+    ],
+)
+def test_odd_names_are_names(tmp_path, names):
+    (tmp_path / "classes.txt").write_text("\n".join(names), encoding="utf-8")
+    assert read_class_names(str(tmp_path / "classes.txt")) == names

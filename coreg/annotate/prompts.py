@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import string
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from coreg.data.class_names import refuse_markup, same_name
 from coreg.errors import UserError
 
 # The papers' 27 templates, a selection of CLIP's 80 for ImageNet. The order matters: index 0 is the single template.
@@ -66,14 +67,16 @@ def read_class_names(path: str) -> list[str]:
     """Read class names, one a line; their order gives the class indices. Blank lines do not count.
 
     Raises:
-        UserError: the file cannot be read, holds fewer than two names, or one name twice (also in other case).
+        UserError: the file cannot be read, holds fewer than two names, one name twice (also in other case or Unicode form,
+            or with invisible characters), or more than names: numbers, quotes, columns, remarks.
     """
     names = _lines(path, "class names", "one class name a line")
+    refuse_markup(path, names)
     if len(names) < 2:
         raise UserError(f"{path} holds one class name, {names[0][1]!r}; write at least two, one a line")
     if len(names) > MAX_CLASSES:
         raise UserError(f"{path} holds {len(names)} class names; at most {MAX_CLASSES} can be told apart")
-    return _distinct(path, names, "class name")
+    return _distinct(path, names, "class name", same_name)
 
 
 def _lines(path: str, what: str, wanted: str) -> list[tuple[int, str]]:
@@ -93,10 +96,13 @@ def _lines(path: str, what: str, wanted: str) -> list[tuple[int, str]]:
     return lines
 
 
-def _distinct(path: str, lines: list[tuple[int, str]], what: str) -> list[str]:
-    first: dict[str, int] = {}
+def _distinct(path: str, lines: list[tuple[int, str]], what: str, key: Callable[[str], str] = str.casefold) -> list[str]:
+    first: dict[str, tuple[int, str]] = {}
     for number, line in lines:
-        if before := first.get(line.casefold()):
-            raise UserError(f"{path} line {number} repeats the {what} {line!r} of line {before}; write every one once")
-        first[line.casefold()] = number
+        before, same = first.setdefault(key(line), (number, line))
+        if before != number:
+            form = ", but for Unicode form or invisible characters" if line.casefold() != same.casefold() else ""
+            raise UserError(
+                f"{path} line {number} repeats the {what} {line!r} of line {before}{form}; write every one once"
+            )
     return [line for _, line in lines]

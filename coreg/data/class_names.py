@@ -1,0 +1,66 @@
+"""Lists of class names as people have them: what is no list of names is refused before a model reads it for one."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Sequence
+
+from coreg.errors import UserError
+
+WANTED = "write one class name a line and nothing else"
+HEADERS = frozenset(("id", "index", "idx", "label", "name", "class", "classname", "classid", "classindex", "category"))
+
+# lines that count, and from where; "1 person", "2 people" may be names, but whoever begins with 0 counts
+NUMBERED = (
+    (r"(?P<n>\d{1,6})(\s*[:;,=)|]|\.\s)\s*(?P<name>.+)", (0, 1)),
+    (r"(?P<n>\d{1,6})\s+(?P<name>.+)", (0,)),
+    (r"(?P<name>.+?)\s*[:;,=|]\s*(?P<n>\d{1,6})", (0, 1)),
+)
+
+
+def same_name(name: str) -> str:
+    """What two names have in common that look alike: case, Unicode form and invisible characters do not count."""
+    plain = unicodedata.normalize("NFKC", name).casefold()
+    # Cf: zero-width characters, soft hyphens, marks of direction; the others choose between forms of the sign before them
+    plain = "".join(c for c in plain if unicodedata.category(c) != "Cf" and not 0xFE00 <= ord(c) <= 0xFE0F)
+    return unicodedata.normalize("NFKC", " ".join(plain.split()))
+
+
+def refuse_markup(path: str, lines: Sequence[tuple[int, str]]) -> None:
+    """Make sure that lines are names, and not names with numbers, quotes, columns or remarks about them.
+
+    Args:
+        path: the file, for the message.
+        lines: line number and text of every line that is not blank; at least one.
+
+    Raises:
+        UserError: a line is no plain name; it says which and what was taken for what.
+    """
+    texts = [text for _, text in lines]
+
+    def refuse(number: int, text: str, what: str, instead: str) -> None:
+        raise UserError(f"{path} line {number} is {text!r}, {what}; {WANTED}, here: {instead}")
+
+    for number, text in lines:
+        bare = text.rstrip(",")
+        if text.startswith(("#", "//")):
+            raise UserError(f"{path} line {number} is {text!r}, and a remark would be a class; remove it, {WANTED}")
+        if len(bare) > 1 and bare[0] == bare[-1] and bare[0] in "\"'`":
+            refuse(number, text, "in quotes", bare[1:-1])
+        if "\t" in text:
+            refuse(number, text, "which has several columns", max(text.split("\t"), key=_count_letters).strip())
+    first = [re.sub(r"[\s_-]", "", field).casefold() for field in re.split(r"[,;|]", texts[0])]
+    if len(first) > 1 and HEADERS.issuperset(first):
+        raise UserError(f"{path} begins with {texts[0]!r}, the header of a table; {WANTED}")
+    if all(text.startswith(("- ", "* ")) for text in texts):
+        refuse(*lines[0], "an item of a list", texts[0][2:].strip())
+    for pattern, starts in NUMBERED:
+        found = [re.fullmatch(pattern, text) for text in texts]
+        numbers = [int(match["n"]) for match in found if match]
+        if len(numbers) == len(texts) and numbers[0] in starts and numbers == list(range(numbers[0], numbers[-1] + 1)):
+            refuse(*lines[0], "which has a number", found[0]["name"])
+
+
+def _count_letters(field: str) -> int:
+    return sum(map(str.isalpha, field))
