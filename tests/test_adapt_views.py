@@ -106,5 +106,8 @@ def test_a_view_depends_on_seed_number_and_row_alone(photos):
 
 def test_an_image_that_has_gone_since_is_told_in_one_line(photos, tmp_path):
     (tmp_path / "2.png").write_bytes(b"")
-    with pytest.raises(UserError, match=r"'2.png' .* could be read when it was annotated"):
+    with pytest.raises(
+        UserError,
+        match=r"^1 of the 6 images in .*'2.png' could be read when it was annotated, and cannot be now \(empty file\)",
+    ):
         photos.plain(np.arange(6))

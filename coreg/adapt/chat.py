@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from coreg.adapt.learner import IGNORED, ChatBatch
-from coreg.adapt.tuning import Labelled
+from coreg.adapt.tuning import Labelled, check_readable
 from coreg.adapt.views import Photos, RandomView
 from coreg.annotate.chat import ChatAnnotator
 from coreg.errors import UserError
 from coreg.learn.collective import gather_rows, share
 from coreg.run.job import Run
+from coreg.run.process import all_or_none
 
 
 def join(items: Sequence[dict[str, Any]], answers: Sequence[list[int]]) -> tuple[dict[str, Tensor], Tensor]:
@@ -55,6 +56,8 @@ class ChatImages:
         self.labelled, self.annotator, self.step = labelled, annotator, run.job.batch_size
         # one thread: fast tokenizers, a part of the preprocessing, do not work in several at once
         self.photos = Photos(run.store.images(), annotator.preprocess, view, run.job.seed, workers=1)
+        self.accelerator = run.accelerator
+        check_readable(run.accelerator, self.photos, labelled.rows)
         end = annotator.ends[-1:].tolist()
         self.answers = [name + end for name in annotator.names]
 
@@ -80,8 +83,12 @@ class ChatImages:
             if len(rows):
                 mine = rows[share(len(rows))]
                 # a process without rows asks about one all the same, so that all results have their shapes
-                parts = [self._ask(mine[at : at + self.step]) for at in range(0, len(mine), self.step)]
-                votes, probs = (torch.cat(part)[: len(mine)] for part in zip(*parts or [self._ask(rows[:1])]))
+                some = mine if len(mine) else rows[:1]
+                parts = all_or_none(
+                    self.accelerator,
+                    lambda some=some: [self._ask(some[at : at + self.step]) for at in range(0, len(some), self.step)],
+                )
+                votes, probs = (torch.cat(part)[: len(mine)] for part in zip(*parts))
                 logits[split] = gather_rows(probs, len(rows)).clamp_min(1e-8).log().cpu().numpy()
                 named[split] = gather_rows(votes, len(rows)).cpu().numpy()
         return logits, named

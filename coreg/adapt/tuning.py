@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
 
@@ -20,7 +21,7 @@ from coreg.adapt.views import Photos, RandomView
 from coreg.annotate.annotators import Towers, open_clip_towers, transformers_towers
 from coreg.annotate.candidates import candidate_sets
 from coreg.annotate.models import ModelSpec, resolve
-from coreg.data.decode import decode
+from coreg.data.decode import decode_annotated
 from coreg.data.order import ShuffledRows
 from coreg.errors import UserError
 from coreg.files import write_atomically
@@ -30,7 +31,7 @@ from coreg.report.page import write_page
 from coreg.report.page_record import RunRecord, Split
 from coreg.report.report import build_report, write_labels
 from coreg.run.job import Run
-from coreg.run.process import main_process_decides
+from coreg.run.process import all_or_none, main_process_decides
 from coreg.run.training import Batch, Training
 
 SPLITS = ("train", "test")
@@ -97,6 +98,15 @@ def load_towers(model: ModelSpec, run: Run, precision: str = "fp32") -> Towers:
     return towers
 
 
+def check_readable(accelerator: Accelerator, photos: Photos, rows: np.ndarray) -> None:
+    """Make sure, before anything is trained, that all images at rows int64 (n,) can be read; each process does its share.
+
+    Raises:
+        UserError: some cannot be read any more; on every process.
+    """
+    all_or_none(accelerator, lambda: photos.check(rows[share(len(rows))]))
+
+
 class ClipImages:
     """The images of a store as a CLIP model's image tower sees them, or their features where it is frozen."""
 
@@ -112,6 +122,7 @@ class ClipImages:
         if view.views and not frozen:
             raise UserError("--views keeps features, and here the image tower is trained; leave it at 0")
         job, self.device, self.dtype = run.job, run.accelerator.device, getattr(torch, run.job.dtype)
+        self.accelerator = run.accelerator
         self.towers, self.labelled, self.step = towers, labelled, 4 * job.batch_size
         self.read_as = next(weight.dtype for weight in towers.network.parameters())
         size = towers.preprocess(Image.new("RGB", (64, 64))).shape[-1]
@@ -124,6 +135,8 @@ class ClipImages:
             self.kept = [self.features(labelled.rows)]
         elif frozen:
             self.kept = [self._encode(labelled.rows, number) for number in range(view.views)]
+        if not self.kept:
+            check_readable(run.accelerator, self.photos, labelled.rows)
 
     def batch(self, places: np.ndarray, epoch: int) -> ClipBatch:
         """This process's share of the labelled images at `places`, int64 (n,), as they are seen in an epoch."""
@@ -160,13 +173,24 @@ class ClipImages:
     def _encode(self, rows: np.ndarray, number: int | None) -> Tensor:
         """Features of random view `number`, or of whole images; every process does its share."""
         mine = rows[share(len(rows))]
-        parts = []
-        # a process without rows reads one all the same, so that all know the features' length
-        for start in range(0, max(len(mine), 1), self.step):
-            some = mine[start : start + self.step] if len(mine) else rows[:1]
-            seen = self.photos.plain(some) if number is None else self.photos.views(some, number)
-            parts.append(torch.nn.functional.normalize(self.towers.image(self._pixels(seen)).to(self.dtype), dim=-1))
-        return gather_rows(torch.cat(parts)[: len(mine)], len(rows))
+
+        def encode_mine() -> list[Tensor]:
+            try:
+                return encode()
+            except UserError:
+                self.photos.check(mine)  # tells how many there are
+                raise
+
+        def encode() -> list[Tensor]:
+            parts = []
+            # a process without rows reads one all the same, so that all know the features' length
+            for start in range(0, max(len(mine), 1), self.step):
+                some = mine[start : start + self.step] if len(mine) else rows[:1]
+                seen = self.photos.plain(some) if number is None else self.photos.views(some, number)
+                parts.append(torch.nn.functional.normalize(self.towers.image(self._pixels(seen)).to(self.dtype), dim=-1))
+            return parts
+
+        return gather_rows(torch.cat(all_or_none(self.accelerator, encode_mine))[: len(mine)], len(rows))
 
 
 @torch.no_grad()
@@ -237,7 +261,7 @@ def _record(
         annotations=str(store.root),
         class_names=store.class_names,
         paths=[store.paths[row] for row in train.tolist()],
-        pixels=lambda rows: decode(images, train[rows], SHOWN, 3, run.job.workers).numpy(),
+        pixels=lambda rows: decode_annotated(images, train[rows], SHOWN, 3, run.job.workers).numpy(),
         train=split("train"),
         test=split("test") if "test" in logits else None,
         known=run.known[train],

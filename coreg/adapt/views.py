@@ -16,10 +16,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from coreg.data.decode import UnreadableImage
+from coreg.data.decode import UnreadableImage, no_longer_readable
 from coreg.data.images import ImageList
 from coreg.data.keyed import keyed_uniform
-from coreg.errors import UserError
 
 TRIES = 10  # boxes that are drawn before the largest central one is taken
 RATIOS = (3 / 4, 4 / 3)
@@ -87,20 +86,42 @@ class Photos:
         self.pool = ThreadPoolExecutor(max_workers=max(1, workers))
 
     def plain(self, rows: np.ndarray) -> list[Any]:
-        """Preprocessed images of rows int64 (n,)."""
-        return list(self.pool.map(lambda row: self.preprocess(self._load(row)), rows.tolist()))
+        """Preprocessed images of rows int64 (n,).
+
+        Raises:
+            UserError: some of them cannot be read any more.
+        """
+        return self._prepared(rows, lambda image, _: self.preprocess(image), rows)
 
     def views(self, rows: np.ndarray, number: int) -> list[Any]:
-        """Preprocessed random views of rows int64 (n,); a view depends on the seed, its `number` and the row alone."""
-        draws = keyed_uniform((self.seed, "view", number), torch.from_numpy(rows), DRAWS).double().numpy()
-        load = lambda row, drawn: self.preprocess(self.random_view(self._load(row), drawn))  # noqa: E731
-        return list(self.pool.map(load, rows.tolist(), draws))
+        """Preprocessed random views of rows int64 (n,); a view depends on the seed, its `number` and the row alone.
 
-    def _load(self, row: int) -> Image.Image:
-        try:
-            return self.images.load(row)
-        except UnreadableImage as error:
-            raise UserError(
-                f"{self.images.paths[row]!r} in {self.images.spec} could be read when it was annotated, and cannot be now "
-                f"({error}); put it back, or annotate the images anew"
-            ) from None
+        Raises:
+            UserError: some of the images cannot be read any more.
+        """
+        draws = keyed_uniform((self.seed, "view", number), torch.from_numpy(rows), DRAWS).double().numpy()
+        return self._prepared(rows, lambda image, drawn: self.preprocess(self.random_view(image, drawn)), draws)
+
+    def check(self, rows: np.ndarray) -> None:
+        """Read the images of rows int64 (n,) and do nothing with them.
+
+        Raises:
+            UserError: some of them cannot be read any more.
+        """
+        self._prepared(rows, lambda image, _: None, rows)
+
+    def _prepared(self, rows: np.ndarray, prepare: Callable[[Image.Image, Any], Any], each: np.ndarray) -> list[Any]:
+        failed: dict[int, str] = {}
+
+        def one(row: int, more: Any) -> Any:
+            try:
+                image = self.images.load(row)
+            except UnreadableImage as error:
+                failed[row] = str(error)
+                return None
+            return prepare(image, more)
+
+        prepared = list(self.pool.map(one, rows.tolist(), each))
+        if failed:
+            raise no_longer_readable(self.images, failed)
+        return prepared

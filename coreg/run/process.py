@@ -10,7 +10,12 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, broadcast_object_list
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
+    broadcast_object_list,
+    gather_object,
+)
 
 from coreg.errors import UserError
 from coreg.settings import JobConfig
@@ -104,3 +109,17 @@ def main_process_decides(accelerator: Accelerator, decide: Callable[[], T]) -> T
     if answer[1] is not None:
         raise UserError(answer[1], told=not accelerator.is_main_process)
     return answer[0]
+
+
+def all_or_none(accelerator: Accelerator, work: Callable[[], T]) -> T:
+    """Do `work` on every process; where it fails on one with a `UserError`, all raise it, and none waits for the others."""
+    result, problem = None, None
+    try:
+        result = work()
+    except UserError as error:
+        problem = str(error)
+    problems = gather_object([problem]) if accelerator.num_processes > 1 else [problem]
+    first = next((process for process, text in enumerate(problems) if text is not None), None)
+    if first is not None:
+        raise UserError(problems[first], told=accelerator.process_index != first)
+    return result

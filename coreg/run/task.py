@@ -12,12 +12,14 @@ from torch import Tensor
 
 from coreg.annotate.candidates import candidate_sets
 from coreg.annotate.store import AnnotationStore
-from coreg.data.decode import decode
+from coreg.data.decode import decode, no_longer_readable
+from coreg.data.images import TRAIN
 from coreg.data.labels import few_shot_draw, read_labels
 from coreg.errors import UserError
 from coreg.learn.collective import gather_rows, share
 from coreg.nets.model import CoRegNet
 from coreg.run.batches import TrainingImages
+from coreg.run.process import all_or_none
 from coreg.settings import ImageConfig, JobConfig
 
 if TYPE_CHECKING:
@@ -66,8 +68,9 @@ def known_labels(job: JobConfig, store: AnnotationStore) -> np.ndarray:
     known = np.full(len(store.paths), -1)
     if job.labels:
         rows, classes = read_labels(job.labels, store.paths, store.class_names)
-        if (store.split[rows] == 1).any():
-            raise UserError(f"{job.labels} labels test images, such as {store.paths[rows[store.split[rows] == 1][0]]}")
+        held_out = rows[store.split[rows] != TRAIN]
+        if len(held_out):
+            raise UserError(f"{job.labels} labels test images, such as {store.paths[held_out[0]]}")
         known[rows] = classes
     elif job.few_shot:
         if store.labels is None:
@@ -85,7 +88,8 @@ def prepare(run: Run, method: Options, alignment: str = "uniform") -> Task[Optio
         alignment: `annotator` for a prior like the annotator's mean prediction, otherwise it is uniform.
 
     Raises:
-        UserError: the images are not those that were annotated, or too few of them can be read.
+        UserError: the images are not those that were annotated, some cannot be read any more, or too few could be read
+            when they were annotated.
     """
     accelerator, job, look, store = run.accelerator, run.job, run.look, run.store
     images = store.images()
@@ -104,12 +108,18 @@ def prepare(run: Run, method: Options, alignment: str = "uniform") -> Task[Optio
     # so often that labelled images make up 5 % of an epoch's draws, once at least
     times = -(-len(train) // (20 * max(len(given), 1))) - 1
 
-    def load(rows: np.ndarray) -> TrainingImages:
-        pixels = decode(images, rows, look.image_size, look.channels, job.workers).to(accelerator.device)
-        return TrainingImages(
-            pixels, torch.from_numpy(rows), augmentation, accelerator.device, job.seed, getattr(torch, job.dtype)
-        )
+    def read() -> list[Tensor]:
+        failed: dict[int, str] = {}
+        pixels = [decode(images, rows, look.image_size, look.channels, job.workers, failed) for rows in (train, test)]
+        if failed:
+            raise no_longer_readable(images, failed)
+        return pixels
 
+    def on_device(pixels: Tensor, rows: np.ndarray) -> TrainingImages:
+        device, dtype = accelerator.device, getattr(torch, job.dtype)
+        return TrainingImages(pixels.to(device), torch.from_numpy(rows), augmentation, device, job.seed, dtype)
+
+    train_pixels, test_pixels = all_or_none(accelerator, read)
     probs = store.probs()[train].astype(np.float64)
     prior = probs.mean(axis=0) if alignment == "annotator" else np.full(n_classes, 1 / n_classes)
     return Task(
@@ -118,7 +128,7 @@ def prepare(run: Run, method: Options, alignment: str = "uniform") -> Task[Optio
         look=look,
         method=method,
         store=store,
-        data=load(train),
+        data=on_device(train_pixels, train),
         candidates=candidates,
         table=torch.from_numpy(candidates).to(accelerator.device),
         usable=(store.votes()[train] >= 0).any(axis=1) | (known >= 0),
@@ -128,7 +138,7 @@ def prepare(run: Run, method: Options, alignment: str = "uniform") -> Task[Optio
         known=known,
         repeated=np.tile(given, max(times, 0) if job.label_mode == "replace+repeat" else 0),
         extra=given if job.label_mode == "extra_ce" else given[:0],
-        test=load(test) if len(test) else None,
+        test=on_device(test_pixels, test) if len(test) else None,
         test_labels=labels[test],
     )
 
