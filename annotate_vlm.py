@@ -53,7 +53,7 @@ import coreg
 from coreg.annotate.annotators import Annotator, load_annotator
 from coreg.annotate.chat import CHAT_TEMPLATES
 from coreg.annotate.claims import BlockQueue
-from coreg.annotate.health import write_report
+from coreg.annotate.health import notes_of, write_report
 from coreg.annotate.models import ModelSpec, resolve
 from coreg.annotate.prompts import TEMPLATES, read_class_names, read_templates
 from coreg.annotate.store import AnnotationStore, StoreWriter, make_manifest, refuse_other_job
@@ -130,6 +130,11 @@ def annotate(config: AnnotateConfig, accelerator: Accelerator | None = None) -> 
     with BlockQueue(root, writer.files, start) as queue:
         progress = Progress(queue, writer, shown=accelerator.is_main_process)
         work(queue, source_of_evidence(config, opened, annotator, writer, queue, progress), progress)
+        if progress.few_bits:
+            print(
+                f"note: {progress.few_bits} images of 16 bits a channel have no value above a quarter of the range and are "
+                f"nearly black; scale them to the full range, or write TIFF files that say how many bits they use"
+            )
         if accelerator.is_main_process:
             writer.finish(opened[0].paths, config.safe_csv)
             queue.clear()
@@ -189,7 +194,8 @@ def look_at_images(config: AnnotateConfig, opened: list[ImageList]) -> Job:
     if model.kind == "chat":
         identity["mode"] = config.chat_mode
     data_root = str(Path(config.data_root).resolve())
-    manifest = make_manifest(images, class_names, templates, identity, config.block_size, data_root=data_root)
+    told = {"data_root": data_root, "notes": images.notes}
+    manifest = make_manifest(images, class_names, templates, identity, config.block_size, **told)
     finished = is_finished(config, manifest, images)
     if not finished:
         require_readable(images)
@@ -213,7 +219,7 @@ def look_at_store(config: AnnotateConfig, opened: list[ImageList]) -> Job:
     labels = None if store.labels is None else translated(store.labels, store.class_names, class_names)
     images = ImageList(store.images_spec, store.paths, labels, store.split, None, pixels=lambda row: None)
     opened.append(images)
-    told = {key: store.manifest[key] for key in ("model", "block_size", "data_root")}
+    told = {key: store.manifest[key] for key in ("model", "block_size", "data_root")} | {"notes": notes_of(store.manifest)}
     manifest = make_manifest(images, class_names, templates, **told)
     return Job(manifest, model, is_finished(config, manifest, images))
 

@@ -1,6 +1,7 @@
 """annotate_vlm.py as a person uses it: real `main([...])`, real files, tiny models, kills and restarts."""
 
 import csv
+import html
 import shutil
 from pathlib import Path
 
@@ -125,6 +126,39 @@ def test_the_summary_says_what_came_out_and_what_to_type_next(place, tmp_path, c
     ):
         assert words in text
     assert f"next: accelerate launch train_coreg.py --annotations '{tmp_path}/my ann' --output_dir" in text
+
+
+def test_the_summary_counts_splits_labels_and_what_was_passed_over(place, tmp_path, capsys):
+    """In the terminal, in the health report and in its page."""
+    photos = tmp_path / "photos"
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    for name in (
+        "train/red thing/1",
+        "train/Green Things/2",
+        "train/Green Things/3",
+        "val/blue thing/4",
+        "val/5",
+        "test/6",
+    ):
+        (photos / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(photos / f"{name}.png")
+    (photos / "raw.cr2").write_bytes(b"x")
+    Image.fromarray(np.full((9, 9), 4095, np.uint16)).save(photos / "deep.png")
+    main(arguments(place, tmp_path / "ann", images=photos))
+    output = capsys.readouterr().out
+    assert output.count("note: 1 images of 16 bits a channel have no value above a quarter of the range") == 1
+    lines = [
+        "images: train 4 (1 labelled), test 1 (0 labelled), held out 2 (1 labelled)",
+        "folders called like no class: 'Green Things' (2 images, did you mean 'green thing'?)",
+        "splits: 'test' is test, 'train' is train, 'val' is held out (neither trained on nor counted as test)",
+        "passed over: 1 .cr2",
+    ]
+    page = (tmp_path / "ann" / "report.html").read_text(encoding="utf-8")
+    for line in lines:
+        assert f"  {line}\n" in output and f"{line}\n" in (tmp_path / "ann" / "report.txt").read_text(encoding="utf-8")
+        assert f"<p>{html.escape(line, quote=True)}</p>" in page
+    main(arguments(place, tmp_path / "ann2", rescore=tmp_path / "ann", images=None, templates=None, vlm=None))
+    assert all(f"  {line}\n" in capsys.readouterr().out for line in lines[3:])
 
 
 def test_the_same_command_again_does_nothing(place, finished, capsys, monkeypatch):

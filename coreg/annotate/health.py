@@ -12,12 +12,14 @@ import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from coreg.annotate.candidates import candidates_of, vote_counts
 from coreg.annotate.health_html import page
 from coreg.annotate.store import AnnotationStore
+from coreg.data.folders import counts_line, labelled_counts, unmatched_folders
 from coreg.data.images import ImageList
 from coreg.errors import UserError, exits_with_one_line
 from coreg.files import write_atomically
@@ -45,8 +47,10 @@ class Health:
         duplicates: pairs of rows with the same features but for rounding, or None where there are no features.
         accuracy: `templates` (T,), `classes` zero-shot (C,), `partial` (C,), NaN where nothing is labelled; None without
             labels.
-        splits: with labels, `zero_shot`, `single` (template 0 alone) and `among` (the candidates), each (train, test).
+        splits: with labels, `zero_shot`, `single` (template 0 alone) and `among` (the candidates), each of the numbers
+            of train, test and held out.
         verdicts: what is wrong, in plain words; empty when nothing is.
+        about: where the images and their labels came from, one line each.
     """
 
     sizes: np.ndarray
@@ -60,6 +64,7 @@ class Health:
     accuracy: dict[str, np.ndarray] | None
     splits: dict[str, np.ndarray] | None = None
     verdicts: list[str] = field(default_factory=list)
+    about: list[str] = field(default_factory=list)
 
 
 @np.errstate(invalid="ignore", divide="ignore")
@@ -115,13 +120,28 @@ def examine(store: AnnotationStore) -> Health:
             "partial": sums["among"] / sums["labelled"],
         }
         # Unreadable images are named wrong, and every class is their candidate.
-        labelled = np.bincount(store.split[store.labels >= 0], minlength=2)
-        unreadable = np.bincount(store.split[(store.labels >= 0) & store.unreadable], minlength=2)
+        labelled = np.bincount(store.split[store.labels >= 0], minlength=3)
+        unreadable = np.bincount(store.split[(store.labels >= 0) & store.unreadable], minlength=3)
         counts = {"zero_shot": sums["split right"], "single": sums["split single"]}
         counts["among"] = sums["split among"] + unreadable
         health.splits = {name: table / labelled for name, table in counts.items()}
-    health.verdicts = _verdicts(store, health)
+    health.verdicts, health.about = _verdicts(store, health), about(store)
     return health
+
+
+def about(store: AnnotationStore) -> list[str]:
+    """Images and labels of each split, folders called like no class, and how the list came about; one line each."""
+    lines = [f"images: {counts_line(labelled_counts(store.split, store.labels))}"]
+    folders = unmatched_folders(store.images_spec, store.paths, store.split, store.labels, store.class_names)
+    if folders:
+        lines.append(f"folders called like no class: {', '.join(folders)}")
+    return lines + notes_of(store.manifest)
+
+
+def notes_of(manifest: dict[str, Any]) -> list[str]:
+    """What the image list said of itself when it was annotated; stores of earlier versions say nothing."""
+    notes = manifest.get("notes")
+    return [note for note in notes if isinstance(note, str)] if isinstance(notes, list) else []
 
 
 def _compared(votes: np.ndarray) -> dict[str, np.ndarray]:
@@ -134,14 +154,14 @@ def _compared(votes: np.ndarray) -> dict[str, np.ndarray]:
 def _judged(
     labels: np.ndarray, split: np.ndarray, votes: np.ndarray, probs: np.ndarray, candidates: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """Numbers of images, per class (C,), per template (T,) and per split (2,)."""
+    """Numbers of images, per class (C,), per template (T,) and per split (3,)."""
     rows = np.flatnonzero(labels >= 0)
     labels, split, classes = labels[rows], split[rows], probs.shape[1]
     right, among = probs[rows].argmax(axis=1) == labels, candidates[rows, labels]
     return {
-        "split right": np.bincount(split[right], minlength=2),
-        "split single": np.bincount(split[votes[rows, 0] == labels], minlength=2),
-        "split among": np.bincount(split[among], minlength=2),
+        "split right": np.bincount(split[right], minlength=3),
+        "split single": np.bincount(split[votes[rows, 0] == labels], minlength=3),
+        "split among": np.bincount(split[among], minlength=3),
         "labelled": np.bincount(labels, minlength=classes),
         "right": np.bincount(labels[right], minlength=classes),
         "among": np.bincount(labels[among], minlength=classes),
@@ -216,7 +236,8 @@ def next_command(store: AnnotationStore) -> str:
 def as_text(store: AnnotationStore, health: Health) -> str:
     """The report for a terminal."""
     readable = int(health.sizes.sum())
-    lines = [f"{store.root}: {len(store)} images, {len(store.class_names)} classes, {len(store.templates)} templates", ""]
+    lines = [f"{store.root}: {len(store)} images, {len(store.class_names)} classes, {len(store.templates)} templates"]
+    lines += [*health.about, ""]
     lines += [*(f"! {line}" for line in health.verdicts)] or ["Nothing looks wrong."]
     lines += [f"next: {next_command(store)}", "", "candidates  images"]
     lines += [

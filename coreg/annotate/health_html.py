@@ -32,6 +32,7 @@ def page(store: AnnotationStore, health: Health, images: ImageList | None, comma
         f"<h1>Annotation health: {text(store.root)}</h1>",
         f"<p>{len(store)} images, {len(store.class_names)} classes, {len(store.templates)} templates, "
         f"by {text(told['model'].get('spec', ''))}</p>",
+        "".join(f"<p>{text(line)}</p>" for line in health.about),
         verdicts or '<p class="good">Nothing looks wrong.</p>',
         f"<p>Next: <code>{text(command)}</code></p>",
         "<h2>How many candidates an image has</h2>",

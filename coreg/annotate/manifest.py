@@ -33,7 +33,7 @@ def make_manifest(
         model: `spec` and `weights`, which identify the annotator.
         block_size: images a block.
         told: what is written down but does not make another job: `features` (their length or None), `data_root`,
-            `preprocessing`, `versions`.
+            `preprocessing`, `versions`, `notes` (of the image list).
     """
     return {
         "schema": SCHEMA,

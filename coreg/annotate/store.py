@@ -4,7 +4,7 @@ A store is a folder:
 
     manifest.json            schema and job: class names, templates, model, image list, block size, tool versions
     images.txt               one path a row; the row number is the image's identity everywhere (see `sources.escape`)
-    samples.safetensors      label int32 (N,) with -1 for unknown, split uint8 (N,) with 0 = train, 1 = test
+    samples.safetensors      label int32 (N,) with -1 for unknown, split uint8 (N,): 0 train, 1 test, 2 held out
     blocks/00000.safetensors votes int16 (n, T) with -1 for abstention, probs float16 (n, C) mean over templates,
                              features float16 (n, D) where the annotator has them, answers uint8 (B,) where it answers in
                              words; b-th block = rows b*block_size ...

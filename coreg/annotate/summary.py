@@ -18,6 +18,7 @@ def summary(store: AnnotationStore) -> str:
     sizes = health.sizes
     lines = [
         f"{store.root}: {len(store)} images, {len(names)} classes, {len(store.templates)} templates",
+        *(f"  {line}" for line in health.about),
         f"  unreadable images      {unreadable}" + (" (see errors.csv)" if unreadable else ""),
         f"  mean candidates        {np.arange(len(sizes)) @ sizes / max(1, sizes.sum()):.2f} of {len(names)}",
         f"  template agreement     {health.unanimity:.1%} of the templates name an image's most named class",

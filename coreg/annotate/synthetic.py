@@ -106,6 +106,7 @@ def annotate(config: SyntheticConfig) -> tuple[AnnotationStore, np.ndarray]:
         BLOCK_SIZE,
         features=None,
         data_root=str(Path(config.data_root).resolve()),
+        notes=images.notes,
         preprocessing=None,
         versions={"coreg": coreg.__version__, "numpy": np.__version__, "torch": torch.__version__},
     )

@@ -31,7 +31,7 @@ from coreg.errors import UserError, exits_with_one_line
 from coreg.files import write_atomically
 from coreg.plaintext import csv_rows, printable
 
-SPLITS = ("train", "test")
+SPLITS = ("train", "test", "val")
 
 
 # ---- info and verify ------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from coreg.annotate.claims import BlockQueue
 from coreg.annotate.manifest import block_files, job_hash
 from coreg.annotate.writer import StoreWriter
 from coreg.data.decode import UnreadableImage
+from coreg.data.eight_bit import USES_FEW_BITS
 from coreg.data.images import ImageList
 from coreg.errors import UserError
 from coreg.progress import seconds_between_lines
@@ -36,6 +37,7 @@ class Progress:
     def __init__(self, queue: BlockQueue, writer: StoreWriter, shown: bool) -> None:
         self.queue, self.sizes = queue, np.array([len(writer.rows(index)) for index in range(len(writer.files))])
         self.looked, self.written = time.monotonic(), self._written()
+        self.few_bits = 0  # images of this process that are nearly black because they use few of their 16 bits
         self.bar = tqdm(
             total=int(self.sizes.sum()),
             initial=self.written,
@@ -99,27 +101,28 @@ def check_errors(writer: StoreWriter, images: ImageList, most: int | None) -> No
 
 
 class Preprocessed(Dataset):
-    """Row -> (row, preprocessed image, reason); an image that cannot be read is black and has a reason."""
+    """Row -> (row, preprocessed image, reason, whether it uses few of its 16 bits); an unreadable image is black."""
 
     def __init__(self, images: ImageList, preprocess: Callable[[Image.Image], Any]) -> None:
         self.images, self.preprocess = images, preprocess
 
-    def __getitem__(self, row: int) -> tuple[int, Any, str]:
+    def __getitem__(self, row: int) -> tuple[int, Any, str, bool]:
         try:
-            return row, self.preprocess(self.images.load(row)), ""
+            image = self.images.load(row)
         except UnreadableImage as error:
-            return row, self.preprocess(Image.new("RGB", (32, 32))), str(error)
+            return row, self.preprocess(Image.new("RGB", (32, 32))), str(error), False
+        return row, self.preprocess(image), "", USES_FEW_BITS in image.info
 
 
 class _Collate:
-    """List of rows -> (rows, batch, reasons); a plain object, so that it can be sent to worker processes."""
+    """List of items -> (rows, batch, reasons, number of images with few bits); a plain object, to be sent to workers."""
 
     def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
         self.collate = collate
 
-    def __call__(self, items: list[tuple[int, Any, str]]) -> tuple[list[int], Any, list[str]]:
-        rows, pixels, reasons = zip(*items)
-        return list(rows), self.collate(list(pixels)), list(reasons)
+    def __call__(self, items: list[tuple[int, Any, str, bool]]) -> tuple[list[int], Any, list[str], int]:
+        rows, pixels, reasons, few_bits = zip(*items)
+        return list(rows), self.collate(list(pixels)), list(reasons), sum(few_bits)
 
 
 class ClaimedBatches:
@@ -171,7 +174,8 @@ def annotate_images(
     parts: list[dict[str, torch.Tensor | list]] = []
     errors: dict[int, str] = {}
     done = 0
-    for rows, pixels, reasons in loader:
+    for rows, pixels, reasons, few_bits in loader:
+        progress.few_bits += few_bits
         # Results stay on the device until the block is complete, so that nothing waits for it batch by batch.
         parts.append(annotator.annotate(pixels))
         errors |= {row: reason for row, reason in zip(rows, reasons) if reason}

@@ -78,6 +78,8 @@ def _headline(record: RunRecord) -> str:
         gain = f"; the annotator had {percent(before)} ({100 * (after - before):+.1f} points)" if _is_judged(record) else ""
         parts.append(f"<h1>{percent(after)} of the {name} images are right{gain}</h1>")
         parts.append(_intervals(record, name, split))
+    if report.get("unmatched_folders"):
+        parts.append(f'<p class="note">Folders called like no class: {text(", ".join(report["unmatched_folders"]))}.</p>')
     if report.get("warnings"):
         parts.append(f'<p class="bad">Warning: {text("; ".join(report["warnings"]))}.</p>')
     return "\n".join(parts)
@@ -106,7 +108,8 @@ def _intervals(record: RunRecord, name: str, split: Split) -> str:
         f"{int((before & ~after).sum()):,} new ones made."
     )
     paired = paired if _is_judged(record) else ""
-    said = f"{int(known.sum()):,} {name} images with a known label; lines are 95% intervals (Wilson).{paired}"
+    counts = f"{int(known.sum()):,} of {len(known):,} {name} images have a known label"
+    said = f"{counts}; lines are 95% intervals (Wilson).{paired}"
     return f'<div class="intervals">{interval_chart(rows)}</div><p class="note">{said}</p>'
 
 

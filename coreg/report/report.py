@@ -15,6 +15,7 @@ import torch
 
 from coreg.annotate.candidates import mean_candidates, partial_accuracy
 from coreg.annotate.store import AnnotationStore
+from coreg.data.folders import unmatched_folders
 from coreg.plaintext import csv_rows, printable
 from coreg.report.metrics import accuracy, per_class_accuracy, wilson_interval
 
@@ -184,6 +185,9 @@ def build_report(
             "seed": seed,
             "labels_used": labels_used,
             "images": {split: len(rows) for split, rows in samples.items()},
+            "labelled": {split: int((known >= 0).sum()) for split, known in truth.items()},
+            "unmatched_folders": unmatched_folders(store.images_spec, store.paths, store.split, store.labels, names)
+            or None,
             "classes": len(names),
             "annotator": {
                 "name": store.manifest["model"]["spec"],
@@ -202,6 +206,14 @@ def build_report(
             "versions": versions(),
         }
     )
+
+
+def known_labels_lines(report: dict[str, Any]) -> list[str]:
+    """Of how many images the truth is known, and which folders are called like no class, as far as the report says so."""
+    images, labelled, folders = (report.get(key, {}) for key in ("images", "labelled", "unmatched_folders"))
+    counts = [f"{labelled[split]} of {images[split]} {split} images" for split in images if labelled.get(split)]
+    lines = [f"Labels are known for {' and '.join(counts)}."] if counts else []
+    return lines + ([f"Called like no class: {', '.join(folders)}."] if folders else [])
 
 
 def _percent(share: float | None, digits: int = 0) -> str:
@@ -240,6 +252,7 @@ def summary(report: dict[str, Any], root: Path) -> str:
                 lines.append(f"{name[:28]:<{width}}{before:>10}{after:>{wide}.0%}   n = {row['n']}")
     else:
         lines.append("No true labels are known, so there is no accuracy to report.")
+    lines += known_labels_lines(report)
     chosen = report.get("chosen_epoch", {})
     if chosen.get("accuracy"):
         found = ", ".join(f"{share:.1%} on {split} images" for split, share in chosen["accuracy"].items())
