@@ -194,8 +194,8 @@ def look_at_images(config: AnnotateConfig, opened: list[ImageList]) -> Job:
     if model.kind == "chat":
         identity["mode"] = config.chat_mode
     data_root = str(Path(config.data_root).resolve())
-    told = {"data_root": data_root, "notes": images.notes}
-    manifest = make_manifest(images, class_names, templates, identity, config.block_size, **told)
+    aside = {"data_root": data_root, "notes": images.notes}
+    manifest = make_manifest(images, class_names, templates, identity, config.block_size, **aside)
     finished = is_finished(config, manifest, images)
     if not finished:
         require_readable(images)

@@ -102,7 +102,7 @@ def test_lists_without_images_or_folders():
 # ---- what is said ---------------------------------------------------------------------------------------------------
 
 
-def said(files, class_names, spec="/photos"):
+def unmatched(files, class_names, spec="/photos"):
     paths = Paths([file.encode() for file in sorted(files)])
     labels, split, _ = folder_labels(paths, class_names)
     return unmatched_folders(spec, paths, split, labels, class_names)
@@ -110,18 +110,18 @@ def said(files, class_names, spec="/photos"):
 
 def test_folders_that_match_no_class_are_named_with_a_hint():
     files = [f"{folder}/{i}.png" for folder, n in (("Forest", 3), ("river", 2), ("misc", 1)) for i in range(n)]
-    assert said(files, ("forrest", "river")) == ["'Forest' (3 images, did you mean 'forrest'?)", "'misc' (1 images)"]
+    assert unmatched(files, ("forrest", "river")) == ["'Forest' (3 images, did you mean 'forrest'?)", "'misc' (1 images)"]
     deep = ["train/Forests/2021/a.png", "test/forest/b.png", "train/river/c.png"]
-    assert said(deep, ("forest", "river")) == ["'Forests' (1 images, did you mean 'forest'?)"]
-    assert said([f"x{i:02d}y/1.png" for i in range(20)] + ["cat/1.png"], ("cat", "dog"))[-1] == "12 more"
+    assert unmatched(deep, ("forest", "river")) == ["'Forests' (1 images, did you mean 'forest'?)"]
+    assert unmatched([f"x{i:02d}y/1.png" for i in range(20)] + ["cat/1.png"], ("cat", "dog"))[-1] == "12 more"
 
 
 def test_folders_that_nobody_meant_for_classes_are_not_named():
-    assert said(["2021/1.png", "2022/2.png"], ("cat", "dog")) == []  # no label anywhere
-    assert said(["holiday/1.png", "test/cat/2.png"], ("cat", "dog")) == []  # none in training
-    assert said(["cats/1.png", "2022/2.png"], ("cat", "dog")) == ["'cats' (1 images, did you mean 'cat'?)"]
-    assert said(["cats/1.png", "dog/2.png"], ("cat", "dog"), spec="/photos/list.csv") == []
-    assert said(["0/cats/1.png", "1/dog/2.png", "1/3.png"], ("cat", "dog"), spec='joined:["a", "b"]') == [
+    assert unmatched(["2021/1.png", "2022/2.png"], ("cat", "dog")) == []  # no label anywhere
+    assert unmatched(["holiday/1.png", "test/cat/2.png"], ("cat", "dog")) == []  # none in training
+    assert unmatched(["cats/1.png", "2022/2.png"], ("cat", "dog")) == ["'cats' (1 images, did you mean 'cat'?)"]
+    assert unmatched(["cats/1.png", "dog/2.png"], ("cat", "dog"), spec="/photos/list.csv") == []
+    assert unmatched(["0/cats/1.png", "1/dog/2.png", "1/3.png"], ("cat", "dog"), spec='joined:["a", "b"]') == [
         "'cats' (1 images, did you mean 'cat'?)"
     ]
 

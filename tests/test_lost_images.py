@@ -1,5 +1,6 @@
 """Images that were readable when they were annotated and are not when they are trained on: one line from every script."""
 
+import json
 import os
 import subprocess
 import sys
@@ -53,7 +54,7 @@ def losing(store):
         path.write_bytes(content)
 
 
-def is_told(line, count, name):
+def names_the_loss(line, count, name):
     return (
         line.startswith(f"error: {count} of the 17 images in ")
         and f"{name!r} could be read when it was annotated, and cannot be now (empty file)" in line
@@ -76,7 +77,7 @@ def test_every_script_that_reads_images_refuses_before_it_claims_a_folder(store,
     main, options = SCRIPTS[name]
     losing("train/blue/01.png", "train/red/02.png")
     line = refused(capsys, main(), "--annotations", store.root, "--output_dir", tmp_path / "run", *SHORT, *options)
-    assert is_told(line, 2, "train/blue/01.png"), line
+    assert names_the_loss(line, 2, "train/blue/01.png"), line
     assert not (tmp_path / "run" / "job.json").exists()
 
 
@@ -85,13 +86,13 @@ def test_test_images_too(store, losing, tmp_path, capsys):
     for name in ("train_coreg", "lora"):
         main, options = SCRIPTS[name]
         line = refused(capsys, main(), "--annotations", store.root, "--output_dir", tmp_path / name, *SHORT, *options)
-        assert is_told(line, 1, "test/red/00.png"), line
+        assert names_the_loss(line, 1, "test/red/00.png"), line
 
 
 def test_zero_shot_needs_no_image(store, losing, tmp_path, capsys):
     losing("test/red/00.png")
     script("zero_shot").main(["--annotations", str(store.root), "--output_dir", str(tmp_path), "--variant", "averaged"])
-    assert (tmp_path / "averaged" / "report.json").exists()
+    assert json.loads((tmp_path / "averaged" / "report.json").read_text())["labelled"] == {"train": 12, "test": 4}
 
 
 @pytest.mark.multiprocess
@@ -106,4 +107,4 @@ def test_where_one_process_meets_it_all_end_with_one_line(store, losing, tmp_pat
     )  # fmt: skip
     assert done.returncode != 0
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
-    assert is_told(line, 1, "train/red/10.png"), line
+    assert names_the_loss(line, 1, "train/red/10.png"), line

@@ -16,6 +16,7 @@ from coreg.report.metrics import (
     per_class_accuracy,
     wilson_interval,
 )
+from coreg.report.report import known_labels_lines
 
 
 def test_accuracy_counts_known_labels_alone():
@@ -92,3 +93,11 @@ def test_collapse_is_put_into_words():
     said = collapse_warnings(np.array([0] * 39 + [1]), names)
     assert "3 of 4 classes are hardly ever predicted (bee, cat, dog)" not in said[0]  # bee: 1 of 40 is a tenth of a share
     assert said[0].startswith("2 of 4 classes") and "cat, dog" in said[0] and "called ant" in said[1]
+
+
+def test_a_run_says_how_many_labels_are_known_and_which_folders_are_no_class():
+    report = {"images": {"train": 80, "test": 20}, "labelled": {"train": 60, "test": 20}}
+    assert known_labels_lines(report) == ["Labels are known for 60 of 80 train images and 20 of 20 test images."]
+    report |= {"labelled": {"train": 0, "test": 0}, "unmatched_folders": ["'cats' (3 images, did you mean 'cat'?)"]}
+    assert known_labels_lines(report) == ["Called like no class: 'cats' (3 images, did you mean 'cat'?)."]
+    assert known_labels_lines({"images": {"train": 80}}) == []  # of an earlier version

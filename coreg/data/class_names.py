@@ -56,10 +56,10 @@ def refuse_markup(path: str, lines: Sequence[tuple[int, str]]) -> None:
     if all(text.startswith(("- ", "* ")) for text in texts):
         refuse(*lines[0], "an item of a list", texts[0][2:].strip())
     for pattern, starts in NUMBERED:
-        found = [re.fullmatch(pattern, text) for text in texts]
-        numbers = [int(match["n"]) for match in found if match]
+        matches = [re.fullmatch(pattern, text) for text in texts]
+        numbers = [int(match["n"]) for match in matches if match]
         if len(numbers) == len(texts) and numbers[0] in starts and numbers == list(range(numbers[0], numbers[-1] + 1)):
-            refuse(*lines[0], "which has a number", found[0]["name"])
+            refuse(*lines[0], "which has a number", matches[0]["name"])
 
 
 def _count_letters(field: str) -> int:

@@ -39,9 +39,9 @@ class PassedOver:
             return []
         kinds = sorted(kinds, key=lambda kind: (kind not in HEIC, -self.counts[kind], kind))
         hint = " (pip install pillow-heif and they are read)"
-        said = [f"{self.counts[kind]} {kind}{hint if kind in HEIC else ''}" for kind in kinds[:SHOWN]]
+        parts = [f"{self.counts[kind]} {kind}{hint if kind in HEIC else ''}" for kind in kinds[:SHOWN]]
         rest = sum(self.counts[kind] for kind in kinds[SHOWN:])
-        return ["passed over: " + ", ".join([*said, *([f"{rest} others"] if rest else [])])]
+        return ["passed over: " + ", ".join([*parts, *([f"{rest} others"] if rest else [])])]
 
 
 def is_system_folder(name: str) -> bool:

@@ -144,8 +144,8 @@ def _folder(spec: str, class_names: Sequence[str] | None) -> ImageList:
         notes.append(
             f"images lie beside {len(shards)} .tar files, which are not opened: put either into a folder of its own"
         )
-    labels, split, told = folder_labels(paths, class_names)
-    return ImageList(str(root), paths, labels, split, None, _Files(root, paths), told + notes)
+    labels, split, split_lines = folder_labels(paths, class_names)
+    return ImageList(str(root), paths, labels, split, None, _Files(root, paths), split_lines + notes)
 
 
 def _csv(spec: str, class_names: Sequence[str] | None) -> ImageList:
