@@ -59,7 +59,7 @@ def _check(state: Any, training: Training, images: int) -> None:
     _check_count(state["curves"], state["epoch"], "curves")
     for number, (saved, learner) in enumerate(zip(state["learners"], training.learners)):
         _check_like(saved, learner.state_dict(), f"learners[{number}]")
-    if state["chosen"] is not None:
+    if state.get("chosen") is not None:
         _check_count(state["chosen"]["nets"], nets, "chosen.nets")
         for number, (saved, net) in enumerate(zip(state["chosen"]["nets"], training.nets)):
             _check_like(saved, net.state_dict(), f"chosen.nets[{number}]")
