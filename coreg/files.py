@@ -255,6 +255,8 @@ def parse_record(text: str | bytes, kind: Any = dict) -> Any:
     Raises:
         RecordError: it is no JSON, is nested without end, or holds something else.
     """
+    # as `write_atomically` writes it: file names that are no UTF-8 are kept as they are
+    text = text.decode("utf-8", "surrogateescape") if isinstance(text, bytes) else text
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -279,7 +281,6 @@ def read_record(path: Path, kind: Any = dict, largest: int = 1 << 28) -> Any:
             raise RecordError("it is no file")
         if status.st_size > largest:
             raise RecordError(f"it has {status.st_size} bytes")
-        # as `write_atomically` writes it: file names that are no UTF-8 are kept as they are
-        return parse_record(path.read_bytes().decode("utf-8", "surrogateescape"), kind)
+        return parse_record(path.read_bytes(), kind)
     except OSError as error:
         raise RecordError(error.strerror or str(error)) from None
