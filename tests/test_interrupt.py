@@ -118,13 +118,20 @@ def test_only_the_programs_of_this_package_are_answered_for():
     assert code == -signal.SIGINT and said.rstrip().endswith("KeyboardInterrupt") and LINE not in said
 
 
-def test_what_the_caller_ignores_stays_ignored():
-    command = [sys.executable, "-c", "import sys; sys.argv = ['coreg-report']; import coreg, signal; raise SystemExit("
-               "signal.getsignal(signal.SIGINT) is not signal.SIG_IGN)"]  # fmt: skip
+@pytest.mark.parametrize(("before", "answered"), [(signal.SIG_DFL, True), (signal.SIG_IGN, False)])
+def test_an_installed_command_is_answered_for_unless_its_caller_ignores_the_keys(tmp_path, before, answered):
+    """As in the background of a script."""
+    command = tmp_path / "coreg-anything"
+    command.write_text("import coreg, signal\nprint(getattr(signal.getsignal(signal.SIGINT), '__module__', None))\n")
     done = subprocess.run(
-        command, env=ENVIRONMENT, check=False, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)
+        [sys.executable, command],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        check=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, before),
     )
-    assert done.returncode == 0
+    assert (done.stdout == "coreg.interrupt\n") == answered
 
 
 SCRIPTS = ["train_coreg.py", "annotate_vlm.py", *(str(p.relative_to(ROOT)) for p in (ROOT / "baselines").glob("*.py"))]
