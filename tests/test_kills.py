@@ -368,3 +368,48 @@ def test_a_process_that_hangs_or_dies_ends_the_job_by_name(small_store, whole, t
     assert len(lines) == 1 and re.search(rf"(?i)lost contact.* (ranks?|process) {rank}\b", lines[0]), done.stderr[-3000:]
     assert "the checkpoints are intact" in lines[0]
     assert final_state(tmp_path / "run")["epoch"] == 1
+
+
+@pytest.fixture(scope="module")
+def ended(run, small_store, tmp_path_factory):
+    """The folder of a finished run; nobody writes into it."""
+    folder = tmp_path_factory.mktemp("ended") / "run"
+    code, log = run({}, arguments(small_store, folder))
+    assert code == 0, log
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"[" * 100_000, "it is no JSON"),
+        (b'{"schema": 1}', "there is no 'method'"),
+        (None, "its checksum is wrong"),
+    ],
+    ids=["nested", "empty", "one digit"],
+)
+def test_a_damaged_report_of_a_finished_run_is_one_line_and_can_be_had_anew(
+    run, small_store, ended, tmp_path, content, said
+):
+    shutil.copytree(ended, tmp_path / "run")
+    report, args = tmp_path / "run" / "report.json", arguments(small_store, tmp_path / "run")
+    whole = json.loads(report.read_text())
+    report.write_bytes(content or report.read_bytes().replace(b'"mean_candidates": 1.', b'"mean_candidates": 2.'))
+    code, log = run({}, args)
+    (line,) = [line for line in log.splitlines() if line.startswith("error:")]
+    assert code == 2 and "Traceback" not in log and said in line and "delete it, and the same command" in line, log
+    if content is None:
+        report.unlink()
+        code, log = run({}, args)
+        assert code == 0 and json.loads(report.read_text())["accuracy"] == whole["accuracy"], log
+
+
+@pytest.mark.parametrize("change", [lambda state: {"x": 1}, lambda state: state | {"weights": [torch.zeros(3)]}])
+def test_a_checkpoint_with_a_right_hash_and_wrong_content_is_one_line(run, small_store, ended, tmp_path, change):
+    shutil.copytree(ended, tmp_path / "run")
+    (tmp_path / "run" / "report.json").unlink()
+    number = checkpoint.latest(tmp_path / "run" / "checkpoints")
+    checkpoint.save(tmp_path / "run" / "checkpoints", number, change(final_state(tmp_path / "run")))
+    code, log = run({}, arguments(small_store, tmp_path / "run"))
+    (line,) = [line for line in log.splitlines() if line.startswith("error:")]
+    assert code == 2 and "Traceback" not in log and f"{number:08d} does not hold this training" in line, log
