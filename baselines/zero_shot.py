@@ -166,7 +166,7 @@ def say(reports: list[dict[str, Any]]) -> str:
     lines = [f"{'accuracy':<{width}}{'train':>8}{'test':>8}"]
     for text, shares in rows:
         lines.append(f"{text:<{width}}" + "".join(f"{shares[s]:>8.1%}" if s in shares else f"{'–':>8}" for s in SPLITS))
-    return "\n".join(lines).encode("utf-8", "replace").decode()
+    return "\n".join(lines)
 
 
 @exits_with_one_line

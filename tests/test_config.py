@@ -1,12 +1,17 @@
 """Recipe below command line, presets below recipes, and every misspelling named wherever it was written."""
 
+import dataclasses
+import importlib
+import math
+import random
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Literal, get_type_hints
 
 import pytest
 import yaml
 
-from coreg.config import as_settings, as_yaml, option, parse
+from coreg.config import RECIPES, as_settings, as_yaml, check_bounds, option, parse, read_recipe
 from coreg.errors import UserError
 
 
@@ -177,4 +182,87 @@ def test_dashes_are_underscores_in_names_and_nowhere_else():
     assert (found.some_path, found.wide) == ("a-b", [-1.0, 2.0])
 
 
-from coreg.config import option
+def option_groups():
+    """Every dataclass of the package and its scripts whose fields are options."""
+    root = Path(__file__).parent.parent
+    files = [*root.glob("*.py"), *root.glob("baselines/*.py"), *root.glob("coreg/**/*.py")]
+    names = [".".join(file.relative_to(root).with_suffix("").parts) for file in files if "option(" in file.read_text()]
+    modules = [importlib.import_module(name) for name in names]
+    groups = {group for module in modules for group in vars(module).values() if dataclasses.is_dataclass(group)}
+    return sorted((group for group in groups if any("help" in f.metadata for f in dataclasses.fields(group))), key=str)
+
+
+NUMBERS = {int, float, int | None, float | None, list[int], list[float]}
+NUMERIC = [
+    (group, field)
+    for group in option_groups()
+    for field in dataclasses.fields(group)
+    if get_type_hints(group)[field.name] in NUMBERS
+]
+
+
+def test_the_walk_finds_the_options_of_every_script():
+    assert len(option_groups()) >= 15 and len(NUMERIC) >= 90
+
+
+@pytest.mark.parametrize("group, field", NUMERIC, ids=lambda it: getattr(it, "__name__", None) or it.name)
+def test_every_number_has_bounds_that_the_command_line_and_recipes_keep(tmp_path, group, field):
+    low, high = field.metadata["bounds"]
+    made = field.default_factory() if field.default is dataclasses.MISSING else field.default
+    for value in made if isinstance(made, list) else [made]:
+        assert value is None or low <= value <= high
+    whole = "float" not in str(get_type_hints(group)[field.name])
+    assert math.isfinite(low) and math.isfinite(high)
+    for value in (low, high):
+        (config,) = parse(group, argv=[f"--{field.name}={value}"])
+        assert getattr(config, field.name) in (value, [value])
+    outside = [low - 1, high + 1] if whole else [low - 1.0, 2.0 * high, -math.inf, math.inf, math.nan]
+    for value in outside:
+        for argv in ([f"--{field.name}={value}"], recipe(tmp_path, **{field.name: value})):
+            with pytest.raises(UserError) as refused:
+                parse(group, argv=argv)
+            assert str(refused.value) == f"--{field.name} is {value}; give a number from {low} to {high}"
+
+
+def test_bounds_hold_for_settings_made_in_python_and_for_every_number_of_a_list():
+    @dataclass
+    class Few:
+        shares: list[float] = option([0.5], "shares", (0, 1))
+        limit: int | None = option(None, "a limit", (0, 9))
+
+    check_bounds(Few(), Few(limit=9, shares=[0, 1]))
+    with pytest.raises(UserError, match=r"--shares is 1\.5; give a number from 0 to 1"):
+        check_bounds(Few(shares=[0.5, 1.5]))
+    with pytest.raises(UserError, match="--limit is 10"):
+        check_bounds(Few(), Few(limit=10))
+
+
+def test_a_seed_fits_into_what_the_random_generators_take():
+    import numpy as np
+
+    from coreg.config import SEEDS
+
+    for number in range(100):  # networks and processes of a run have seeds 1000 * seed + number
+        np.random.RandomState(1000 * SEEDS[1] + number)
+    with pytest.raises(ValueError):
+        np.random.RandomState(1000 * (SEEDS[1] + 2))
+
+
+def test_a_damaged_recipe_is_one_line_or_settings(tmp_path):
+    """Bytes flipped, files cut off, and YAML that its reader stumbles over."""
+    rng, whole = random.Random(0), (RECIPES / "cifar10.yaml").read_bytes()
+    odd = ["[" * 100_000, "a: 2001-99-99", "? [a, b]\n: 1", "1: 2", "a: !!int x", "a: !!python/name:os.system", "&a [*a]",
+           "a: {b: 1}", "a: [[1]]", "- 1", "a: 2001-01-01", "<<: 1", "\x00", "train_coreg.py: 3", "a: &b [*b]"]  # fmt: skip
+    file, refused = tmp_path / "own.yaml", 0
+    for number in range(300):
+        damaged = bytearray(whole)
+        damaged[rng.randrange(len(damaged))] ^= 1 << rng.randrange(8)
+        contents = [damaged, damaged[: rng.randrange(len(damaged))], rng.choice(odd).encode(), b"\xff" + whole]
+        file.write_bytes(contents[number % 4])
+        try:
+            settings = read_recipe(str(file), "train_coreg.py")
+            assert all(isinstance(name, str) for name in settings)
+        except UserError as error:
+            refused += 1
+            assert "\n" not in str(error) and str(file) in str(error)
+    assert refused >= 150  # the last two kinds always are
