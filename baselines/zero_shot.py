@@ -44,7 +44,6 @@ def read_settings(argv: Sequence[str]) -> ZeroShotConfig:
 if __name__ == "__main__":
     read_settings(sys.argv[1:])  # what is wrong with them is told before the imports below, which take seconds
 
-import json
 import shlex
 import time
 from pathlib import Path
@@ -57,9 +56,11 @@ from coreg.annotate.candidates import candidate_sets
 from coreg.annotate.store import AnnotationStore
 from coreg.annotate.textual import averaged_embedding_classes
 from coreg.annotate.transductive import transduce
+from coreg.files import RecordError
 from coreg.report.metrics import accuracy
+from coreg.report.record import read_report, write_report
 from coreg.report.report import build_report
-from coreg.run.folder import RunFolder, write_atomically
+from coreg.run.folder import RunFolder
 from coreg.run.process import build_accelerator, main_process_decides
 
 SPLITS = ("train", "test")
@@ -144,7 +145,7 @@ def judge(store: AnnotationStore, variant: str, folder: RunFolder, command: str)
     )
     with folder.locked():
         folder.claim(identity(store, variant))
-        write_atomically(folder.report, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+        write_report(folder.report, report)
     return report
 
 
@@ -187,7 +188,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             folder = RunFolder(root / variant)
             folder.refuse_other(identity(store, variant))
             if folder.finished:
-                reports.append(json.loads(folder.report.read_text(encoding="utf-8")))
+                try:
+                    reports.append(read_report(folder.report))
+                except RecordError as error:
+                    raise UserError(
+                        f"{folder.report} is damaged ({error}); delete it, and the same command writes it anew"
+                    ) from None
                 continue
             try:
                 reports.append(judge(store, variant, folder, command))

@@ -6,7 +6,11 @@ What one takes from here in Python is imported when it is first asked for, so th
 import importlib
 from typing import Any
 
+from coreg.interrupt import answer_for_program
+
 __version__ = "0.1.0"
+
+answer_for_program()
 
 _HOMES = {
     "coreg.annotate.candidates": ("candidate_sets",),

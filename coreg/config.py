@@ -19,6 +19,7 @@ from typing import Any, Literal
 import yaml
 
 from coreg.errors import UserError
+from coreg.files import RecordError
 
 RECIPES = Path(__file__).parent / "recipes"
 # a recipe may hold settings of one of them alone, below its name
@@ -26,6 +27,7 @@ SCRIPTS = ("train_coreg.py", "baselines/distill.py", "baselines/dividemix.py", "
 # bounds of a seed: network k of a training is seeded with 1000 * seed + k, which has to fit into 32 bits
 SEEDS = (0, 4_294_966)
 SAFE_CSV = "CSV files: an apostrophe before texts that a spreadsheet would take for a formula"
+LARGEST_YAML = 1 << 20
 _METAVAR = {int: "N", float: "X", str: "TEXT"}
 
 
@@ -134,9 +136,10 @@ def read_recipe(name: str, script: str | None = None) -> dict[str, Any]:
     """
     path = recipe_path(name)
     try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not a valid YAML file: {' '.join(str(error).split())}") from None
+        settings = read_yaml(path)
+    except RecordError as error:
+        raise UserError(f"{path} is not a valid YAML file: {error}") from None
+    settings = {} if settings is None else settings
     if not isinstance(settings, dict):
         raise UserError(f"{path} holds a {type(settings).__name__}; write one `option: value` a line")
     sections = {key: settings.pop(key) for key in SCRIPTS if key in settings}
@@ -147,9 +150,31 @@ def read_recipe(name: str, script: str | None = None) -> dict[str, Any]:
             )
     settings |= sections.get(script, {})
     for key, value in settings.items():
-        if value is None or isinstance(value, dict):
+        if not isinstance(key, str):
+            raise UserError(f"{path} has an option that is no text, {str(key)[:40]}; write one `option: value` a line")
+        if not all(isinstance(part, (str, int, float)) for part in (value if isinstance(value, list) else [value])):
             raise UserError(f"{path} gives {key} no plain value; write `{key}: VALUE` or delete the line")
     return settings
+
+
+def read_yaml(path: Path) -> Any:
+    """What a YAML file holds: plain values, lists and mappings of them.
+
+    Raises:
+        RecordError: it cannot be read, is no YAML, or has more than `LARGEST_YAML` bytes.
+    """
+    try:
+        if not path.is_file():  # reading a pipe would never end
+            raise RecordError("it is no file")
+        if path.stat().st_size > LARGEST_YAML:
+            raise RecordError(f"it has more than {LARGEST_YAML} bytes")
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except RecordError:
+        raise
+    except OSError as error:
+        raise RecordError(error.strerror or str(error)) from None
+    except Exception as error:  # not all that yaml stumbles over is a YAMLError: dates that there are not, endless nesting
+        raise RecordError(" ".join(str(error).split())[:200]) from None
 
 
 def _as_arguments(settings: dict[str, Any]) -> list[str]:

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from functools import wraps
 
+from coreg.interrupt import tidying_up
 from coreg.plaintext import printable
 
 
@@ -21,12 +22,16 @@ class UserError(Exception):
 
 
 def exits_with_one_line(main: Callable[..., int | None]) -> Callable[..., int | None]:
-    """Let a script's `main` end with `error: ...` on stderr and exit code 2 when it raises `UserError`."""
+    """Let a script's `main` end with `error: ...` on stderr and exit code 2 when it raises `UserError`.
+
+    Ctrl-C ends it with one line too (`coreg.interrupt`).
+    """
 
     @wraps(main)
     def wrapped(*args: object, **kwargs: object) -> int | None:
         try:
-            return main(*args, **kwargs)
+            with tidying_up():
+                return main(*args, **kwargs)
         except UserError as error:
             if not error.told:
                 print(f"error: {printable(error)}", file=sys.stderr)

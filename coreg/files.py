@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import secrets
+import shutil
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -85,6 +86,43 @@ def _remove(temporary: Path | None) -> None:
             temporary.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def replacing_folder(folder: str | Path, remedy: str = "free some space or choose another place") -> Iterator[Path]:
+    """A new folder beside `folder` to fill, which takes its place, flushed to the disk, when the block ends well.
+
+    What programs that were killed have left beside `folder` is removed; so one program at a time may write it. Files get
+    the permissions that the umask gives, whatever permissions the library that writes them prefers.
+
+    Args:
+        folder: to make, with its parents, or to replace with all that is in it.
+        remedy: what the person can do when it cannot be written; the end of the error's one line.
+
+    Raises:
+        UserError: it cannot be written; nothing is left behind and what was at `folder` is untouched.
+    """
+    final = Path(folder)
+    temporary = final.with_name(f".{final.name}.tmp")
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        mode = stat.S_IMODE(temporary.stat().st_mode) & 0o666
+        yield temporary
+        for path in temporary.rglob("*"):
+            if path.is_file():
+                with path.open("rb") as file:
+                    os.fchmod(file.fileno(), mode)
+                    os.fsync(file.fileno())
+        shutil.rmtree(final, ignore_errors=True)
+        temporary.rename(final)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        reason = reason_of(error) if isinstance(error, Exception) and not isinstance(error, UserError) else None
+        if reason is None:
+            raise
+        raise UserError(f"cannot write {final} ({reason}); {remedy}") from None
+
+
 def write_atomically(
     path: str | Path, content: str | bytes, remedy: str = "free some space or choose another place"
 ) -> None:
@@ -140,13 +178,21 @@ class Maybe:
     kind: Any
 
 
+@dataclass(frozen=True)
+class Each:
+    """An object with any names, whose values all have to be of `kind`."""
+
+    kind: Any
+
+
 def check_record(value: Any, kind: Any, where: str = "") -> None:
     """Compare a value read from JSON with what it has to be.
 
     Args:
         value: what was read.
         kind: a type (`str`, `bool`, `dict`, `list`); a `Number`; a dict of required entries, more of which may be there;
-            a list of one kind, for a list of any length of it; a `Maybe`; or a tuple of kinds, of which one has to fit.
+            an `Each`; a list of one kind, for a list of any length of it; a `Maybe`; or a tuple of kinds, of which one has
+            to fit.
         where: the name of the value, for the message.
 
     Raises:
@@ -176,12 +222,16 @@ def check_record(value: Any, kind: Any, where: str = "") -> None:
             if key not in value and not isinstance(inner, Maybe):
                 raise RecordError(f"{f'{where} has no' if where else 'there is no'} {key!r}")
             check_record(value.get(key), inner, f"{where}.{key}" if where else key)
+    elif isinstance(kind, Each):
+        check_record(value, dict, where)
+        for key, item in value.items():
+            check_record(item, kind.kind, f"{where}.{key}" if where else key)
     elif isinstance(kind, list):
         check_record(value, list, where)
         for index, item in enumerate(value):
             check_record(item, kind[0], f"{name}[{index}]")
     elif not isinstance(value, kind):
-        raise RecordError(f"{name} is {_short(value)}, expected {NAMES[kind]}")
+        raise RecordError(f"{name} is {_short(value)}, expected {NAMES.get(kind) or f'a {kind.__name__}'}")
 
 
 NAMES = {str: "a text", bool: "true or false", dict: "an object", list: "a list"}
@@ -195,7 +245,7 @@ def _bounds(kind: Number) -> str:
 
 
 def _short(value: Any) -> str:
-    text = repr(value)
+    text = " ".join(repr(value).split())
     return text if len(text) <= 40 else f"{text[:37]}..."
 
 
@@ -205,6 +255,8 @@ def parse_record(text: str | bytes, kind: Any = dict) -> Any:
     Raises:
         RecordError: it is no JSON, is nested without end, or holds something else.
     """
+    # as `write_atomically` writes it: file names that are no UTF-8 are kept as they are
+    text = text.decode("utf-8", "surrogateescape") if isinstance(text, bytes) else text
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:

@@ -12,6 +12,7 @@ on; the answer is its exit code.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -26,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 
+import coreg.interrupt
 import train_coreg
 from coreg.learn.coreg import WarmUpBatch
 from coreg.run import checkpoint
@@ -38,8 +40,21 @@ def follow(plan: dict[str, Any]) -> None:
     Args:
         plan: `signal`, its name; `at`, number of the event; `rank`, the process that counts (0); `to`: `self` (default) or
             `launcher`; `events`: file that gets the name of every event; `once`: file that is made at the event, and
-            while it exists there is no signal.
+            while it exists there is no signal. Instead of `at`: `before`, the name of a function as `module:name`, whose
+            call is what the signal comes before; Ctrl-C is then answered as in the script itself.
     """
+    if "before" in plan:
+        coreg.interrupt.answer()
+        module, name = plan["before"].split(":")
+        holder = importlib.import_module(module)
+        called = getattr(holder, name)
+
+        def interrupted(*args: Any, **kwargs: Any) -> Any:
+            os.kill(os.getpid(), getattr(signal, plan["signal"]))
+            return called(*args, **kwargs)
+
+        setattr(holder, name, interrupted)
+        return
     if int(os.environ.get("RANK", "0")) != plan.get("rank", 0):
         return
     seen = 0

@@ -136,6 +136,9 @@ def test_an_adapter_survives_a_file(model, tmp_path):
         for weight in trained_weights(network).values():
             weight.normal_(0, 0.1)
     save_adapter(network, tmp_path / "adapter")
+    plain = tmp_path / "plain"
+    plain.touch()  # another user can read it where the umask lets them, whatever the library that wrote it prefers
+    assert {file.stat().st_mode for file in (tmp_path / "adapter").iterdir()} == {plain.stat().st_mode}
     assert sorted(file.name for file in (tmp_path / "adapter").iterdir()) == [
         "adapter_config.json",
         "adapter_model.safetensors",

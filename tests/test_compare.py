@@ -4,6 +4,8 @@ import csv
 import html.parser
 import io
 import json
+import os
+import random
 import re
 import statistics
 
@@ -11,6 +13,7 @@ import pytest
 import yaml
 
 from coreg.report.compare import main, read_run
+from coreg.report.record import read_report, write_report
 from coreg.report.tables import FAMILIES, OTHERS, Row, Run, as_csv, as_html, as_markdown, compare, special_settings
 
 
@@ -123,19 +126,22 @@ def test_a_run_given_twice_counts_once_and_a_repeated_seed_is_left_out(tmp_path,
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ("{not json", "cannot be read"),
-        ("[" * 100_000, "cannot be read"),
-        ("[1, 2]", "schema None"),
+        ("{not json", "is no JSON"),
+        ("[" * 100_000, "is no JSON"),
+        ("[1, 2]", "expected an object"),
+        ("{}", "schema None"),
         (report(schema=7), "schema 7"),
-        (report(method=["x"]), "its method"),
-        (report() | {"seed": "0"}, "its seed"),
-        (report(annotator="clip"), "its annotator"),
-        (report(test=1.5), "its accuracy"),
-        (report(accuracy={"test": 0.5}), "its accuracy"),
-        (report(accuracy={"test": {"ensemble": float("nan"), "interval": [0, 1]}}), "its accuracy"),
-        (report(wall_seconds=float("inf")), "its wall_seconds"),
-        (report(labels_used=10**400), "its labels_used"),
-        (report(parameters="many"), "its parameters"),
+        (report(method=["x"]), "method"),
+        (report() | {"seed": "0"}, "seed"),
+        (report(annotator="clip"), "annotator"),
+        (report(test=1.5), "accuracy"),
+        (report(accuracy={"test": 0.5}), "accuracy"),
+        (report(accuracy={"test": {"ensemble": float("nan"), "interval": [0, 1]}}), "accuracy"),
+        (report(wall_seconds=float("inf")), "wall_seconds"),
+        (report(labels_used=10**400), "labels_used"),
+        (report(parameters="many"), "parameters"),
+        (report(accuracy={"test": {"ensemble": 0.5, "interval": [0.4, 0.5, 0.6]}}), "interval has 3 numbers"),
+        (report(checksum="0" * 64), "its checksum is wrong"),
     ],
 )
 def test_what_is_no_report_is_left_out_with_one_line(tmp_path, capsys, content, said):
@@ -172,6 +178,75 @@ def test_a_settings_file_that_is_nonsense_is_as_good_as_none(tmp_path):
         folder = write(tmp_path / str(number), report())
         (folder / "config.yaml").write_text(content)
         assert read_run(folder / "report.json").settings == {}
+
+
+def test_what_was_changed_since_a_report_was_written_is_left_out(tmp_path, capsys):
+    """Any digit of any number, in the report or in the settings beside it; reports of old, without checksums, are read."""
+    for name in ("whole", "flipped", "settings", "alone"):
+        folder = write(tmp_path / name, report(test=0.5), lr=0.25)
+        write_report(folder / "report.json", report(test=0.5, train=0.75))
+    assert "Co-Reg" in printed(capsys, tmp_path / "whole")[0]
+    found = tmp_path / "flipped" / "report.json"
+    found.write_text(found.read_text().replace("0.75", "0.74"))
+    (tmp_path / "settings" / "config.yaml").write_text("lr: 0.5\n")
+    (tmp_path / "alone" / "config.yaml").unlink()  # a report that was copied without its folder
+    out, err = printed(capsys, tmp_path / "alone", tmp_path / "flipped", tmp_path / "settings")
+    assert [row[3] for row in rows_of(out) if row[0] == "Co-Reg"] == ["1"]
+    assert len(err) == 2 and "flipped/report.json is no report of a run (its checksum is wrong)" in err[0]
+    assert "settings/config.yaml was changed after report.json had been written" in err[1]
+
+
+def test_a_report_laid_out_anew_is_the_same_report(tmp_path):
+    write_report(tmp_path / "report.json", report(dataset="\udcff", test=0.1 + 0.2))
+    found = read_report(tmp_path / "report.json")
+    (tmp_path / "report.json").write_text(json.dumps(found, sort_keys=True))
+    assert read_report(tmp_path / "report.json") == found and found["dataset"] == "\udcff"
+
+
+def mutated(value, rng):
+    """The value with one of its parts, at any depth, replaced by something else or gone."""
+    odd = rng.choice([None, True, -1, 1e400, float("nan"), 10**400, "", "x", "\x1b[31m\n", [], {}, [[]], {"a": {"b": []}}])
+    if isinstance(value, dict) and value and rng.random() < 0.9:
+        key = rng.choice(list(value))
+        return {k: mutated(v, rng) if k == key else v for k, v in value.items() if k != key or rng.random() < 0.8}
+    if isinstance(value, list) and value and rng.random() < 0.9:
+        place = rng.randrange(len(value))
+        return [mutated(v, rng) if i == place else v for i, v in enumerate(value)]
+    return odd
+
+
+def test_damage_anywhere_is_one_line_or_the_same_table(tmp_path, capsys):
+    """Seeded: parts replaced in reports without a checksum, bytes flipped and files cut off in those with one."""
+    rng = random.Random(0)
+    write(tmp_path / "good", report("KD, a"))
+    folder = write(tmp_path / "bad", "", lr=0.1, epochs=3)
+    write_report(folder / "report.json", report())
+    whole = (folder / "report.json").read_bytes(), (folder / "config.yaml").read_bytes()
+    same = printed(capsys, tmp_path)[0]
+    for number in range(400):
+        target, content = rng.choice([("report.json", whole[0]), ("config.yaml", whole[1])])
+        (folder / "report.json").write_bytes(whole[0])
+        (folder / "config.yaml").write_bytes(whole[1])
+        if number % 2:
+            (folder / "report.json").write_text(json.dumps(mutated(report(), rng)))
+        else:
+            damaged = bytearray(content)
+            damaged[rng.randrange(len(damaged))] ^= 1 << rng.randrange(8)
+            (folder / target).write_bytes(damaged[: rng.randrange(len(damaged))] if number % 4 else damaged)
+        out, err = printed(capsys, tmp_path)
+        assert len(err) <= 1 and all(line.startswith("left out: ") for line in err)
+        assert "KD, a" in out and (err or number % 2 or out == same)
+
+
+@pytest.mark.parametrize("name", ["report.json", "config.yaml"])
+def test_folders_and_pipes_in_the_place_of_files_are_passed_over(tmp_path, capsys, name):
+    write(tmp_path / "good", report("KD, a"))
+    for number, make in enumerate((os.mkfifo, os.mkdir)):
+        folder = write(tmp_path / str(number), report(), lr=0.1)
+        (folder / name).unlink()
+        make(folder / name)
+    out, err = printed(capsys, tmp_path)
+    assert "KD, a" in out and len(err) == 2 * (name == "report.json") + (name == "config.yaml")
 
 
 NASTY = '<script>alert("1")</script> | **x** `y` \n# z \x1b[31m &amp; \udcff'

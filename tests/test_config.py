@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import math
+import random
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_type_hints
@@ -10,7 +11,7 @@ from typing import Literal, get_type_hints
 import pytest
 import yaml
 
-from coreg.config import as_settings, as_yaml, check_bounds, option, parse
+from coreg.config import RECIPES, as_settings, as_yaml, check_bounds, option, parse, read_recipe
 from coreg.errors import UserError
 
 
@@ -245,3 +246,23 @@ def test_a_seed_fits_into_what_the_random_generators_take():
         np.random.RandomState(1000 * SEEDS[1] + number)
     with pytest.raises(ValueError):
         np.random.RandomState(1000 * (SEEDS[1] + 2))
+
+
+def test_a_damaged_recipe_is_one_line_or_settings(tmp_path):
+    """Bytes flipped, files cut off, and YAML that its reader stumbles over."""
+    rng, whole = random.Random(0), (RECIPES / "cifar10.yaml").read_bytes()
+    odd = ["[" * 100_000, "a: 2001-99-99", "? [a, b]\n: 1", "1: 2", "a: !!int x", "a: !!python/name:os.system", "&a [*a]",
+           "a: {b: 1}", "a: [[1]]", "- 1", "a: 2001-01-01", "<<: 1", "\x00", "train_coreg.py: 3", "a: &b [*b]"]  # fmt: skip
+    file, refused = tmp_path / "own.yaml", 0
+    for number in range(300):
+        damaged = bytearray(whole)
+        damaged[rng.randrange(len(damaged))] ^= 1 << rng.randrange(8)
+        contents = [damaged, damaged[: rng.randrange(len(damaged))], rng.choice(odd).encode(), b"\xff" + whole]
+        file.write_bytes(contents[number % 4])
+        try:
+            settings = read_recipe(str(file), "train_coreg.py")
+            assert all(isinstance(name, str) for name in settings)
+        except UserError as error:
+            refused += 1
+            assert "\n" not in str(error) and str(file) in str(error)
+    assert refused >= 150  # the last two kinds always are

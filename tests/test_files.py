@@ -8,7 +8,18 @@ import threading
 import pytest
 
 from coreg.errors import UserError
-from coreg.files import Maybe, Number, RecordError, check_record, check_writable, read_record, replacing, write_atomically
+from coreg.files import (
+    Each,
+    Maybe,
+    Number,
+    RecordError,
+    check_record,
+    check_writable,
+    read_record,
+    replacing,
+    replacing_folder,
+    write_atomically,
+)
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_beside_it(tmp_path):
@@ -36,6 +47,36 @@ def test_what_a_library_says_of_a_full_disk_is_understood(tmp_path):
     with pytest.raises(ZeroDivisionError), replacing(tmp_path / "weights.safetensors"):  # a fault of ours stays one
         _ = 1 / 0
     assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_is_there_whole_or_as_it_was(tmp_path):
+    folder = tmp_path / "runs" / "export"
+    with replacing_folder(folder) as made:
+        (made / "old").touch()
+        os.chmod(made / "old", 0o600)
+    plain = tmp_path / "plain"
+    plain.touch()
+    assert (folder / "old").stat().st_mode == plain.stat().st_mode
+    for error, raised in (
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), UserError),
+        (UserError("the networks disagree"), UserError),
+        (KeyboardInterrupt(), KeyboardInterrupt),
+        (ZeroDivisionError(), ZeroDivisionError),  # a fault of ours stays one
+    ):
+        with pytest.raises(raised), replacing_folder(folder) as made:
+            (made / "new").touch()
+            raise error
+        assert [path.name for path in folder.iterdir()] == ["old"] and list(folder.parent.iterdir()) == [folder]
+    (folder.parent / ".export.tmp").mkdir()  # of a program that was killed
+    with replacing_folder(folder) as made:
+        (made / "new").touch()
+    assert [path.name for path in folder.iterdir()] == ["new"] and list(folder.parent.iterdir()) == [folder]
+
+
+def test_each_value_of_an_object_is_checked():
+    check_record({"a": 0.5, "b": 1}, Each(Number(0, 1, whole=False)))
+    with pytest.raises(RecordError, match=r"accuracy\.b is 2, expected a number from 0 to 1"):
+        check_record({"a": 0.5, "b": 2}, Each(Number(0, 1, whole=False)), "accuracy")
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o077, 0o007])

@@ -1,5 +1,6 @@
 """Jobs that are killed, stopped, starved of disk or started twice: real processes, real signals, the same end."""
 
+import contextlib
 import itertools
 import json
 import os
@@ -139,7 +140,9 @@ def test_24_kills_over_the_whole_job(run, small_store, whole, tmp_path, minutes)
     assert lost(run, small_store, tmp_path, state, chosen, minutes) == {}
 
 
-@pytest.mark.parametrize(("name", "kind", "which"), [("SIGTERM", "warm-up", 2), ("SIGUSR1", "training", 7)])
+@pytest.mark.parametrize(
+    ("name", "kind", "which"), [("SIGTERM", "warm-up", 2), ("SIGUSR1", "training", 7), ("SIGINT", "training", 4)]
+)
 def test_a_signal_stops_at_the_next_step_and_nothing_is_done_twice(run, small_store, whole, tmp_path, name, kind, which):
     """A checkpoint in the middle of the epoch, then exactly the steps that are left."""
     state, events = whole
@@ -152,6 +155,26 @@ def test_a_signal_stops_at_the_next_step_and_nothing_is_done_twice(run, small_st
     assert code == 0 and "Going on with" in log, log
     assert left.read_text().split() == events[at:]
     assert differences(state, final_state(tmp_path / "run")) == []
+
+
+def left_over(folder):
+    """Names of what is half-written."""
+    return [str(path.relative_to(folder)) for path in folder.rglob("*") if "tmp" in path.name]
+
+
+@pytest.mark.parametrize(
+    "place",
+    ["coreg.run.task:decode", "coreg.export:load_export", "coreg.run.results:model_card", "json:dumps"],
+    ids=["images are decoded", "an export is half there", "the end is half done", "the first file is written"],
+)
+def test_ctrl_c_outside_of_training_is_one_line_and_leaves_nothing_half_written(run, small_store, tmp_path, place):
+    args = arguments(small_store, tmp_path / "run", "--epochs", "1")
+    code, log = run({"signal": "SIGINT", "before": place}, args)
+    assert code == -signal.SIGINT and log.splitlines()[-1] == "Stopped by Ctrl-C; the same command goes on.", log
+    assert log.count("Stopped") == 1 and "Traceback" not in log
+    assert not left_over(tmp_path) and not (tmp_path / "run" / "report.json").exists()
+    code, log = run({}, args)
+    assert code == 0 and (tmp_path / "run" / "report.json").exists(), log
 
 
 def cut(checkpoint_folder):
@@ -181,26 +204,71 @@ def test_a_damaged_newest_checkpoint_falls_back(run, small_store, whole, tmp_pat
 def test_a_full_disk_is_a_clear_error_and_the_checkpoints_before_it_stay(run, small_store, whole, tmp_path):
     """Room for two checkpoints and a half: the third one cannot be written. With more room the job goes on."""
     disk, saved = tmp_path / "disk", tmp_path / "size"
-    disk.mkdir()
     checkpoint.save(saved, 1, whole[0])
-    room = int(2.5 * (saved / "00000001" / "state.pt").stat().st_size)
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={room}", "tmpfs", str(disk)]
-    mounted = subprocess.run(mount, capture_output=True, text=True, check=False)
-    if mounted.returncode:
-        pytest.skip(f"no small file system can be mounted here: {mounted.stderr.strip()}")
-    try:
+    with small_disk(disk) as resize:
+        resize(int(2.5 * (saved / "00000001" / "state.pt").stat().st_size))
         code, log = run({}, arguments(small_store, disk / "run"))
         lines = [line for line in log.splitlines() if line.startswith("error:")]
         assert code == 2 and len(lines) == 1 and "Traceback" not in log, log
         assert "No space left on device" in lines[0] and "the earlier ones are intact" in lines[0]
         assert final_state(disk / "run")["epoch"] == 2
         assert not list((disk / "run").rglob("*.tmp*"))
-        subprocess.run(["mount", "-o", "remount,size=16m", str(disk)], check=True)
+        resize("16m")
         code, log = run({}, arguments(small_store, disk / "run"))
         assert code == 0, log
         assert differences(whole[0], final_state(disk / "run")) == []
+
+
+@contextlib.contextmanager
+def small_disk(folder):
+    """A file system of its own at `folder`; gives what sets its size in bytes."""
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(folder)]
+    mounted = subprocess.run(mount, capture_output=True, text=True, check=False)
+    if mounted.returncode:
+        pytest.skip(f"no small file system can be mounted here: {mounted.stderr.strip()}")
+    try:
+        yield lambda size: subprocess.run(["mount", "-o", f"remount,size={size}", str(folder)], check=True)
     finally:
-        subprocess.run(["umount", str(disk)], check=True)
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def ends_on_a_full_disk(run, store, whole, tmp_path, kilobytes):
+    """Every space left after the last epoch: one line, nothing half-written; with more space the same end."""
+    trained = tmp_path / "trained"
+    last = len(whole[1])  # the checkpoint of the last epoch
+    assert run({"signal": "SIGKILL", "at": last}, arguments(store, trained))[0] == -signal.SIGKILL
+    codes, disk = [], tmp_path / "disk"
+    with small_disk(disk) as resize:
+        for room in kilobytes:
+            resize("64m")
+            shutil.rmtree(disk / "run", ignore_errors=True)
+            shutil.copytree(trained, disk / "run")
+            status = os.statvfs(disk)
+            resize((status.f_blocks - status.f_bfree) * status.f_bsize + 1024 * room)
+            code, log = run({}, arguments(store, disk / "run"))
+            codes.append(code)
+            if code == 0:
+                continue
+            lines = [line for line in log.splitlines() if line.startswith("error:")]
+            assert code == 2 and len(lines) == 1 and "Traceback" not in log and "Exception" not in log, (room, log)
+            assert "No space left on device" in lines[0] and "free some space" in lines[0], (room, log)
+            assert not left_over(disk) and not (disk / "run" / "report.json").exists(), room
+        resize("64m")
+        code, log = run({}, arguments(store, disk / "run"))
+        assert code == 0 and (disk / "run" / "report.json").exists(), log
+        assert differences(whole[0], final_state(disk / "run")) == []
+    return codes
+
+
+def test_a_disk_that_fills_at_the_end_is_one_line(run, small_store, whole, tmp_path):
+    assert ends_on_a_full_disk(run, small_store, whole, tmp_path, [8, 96, 320]) == [2, 2, 2]
+
+
+@pytest.mark.slow
+def test_disks_of_many_sizes_at_the_end(run, small_store, whole, tmp_path):
+    codes = ends_on_a_full_disk(run, small_store, whole, tmp_path, [0, 4, 12, 32, 64, 128, 192, 256, 384, 512, 640, 4096])
+    assert codes[:8] == [2] * 8 and codes[-1] == 0
 
 
 def test_a_second_job_and_a_changed_one_are_refused(run, small_store, whole, tmp_path):
@@ -300,3 +368,48 @@ def test_a_process_that_hangs_or_dies_ends_the_job_by_name(small_store, whole, t
     assert len(lines) == 1 and re.search(rf"(?i)lost contact.* (ranks?|process) {rank}\b", lines[0]), done.stderr[-3000:]
     assert "the checkpoints are intact" in lines[0]
     assert final_state(tmp_path / "run")["epoch"] == 1
+
+
+@pytest.fixture(scope="module")
+def ended(run, small_store, tmp_path_factory):
+    """The folder of a finished run; nobody writes into it."""
+    folder = tmp_path_factory.mktemp("ended") / "run"
+    code, log = run({}, arguments(small_store, folder))
+    assert code == 0, log
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"[" * 100_000, "it is no JSON"),
+        (b'{"schema": 1}', "there is no 'method'"),
+        (None, "its checksum is wrong"),
+    ],
+    ids=["nested", "empty", "one digit"],
+)
+def test_a_damaged_report_of_a_finished_run_is_one_line_and_can_be_had_anew(
+    run, small_store, ended, tmp_path, content, said
+):
+    shutil.copytree(ended, tmp_path / "run")
+    report, args = tmp_path / "run" / "report.json", arguments(small_store, tmp_path / "run")
+    whole = json.loads(report.read_text())
+    report.write_bytes(content or report.read_bytes().replace(b'"mean_candidates": 1.', b'"mean_candidates": 2.'))
+    code, log = run({}, args)
+    (line,) = [line for line in log.splitlines() if line.startswith("error:")]
+    assert code == 2 and "Traceback" not in log and said in line and "delete it, and the same command" in line, log
+    if content is None:
+        report.unlink()
+        code, log = run({}, args)
+        assert code == 0 and json.loads(report.read_text())["accuracy"] == whole["accuracy"], log
+
+
+@pytest.mark.parametrize("change", [lambda state: {"x": 1}, lambda state: state | {"weights": [torch.zeros(3)]}])
+def test_a_checkpoint_with_a_right_hash_and_wrong_content_is_one_line(run, small_store, ended, tmp_path, change):
+    shutil.copytree(ended, tmp_path / "run")
+    (tmp_path / "run" / "report.json").unlink()
+    number = checkpoint.latest(tmp_path / "run" / "checkpoints")
+    checkpoint.save(tmp_path / "run" / "checkpoints", number, change(final_state(tmp_path / "run")))
+    code, log = run({}, arguments(small_store, tmp_path / "run"))
+    (line,) = [line for line in log.splitlines() if line.startswith("error:")]
+    assert code == 2 and "Traceback" not in log and f"{number:08d} does not hold this training" in line, log

@@ -1,14 +1,25 @@
 """The run folder and its checkpoints: claimed once, atomic, checksummed, refused clearly."""
 
 import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import warnings
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from coreg.errors import UserError
-from coreg.files import write_atomically
+from coreg.files import RecordError, write_atomically
 from coreg.run import checkpoint
+from coreg.run.batches import Verdict
 from coreg.run.folder import RunFolder
+from coreg.run.state import take_state
+from coreg.run.training import Training
 
 
 def test_a_folder_is_claimed_once_and_then_belongs_to_the_job(tmp_path):
@@ -120,3 +131,157 @@ def test_a_checkpoint_cannot_run_code(tmp_path):
     checkpoint.save(tmp_path, 1, {"x": Evil()})
     with pytest.raises(Exception, match=r"[Ww]eights"):
         checkpoint.load(tmp_path, 1)
+
+
+def test_the_lock_of_a_killed_trainer_is_free_at_once_though_its_workers_live_on(tmp_path):
+    code = (
+        "import multiprocessing, sys, time\n"
+        "from coreg.run.folder import RunFolder\n"
+        "with RunFolder(sys.argv[1]).locked():\n"
+        "    worker = multiprocessing.get_context('fork').Process(target=time.sleep, args=(100,))\n"
+        "    worker.start()\n"
+        "    print(worker.pid, flush=True)\n"
+        "    time.sleep(100)\n"
+    )
+    root = str(tmp_path / "run")
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [sys.executable, "-c", code, root]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as trainer:
+        worker = int(trainer.stdout.readline())
+        with pytest.raises(UserError, match="another job is running"), RunFolder(root).locked():
+            pass
+        trainer.kill()
+        trainer.wait()
+    try:
+        os.kill(worker, 0)  # it lives
+        with RunFolder(root).locked():
+            pass
+    finally:
+        os.kill(worker, signal.SIGKILL)
+
+
+# ---- damage ---------------------------------------------------------------------------------------------------------
+
+
+def other(rng):
+    """Something that may stand where something else should."""
+    odd = [None, True, -1, 7, 0.5, float("nan"), 10**30, "", "x", [], {}, [1], {"a": 1}, torch.zeros(2, 3), torch.zeros(())]
+    return rng.choice(odd)
+
+
+def mutated(value, rng):
+    """The value with one of its parts, at any depth, replaced by something else or gone."""
+    if isinstance(value, dict) and value and rng.random() < 0.85:
+        key = rng.choice(list(value))
+        return {k: mutated(v, rng) if k == key else v for k, v in value.items() if k != key or rng.random() < 0.8}
+    if isinstance(value, list) and value and rng.random() < 0.85:
+        place = rng.randrange(len(value))
+        return [mutated(v, rng) if i == place else v for i, v in enumerate(value)]
+    return other(rng)
+
+
+def training():
+    """Two networks in the middle of an epoch that have divided 5 images of 3 classes, and what a checkpoint holds of it."""
+    torch.manual_seed(0)
+    nets = [torch.nn.Linear(2, 3) for _ in range(2)]
+    optimizers = [torch.optim.SGD(net.parameters(), 0.1, 0.9) for net in nets]
+    made = Training(nets, nets, nets, optimizers)
+    for net, optimizer in zip(nets, optimizers):
+        net(torch.ones(1, 2)).sum().backward()
+        optimizer.step()
+    made.losses = [[np.zeros(5)], [np.ones(5)]]
+    made.weights = [np.zeros(5), np.ones(5)]
+    made.verdicts = [Verdict(torch.ones(5), torch.ones(5, 3), np.ones(5, bool)) for _ in nets]
+    made.epoch, made.curves, made.step = 1, [{"lr": 0.1}], 2
+    made.consider(0.5)
+    return made
+
+
+def test_a_state_comes_back_as_it_was():
+    state, new = training().state_dict(), training()
+    new.epoch, new.weights = 0, []
+    take_state(new, state, 5, torch.device("cpu"))
+    assert new.epoch == 1 and (new.weights[1] == 1).all() and new.verdicts[0].trusted.all()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda s: s.pop("weights"), "no 'weights'"),
+        (lambda s: s["weights"].__setitem__(0, torch.zeros(4)), r"weights\[0\] has the shape \(4,\), expected 5 images"),
+        (lambda s: s.__setitem__("epoch", -1), "epoch is -1"),
+        (lambda s: s.__setitem__("curves", []), "curves has 0 entries, expected 1"),
+        (lambda s: s["learners"].pop(), "learners has 1 entries, expected 2"),
+        (lambda s: s["learners"][0].__setitem__("bias", torch.zeros(4)), r"learners\[0\].bias is torch.float32 \(4,\)"),
+        (lambda s: s["optimizers"][1]["param_groups"][0].__setitem__("momentum", 0.5), "momentum is 0.5, expected 0.9"),
+        (
+            lambda s: s["optimizers"][1]["state"][0].__setitem__("momentum_buffer", torch.zeros(9)),
+            "momentum_buffer has the",
+        ),
+        (lambda s: s["verdicts"][0].__setitem__("targets", torch.zeros(4, 3)), r"verdicts\[0\].targets has the shape"),
+    ],
+)
+def test_a_state_of_another_training_is_named(change, said):
+    state = training().state_dict()
+    change(state)
+    with pytest.raises(RecordError, match=said):
+        take_state(training(), state, 5, torch.device("cpu"))
+
+
+def test_whatever_stands_in_a_checkpoint_with_a_right_hash_is_one_line_or_taken(tmp_path):
+    rng, refused = random.Random(0), 0
+    for number in range(1, 301):
+        state = mutated(training().state_dict(), rng)
+        checkpoint.save(tmp_path, number, state)
+        try:
+            take_state(training(), checkpoint.load(tmp_path, number), 5, torch.device("cpu"))
+        except RecordError as error:
+            refused += 1
+            assert "\n" not in str(error)
+    assert refused > 200
+
+
+@pytest.mark.parametrize("name", ["job.json", "checkpoints/00000001/state.json"])
+def test_damaged_records_of_a_run_are_one_line_or_the_same_run(tmp_path, name):
+    """Bytes flipped, files cut off, parts replaced, folders and nonsense in their place."""
+    rng, folder, identity = random.Random(0), RunFolder(tmp_path), {"script": "train_coreg.py", "lr": 0.1, "ops": ["a"]}
+    folder.claim(identity)
+    checkpoint.save(folder.checkpoints, 1, STATE)
+    file = tmp_path / name
+    whole = file.read_bytes()
+    nonsense = [b"[" * 100_000, b"\xff\xfe", b"", b"1" * 5000, b'{"schema": ' + b"9" * 5000 + b"}", b"null"]
+    for number in range(300):
+        damaged = bytearray(whole)
+        damaged[rng.randrange(len(damaged))] ^= 1 << rng.randrange(8)
+        replaced = json.dumps(mutated_json(json.loads(whole), rng)).encode()
+        file.write_bytes([damaged, damaged[: rng.randrange(len(damaged))], replaced, rng.choice(nonsense)][number % 4])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                folder.refuse_other(identity)
+                assert checkpoint.latest(folder.checkpoints) == 1
+            except UserError as error:
+                assert "\n" not in str(error)
+    file.unlink()
+    file.mkdir()
+    with warnings.catch_warnings(), pytest.raises(UserError):
+        warnings.simplefilter("ignore")
+        folder.refuse_other(identity)
+        checkpoint.latest(folder.checkpoints)
+
+
+def mutated_json(value, rng):
+    """As `mutated`, of what JSON knows."""
+    while True:
+        try:
+            changed = mutated(value, rng)
+            json.dumps(changed)
+            return changed
+        except TypeError:
+            continue
+
+
+def test_folders_that_only_resemble_checkpoints_are_passed_over(tmp_path):
+    for name in ("²", "1" * 200, "old", "00000001.bak"):
+        (tmp_path / name).mkdir()
+    assert checkpoint.latest(tmp_path) is None

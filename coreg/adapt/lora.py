@@ -7,7 +7,6 @@ unused tower of a model with two. So adapters are put on what was seen working, 
 
 from __future__ import annotations
 
-import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from coreg.errors import UserError
+from coreg.files import replacing_folder
 
 # attention's projections of its input, by the names that timm, open_clip and transformers give them
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "qkv", "q", "k", "v", "query", "key", "value")
@@ -164,11 +164,12 @@ def refuse_dead(weights: dict[str, nn.Parameter], output: Callable[[], Tensor]) 
 
 
 def save_adapter(adapted: PeftModel, folder: Path) -> None:
-    """Write adapter_config.json and adapter_model.safetensors, which `PeftModel.from_pretrained` reads, or nothing."""
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    # left to itself, PEFT asks the hub whether the base model's vocabulary was another one
-    adapted.save_pretrained(str(temporary), safe_serialization=True, save_embedding_layers=False)
-    (temporary / "README.md").unlink(missing_ok=True)  # an empty form
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
+    """Write adapter_config.json and adapter_model.safetensors, which `PeftModel.from_pretrained` reads, or nothing.
+
+    Raises:
+        UserError: they cannot be written.
+    """
+    with replacing_folder(folder) as temporary:
+        # left to itself, PEFT asks the hub whether the base model's vocabulary was another one
+        adapted.save_pretrained(str(temporary), safe_serialization=True, save_embedding_layers=False)
+        (temporary / "README.md").unlink(missing_ok=True)  # an empty form

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,11 +23,12 @@ from coreg.annotate.models import ModelSpec, resolve
 from coreg.data.decode import decode_annotated
 from coreg.data.order import ShuffledRows
 from coreg.errors import UserError
-from coreg.files import write_atomically
 from coreg.learn.collective import gather_rows, share
+from coreg.report.board import flush_curves
 from coreg.report.metrics import collapse_warnings
 from coreg.report.page import write_page
 from coreg.report.page_record import RunRecord, Split
+from coreg.report.record import write_report
 from coreg.report.report import build_report, write_labels
 from coreg.run.job import Run
 from coreg.run.process import all_or_none, main_process_decides
@@ -313,8 +313,9 @@ def finish(
             command=run.command,
             **more,
         )
+        flush_curves(run.accelerator)
         write_page(folder.root, _record(run, labelled, training, report, logits))
-        write_atomically(folder.report, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+        write_report(folder.report, report)
         return report
 
     return main_process_decides(run.accelerator, write)

@@ -6,6 +6,9 @@ curves. It is called rarely and draws nothing at random, so that a run is the sa
 
 from __future__ import annotations
 
+import contextlib
+import threading
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,6 +17,8 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.nn import functional as F
 
+from coreg.errors import UserError
+from coreg.files import reason_of
 from coreg.report.page_record import RunRecord
 from coreg.run.batches import TrainingImages
 from coreg.run.training import Training
@@ -42,11 +47,59 @@ def writer_of(accelerator: Accelerator) -> SummaryWriter | None:
     return next((tracker.writer for tracker in trackers if tracker.name == "tensorboard"), None)
 
 
+@contextlib.contextmanager
+def writing_curves() -> Iterator[None]:
+    """What TensorBoard cannot write is one line for the person. Its thread may say so at any later call.
+
+    Raises:
+        UserError: the disk is full, or the folder cannot be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot write the curves for TensorBoard ({reason_of(error)}); the checkpoints are intact: free some space "
+            "and give the same command again"
+        ) from None
+
+
+@contextlib.contextmanager
+def silent_thread() -> Iterator[None]:
+    """Within, TensorBoard's thread does not print the error that its writer raises in the main thread as well."""
+    before = threading.excepthook
+
+    def unless_raised_again(args: threading.ExceptHookArgs) -> None:
+        if not (isinstance(args.exc_value, OSError) and type(args.thread).__module__.startswith("tensorboard.")):
+            before(args)
+
+    threading.excepthook = unless_raised_again
+    try:
+        yield
+    finally:
+        threading.excepthook = before
+
+
+def flush_curves(accelerator: Accelerator) -> None:
+    """Wait until everything is in TensorBoard's files.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    writer = writer_of(accelerator)
+    if writer is not None:
+        with writing_curves():
+            writer.flush()
+
+
+@writing_curves()
 def show_epoch(accelerator: Accelerator, data: TrainingImages, training: Training, epochs: int) -> None:
     """Behind an epoch: what views look like (in epochs 1, 2, 4, 8, …), and how losses and weights w are spread.
 
     Args:
         epochs: of the whole run; at most 50 of them get histograms.
+
+    Raises:
+        UserError: it cannot be written.
     """
     writer = writer_of(accelerator)
     if writer is None:
@@ -83,6 +136,7 @@ def _pictures(views: Tensor, data: TrainingImages) -> Tensor:
     return pictures.repeat_interleave(factor, dim=2).repeat_interleave(factor, dim=3)
 
 
+@writing_curves()
 @torch.no_grad()
 def show_end(
     accelerator: Accelerator,
@@ -95,6 +149,9 @@ def show_end(
 
     Args:
         identity: the settings that make the run what it is, by name.
+
+    Raises:
+        UserError: it cannot be written.
     """
     writer = writer_of(accelerator)
     if writer is None:
@@ -124,7 +181,7 @@ def show_end(
         writer.file_writer.add_summary(summary)
     for name, value in measured.items():
         writer.add_scalar(name, value, training.epoch)
-    writer.flush()
+    flush_curves(accelerator)
 
 
 def final_numbers(report: dict[str, Any]) -> dict[str, float]:

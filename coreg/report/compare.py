@@ -10,21 +10,18 @@ row, with mean and standard deviation; where other settings differ, a row says w
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import yaml
-
-from coreg.config import option, parse
+from coreg.config import option, parse, read_yaml
 from coreg.errors import UserError, exits_with_one_line
+from coreg.files import RecordError, check_writable, write_atomically
+from coreg.report.record import SETTINGS, digest, read_report
 from coreg.report.tables import FORMATS, Run, compare, printable
 
-SCHEMA = 1
-LARGEST = 1e15  # of a count or a number of seconds
 # settings that make no other method of a run: the seed, the data set's name, places, and how often it is saved
 NOT_THE_METHOD = (
     "seed",
@@ -61,65 +58,28 @@ def find_reports(paths: Sequence[str]) -> tuple[list[Path], list[str]]:
     return list(found), said
 
 
-def _is_share(value: Any) -> bool:
-    return isinstance(value, (int, float)) and 0 <= value <= 1
-
-
-def _is_number(value: Any) -> bool:
-    return value is None or (isinstance(value, (int, float)) and 0 <= value <= LARGEST)
-
-
-def _are_accuracies(value: Any) -> bool:
-    if value is None:
-        return True
-    return isinstance(value, dict) and all(
-        isinstance(found, dict)
-        and _is_share(found.get("ensemble"))
-        and isinstance(found.get("interval"), list)
-        and len(found["interval"]) == 2
-        and all(map(_is_share, found["interval"]))
-        for found in value.values()
-    )
-
-
-# what the tables read of a report, and whether a value can be that
-FIELDS: dict[str, Callable[[Any], bool]] = {
-    "method": lambda value: isinstance(value, str),
-    "dataset": lambda value: isinstance(value, str),
-    "annotator": lambda value: isinstance(value, dict) and isinstance(value.get("name"), str),
-    "seed": lambda value: isinstance(value, int),
-    "labels_used": lambda value: isinstance(value, int) and _is_number(value),
-    "accuracy": _are_accuracies,
-    "parameters": _is_number,
-    "training_seconds": _is_number,
-    "wall_seconds": _is_number,
-}
-
-
 def read_run(path: Path) -> Run:
-    """A report, checked field by field because it may come from anywhere, with the settings of the config.yaml beside it.
+    """A report with the settings of the config.yaml beside it.
 
     Raises:
-        UserError: it cannot be read, or is no report of this schema; the message is one line.
+        UserError: it cannot be read, is damaged, or is no report of this schema; the message is one line.
     """
     try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read ({' '.join(str(error).split())[:100]})") from None
-    schema = report.get("schema") if isinstance(report, dict) else None
-    if schema != SCHEMA:
-        raise UserError(f"{path} has report schema {str(schema)[:20]}, this version reads {SCHEMA}")
-    for name, fits in FIELDS.items():
-        if not fits(report.get(name)):
-            raise UserError(f"{path} is no report of a run: its {name} is {str(report.get(name))[:40]}")
-    return Run(path, report, read_settings(path.with_name("config.yaml")))
+        report = read_report(path)
+    except RecordError as error:
+        raise UserError(f"{path} is no report of a run ({error})") from None
+    settings = path.with_name(SETTINGS)
+    recorded = (report.get("files") or {}).get(SETTINGS)
+    if recorded and settings.exists() and not (settings.is_file() and digest(settings) == recorded):
+        raise UserError(f"{settings} was changed after {path.name} had been written; take the run's own, or delete it")
+    return Run(path, report, read_settings(settings))
 
 
 def read_settings(path: Path) -> dict[str, str]:
     """What makes a run's method, as short texts by name; empty where no config.yaml can be read."""
     try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError, RecursionError):
+        settings = read_yaml(path)
+    except RecordError:
         return {}
     told = {}
     for name, value in settings.items() if isinstance(settings, dict) else ():
@@ -138,6 +98,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     (config,) = parse(CompareConfig, argv=options, prog="coreg-report PATH ...", description=__doc__)
     if not paths:
         raise UserError("no runs are named; write for example: coreg-report runs/*")
+    if config.output is not None:
+        check_writable(config.output, "--output")
     reports, said = find_reports(paths)
     runs = []
     for path in reports:
@@ -154,10 +116,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if config.output is None:
         print(page, end="")
         return
-    try:
-        Path(config.output).write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot write {config.output} ({error.strerror}); choose another --output") from None
+    write_atomically(config.output, page, "choose another --output")
     print(f"{config.output}: {sum(len(shown.rows) for shown in tables)} rows from {len(runs)} runs")
 
 

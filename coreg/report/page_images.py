@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from coreg.files import replacing
 from coreg.report.page_record import RunRecord
 from coreg.webpage import percent, picture, text
 
@@ -61,15 +62,13 @@ def write_label_next(path: Path, record: RunRecord) -> int:
     Labels that this run was given already stand below the empty rows, so that the file is all the next run needs.
     """
     asked = unsure_rows(record)[:LABEL_NEXT]
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.writer(file)
         writer.writerow(["path", "label"])
         writer.writerows([record.paths[row], ""] for row in asked)
         writer.writerows(
             [record.paths[row], record.class_names[record.known[row]]] for row in np.flatnonzero(record.known >= 0)
         )
-    temporary.replace(path)
     return len(asked)
 
 

@@ -16,10 +16,11 @@ import torch
 from coreg.annotate.candidates import mean_candidates, partial_accuracy
 from coreg.annotate.store import AnnotationStore
 from coreg.data.folders import unmatched_folders
+from coreg.files import replacing
 from coreg.plaintext import csv_rows, printable
 from coreg.report.metrics import accuracy, per_class_accuracy, wilson_interval
+from coreg.report.record import SCHEMA
 
-SCHEMA = 1
 PACKAGES = (
     "coreg",
     "torch",
@@ -129,26 +130,22 @@ def write_labels(
     disagree = (named != named[0]).any(axis=0)
     trust = np.stack(weights) if weights else np.full((2, len(best)), np.nan)
     review = disagree | (~(trust > 0.5).any(axis=0) & (sure < 0.9))
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         write = csv_rows(file, safe_csv)
         write(["path", "label", "probability", "annotator_label", "trust_net1", "trust_net2", "needs_review"])
         for i, image in enumerate(image_paths):
             weight = ["" if np.isnan(w) else f"{w:.4f}" for w in trust[:, i]]
             label, before = class_names[best[i]], class_names[annotator[i]]
             write([image, label, f"{sure[i]:.4f}", before, *weight, int(review[i])])
-    temporary.replace(path)
     return int(review.sum())
 
 
 def write_known_labels(path: Path, store: AnnotationStore, known: np.ndarray) -> None:
     """The labels that training is given, as a CSV that `--labels` reads back; known: int64 over the store, -1 unknown."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.writer(file)
         writer.writerow(["path", "label"])
         writer.writerows((store.paths[row], store.class_names[known[row]]) for row in np.flatnonzero(known >= 0))
-    temporary.replace(path)
 
 
 def build_report(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+import re
 import shutil
 import warnings
 from pathlib import Path
@@ -13,8 +13,11 @@ from typing import Any
 import torch
 
 from coreg.errors import UserError
+from coreg.files import Number, RecordError, read_record, replacing_folder
 
 KEPT = 2
+REMEDY = "the earlier ones are intact: free some space and give the same command again"
+RECORD = {"sha256": str, "number": Number(0)}
 
 
 def _digest(path: Path) -> str:
@@ -31,34 +34,17 @@ def save(folder: Path, number: int, state: dict[str, Any]) -> None:
     Raises:
         UserError: it could not be written; the checkpoints before it are untouched.
     """
-    final, temporary = folder / f"{number:08d}", folder / f".{number:08d}.tmp"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
+    with replacing_folder(folder / f"{number:08d}", REMEDY) as temporary:
         weights = temporary / "state.pt"
-        with weights.open("wb") as file:
+        with weights.open("wb") as file:  # torch says of a path what failed, of a file also why
             torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
         (temporary / "state.json").write_text(json.dumps({"sha256": _digest(weights), "number": number}))
-        shutil.rmtree(final, ignore_errors=True)
-        temporary.rename(final)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        shutil.rmtree(temporary, ignore_errors=True)
-        # behind torch's RuntimeError about its own bookkeeping stands what the system said
-        cause = error if isinstance(error, OSError) else error.__context__
-        reason = getattr(cause, "strerror", None) or str(error).splitlines()[0]
-        raise UserError(
-            f"cannot write a checkpoint to {folder} ({reason}); "
-            "the earlier ones are intact: free some space and give the same command again"
-        ) from None
     for old in _numbers(folder)[:-KEPT]:
         shutil.rmtree(folder / f"{old:08d}", ignore_errors=True)
 
 
 def _numbers(folder: Path) -> list[int]:
-    return sorted(int(path.name) for path in folder.glob("*") if path.is_dir() and path.name.isdigit())
+    return sorted(int(path.name) for path in folder.glob("*") if path.is_dir() and re.fullmatch("[0-9]{8,18}", path.name))
 
 
 def latest(folder: Path) -> int | None:
@@ -73,11 +59,11 @@ def latest(folder: Path) -> int | None:
     for number in reversed(numbers):
         path = folder / f"{number:08d}"
         try:
-            recorded = json.loads((path / "state.json").read_text())["sha256"]
-            if recorded == _digest(path / "state.pt"):
+            record = read_record(path / "state.json", RECORD)
+            if record == {"sha256": _digest(path / "state.pt"), "number": number}:
                 return number
             problem = "its checksum is wrong"
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, RecordError) as error:
             problem = str(error)
         warnings.warn(f"checkpoint {path} is damaged ({problem}); falling back to the one before it", stacklevel=2)
     if numbers:
@@ -86,5 +72,12 @@ def latest(folder: Path) -> int | None:
 
 
 def load(folder: Path, number: int) -> dict[str, Any]:
-    """Checkpoint `number` on the CPU."""
-    return torch.load(folder / f"{number:08d}" / "state.pt", map_location="cpu", weights_only=True)
+    """Checkpoint `number` on the CPU.
+
+    Raises:
+        RecordError: it holds anything but nested dicts and lists of tensors, numbers and strings.
+    """
+    try:
+        return torch.load(folder / f"{number:08d}" / "state.pt", map_location="cpu", weights_only=True)
+    except Exception as error:  # of the archive, of the restricted unpickler, or of whatever it was handed
+        raise RecordError(f"{type(error).__name__}: {' '.join(str(error).split())}") from None

@@ -14,6 +14,7 @@ from coreg.data.order import ShuffledRows
 from coreg.learn.collective import share
 from coreg.report.board import show_epoch
 from coreg.report.metrics import accuracy
+from coreg.run.process import main_process_decides
 from coreg.run.task import Task, predict
 from coreg.run.training import Batch, Training
 
@@ -59,7 +60,7 @@ def train_epoch(
         # without SyncBatchNorm, processes have seen different rows: agree on the mean statistics
         for net in training.nets:
             distribute_bn(net, accelerator.num_processes, reduce=True)
-    show_epoch(accelerator, task.data, training, task.job.epochs)
+    main_process_decides(accelerator, lambda: show_epoch(accelerator, task.data, training, task.job.epochs))
     return training.finish_epoch({"lr": rate} | accuracy_on_test(task, training))
 
 

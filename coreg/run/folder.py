@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from coreg.errors import UserError
-from coreg.files import write_atomically
+from coreg.files import Number, RecordError, read_record, write_atomically
 
 SCHEMA = 1
 JOB, REPORT = "job.json", "report.json"
@@ -42,9 +43,11 @@ class RunFolder:
         record = self.root / JOB
         if record.is_file():
             try:
-                before = json.loads(record.read_text(encoding="utf-8"))
-            except json.JSONDecodeError:
-                raise UserError(f"{record} is damaged; choose another --output_dir or delete {self.root}") from None
+                before = read_record(record, {"schema": Number(1)})
+            except RecordError as error:
+                raise UserError(
+                    f"{record} is damaged ({error}); choose another --output_dir or delete {self.root}"
+                ) from None
             here = json.loads(json.dumps({"schema": SCHEMA} | identity))
             changes = [
                 f"{key} was {before[key]} and is {here[key]}" for key in here if key in before and before[key] != here[key]
@@ -86,10 +89,11 @@ class RunFolder:
         """
         try:
             self.root.mkdir(parents=True, exist_ok=True)
-            lock = (self.root / ".lock").open("w")
+            lock = os.open(self.root / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
             raise UserError(f"cannot write --output_dir {self.root} ({error.strerror}); choose another folder") from None
-        with lock:
+        _held.add(lock)
+        try:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
@@ -97,3 +101,20 @@ class RunFolder:
                     f"another job is running in {self.root}; wait for it, stop it, or choose another --output_dir"
                 ) from None
             yield
+        finally:
+            if lock in _held:
+                _held.remove(lock)
+                os.close(lock)
+
+
+# locks of this process. A forked process that decodes images would hold them too, and live on for seconds when this one is
+# killed.
+_held: set[int] = set()
+
+
+def _let_go() -> None:
+    while _held:
+        os.close(_held.pop())
+
+
+os.register_at_fork(after_in_child=_let_go)

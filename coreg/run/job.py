@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import math
 import shlex
 import time
@@ -21,13 +20,16 @@ from coreg.annotate.candidates import parse_rule
 from coreg.annotate.store import AnnotationStore
 from coreg.config import as_settings, as_yaml, check_bounds
 from coreg.errors import UserError
-from coreg.files import write_atomically
+from coreg.files import RecordError, write_atomically
 from coreg.nets.model import check_backbone, check_weights, trained_with
 from coreg.progress import seconds_between_lines
+from coreg.report.board import silent_thread, writing_curves
+from coreg.report.record import TRAINED, read_report
 from coreg.report.report import summary, write_known_labels
 from coreg.run import checkpoint
 from coreg.run.folder import RunFolder
 from coreg.run.process import build_accelerator, follow_launcher, main_process_decides
+from coreg.run.state import take_state
 from coreg.run.task import known_labels
 from coreg.run.training import Training
 from coreg.run.watch import EXIT_INTERRUPTED, GOES_ON, STOP, Watch
@@ -84,10 +86,24 @@ class Run:
                 write_known_labels(self.folder.root / "known_labels.csv", self.store, self.known)
         newest = main_process_decides(self.accelerator, lambda: checkpoint.latest(self.folder.checkpoints))
         if newest is not None:
-            training.load_state_dict(checkpoint.load(self.folder.checkpoints, newest), self.accelerator.device)
+            self._go_on(training, newest)
             self.accelerator.print(f"Going on with {self.folder.root} behind epoch {training.epoch} of {self.job.epochs}.")
         # the report counts the time before an interruption too
         self.started -= training.seconds
+
+    def _go_on(self, training: Training, number: int) -> None:
+        """From checkpoint `number`; every process reads it, and one says what is wrong with it."""
+        images = int(((self.store.split == 0) & ~self.store.unreadable).sum())
+        try:
+            state = checkpoint.load(self.folder.checkpoints, number)
+            take_state(training, state, images, self.accelerator.device)
+        except RecordError as error:
+            path = self.folder.checkpoints / f"{number:08d}"
+            raise UserError(
+                f"checkpoint {path} does not hold this training ({str(error)[:150]}); delete it to go on from the one "
+                f"before it, or delete {path.parent} to start the training anew",
+                told=not self.accelerator.is_main_process,
+            ) from None
 
     def train(
         self,
@@ -108,9 +124,7 @@ class Run:
             SystemExit: a signal came; a checkpoint was written at the step boundary behind it.
         """
         accelerator, job = self.accelerator, self.job
-        # TensorBoard gets the settings at the end, beside what they led to (`coreg.report.board.show_end`)
-        told = None if job.report_to == "tensorboard" else {k: str(v) for k, v in self.identity.items()}
-        accelerator.init_trackers("tensorboard", config=told)
+        self._begin_curves()
         watch = Watch(accelerator, job.checkpoint_minutes, job.timeout_minutes)
         mark = time.perf_counter()
 
@@ -149,11 +163,23 @@ class Run:
                 self._refuse_nan(curves, training.epoch)
                 spent = time.perf_counter() - begun
                 waited = (training.making_seconds - making) / spent
-                accelerator.log(curves | {"time/epoch": spent, "time/making_batches": waited}, step=training.epoch)
+                self._log(curves | {"time/epoch": spent, "time/making_batches": waited}, training.epoch)
                 bar.update(training.epoch - bar.n)
                 shown = {"P": curves.get("division/trusted"), "test": curves.get("accuracy/test/ensemble")}
                 bar.set_postfix_str(", ".join(f"{k} {value:.1%}" for k, value in shown.items() if value is not None))
                 save()
+
+    def _begin_curves(self) -> None:
+        # TensorBoard gets the settings at the end, beside what they led to (`coreg.report.board.show_end`)
+        told = None if self.job.report_to == "tensorboard" else {k: str(v) for k, v in self.identity.items()}
+        begin = writing_curves()(lambda: self.accelerator.init_trackers("tensorboard", config=told))
+        main_process_decides(self.accelerator, begin)
+        if not self.accelerator.is_main_process:
+            begin()
+
+    def _log(self, curves: dict[str, float], epoch: int) -> None:
+        log = writing_curves()(lambda: self.accelerator.log(curves, step=epoch))
+        main_process_decides(self.accelerator, log)
 
     def _refuse_nan(self, curves: dict[str, float], epoch: int) -> None:
         """Curves are the same on every process, and so all of them leave."""
@@ -216,8 +242,7 @@ def open_run(
         identity |= {"store": store.hash, "known_labels": hashlib.sha256(known.tobytes()).hexdigest()}
         main_process_decides(accelerator, lambda: folder.refuse_other(identity))
         if main_process_decides(accelerator, lambda: folder.finished):
-            report = json.loads(folder.report.read_text(encoding="utf-8"))
-            accelerator.print(summary(report, folder.root))
+            accelerator.print(summary(main_process_decides(accelerator, lambda: finished_report(folder)), folder.root))
             accelerator.print(f"\nThis run is finished; choose another --output_dir, or delete {folder.root} to repeat it.")
             yield None
             return
@@ -227,6 +252,20 @@ def open_run(
             accelerator.print(advice)
         command = shlex.join([script, *argv])
         yield Run(accelerator, folder, store, known, job, look, identity, all_settings, command, started, held)
+
+
+def finished_report(folder: RunFolder) -> dict[str, Any]:
+    """The report of a finished training.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    try:
+        return read_report(folder.report, TRAINED)
+    except RecordError as error:
+        raise UserError(
+            f"{folder.report} is damaged ({error}); delete it, and the same command writes it anew from the last checkpoint"
+        ) from None
 
 
 def other_pixels(look: ImageConfig) -> str | None:
@@ -248,9 +287,21 @@ def leaving_together(accelerator: Accelerator) -> Iterator[None]:
     The threads of a group that is left standing may abort the interpreter on its way out, and the launcher would then
     report that instead of the exit code.
     """
+    with silent_thread():
+        try:
+            yield
+        except (SystemExit, UserError):
+            with contextlib.suppress(UserError):  # it has been raised before, or something worse has happened
+                _end(accelerator)
+            raise
+        _end(accelerator)
+
+
+def _end(accelerator: Accelerator) -> None:
     try:
-        yield
-    except (SystemExit, UserError):
+        with writing_curves():
+            accelerator.end_training()
+    except UserError:
+        accelerator.trackers.clear()
         accelerator.end_training()
         raise
-    accelerator.end_training()

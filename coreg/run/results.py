@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from coreg.report.card import model_card
 from coreg.report.metrics import accuracy, collapse_warnings, consensus, few_shot_warnings
 from coreg.report.page import write_page
 from coreg.report.page_record import RunRecord, Split
+from coreg.report.record import write_report
 from coreg.report.report import accuracies, build_report, per_class, without_missing, write_labels
 from coreg.run.batches import TrainingImages
 from coreg.run.job import Run
@@ -218,7 +218,7 @@ def finish(run: Run, task: Task, training: Training, method: str, **more: Any) -
         write_atomically(folder.export / "README.md", model_card(report, exported))
         if chosen and chosen.settings:
             write_atomically(folder.chosen_export / "README.md", _chosen_card(task, chosen, report))
-        write_atomically(folder.report, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+        write_report(folder.report, report)
         return report
 
     return main_process_decides(task.accelerator, write)

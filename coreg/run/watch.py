@@ -11,14 +11,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from types import FrameType
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 
+from coreg.interrupt import SAME_PRESS_SECONDS
+
 EXIT_INTERRUPTED = 75  # sysexits' EX_TEMPFAIL: give the same command again
 GOES_ON, CHECKPOINT, STOP = range(3)
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 SECONDS_TO_ANSWER = 10
 
 
@@ -33,6 +36,9 @@ class Watch:
         self.checkpoint_seconds = 60 * checkpoint_minutes
         self.saved_at = time.monotonic()
         self.received: int | None = None
+        self.received_at = 0.0
+        self.before: dict[int, Any] = {}
+        self.process = os.getpid()
         self.group, self.store = None, None
         if accelerator.num_processes > 1:
             limit = timedelta(minutes=timeout_minutes)
@@ -41,16 +47,28 @@ class Watch:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Note SIGTERM and SIGUSR1 instead of dying of them; the handlers before are put back."""
-        before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        """Note SIGTERM, SIGUSR1 and Ctrl-C instead of dying of them; the handlers before are put back.
+
+        Ctrl-C that the caller ignores, as shells do for what runs in the background of a script, stays ignored. Once a
+        signal waits for the step boundary, Ctrl-C no longer waits.
+        """
+        ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        heard = [number for number in SIGNALS if not (ignored and number == signal.SIGINT)]
+        self.process, self.before = os.getpid(), {number: signal.signal(number, self._note) for number in heard}
         try:
             yield
         finally:
-            for number, handler in before.items():
+            for number, handler in self.before.items():
                 signal.signal(number, handler)
 
-    def _note(self, number: int, _: FrameType | None) -> None:
-        self.received = number
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self.process:
+            return
+        again = self.received is not None and time.monotonic() - self.received_at > SAME_PRESS_SECONDS
+        if number == signal.SIGINT and again and callable(self.before[number]):
+            self.before[number](number, frame)
+        elif self.received is None:
+            self.received, self.received_at = number, time.monotonic()
 
     def due(self) -> int:
         """`STOP` when any process got a signal, `CHECKPOINT` when the main process's clock says so, else `GOES_ON`."""

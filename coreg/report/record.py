@@ -1,0 +1,89 @@
+"""report.json on the disk: written with checksums, and read by one function that believes nothing unchecked."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from coreg.files import Each, Maybe, Number, RecordError, check_record, read_record, write_atomically
+
+SCHEMA = 1
+LARGEST = 1e15  # of a count or a number of seconds
+SETTINGS = "config.yaml"
+_SHARE = Number(0, 1, whole=False)
+_AMOUNT = Number(0, LARGEST, whole=False)
+_COUNT = Number(0, LARGEST)
+# what every report has to hold, of all that this package reads of one
+REPORT = {
+    "method": str,
+    "dataset": str,
+    "annotator": {"name": str, "zero_shot_accuracy": Maybe(Each(_SHARE))},
+    "seed": Number(),
+    "labels_used": _COUNT,
+    "accuracy": Maybe(Each({"ensemble": _SHARE, "interval": [_SHARE], "n": Maybe(_COUNT)})),
+    "templates": Maybe(Each(Each(_SHARE))),
+    "parameters": Maybe(_AMOUNT),
+    "training_seconds": Maybe(_AMOUNT),
+    "wall_seconds": Maybe(_AMOUNT),
+    "files": Maybe(Each(str)),
+    "checksum": Maybe(str),
+}
+# what the report of a training holds besides
+TRAINED = REPORT | {
+    "parameters": _AMOUNT,
+    "wall_seconds": _AMOUNT,
+    "images_per_second": _AMOUNT,
+    "peak_memory_mb": _AMOUNT,
+    "needs_review": _COUNT,
+    "per_class_split": str,
+    "per_class_accuracy": Maybe(Each({"annotator": Maybe(_SHARE), "ensemble": Maybe(_SHARE), "n": _COUNT})),
+    "chosen_epoch": Maybe({"epoch": _COUNT, "epochs": _COUNT, "accuracy": Maybe(Each(_SHARE))}),
+    "warnings": Maybe([str]),
+    "trainable_parameters": Maybe(_COUNT),
+}
+
+
+def write_report(path: Path, report: dict[str, Any]) -> None:
+    """Write a report with its own checksum, and with that of the settings beside it, as `files`, where there are some.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    settings = path.with_name(SETTINGS)
+    report = report | ({"files": {SETTINGS: digest(settings)}} if settings.is_file() else {})
+    sealed = report | {"checksum": _checksum(report)}
+    write_atomically(path, json.dumps(sealed, indent=1, ensure_ascii=False) + "\n")
+
+
+def digest(path: Path) -> str:
+    """sha256 of a small file, hexadecimal."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _checksum(report: dict[str, Any]) -> str:
+    """sha256 of everything in a report but its checksum, however the file is laid out."""
+    rest = {name: value for name, value in report.items() if name != "checksum"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def read_report(path: Path, kind: dict[str, Any] = REPORT) -> dict[str, Any]:
+    """A report, checked field by field because it may come from anywhere; reports without a checksum are older ones.
+
+    Args:
+        kind: `REPORT`, or `TRAINED` where more of it is read.
+
+    Raises:
+        RecordError: it cannot be read, is damaged, or is no report of this schema.
+    """
+    report = read_record(path)
+    if report.get("schema") != SCHEMA:
+        raise RecordError(f"it has report schema {str(report.get('schema'))[:20]}, this version reads {SCHEMA}")
+    check_record(report, kind)
+    for split, found in (report.get("accuracy") or {}).items():
+        if len(found["interval"]) != 2:
+            raise RecordError(f"accuracy.{split}.interval has {len(found['interval'])} numbers, expected 2")
+    if report.get("checksum") not in (None, _checksum(report)):
+        raise RecordError("its checksum is wrong")
+    return report

@@ -1,0 +1,110 @@
+"""What a checkpoint has to hold before a training goes on from it: everything, of the right kind, size and range."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from coreg.files import Each, Maybe, Number, RecordError, check_record
+from coreg.run.training import Training
+
+_NUMBER = Number(whole=False)
+_TIME = Number(0, whole=False)
+
+
+def take_state(training: Training, state: Any, images: int, device: torch.device) -> None:
+    """Let `training` go on from `state`, checked.
+
+    Args:
+        training: as it begins, with networks and optimisers of its own. state: what a checkpoint held.
+        images: number of training images, N.
+
+    Raises:
+        RecordError: it is not what a training like this one saves; `training` may hold parts of it then.
+    """
+    _check(state, training, images)
+    own = [[{**group} for group in optimizer.param_groups] for optimizer in training.optimizers]
+    try:
+        training.load_state_dict(state, device)
+    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+        raise RecordError(" ".join(str(error).split())) from None
+    for number, (optimizer, groups) in enumerate(zip(training.optimizers, own)):
+        _check_optimizer(optimizer, groups, f"optimizers[{number}]")
+
+
+def _check(state: Any, training: Training, images: int) -> None:
+    nets = len(training.nets)
+    kind = {
+        "learners": [Each(torch.Tensor)],
+        "optimizers": [dict],
+        "losses": [Maybe(torch.Tensor)],
+        "weights": [torch.Tensor],
+        "verdicts": [dict],
+        "sums": Each(torch.Tensor),
+        "epoch": Number(0),
+        "number": Number(0, nets),
+        "step": Number(0),
+        "partial": Each((float, int)),
+        "curves": [Each(_NUMBER)],
+        "chosen": Maybe({"epoch": Number(0), "score": _NUMBER, "nets": [Each(torch.Tensor)]}),
+        "seconds": _TIME,
+        "making_seconds": _TIME,
+        "images_seen": Number(0),
+        "updates": Number(0),
+    }
+    check_record(state, kind)
+    _check_count(state["learners"], nets, "learners")
+    _check_count(state["optimizers"], nets, "optimizers")
+    _check_count(state["curves"], state["epoch"], "curves")
+    for number, (saved, learner) in enumerate(zip(state["learners"], training.learners)):
+        _check_like(saved, learner.state_dict(), f"learners[{number}]")
+    if state.get("chosen") is not None:
+        _check_count(state["chosen"]["nets"], nets, "chosen.nets")
+        for number, (saved, net) in enumerate(zip(state["chosen"]["nets"], training.nets)):
+            _check_like(saved, net.state_dict(), f"chosen.nets[{number}]")
+    for number, history in enumerate(state["losses"]):
+        if history is not None:
+            _check_rows(history, images, f"losses[{number}]", dimension=1)
+    for number, weight in enumerate(state["weights"]):
+        _check_rows(weight, images, f"weights[{number}]")
+    for number, verdict in enumerate(state["verdicts"]):
+        tensors = dict.fromkeys(("weight", "targets", "trusted"), torch.Tensor)
+        check_record(verdict, tensors | dict.fromkeys(("guess", "features"), Maybe(torch.Tensor)), f"verdicts[{number}]")
+        for name, value in verdict.items():
+            if value is not None:
+                _check_rows(value, images, f"verdicts[{number}].{name}")
+
+
+def _check_count(values: list[Any], count: int, where: str) -> None:
+    if len(values) != count:
+        raise RecordError(f"{where} has {len(values)} entries, expected {count}")
+
+
+def _check_like(saved: dict[str, torch.Tensor], own: dict[str, torch.Tensor], where: str) -> None:
+    """Names, shapes and types of the tensors of one module."""
+    if saved.keys() != own.keys():
+        raise RecordError(f"{where} has other tensors, such as {min(saved.keys() ^ own.keys())}")
+    for name, value in own.items():
+        if (saved[name].shape, saved[name].dtype) != (value.shape, value.dtype):
+            raise RecordError(
+                f"{where}.{name} is {saved[name].dtype} {tuple(saved[name].shape)}, expected {value.dtype} "
+                f"{tuple(value.shape)}"
+            )
+
+
+def _check_rows(value: torch.Tensor, images: int, where: str, dimension: int = 0) -> None:
+    if value.ndim <= dimension or value.shape[dimension] != images:
+        raise RecordError(f"{where} has the shape {tuple(value.shape)}, expected {images} images")
+
+
+def _check_optimizer(optimizer: torch.optim.Optimizer, own: list[dict[str, Any]], where: str) -> None:
+    """Settings are this job's, but for the learning rate, which every epoch sets; averages have their weights' shapes."""
+    for group, mine in zip(optimizer.param_groups, own):
+        for name in (group.keys() & mine.keys()) - {"params", "lr", "initial_lr"}:
+            if group[name] != mine[name]:
+                raise RecordError(f"{where}.{name} is {str(group[name])[:40]}, expected {mine[name]}")
+        for weight in group["params"]:
+            for name, value in optimizer.state.get(weight, {}).items():
+                if isinstance(value, torch.Tensor) and value.shape not in (weight.shape, torch.Size([])):
+                    raise RecordError(f"{where}: {name} has the shape {tuple(value.shape)}, expected {tuple(weight.shape)}")
