@@ -124,7 +124,11 @@ def test_no_number_on_one_process_ends_all_of_them_with_one_line(small_store, tm
         )
         for rank in "01"
     ]  # fmt: skip
-    said = [process.communicate(timeout=300)[1] for process in processes]
+    try:
+        said = [process.communicate(timeout=300)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
     assert [process.returncode for process in processes] == [2, 2], said
     (line,) = [line for text in said for line in text.splitlines() if "error:" in line]
     assert "loss/net1/negative_entropy became nan in epoch 1" in line
