@@ -14,7 +14,7 @@ from test_annotate_annotators import save_tiny_clip
 
 import annotate_vlm
 from annotate_vlm import AnnotateConfig, annotate, main
-from coreg.annotate import blocks
+from coreg import files
 from coreg.annotate.prompts import TEMPLATES
 from coreg.annotate.store import AnnotationStore
 
@@ -172,7 +172,7 @@ def test_the_same_command_again_does_nothing(place, finished, capsys, monkeypatc
 @pytest.mark.parametrize("workers", [0, 2])
 def test_killed_and_started_again_gives_the_same_store(place, finished, tmp_path, monkeypatch, workers):
     output = tmp_path / "ann"
-    real, left = blocks.os.fsync, [7]
+    real, left = files.os.fsync, [7]
 
     def dies(descriptor):
         left[0] -= 1
@@ -180,10 +180,10 @@ def test_killed_and_started_again_gives_the_same_store(place, finished, tmp_path
             raise KeyboardInterrupt
         real(descriptor)
 
-    monkeypatch.setattr(blocks.os, "fsync", dies)
+    monkeypatch.setattr(files.os, "fsync", dies)
     with pytest.raises(KeyboardInterrupt):  # three files of the folder and three blocks are there, the fourth is torn
         main(arguments(place, output, workers=workers))
-    monkeypatch.setattr(blocks.os, "fsync", real)
+    monkeypatch.setattr(files.os, "fsync", real)
     written = {file: file.stat().st_mtime_ns for file in (output / "blocks").glob("0*")}
     assert len(written) == 3 and not (output / "errors.csv").exists()
     main(arguments(place, output, workers=workers))
