@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import secrets
+import shutil
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -49,12 +50,13 @@ def replacing(path: str | Path, remedy: str = "free some space or choose another
     """
     given, temporary = Path(path), None
     try:
-        target = Path(os.path.realpath(given))
-        if target.exists() and not stat.S_ISREG(target.stat().st_mode):
-            if target.is_dir():
+        # as given, and not where a link leads: /dev/stdout leads to a name that is no place
+        if given.exists() and not given.is_file():
+            if given.is_dir():
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-            yield target
+            yield given
             return
+        target = Path(os.path.realpath(given))
         # its own name is kept at the end: libraries go by the suffix
         temporary = target.with_name(f".tmp.{secrets.token_hex(8)}.{target.name[-100:]}")
         descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
@@ -85,6 +87,43 @@ def _remove(temporary: Path | None) -> None:
             temporary.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def replacing_folder(folder: str | Path, remedy: str = "free some space or choose another place") -> Iterator[Path]:
+    """A new folder beside `folder` to fill, which takes its place, flushed to the disk, when the block ends well.
+
+    What programs that were killed have left beside `folder` is removed; so one program at a time may write it. Files get
+    the permissions that the umask gives, whatever permissions the library that writes them prefers.
+
+    Args:
+        folder: to make, with its parents, or to replace with all that is in it.
+        remedy: what the person can do when it cannot be written; the end of the error's one line.
+
+    Raises:
+        UserError: it cannot be written; nothing is left behind and what was at `folder` is untouched.
+    """
+    final = Path(folder)
+    temporary = final.with_name(f".{final.name}.tmp")
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        mode = stat.S_IMODE(temporary.stat().st_mode) & 0o666
+        yield temporary
+        for path in temporary.rglob("*"):
+            if path.is_file():
+                with path.open("rb") as file:
+                    os.fchmod(file.fileno(), mode)
+                    os.fsync(file.fileno())
+        shutil.rmtree(final, ignore_errors=True)
+        temporary.rename(final)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        reason = reason_of(error) if isinstance(error, Exception) and not isinstance(error, UserError) else None
+        if reason is None:
+            raise
+        raise UserError(f"cannot write {final} ({reason}); {remedy}") from None
+
+
 def write_atomically(
     path: str | Path, content: str | bytes, remedy: str = "free some space or choose another place"
 ) -> None:
@@ -108,12 +147,17 @@ def check_writable(path: str | Path, option: str) -> None:
         UserError: it is a folder, or lies where nothing can be written.
     """
     given = Path(path)
-    target = Path(os.path.realpath(given))
+    # where a link leads; /dev/stdout leads to a name that is no place
+    target = Path(os.path.realpath(given)) if given.is_file() or not given.exists() else given
     if target.is_dir():
         raise UserError(f"{option} {given} is a folder; give the name of a file, such as {given / 'output.csv'}")
     if not target.parent.is_dir():
         raise UserError(f"{option} {given}: there is no folder {target.parent}; make it, or choose another place")
-    if not os.access(target if target.exists() else target.parent, os.W_OK):
+    # a file is replaced by a new one in its folder, what is no file is written into
+    places = [target] if target.exists() else []
+    if target.is_file() or not places:
+        places.append(target.parent)
+    if not all(os.access(place, os.W_OK) for place in places):
         raise UserError(f"{option} {given} cannot be written (permission denied); choose another place")
 
 
@@ -140,13 +184,21 @@ class Maybe:
     kind: Any
 
 
+@dataclass(frozen=True)
+class Each:
+    """An object with any names, whose values all have to be of `kind`."""
+
+    kind: Any
+
+
 def check_record(value: Any, kind: Any, where: str = "") -> None:
     """Compare a value read from JSON with what it has to be.
 
     Args:
         value: what was read.
         kind: a type (`str`, `bool`, `dict`, `list`); a `Number`; a dict of required entries, more of which may be there;
-            a list of one kind, for a list of any length of it; a `Maybe`; or a tuple of kinds, of which one has to fit.
+            an `Each`; a list of one kind, for a list of any length of it; a `Maybe`; or a tuple of kinds, of which one has
+            to fit.
         where: the name of the value, for the message.
 
     Raises:
@@ -176,6 +228,10 @@ def check_record(value: Any, kind: Any, where: str = "") -> None:
             if key not in value and not isinstance(inner, Maybe):
                 raise RecordError(f"{f'{where} has no' if where else 'there is no'} {key!r}")
             check_record(value.get(key), inner, f"{where}.{key}" if where else key)
+    elif isinstance(kind, Each):
+        check_record(value, dict, where)
+        for key, item in value.items():
+            check_record(item, kind.kind, f"{where}.{key}" if where else key)
     elif isinstance(kind, list):
         check_record(value, list, where)
         for index, item in enumerate(value):
@@ -213,6 +269,23 @@ def parse_record(text: str | bytes, kind: Any = dict) -> Any:
     return value
 
 
+def read_file(path: Path, largest: int | None = None) -> bytes:
+    """What a regular file holds; pipes and devices, at which a reader would wait, are refused.
+
+    Raises:
+        RecordError: it is missing, no file, cannot be read, or has more than `largest` bytes.
+    """
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise RecordError("it is no file")
+        if largest is not None and status.st_size > largest:
+            raise RecordError(f"it has {status.st_size} bytes")
+        return path.read_bytes()
+    except OSError as error:
+        raise RecordError(error.strerror or str(error)) from None
+
+
 def read_record(path: Path, kind: Any = dict, largest: int = 1 << 28) -> Any:
     """A JSON file, compared with `kind` (see `check_record`).
 
@@ -223,12 +296,4 @@ def read_record(path: Path, kind: Any = dict, largest: int = 1 << 28) -> Any:
         RecordError: it is missing, cannot be read, is no JSON, or holds something else. The caller, who knows what the
             file is for, says so to the person.
     """
-    try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise RecordError("it is no file")
-        if status.st_size > largest:
-            raise RecordError(f"it has {status.st_size} bytes")
-        return parse_record(path.read_bytes(), kind)
-    except OSError as error:
-        raise RecordError(error.strerror or str(error)) from None
+    return parse_record(read_file(path, largest), kind)
