@@ -4,7 +4,8 @@ Every finished run has the folder export/:
 
     net1/, net2/   config.json and model.safetensors: `timm.create_model("local-dir:export/net1", pretrained=True)`
                    loads them after `import coreg.nets`
-    coreg.json     class names, preprocessing, temperature, and how far the files' logits are from the trained networks'
+    coreg.json     class names, preprocessing, temperature, how far the files' logits are from the trained networks', and
+                   the SHA-256 of the files
     README.md      the model card
 
 and on demand programs of the whole ensemble in one file, which need neither timm nor this package:
@@ -22,7 +23,7 @@ from __future__ import annotations
 
 import copy
 import json
-import shutil
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,19 +32,18 @@ from typing import Any, Literal
 import numpy as np
 import timm
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
-import coreg.nets  # noqa: F401  registers the PreAct ResNets with timm
 from coreg.config import option, parse
 from coreg.data.decode import decode
 from coreg.data.images import ImageList
 from coreg.data.sources import open_images, require_readable
 from coreg.errors import UserError, exits_with_one_line
-from coreg.programs import write_program
+from coreg.exported import SCHEMA, SETTINGS, export_folder, files_of, load_export, write_settings
+from coreg.files import replacing_folder
+from coreg.programs import as_program
 from coreg.report.calibration import fit_to_labels
 
-SCHEMA = 1
 PROGRAMS = {"onnx": "model.onnx", "torch_export": "model.pt2"}
 # what a file's logits may differ from the trained networks', as a share of the largest logit: float32 sums in another order
 TOLERANCE = 1e-4
@@ -74,54 +74,48 @@ def export(
         What coreg.json holds.
 
     Raises:
-        UserError: they do not agree, within `TOLERANCE`.
+        UserError: they do not agree, within `TOLERANCE`, or the folder cannot be written.
     """
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    size = (settings["channels"], settings["image_size"], settings["image_size"])
-    for number, backbone in enumerate(backbones, start=1):
-        plain = timm.create_model(architecture, num_classes=len(settings["class_names"]), in_chans=size[0], **arguments)
-        # a copy in float32 on the CPU, whatever training used
-        plain.load_state_dict(
-            {
-                k: v.detach().cpu().float().contiguous() if v.is_floating_point() else v.cpu()
-                for k, v in backbone.state_dict().items()
-            }
-        )
-        plain.pretrained_cfg = dict(plain.pretrained_cfg) | {
-            "input_size": size,
-            "mean": tuple(settings["mean"]),
-            "std": tuple(settings["std"]),
-            "interpolation": "bilinear",
-            "crop_pct": 1.0,
-            "num_classes": len(settings["class_names"]),
-        }
-        timm.models.save_for_hf(
-            plain,
-            str(temporary / f"net{number}"),
-            model_config={"label_names": list(settings["class_names"])},
-            model_args={"in_chans": size[0]} | arguments,
-            safe_serialization=True,
-        )
     settings = {"schema": SCHEMA, "nets": len(backbones)} | settings
-    write_settings(temporary, settings)
-    check = check.cpu().float()
-    # the networks themselves, moved to where the files are read: a GPU's convolutions round to ten bits
-    trained = ensemble_logits([copy.deepcopy(net).cpu().float().eval() for net in backbones], check)
-    found = ensemble_logits(load_export(temporary)[0], check)
-    settings["agreement"] = {"timm": agreement(found, trained, "the exported folder")}
-    write_settings(temporary, settings)
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
+    with replacing_folder(folder, "free some space, then the same command goes on") as temporary:
+        for number, backbone in enumerate(backbones, start=1):
+            _save(temporary / f"net{number}", backbone, architecture, arguments, settings)
+        settings["files"] = files_of(temporary, len(backbones))
+        write_settings(temporary, settings)
+        check = check.cpu().float()
+        # the networks themselves, moved to where the files are read: a GPU's convolutions round to ten bits
+        trained = ensemble_logits([copy.deepcopy(net).cpu().float().eval() for net in backbones], check)
+        found = ensemble_logits(load_export(temporary)[0], check)
+        settings["agreement"] = {"timm": agreement(found, trained, "the exported folder")}
+        write_settings(temporary, settings)
     return settings
 
 
-def write_settings(folder: Path, settings: dict[str, Any]) -> None:
-    """Replace coreg.json as a whole."""
-    temporary = folder / ".coreg.json.tmp"
-    temporary.write_text(json.dumps(settings, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    temporary.replace(folder / "coreg.json")
+def _save(place: Path, backbone: nn.Module, architecture: str, arguments: dict[str, Any], settings: dict[str, Any]) -> None:
+    """One network as a folder that timm reads, in float32, whatever training used."""
+    names, channels, size = (settings[name] for name in ("class_names", "channels", "image_size"))
+    plain = timm.create_model(architecture, num_classes=len(names), in_chans=channels, **arguments)
+    plain.load_state_dict(
+        {
+            k: v.detach().cpu().float().contiguous() if v.is_floating_point() else v.cpu()
+            for k, v in backbone.state_dict().items()
+        }
+    )
+    plain.pretrained_cfg = dict(plain.pretrained_cfg) | {
+        "input_size": (channels, size, size),
+        "mean": tuple(settings["mean"]),
+        "std": tuple(settings["std"]),
+        "interpolation": "bilinear",
+        "crop_pct": 1.0,
+        "num_classes": len(names),
+    }
+    timm.models.save_for_hf(
+        plain,
+        str(place),
+        model_config={"label_names": list(names)},
+        model_args={"in_chans": channels} | arguments,
+        safe_serialization=True,
+    )
 
 
 def agreement(found: Tensor, trained: Tensor, what: str) -> dict[str, float | int]:
@@ -138,37 +132,6 @@ def agreement(found: Tensor, trained: Tensor, what: str) -> dict[str, float | in
             f"and {allowed:.2g} is allowed; it was not kept: try another --format, or another version of torch"
         )
     return {"images": len(trained), "largest_difference": difference, "allowed": allowed}
-
-
-def export_folder(path: str | Path) -> Path:
-    """The export folder of a run folder; any other path is taken as it is."""
-    return Path(path) / "export" if (Path(path) / "export").is_dir() else Path(path)
-
-
-def load_export(path: str | Path) -> tuple[list[nn.Module], dict[str, Any]]:
-    """The networks of an export (or of a run's) in evaluation mode on the CPU, and its settings.
-
-    Raises:
-        UserError: the folder is missing, is no export, or is damaged.
-    """
-    folder = export_folder(path)
-    try:
-        settings = json.loads((folder / "coreg.json").read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
-        raise UserError(
-            f"{folder} is no exported model; give the export folder of a finished run, such as runs/a/export"
-        ) from None
-    if settings.get("schema") != SCHEMA:
-        raise UserError(f"{folder} has export schema {settings.get('schema')}, this version reads {SCHEMA}; export it anew")
-    nets = []
-    for number in range(1, settings["nets"] + 1):
-        try:
-            nets.append(timm.create_model(f"local-dir:{folder / f'net{number}'}", pretrained=True).eval())
-        except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
-            raise UserError(
-                f"{folder / f'net{number}'} cannot be loaded ({str(error).splitlines()[0]}); export the run anew"
-            ) from None
-    return nets, settings
 
 
 @torch.no_grad()
@@ -267,28 +230,21 @@ def calibrate(nets: list[nn.Module], settings: dict[str, Any], labels: str) -> d
     return settings | fit_to_labels(logits, images.labels[rows], Path(labels).name)
 
 
-def export_program(folder: Path, kind: str, images: Tensor) -> Path:
-    """Write a program beside the networks and note in coreg.json how far its logits are from theirs; gives its path.
+def make_program(
+    nets: list[nn.Module], settings: dict[str, Any], kind: str, images: Tensor
+) -> tuple[bytes, dict[str, float | int]]:
+    """The content of a program file, and how far its logits on `images`, uint8 (n, c, H, W), are from the networks'.
 
     Raises:
-        UserError: it cannot be written, or differs by more than `TOLERANCE`; nothing is left then.
+        UserError: it cannot be made, or differs by more than `TOLERANCE`.
     """
-    nets, settings = load_export(folder)
     ensemble = Ensemble(nets, settings).eval()
-    path = folder / PROGRAMS[kind]
-    temporary = folder / f".tmp.{path.name}"
-    try:
-        read_back = write_program(ensemble, settings, kind, temporary)
-        with torch.no_grad():
-            trained = ensemble(images)[0]
-            # the first image alone as well: another number of images than the program was traced with
-            found = torch.cat([read_back(images[:1]), read_back(images)[1:]])
-        record = settings.get("agreement", {}) | {kind: agreement(found, trained, path.name)}
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    write_settings(folder, settings | {"agreement": record})
-    return path
+    content, run = as_program(ensemble, settings, kind)
+    with torch.no_grad():
+        trained = ensemble(images)[0]
+        # the first image alone as well: another number of images than the program was traced with
+        found = torch.cat([run(images[:1]), run(images)[1:]])
+    return content, agreement(found, trained, PROGRAMS[kind])
 
 
 def push_to_hub(folder: Path, name: str) -> str:
@@ -322,18 +278,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder = export_folder(config.run)
     nets, settings = load_export(folder)
     kinds = {config.format} - {None}
+    if (config.format or config.labels) and not os.access(folder, os.W_OK):
+        raise UserError(f"cannot write into {folder} (permission denied); copy it to a place of your own, and export that")
     if config.labels:
         settings = calibrate(nets, settings, config.labels)
-        write_settings(folder, settings)
         # programs carry the temperature inside
         kinds |= {kind for kind, file in PROGRAMS.items() if (folder / file).exists()}
-        print(f"{folder / 'coreg.json'}: temperature {settings['temperature']:.3f}, fitted to {config.labels}")
-    if kinds:
-        images = example_pixels(folder, config.images, settings)
-        for kind in sorted(kinds):
-            path = export_program(folder, kind, images)
-            noted = load_export(folder)[1]["agreement"][kind]
-            print(f"{path}: logits within {noted['largest_difference']:.1g} of the networks' on {noted['images']} images")
+    images, programs = example_pixels(folder, config.images, settings) if kinds else None, {}
+    for kind in sorted(kinds):
+        programs[PROGRAMS[kind]], record = make_program(nets, settings, kind, images)
+        settings = settings | {"agreement": settings.get("agreement", {}) | {kind: record}}
+    if config.labels or kinds:
+        write_settings(folder, settings, programs)
+    if config.labels:
+        print(f"{folder / SETTINGS}: temperature {settings['temperature']:.3f}, fitted to {config.labels}")
+    for kind in sorted(kinds):
+        record = settings["agreement"][kind]
+        within = f"logits within {record['largest_difference']:.1g} of the networks'"
+        print(f"{folder / PROGRAMS[kind]}: {within} on {record['images']} images")
     if config.push_to_hub:
         print(push_to_hub(folder, config.push_to_hub))
 

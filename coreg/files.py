@@ -50,12 +50,13 @@ def replacing(path: str | Path, remedy: str = "free some space or choose another
     """
     given, temporary = Path(path), None
     try:
-        target = Path(os.path.realpath(given))
-        if target.exists() and not stat.S_ISREG(target.stat().st_mode):
-            if target.is_dir():
+        # as given, and not where a link leads: /dev/stdout leads to a name that is no place
+        if given.exists() and not given.is_file():
+            if given.is_dir():
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-            yield target
+            yield given
             return
+        target = Path(os.path.realpath(given))
         # its own name is kept at the end: libraries go by the suffix
         temporary = target.with_name(f".tmp.{secrets.token_hex(8)}.{target.name[-100:]}")
         descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
@@ -146,12 +147,17 @@ def check_writable(path: str | Path, option: str) -> None:
         UserError: it is a folder, or lies where nothing can be written.
     """
     given = Path(path)
-    target = Path(os.path.realpath(given))
+    # where a link leads; /dev/stdout leads to a name that is no place
+    target = Path(os.path.realpath(given)) if given.is_file() or not given.exists() else given
     if target.is_dir():
         raise UserError(f"{option} {given} is a folder; give the name of a file, such as {given / 'output.csv'}")
     if not target.parent.is_dir():
         raise UserError(f"{option} {given}: there is no folder {target.parent}; make it, or choose another place")
-    if not os.access(target if target.exists() else target.parent, os.W_OK):
+    # a file is replaced by a new one in its folder, what is no file is written into
+    places = [target] if target.exists() else []
+    if target.is_file() or not places:
+        places.append(target.parent)
+    if not all(os.access(place, os.W_OK) for place in places):
         raise UserError(f"{option} {given} cannot be written (permission denied); choose another place")
 
 
@@ -265,6 +271,23 @@ def parse_record(text: str | bytes, kind: Any = dict) -> Any:
     return value
 
 
+def read_file(path: Path, largest: int | None = None) -> bytes:
+    """What a regular file holds; pipes and devices, at which a reader would wait, are refused.
+
+    Raises:
+        RecordError: it is missing, no file, cannot be read, or has more than `largest` bytes.
+    """
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise RecordError("it is no file")
+        if largest is not None and status.st_size > largest:
+            raise RecordError(f"it has {status.st_size} bytes")
+        return path.read_bytes()
+    except OSError as error:
+        raise RecordError(error.strerror or str(error)) from None
+
+
 def read_record(path: Path, kind: Any = dict, largest: int = 1 << 28) -> Any:
     """A JSON file, compared with `kind` (see `check_record`).
 
@@ -275,12 +298,4 @@ def read_record(path: Path, kind: Any = dict, largest: int = 1 << 28) -> Any:
         RecordError: it is missing, cannot be read, is no JSON, or holds something else. The caller, who knows what the
             file is for, says so to the person.
     """
-    try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise RecordError("it is no file")
-        if status.st_size > largest:
-            raise RecordError(f"it has {status.st_size} bytes")
-        return parse_record(path.read_bytes(), kind)
-    except OSError as error:
-        raise RecordError(error.strerror or str(error)) from None
+    return parse_record(read_file(path, largest), kind)

@@ -9,7 +9,6 @@ The probabilities are calibrated by the temperature that the export came with; i
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,9 +23,11 @@ from coreg.data.decode import SUFFIXES, decode, read_image
 from coreg.data.images import ImageList
 from coreg.data.sources import open_images
 from coreg.errors import UserError, exits_with_one_line
-from coreg.export import Ensemble, load_export
+from coreg.export import Ensemble
+from coreg.exported import ABOUT, REMEDY, load_export
+from coreg.files import RecordError, check_writable, read_file, replacing
 from coreg.plaintext import csv_rows, printable
-from coreg.programs import TOLD, open_onnx
+from coreg.programs import open_onnx
 from coreg.progress import seconds_between_lines
 
 # of unreadable images on the terminal; the CSV file has them all
@@ -70,11 +71,30 @@ class Classifier:
         Yields:
             Rows int64 (n,), calibrated probabilities float32 (n, C), and row -> reason of those that cannot be read,
             whose probabilities mean nothing.
+
+        Raises:
+            UserError: what the model gives are no probabilities.
         """
         for start in range(0, len(images), batch_size):
             rows, failed = np.arange(start, min(start + batch_size, len(images))), {}
             pixels = decode(images, rows, self.image_size, self.channels, workers, failed)
-            yield rows, self.run(pixels).numpy(), failed
+            yield rows, self._probabilities(pixels), failed
+
+    def _probabilities(self, pixels: Tensor) -> np.ndarray:
+        """Of uint8 images, checked: whatever the file holds, its answer is a distribution or an error."""
+        try:
+            found = self.run(pixels).numpy()
+        except Exception as error:  # of onnxruntime or PyTorch, on networks that do not fit their own settings
+            raise UserError(
+                f"the model cannot be run on images of {self.image_size}x{self.image_size} pixels "
+                f"({(str(error).strip() or type(error).__name__).splitlines()[0][:200]}); {REMEDY}"
+            ) from None
+        wanted = (len(pixels), len(self.class_names))
+        if found.shape != wanted:
+            raise UserError(f"the model gives {found.shape} probabilities where {wanted} were expected; {REMEDY}")
+        if not np.isfinite(found).all():
+            raise UserError(f"the model gives probabilities that are no numbers; {REMEDY}")
+        return found
 
 
 def load_classifier(path: str | Path) -> Classifier:
@@ -100,25 +120,20 @@ def load_classifier(path: str | Path) -> Classifier:
     def run(pixels: Tensor) -> Tensor:
         return ensemble(pixels.to(device))[1].cpu()
 
-    return Classifier(*(settings[name] for name in TOLD), run)
+    return Classifier(*(settings[name] for name in ABOUT), run)
 
 
 def _from_onnx(path: Path) -> Classifier:
     try:
-        model = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot read {path} ({error.strerror}); give a file that coreg-export wrote") from None
-    session = open_onnx(model, gpu=torch.cuda.is_available())
-    try:
-        told = json.loads(session.get_modelmeta().custom_metadata_map["coreg"])
-        names, size, channels = (told[name] for name in TOLD)
-    except (KeyError, TypeError, json.JSONDecodeError):
-        raise UserError(f"{path} has no class names inside; give a file that coreg-export wrote") from None
+        model = read_file(path)
+    except RecordError as error:
+        raise UserError(f"cannot read {path} ({error}); give a file that coreg-export wrote") from None
+    session, about = open_onnx(model, str(path), gpu=torch.cuda.is_available())
 
     def run(pixels: Tensor) -> Tensor:
         return torch.from_numpy(session.run(["probabilities"], {"images": pixels.numpy()})[0])
 
-    return Classifier(names, size, channels, run)
+    return Classifier(*(about[name] for name in ABOUT), run)
 
 
 def one_image(path: Path) -> ImageList:
@@ -135,8 +150,11 @@ def write_csv(classifier: Classifier, images: ImageList, config: PredictConfig, 
     """Predict all images into a CSV file, whole or not at all; gives row -> reason of the unreadable ones."""
     names = classifier.class_names
     k = min(config.top_k, len(names))
-    temporary, unreadable = output.with_name(f".{output.name}.tmp"), {}
-    with temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+    unreadable: dict[int, str] = {}
+    with (
+        replacing(output) as temporary,
+        temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
+    ):
         write = csv_rows(file, config.safe_csv)
         columns = ["label", "probability"]
         write(["path", *columns, *(f"{column}_{i}" for i in range(2, k + 1) for column in columns), "error"])
@@ -148,7 +166,6 @@ def write_csv(classifier: Classifier, images: ImageList, config: PredictConfig, 
                     named = [""] * 2 * k if row in failed else named
                     write([images.paths[row], *named, failed.get(row, "")])
                 bar.update(len(rows))
-    temporary.replace(output)
     return unreadable
 
 
@@ -173,8 +190,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if getattr(config, name) is None:
             raise UserError(f"--{name} is missing; write for example: coreg-predict --model runs/a/export --images new/")
     output = Path(config.output or "predictions.csv")
-    if not output.parent.is_dir():
-        raise UserError(f"the folder of --output {output} does not exist; create it or choose another file")
+    check_writable(output, "--output")
     classifier, path = load_classifier(config.model), Path(config.images)
     single = path.is_file() and path.suffix.lower() in SUFFIXES
     images = one_image(path) if single else open_images(config.images)

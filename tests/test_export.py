@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from runs import refused
 from scipy.optimize import minimize_scalar
 from sklearn.datasets import load_digits
 
@@ -17,7 +18,8 @@ import train_coreg
 from coreg import export as exporting
 from coreg import predict
 from coreg.errors import UserError
-from coreg.export import Ensemble, agreement, export_program, load_export
+from coreg.export import Ensemble, agreement
+from coreg.exported import load_export
 from coreg.report.calibration import fit_temperature, fit_to_agreement, fit_to_labels, negative_log_likelihood
 from coreg.report.card import escaped, model_card, public_name
 
@@ -97,19 +99,21 @@ def test_what_was_compared_is_on_record(run, programs):
     assert settings["temperature"] == json.loads((run / "report.json").read_text())["temperature"]
 
 
-def test_a_program_that_differs_is_refused_and_not_kept(run, tmp_path, monkeypatch):
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_program_that_differs_is_refused_and_not_kept(run, tmp_path, monkeypatch, capsys):
     folder = shutil.copytree(run / "export", tmp_path / "export", ignore=shutil.ignore_patterns("model.pt2"))
-    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    write = exporting.write_program
+    before, make = contents(folder), exporting.as_program
 
-    def wrong(ensemble, *more):
-        read_back = write(ensemble, *more)
-        return lambda images: read_back(images) + 0.01
+    def wrong(*arguments):
+        content, read_back = make(*arguments)
+        return content, lambda images: read_back(images) + 0.01
 
-    monkeypatch.setattr(exporting, "write_program", wrong)
-    with pytest.raises(UserError, match=r"differ by 0\.01 .* is allowed; it was not kept"):
-        export_program(folder, "torch_export", torch.zeros(2, 1, 16, 16, dtype=torch.uint8))
-    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    monkeypatch.setattr(exporting, "as_program", wrong)
+    error = refused(capsys, exporting.main, "--run", folder, "--format", "torch_export", "--images", "builtin:digits")
+    assert re.search(r"differ by 0\.01 .* is allowed; it was not kept", error) and contents(folder) == before
 
 
 def test_numbers_that_are_none_do_not_agree():

@@ -2,17 +2,31 @@
 
 import copy
 import json
+import os
+import re
 import time
 
 import huggingface_hub
 import pytest
 import timm
 import torch
+from runs import refused
 from safetensors.torch import save_file
 from torch import nn
 
+import train_coreg
 from coreg.errors import UserError
-from coreg.nets.model import CoRegNet, check_backbone, check_weights, create_backbone, evaluate_lone_values
+from coreg.export import export
+from coreg.exported import load_export
+from coreg.nets.model import (
+    CoRegNet,
+    check_backbone,
+    check_network,
+    check_weights,
+    create_backbone,
+    evaluate_lone_values,
+    trained_with,
+)
 from coreg.nets.preact import PreActBlock
 from coreg.run.job import other_pixels
 from coreg.settings import ImageConfig
@@ -53,6 +67,88 @@ def test_any_timm_model_can_be_the_backbone():
     net = CoRegNet(create_backbone("resnet18", 7, 3, {}, pretrained=False)).eval()
     images = torch.randn(2, 3, 64, 64)
     torch.testing.assert_close(net(images)[0], net.backbone(images))
+
+
+def two_heads(net, features):
+    """deit's distilled ones: the logits are the mean of a head on the class token and one on the distillation token."""
+    return (net.head(features[:, 0]) + net.head_dist(features[:, 1])) / 2
+
+
+def convolution(net, features):
+    """dpn's head is a 1x1 convolution of the pooled map."""
+    return net.classifier(features.mean(dim=(2, 3), keepdim=True)).flatten(1)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "by_hand"),
+    [
+        ("deit_tiny_distilled_patch16_224", {"img_size": 32, "depth": 1, "embed_dim": 24}, two_heads),
+        ("dpn48b", {}, convolution),
+    ],
+)
+def test_heads_of_any_kind_are_trained_and_exported_as_they_are(tmp_path, name, arguments, by_hand):
+    torch.manual_seed(0)
+    check_network(name, 3, 32, 3, arguments)
+    net = CoRegNet(create_backbone(name, 3, 3, arguments, pretrained=False), dim=8)
+    images = torch.randn(2, 3, 32, 32)
+    logits, q = net.train()(images)
+    logits.logsumexp(1).sum().backward()  # every head gets a gradient
+    assert q.shape == (2, 8) and all(p.grad is not None for n, p in net.backbone.named_parameters() if "head" in n)
+    net.eval()
+    with torch.no_grad():
+        wanted = by_hand(net.backbone, net.backbone.forward_features(images))
+        torch.testing.assert_close(net(images)[0], wanted)
+        settings = {"class_names": ["a", "b", "c"], "image_size": 32, "channels": 3, "mean": [0.5] * 3, "std": [0.5] * 3}
+        export(tmp_path / "export", [net.backbone], name, arguments, images, **settings)
+        torch.testing.assert_close(load_export(tmp_path / "export")[0][0](images), wanted)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "arguments", "problem", "fits"),
+    [
+        (
+            "vit_tiny_patch16_224",
+            32,
+            {"depth": 1},
+            "224",
+            r"fits: --image_size 224 or .*'{\"depth\": 1, \"img_size\": 32}'$",
+        ),
+        ("vit_tiny_patch16_224", 32, {"depth": 1, "img_size": 48}, "48", "fits: --backbone_args '{.*\"img_size\": 32}'$"),
+        ("inception_v3", 299, {"aux_logits": True}, "more or other than 4 logits", "what fits: no --backbone_args$"),
+        ("inception_v3", 16, {}, ".", "what fits: --image_size 299$"),
+        ("resnet18", 32, {"global_pool": ""}, ".", "what fits: no --backbone_args$"),
+        ("resnet18", 32, {"blocks": 3}, "blocks", "resnet18 does not take these --backbone_args"),
+        ("test_vit", 32, {"img_size": "big"}, "could not be loaded|does not take", "--backbone_args"),
+    ],
+)
+def test_a_network_that_does_not_fit_is_named_with_what_fits(name, size, arguments, problem, fits):
+    with pytest.raises(UserError, match=fits) as refused:
+        check_network(name, 4, size, 3, arguments)
+    assert re.search(problem, str(refused.value)) and "\n" not in str(refused.value)
+
+
+def test_the_check_leaves_random_draws_alone():
+    torch.manual_seed(3)
+    wanted = torch.rand(3)
+    torch.manual_seed(3)
+    check_network("test_resnet", 4, 32, 1, {})
+    assert torch.equal(torch.rand(3), wanted)
+
+
+def test_a_local_folder_with_a_pipe_for_weights_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    os.mkfifo(tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="is no file"):
+        create_backbone(f"local-dir:{tmp_path}", 3, 3, {}, pretrained=False)
+
+
+@pytest.mark.parametrize("content", ["", "[" * 100_000, '{"architecture": 3}', '{"architecture": "resnet18"}', "\xff"])
+def test_a_damaged_local_folder_is_one_line(tmp_path, content):
+    (tmp_path / "config.json").write_bytes(content.encode("latin-1"))
+    (tmp_path / "model.safetensors").write_bytes(b"x")
+    assert trained_with(f"local-dir:{tmp_path}") is None
+    with pytest.raises(UserError, match=r"^backbone local-dir:.* could not be loaded .*; check the folder$"):
+        check_network(f"local-dir:{tmp_path}", 3, 32, 3, {})
 
 
 @pytest.mark.parametrize(
@@ -125,3 +221,10 @@ def test_one_value_a_channel_is_normalised_as_in_evaluation():
     # a map of several pixels has a variance
     wide = torch.randn(1, 3, 4, 4)
     assert torch.equal(made[0](wide), plain.train()[0](wide))
+
+
+def test_a_network_that_does_not_fit_leaves_no_run_folder(small_store, tmp_path, capsys):
+    words = ["--annotations", small_store, "--output_dir", tmp_path / "run", "--recipe", "digits", "--channels", "3"]
+    words += ["--image_size", "32", "--backbone", "vit_tiny_patch16_224", "--backbone_args"]
+    error = refused(capsys, train_coreg.main, *words, '{"depth": 1}')
+    assert "--image_size 224" in error and not (tmp_path / "run" / "job.json").exists()

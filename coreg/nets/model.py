@@ -10,12 +10,14 @@ from typing import Any
 import huggingface_hub
 import timm
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from coreg.errors import UserError
+from coreg.files import Number, RecordError, check_record, read_record
 from coreg.hub import cache_only, hub_answers
+
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
 def parse_backbone_args(text: str) -> dict[str, Any]:
@@ -46,6 +48,9 @@ def check_backbone(name: str, arguments: str = "{}") -> None:
         folder = Path(name.removeprefix("local-dir:"))
         if not (folder / "config.json").is_file():
             raise UserError(f"backbone {name}: {folder} holds no config.json; give a folder that timm's save_for_hf wrote")
+        for path in (folder / file for file in WEIGHT_FILES):
+            if path.exists() and not path.is_file():  # a pipe would be waited for
+                raise UserError(f"backbone {name}: {path} is no file; give a folder that timm's save_for_hf wrote")
     elif not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=1)
         hint = f", did you mean {near[0]}?" if near else ""
@@ -75,23 +80,36 @@ def _needs_the_hub(name: str) -> bool:
     config = timm.get_pretrained_cfg(name)
     if config is None or not config.has_weights:
         raise UserError(f"backbone {name} has no pretrained weights; train from scratch with --pretrained false")
-    files = ("model.safetensors", "pytorch_model.bin")
     return bool(config.hf_hub_id) and not any(
-        isinstance(huggingface_hub.try_to_load_from_cache(config.hf_hub_id, file), str) for file in files
+        isinstance(huggingface_hub.try_to_load_from_cache(config.hf_hub_id, file), str) for file in WEIGHT_FILES
     )
+
+
+def _made_for(name: str) -> dict[str, Any]:
+    """What a timm model's or folder's weights were trained with, by timm's names; nothing where the folder is damaged."""
+    if name.startswith("local-dir:"):
+        try:
+            config = read_record(Path(name.removeprefix("local-dir:")) / "config.json")
+        except RecordError:
+            return {}  # `create_backbone` says what is wrong with the folder
+        config = config.get("pretrained_cfg", config)
+    else:
+        config = timm.get_pretrained_cfg(name, allow_unregistered=True).to_dict()
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in config.items()} if isinstance(config, dict) else {}
 
 
 def trained_with(name: str) -> tuple[list[float], list[float]] | None:
     """Mean and deviation of the pixels, in 0..1, that a timm model's or folder's weights were trained with, if it tells."""
-    if name.startswith("local-dir:"):
-        try:
-            config = json.loads((Path(name.removeprefix("local-dir:")) / "config.json").read_text(encoding="utf-8"))
-            told = config.get("pretrained_cfg", config)
-        except (ValueError, AttributeError):
-            return None  # `create_backbone` says what is wrong with the folder
-    else:
-        told = timm.get_pretrained_cfg(name, allow_unregistered=True).to_dict()
-    return (list(told["mean"]), list(told["std"])) if {"mean", "std"} <= told.keys() else None
+    config, numbers = _made_for(name), [Number(whole=False)]
+    try:
+        check_record(config, {"mean": numbers, "std": numbers})
+    except RecordError:
+        return None
+    return (config["mean"], config["std"]) if len(config["mean"]) == len(config["std"]) else None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def create_backbone(name: str, n_classes: int, channels: int, arguments: dict[str, Any], pretrained: bool) -> nn.Module:
@@ -108,12 +126,16 @@ def create_backbone(name: str, n_classes: int, channels: int, arguments: dict[st
             return timm.create_model(
                 name, pretrained=pretrained or local, num_classes=n_classes, in_chans=channels, **arguments
             )
+    except UserError:
+        raise
     except TypeError as error:
-        raise UserError(f"backbone {name} does not take these --backbone_args: {error}") from None
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        first_line = str(error).splitlines()[0]
-        way_out = "check the folder" if local else "check the network, or train from scratch with --pretrained false"
-        raise UserError(f"backbone {name} could not be loaded ({first_line}); {way_out}") from None
+        raise UserError(f"backbone {name} does not take these --backbone_args: {_first_line(error)}") from None
+    except Exception as error:  # of whatever kind the architecture's own code raises
+        way_out = "choose other --backbone_args or another --backbone"
+        if local or pretrained:
+            network = "check the network, or train from scratch with --pretrained false"
+            way_out = "check the folder" if local else network
+        raise UserError(f"backbone {name} could not be loaded ({_first_line(error)}); {way_out}") from None
 
 
 def evaluate_lone_values(net: nn.Module) -> None:
@@ -139,9 +161,10 @@ def _after_lone_value(module: nn.Module, inputs: tuple[Tensor, ...], output: Ten
 
 
 class CoRegNet(nn.Module):
-    """Backbone, linear classifier and projector: images (n, c, H, W) to logits (n, C) and unit features q (n, dim).
+    """Backbone, classifier and projector: images (n, c, H, W) to logits (n, C) and unit features q (n, dim).
 
-    The projector is Linear(h, h), ReLU, Linear(h, dim), then L2 normalisation, on the pooled features h.
+    The projector is Linear(h, h), ReLU, Linear(h, dim), then L2 normalisation, on the pooled features h. The logits are
+    those of the backbone's own `forward`, which is what an export computes.
     """
 
     def __init__(self, backbone: nn.Module, dim: int = 128) -> None:
@@ -149,13 +172,88 @@ class CoRegNet(nn.Module):
         self.backbone = backbone
         width = backbone.head_hidden_size
         self.projector = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, dim))
+        # two heads whose logits are averaged, or a head that is a convolution, are no function of h alone
+        self.linear_head = isinstance(backbone.get_classifier(), nn.Linear)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        h = self.backbone.forward_head(self.backbone.forward_features(images), pre_logits=True)
+        features = self.backbone.forward_features(images)
+        h = self.backbone.forward_head(features, pre_logits=True)
+        if self.linear_head:
+            logits = self.backbone.get_classifier()(h)
+        else:
+            logits, h = self.backbone.forward_head(features), h.flatten(1)
         # normalised in float32 or wider, whatever the autocast: contrast divides by small temperatures
         q = self.projector(h)
-        return self.backbone.get_classifier()(h), F.normalize(q if q.dtype == torch.float64 else q.float(), dim=-1)
+        return logits, F.normalize(q if q.dtype == torch.float64 else q.float(), dim=-1)
 
     def logits(self, images: Tensor) -> Tensor:
         """(n, C) without the projector."""
         return self.backbone(images)
+
+
+# ---- does it fit? ---------------------------------------------------------------------------------------------------
+
+
+def check_network(name: str, n_classes: int, size: int, channels: int, arguments: dict[str, Any]) -> None:
+    """Pass images through a network as training and an export will, before any work is done for it.
+
+    Args:
+        name, n_classes, channels, arguments: as for `create_backbone`. size: side of the images in pixels.
+
+    Raises:
+        UserError: they do not pass, or the logits that are trained are not those that an export gives. The message names
+            what fits instead.
+    """
+    with torch.random.fork_rng(devices=[]):
+        problem = _problem(name, n_classes, size, channels, arguments)
+        if problem is None:
+            return
+        fitting = []
+        own, resized = _own_size(name), arguments | {"img_size": size}
+        if own not in (None, size) and _fits(name, n_classes, own, channels, arguments):
+            fitting.append(f"--image_size {own}")
+        if resized != arguments and _fits(name, n_classes, size, channels, resized):
+            fitting.append(f"--backbone_args '{json.dumps(resized)}'")
+        if arguments and _fits(name, n_classes, size, channels, {}):
+            fitting.append("no --backbone_args")
+    advice = f"what fits: {' or '.join(fitting)}" if fitting else "choose another one, such as resnet18 or convnext_atto"
+    raise UserError(f"backbone {name} cannot be trained on images of {size}x{size} pixels ({problem}); {advice}")
+
+
+def _fits(name: str, n_classes: int, size: int, channels: int, arguments: dict[str, Any]) -> bool:
+    try:
+        return _problem(name, n_classes, size, channels, arguments) is None
+    except UserError:
+        return False
+
+
+def _own_size(name: str) -> int | None:
+    """The side of the images that a timm model or folder was made for."""
+    config = _made_for(name)
+    try:
+        check_record(config, {"input_size": [Number(1, 8192)]})
+    except RecordError:
+        return None
+    return config["input_size"][-1]
+
+
+@torch.no_grad()
+def _problem(name: str, n_classes: int, size: int, channels: int, arguments: dict[str, Any]) -> str | None:
+    """Why a network cannot be trained on such images, in a few words."""
+    backbone = create_backbone(name, n_classes, channels, arguments, pretrained=False)
+    if not hasattr(backbone, "head_hidden_size") or not hasattr(backbone, "get_classifier"):
+        return "it has no pooled features"
+    # no constant: of zeros, a fresh network may make zeros on whatever way
+    images = torch.randn(2, channels, size, size, generator=torch.Generator().manual_seed(0))
+    try:
+        net = CoRegNet(backbone).eval()
+        exported = net.logits(images[:1])
+        if not isinstance(exported, Tensor) or exported.shape != (1, n_classes):
+            return f"it gives more or other than {n_classes} logits"
+        trained = net(images[:1])[0]
+        if not torch.allclose(trained, exported, rtol=1e-3, atol=1e-4):
+            return "its logits do not come from its head on pooled features"
+        net.train()(images)
+    except Exception as error:  # of whatever kind the architecture's own code raises
+        return _first_line(error)
+    return None

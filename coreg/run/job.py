@@ -21,7 +21,7 @@ from coreg.annotate.store import AnnotationStore
 from coreg.config import as_settings, as_yaml, check_bounds
 from coreg.errors import UserError
 from coreg.files import RecordError, write_atomically
-from coreg.nets.model import check_backbone, check_weights, trained_with
+from coreg.nets.model import check_backbone, check_network, check_weights, parse_backbone_args, trained_with
 from coreg.progress import seconds_between_lines
 from coreg.report.board import silent_thread, writing_curves
 from coreg.report.record import TRAINED, read_report
@@ -248,6 +248,12 @@ def open_run(
             return
         if look is not None and look.pretrained:
             check_weights(look.backbone)
+        if look is not None:
+            arguments = parse_backbone_args(look.backbone_args)
+            size, n_classes = look.image_size, len(store.class_names)
+            main_process_decides(
+                accelerator, lambda: check_network(look.backbone, n_classes, size, look.channels, arguments)
+            )
         if look is not None and (advice := other_pixels(look)):
             accelerator.print(advice)
         command = shlex.join([script, *argv])
