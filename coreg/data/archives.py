@@ -15,8 +15,9 @@ import numpy as np
 from PIL import Image
 
 from coreg.data.decode import SUFFIXES, UnreadableImage, decode_image
-from coreg.data.images import TEST, TRAIN, ImageList, Paths, folder_labels, lookup, translated
+from coreg.data.images import TEST, TRAIN, ImageList, Paths, absolute_path, folder_labels, lookup, translated
 from coreg.errors import UserError
+from coreg.files import inside
 
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
@@ -67,7 +68,7 @@ def tar_shards(spec: str, class_names: Sequence[str] | None) -> ImageList:
     Raises:
         UserError: an archive is compressed, damaged or holds no image.
     """
-    root = Path(spec).resolve()
+    root = absolute_path(spec)
     if root.name.lower().endswith(COMPRESSED):
         raise UserError(f"{spec} is compressed, so single images cannot be read from it; unpack it, or make a plain .tar")
     files = [root / name for name in _shards(root)] if root.is_dir() else [root]
@@ -76,7 +77,7 @@ def tar_shards(spec: str, class_names: Sequence[str] | None) -> ImageList:
     for number, file in enumerate(files):
         prefix = f"{file.name}/" if root.is_dir() else ""
         for member, content in _index(file):
-            name = posixpath.normpath(member.name).lstrip("/")
+            name = inside(member.name)
             suffix = posixpath.splitext(name)[1].lower()
             if suffix == ".cls":
                 written[prefix + posixpath.splitext(name)[0]] = content
@@ -171,7 +172,7 @@ def datasets_folder(spec: str, class_names: Sequence[str] | None) -> ImageList:
         raise UserError(
             f"{spec} was saved by Hugging Face datasets, which is not installed: pip install datasets"
         ) from None
-    root = Path(spec).resolve()
+    root = absolute_path(spec)
     try:
         loaded = datasets.load_from_disk(str(root))
     except Exception as error:  # pyarrow and datasets let many kinds of errors through

@@ -15,7 +15,7 @@ from PIL import Image
 
 from coreg.data.archives import datasets_folder, is_datasets_folder, is_tar, tar_shards
 from coreg.data.decode import SUFFIXES, UnreadableImage, read_image
-from coreg.data.images import SPLITS, ImageList, Paths, folder_labels, lookup, translated
+from coreg.data.images import SPLITS, ImageList, Paths, absolute_path, folder_labels, lookup, translated
 from coreg.data.joined import PREFIX, joined_images
 from coreg.data.torchvision_sets import TORCHVISION, torchvision_set
 from coreg.errors import UserError
@@ -128,7 +128,7 @@ def _is_folder(entry: os.DirEntry) -> bool:
 
 
 def _folder(spec: str, class_names: Sequence[str] | None) -> ImageList:
-    root = Path(spec).resolve()
+    root = absolute_path(spec)
     paths = Paths(_walk(root))
     if not len(paths):
         raise UserError(f"no image below {spec}; put files such as .jpg or .png there, or give another folder")
@@ -137,7 +137,7 @@ def _folder(spec: str, class_names: Sequence[str] | None) -> ImageList:
 
 
 def _csv(spec: str, class_names: Sequence[str] | None) -> ImageList:
-    path = Path(spec).resolve()
+    path = absolute_path(spec)
     found: dict[str, tuple[int, int]] = {}
     find = lookup(class_names) if class_names is not None else lambda name: -1
     try:
