@@ -30,6 +30,8 @@ NOT_THE_METHOD = (
     "seed",
     "dataset",
     "annotations",
+    "images",
+    "data_root",
     "output_dir",
     "labels",
     "workers",
