@@ -100,7 +100,7 @@ class ExportConfig:
     safe_csv: bool = option(False, SAFE_CSV)
 
 
-def export(folder: str, config: ExportConfig, place: PlaceConfig) -> str:
+def export(folder: str, config: ExportConfig, place: PlaceConfig | None = None) -> str:
     """Write candidate sets and probabilities in a form that other programs read; returns what was done.
 
     Raises:
@@ -113,6 +113,7 @@ def export(folder: str, config: ExportConfig, place: PlaceConfig) -> str:
         raise UserError(f"{target} is there already; give another --output")
     if target.suffix:
         check_writable(target, "--output")
+    place = place or PlaceConfig()
     store = AnnotationStore.open(folder).at(place.images, place.data_root)
     if target.suffix == ".csv":
         _to_csv(store, target, config.candidates, config.safe_csv)
