@@ -53,13 +53,13 @@ import coreg
 from coreg.annotate.annotators import Annotator, load_annotator
 from coreg.annotate.chat import CHAT_TEMPLATES
 from coreg.annotate.claims import BlockQueue
-from coreg.annotate.health import notes_of, write_report
+from coreg.annotate.health import REPORTS, notes_of, write_report
 from coreg.annotate.models import ModelSpec, resolve
 from coreg.annotate.prompts import TEMPLATES, read_class_names, read_templates
-from coreg.annotate.store import AnnotationStore, StoreWriter, make_manifest, refuse_other_job
+from coreg.annotate.store import AnnotationStore, StoreWriter, continued, make_manifest
 from coreg.annotate.summary import summary
 from coreg.annotate.work import POLL_SECONDS, Progress, annotate_images, rescore_features, work
-from coreg.data.images import ImageList, list_hash, translated
+from coreg.data.images import ImageList, absolute_path, list_hash, translated
 from coreg.data.sources import open_images, require_readable
 from coreg.demo.annotator import demo_templates
 from coreg.plaintext import printable
@@ -71,7 +71,7 @@ class Job:
     """What the main process found out before anything was written.
 
     Attributes:
-        manifest: the store's manifest, but for what only the loaded model can tell.
+        manifest: the store's manifest; of a new store, but for what only the loaded model can tell.
         model: the annotator's model.
         finished: whether the store is there and whole.
     """
@@ -104,7 +104,10 @@ def annotate(config: AnnotateConfig, accelerator: Accelerator | None = None) -> 
     job: Job = main_process_decides(accelerator, lambda: look(config, opened))
     if job.finished:
         accelerator.print(f"{root} holds these annotations already: nothing to do")
-        return AnnotationStore.open(root)
+        store = AnnotationStore.open(root)
+        if accelerator.is_main_process and not all((root / name).exists() for name in REPORTS):
+            write_report(store, None if config.rescore else opened[0])  # a disk was full, perhaps
+        return store
     manifest = job.manifest
     if not opened and not config.rescore:
         opened.append(open_images(config.images, manifest["class_names"], config.data_root))
@@ -193,10 +196,9 @@ def look_at_images(config: AnnotateConfig, opened: list[ImageList]) -> Job:
     identity = {"spec": model.spec, "weights": model.weights, "precision": config.precision}
     if model.kind == "chat":
         identity["mode"] = config.chat_mode
-    data_root = str(Path(config.data_root).resolve())
-    aside = {"data_root": data_root, "notes": images.notes}
+    aside = {"data_root": str(absolute_path(config.data_root)), "notes": images.notes}
     manifest = make_manifest(images, class_names, templates, identity, config.block_size, **aside)
-    finished = is_finished(config, manifest, images)
+    manifest, finished = look_at_folder(config, manifest, images)
     if not finished:
         require_readable(images)
     return Job(manifest, model, finished)
@@ -221,7 +223,8 @@ def look_at_store(config: AnnotateConfig, opened: list[ImageList]) -> Job:
     opened.append(images)
     told = {key: store.manifest[key] for key in ("model", "block_size", "data_root")} | {"notes": notes_of(store.manifest)}
     manifest = make_manifest(images, class_names, templates, **told)
-    return Job(manifest, model, is_finished(config, manifest, images))
+    manifest, finished = look_at_folder(config, manifest, images)
+    return Job(manifest, model, finished)
 
 
 def annotate_digits(folder: Path, accelerator: Accelerator) -> AnnotationStore:
@@ -229,21 +232,22 @@ def annotate_digits(folder: Path, accelerator: Accelerator) -> AnnotationStore:
     return annotate(AnnotateConfig(output_dir=str(folder)), accelerator)
 
 
-def is_finished(config: AnnotateConfig, manifest: dict[str, Any], images: ImageList) -> bool:
-    """Whether --output_dir holds this very job, finished and whole.
+def look_at_folder(config: AnnotateConfig, manifest: dict[str, Any], images: ImageList) -> tuple[dict[str, Any], bool]:
+    """The manifest to go on with, and whether --output_dir holds this very job, finished and whole.
 
     Raises:
         UserError: it holds something else.
     """
     root = Path(config.output_dir)
-    refuse_other_job(root, manifest)
-    if (root / "manifest.json").exists():
-        StoreWriter(root, manifest).begin(images)  # labels may have come since
+    manifest = continued(root, manifest)
+    if "features" not in manifest:  # a new store, or one whose manifest.json is damaged
+        return manifest, False
+    StoreWriter(root, manifest).begin(images)  # labels, or the images in another place, may have come since
     try:
         AnnotationStore.open(root)
-        return True
-    except UserError:  # not there, unfinished or damaged: what is missing will be made
-        return False
+        return manifest, True
+    except UserError:  # unfinished or damaged: what is missing will be made
+        return manifest, False
 
 
 def default_templates(model: ModelSpec) -> Sequence[str]:

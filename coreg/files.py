@@ -6,9 +6,13 @@ import contextlib
 import errno
 import json
 import os
+import platform
+import posixpath
+import re
 import secrets
 import shutil
 import stat
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,6 +163,116 @@ def check_writable(path: str | Path, option: str) -> None:
         places.append(target.parent)
     if not all(os.access(place, os.W_OK) for place in places):
         raise UserError(f"{option} {given} cannot be written (permission denied); choose another place")
+
+
+# ---- folders --------------------------------------------------------------------------------------------------------
+
+ABANDONED_SECONDS = 86_400.0  # a hidden folder of another machine that nobody has written into for so long
+
+
+def this_machine() -> str:
+    """A name for the set of processes that see each other: the host, and the container where there is one."""
+    try:
+        namespace = f"-{Path('/proc/self/ns/pid').stat().st_ino}"
+    except OSError:
+        namespace = ""
+    return f"{platform.node()}{namespace}".replace("/", "_")
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process of this machine is there."""
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:  # it belongs to somebody else
+        return True
+    return True
+
+
+@contextlib.contextmanager
+def making_folder(path: str | Path, remedy: str = "free some space or choose another place") -> Iterator[Path]:
+    """A new hidden folder beside `path` to fill, which becomes `path`, all at once, when the block ends well.
+
+    Of several processes that make the same folder at the same time, one has it and the others get the error.
+
+    Args:
+        path: the folder to make; an empty one may be there.
+        remedy: as for `replacing`.
+
+    Raises:
+        UserError: it cannot be made or filled, or is there already; nothing is left behind.
+    """
+    given, temporary = Path(path), None
+    try:
+        target = Path(os.path.realpath(given))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(target)
+        owner = f"{this_machine()}.{os.getpid()}.{secrets.token_hex(8)}"
+        temporary = target.with_name(f".tmp.{owner}.{target.name[-100:]}")
+        temporary.mkdir()
+        yield temporary
+        temporary.rename(target)
+    except BaseException as error:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, UserError):
+            raise UserError(str(error).replace(str(temporary), str(given))) from None
+        reason = reason_of(error) if isinstance(error, Exception) else None
+        if reason is None:
+            raise
+        raise UserError(f"cannot write {given} ({reason}); {remedy}") from None
+
+
+def _remove_abandoned(target: Path) -> None:
+    """Remove what processes that were killed left beside `target`, and nothing of those that live."""
+    pattern = re.compile(rf"\.tmp\.(.+)\.(\d+)\.[0-9a-f]{{16}}\.{re.escape(target.name[-100:])}")
+    for entry in os.scandir(target.parent):
+        owner = pattern.fullmatch(entry.name)
+        if owner is None:
+            continue
+        with contextlib.suppress(OSError):  # removed by another process at this moment
+            ended = owner[1] == this_machine() and not is_running(int(owner[2]))
+            if ended or time.time() - entry.stat(follow_symlinks=False).st_mtime > ABANDONED_SECONDS:
+                shutil.rmtree(entry.path, ignore_errors=True)
+
+
+# ---- names from outside ---------------------------------------------------------------------------------------------
+
+_DEVICES = re.compile(
+    r"(con|prn|aux|nul|com\d|lpt\d) *(\..*)?", re.IGNORECASE
+)  # files of these names are devices of Windows
+
+
+def inside(name: str) -> str:
+    """A posix path from an archive or a list as it lies in whatever folder it is put: `..` leads nowhere above that."""
+    return posixpath.normpath(f"/{name}").lstrip("/")
+
+
+def file_name(text: str) -> str:
+    """`text` as the name of one file or folder: no separator of any system, no NUL, no `..`, no device."""
+    name = re.sub(r"[/\\\0]", "_", text)
+    return f"_{name}" if not name.strip(" .") or _DEVICES.fullmatch(name) else name
+
+
+def place_below(root: Path, name: str) -> Path:
+    """The file `name` below the folder `root`, whatever a stranger wrote for a name; its folders are made.
+
+    Raises:
+        UserError: something is there already, or a link or a file is in the place of one of its folders.
+    """
+    *folders, last = [file_name(part) for part in inside(name).split("/")]
+    place = root
+    for folder in folders:
+        place = place / folder
+        with contextlib.suppress(FileExistsError):
+            place.mkdir()
+        if place.is_symlink() or not place.is_dir():
+            raise UserError(f"{name!r} cannot be written: {place} is no folder; choose another output")
+    place = place / last
+    if os.path.lexists(place):
+        raise UserError(f"{name!r} cannot be written: {place} is there already; choose another output")
+    return place
 
 
 # ---- reading --------------------------------------------------------------------------------------------------------

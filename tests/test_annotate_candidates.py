@@ -131,3 +131,15 @@ def test_statistics_by_hand():
     assert zero_shot_accuracy(evidence) == {"train": 1 / 4}
     evidence.labels = None
     assert zero_shot_accuracy(evidence) is None
+
+
+@pytest.mark.parametrize("rule", [*RULES, "cumulative:1e-12", "ratio:1e-12", "prob:1e-12"])
+def test_odd_probabilities_never_give_an_empty_set(rule):
+    """Uniform, one-hot, zero and NaN rows; where the probabilities say nothing and decide, every class may be the one."""
+    rows = [[0.25] * 4, [1, 0, 0, 0], [6e-8] * 4, [0] * 4, [np.nan] * 4]
+    candidates = candidate_sets(Evidence([[0, 1]] * 5, rows), rule)
+    assert candidates.any(axis=1).all()
+    if rule.startswith(("ratio", "cumulative")):
+        assert candidates[3:].all()
+    if rule == "cumulative:1e-12":
+        assert candidates[:3].tolist() == [[True, False, False, False]] * 3

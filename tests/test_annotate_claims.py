@@ -135,3 +135,17 @@ def test_a_folder_that_cannot_be_written_is_told_in_one_line(store):
     with pytest.raises(UserError) as raised, BlockQueue(root, files):
         pass
     assert "cannot write into" in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_claims_that_nobody_wrote_hold_nobody_up(store, monkeypatch):
+    root, files = store
+    (root / "claims").mkdir()
+    old = time.time() - 10_000
+    for index, content in enumerate((b"\xff\xfe", b"\0", b"../../../etc/passwd", b"x" * 10_000, b"")):
+        (root / "claims" / f"{index:05d}.claim").write_bytes(content)
+        os.utime(root / "claims" / f"{index:05d}.claim", (old, old))
+    with BlockQueue(root, files) as queue:
+        assert [queue.claim() for _ in range(7)] == [0, 1, 2, 3, 4, 5, None]
+    (root / "claims" / "00000.claim").mkdir()  # nobody would ever let go of it
+    with BlockQueue(root, files) as queue, pytest.raises(UserError, match="is no file; remove it"):
+        queue.claim()

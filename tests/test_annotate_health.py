@@ -11,8 +11,9 @@ import pytest
 from PIL import Image
 
 from coreg.annotate.candidates import candidate_sets, partial_accuracy, zero_shot_accuracy
-from coreg.annotate.health import examine, main, write_report
+from coreg.annotate.health import examine, write_report
 from coreg.annotate.store import AnnotationStore, StoreWriter, make_manifest
+from coreg.annotate.tools import main
 from coreg.data.images import ImageList, Paths
 
 NAMES = ["cat", "dog", "cow"]
@@ -215,11 +216,11 @@ def test_the_text_says_the_same(evil):
 
 def test_the_command_writes_and_prints_it(evil, capsys):
     store, _ = evil
-    main([str(store.root)])
+    main(["health", str(store.root)])
     output = capsys.readouterr()
     assert "report.html" in output.out and "candidates  images" in output.out
     assert "note: without pictures: " in output.err  # the folder of this store does not exist
-    for words, argv in [("write: python -m coreg.annotate.health DIR", []), ("does not exist", ["/nowhere/at/all"])]:
+    for words, argv in [("not 0", ["health"]), ("does not exist", ["health", "/nowhere/at/all"])]:
         with pytest.raises(SystemExit) as raised:
             main(argv)
         assert raised.value.code == 2 and words in capsys.readouterr().err

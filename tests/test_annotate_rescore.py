@@ -1,6 +1,5 @@
 """`--rescore`: other class names and templates from the features of a store give what annotating anew would give."""
 
-import json
 import shutil
 
 import numpy as np
@@ -9,7 +8,7 @@ from PIL import Image
 from test_annotate_annotators import save_tiny_clip
 
 from annotate_vlm import main
-from coreg.annotate.store import AnnotationStore
+from coreg.annotate.store import AnnotationStore, StoreWriter
 
 NAMES = ["red thing", "green thing", "blue thing"]
 OTHERS = ["Green_thing", "stone", "red thing", "cloud"]
@@ -90,10 +89,14 @@ def test_stores_that_cannot_be_judged_again_are_told_in_one_line(place, capsys):
     assert "does not exist" in refused(capsys, place, "--rescore", str(place / "nowhere"))
     annotated(place, "ann", "names")
     capsys.readouterr()
-    told = json.loads((place / "ann" / "manifest.json").read_text())
-    (place / "ann" / "manifest.json").write_text(json.dumps(told | {"features": None}))
-    assert "keeps no features" in refused(capsys, place, "--rescore", str(place / "ann"))
-    (place / "ann" / "manifest.json").write_text(json.dumps(told))
+    store = AnnotationStore.open(place / "ann")
+    writer = StoreWriter(place / "plain", store.manifest | {"features": None})
+    writer.begin(store.images())
+    for index in range(len(writer.files)):
+        rows = slice(writer.rows(index).start, writer.rows(index).stop)
+        writer.write(index, {"votes": store.votes()[rows], "probs": store.probs()[rows]}, {})
+    writer.finish(store.paths)
+    assert "keeps no features" in refused(capsys, place, "--rescore", str(place / "plain"))
     save_tiny_clip(place / "model", seed=3)
     assert "is not what made" in refused(capsys, place, "--rescore", str(place / "ann"))
     shutil.rmtree(place / "model")

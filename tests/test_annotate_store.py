@@ -2,6 +2,7 @@
 
 import csv
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from coreg import files
 from coreg.annotate.blocks import DamagedBlockError, read_block, write_block
-from coreg.annotate.store import AnnotationStore, StoreWriter, make_manifest, refuse_other_job
+from coreg.annotate.store import AnnotationStore, StoreWriter, continued, make_manifest
 from coreg.data.images import ImageList
 from coreg.errors import UserError
 
@@ -86,7 +87,7 @@ def test_a_store_gives_back_what_was_written(tmp_path):
         assert table.dtype == whole[name].dtype and (table == whole[name]).all()
     assert not store.unreadable.any()
     assert sorted(os.listdir(tmp_path / "a" / "ann")) == [
-        "blocks", "errors.csv", "images.txt", "manifest.json", "samples.safetensors",
+        "blocks", "checksums.json", "errors.csv", "images.txt", "manifest.json", "samples.safetensors",
     ]  # fmt: skip
     assert sorted(os.listdir(tmp_path / "a" / "ann" / "blocks")) == [f"0000{i}.safetensors" for i in range(3)]
     assert (tmp_path / "a" / "ann" / "images.txt").read_bytes().count(b"\n") == 7
@@ -154,7 +155,7 @@ def test_folders_that_are_no_finished_store_are_told_in_one_line(tmp_path):
     assert "not an annotation store" in refused(AnnotationStore.open, tmp_path / "empty")
     for content in ("", "[]", '{"schema": 1}', "{"):
         (tmp_path / "empty" / "manifest.json").write_text(content)
-        assert "not an annotation store" in refused(AnnotationStore.open, tmp_path / "empty")
+        assert "not a valid annotation store" in refused(AnnotationStore.open, tmp_path / "empty")
 
     write_store(tmp_path / "part", skip={1}, finish=False)
     message = refused(AnnotationStore.open, tmp_path / "part")
@@ -164,11 +165,11 @@ def test_folders_that_are_no_finished_store_are_told_in_one_line(tmp_path):
 
     write_store(tmp_path / "next")
     told = json.loads((tmp_path / "next" / "manifest.json").read_text())
-    (tmp_path / "next" / "manifest.json").write_text(json.dumps(told | {"version": 2}))
-    assert "schema coreg-annotations version 2 but this coreg reads" in refused(AnnotationStore.open, tmp_path / "next")
+    (tmp_path / "next" / "manifest.json").write_text(json.dumps(told | {"version": 3}))
+    assert "schema coreg-annotations version 3 but this coreg reads" in refused(AnnotationStore.open, tmp_path / "next")
     told.pop("templates")
     (tmp_path / "next" / "manifest.json").write_text(json.dumps(told))
-    assert "lacks templates" in refused(AnnotationStore.open, tmp_path / "next")
+    assert "there is no 'templates'" in refused(AnnotationStore.open, tmp_path / "next")
 
 
 def flip(path, place):
@@ -209,23 +210,39 @@ def test_a_damaged_block_is_found_and_counts_as_not_written(tmp_path, damage):
     assert (AnnotationStore.open(tmp_path / "ann").votes() == whole["votes"]).all()
 
 
-def test_changed_lists_are_found(tmp_path):
-    write_store(tmp_path / "ann")
-    lines = (tmp_path / "ann" / "images.txt").read_bytes().split(b"\n")
-    (tmp_path / "ann" / "images.txt").write_bytes(b"\n".join([lines[1], lines[0], *lines[2:]]))
-    assert "images.txt was changed" in refused(AnnotationStore.open, tmp_path / "ann")
-    write_store(tmp_path / "two")
-    (tmp_path / "two" / "samples.safetensors").write_bytes(b"")
-    assert "is damaged" in refused(AnnotationStore.open, tmp_path / "two")
-    StoreWriter(tmp_path / "two", manifest(image_list())).begin(image_list())  # what the same command does
-    AnnotationStore.open(tmp_path / "two")
+@pytest.mark.parametrize("name", ["images.txt", "samples.safetensors", "errors.csv"])
+def test_a_changed_list_is_noticed_and_mended_by_the_same_command(tmp_path, name):
+    """Every byte of labels, splits, paths and reasons: some flips give other labels or splits and nothing else."""
+    images, generator = image_list(), np.random.default_rng(0)
+    write_store(tmp_path / "ann", images, errors={1: "empty file"})
+    whole, content = AnnotationStore.open(tmp_path / "ann").hash, (tmp_path / "ann" / name).read_bytes()
+    for place in [*generator.integers(0, len(content), 40).tolist(), -1, -8]:
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << int(generator.integers(8))
+        (tmp_path / "ann" / name).write_bytes(damaged)
+        message = refused(AnnotationStore.open, tmp_path / "ann")
+        assert "is damaged" in message and name in message and "run the same annotate_vlm.py command again" in message
+    for damaged in (b"", content[:-1], content + content, None):
+        (tmp_path / "ann" / name).unlink(missing_ok=True)
+        if damaged is not None:
+            (tmp_path / "ann" / name).write_bytes(damaged)
+        refused(AnnotationStore.open, tmp_path / "ann")
+        # what the same command does
+        again = StoreWriter(tmp_path / "ann", manifest(images))
+        again.begin(images)
+        assert again.discard_damaged() == []
+        again.finish(images.paths)
+        assert (tmp_path / "ann" / name).read_bytes() == content
+        assert AnnotationStore.open(tmp_path / "ann").hash == whole
+    (tmp_path / "ann" / "checksums.json").unlink()  # stores that are older than this file
+    assert AnnotationStore.open(tmp_path / "ann").hash == whole
 
 
 def test_another_job_is_refused_and_the_difference_named(tmp_path):
     root = tmp_path / "ann"
     write_store(root)
     images = image_list()
-    refuse_other_job(root, manifest(images))
+    continued(root, manifest(images))
     for changed, words in [
         ({"class_names": ["cat", "cow", "猫"]}, "class_names ('dog' there, 'cow' asked for)"),
         ({"class_names": NAMES[:2]}, "class_names (3 there, 2 asked for)"),
@@ -233,9 +250,9 @@ def test_another_job_is_refused_and_the_difference_named(tmp_path):
         ({"model": {"spec": "m", "weights": "x"}}, "model weights ('w' there, 'x' asked for)"),
         ({"block_size": 5}, "block_size (3 there, 5 asked for)"),
     ]:
-        message = refused(refuse_other_job, root, manifest(images, **changed))
+        message = refused(continued, root, manifest(images, **changed))
         assert "another job" in message and words in message
-    assert "images count (7 there, 8 asked for)" in refused(refuse_other_job, root, manifest(image_list(8)))
+    assert "images count (7 there, 8 asked for)" in refused(continued, root, manifest(image_list(8)))
     images.paths[0] = "other"
     assert "images sha256" in refused(StoreWriter(root, manifest(images)).begin, images)
 
@@ -244,10 +261,10 @@ def test_a_folder_with_other_things_is_left_alone(tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
     images = image_list()
     assert "holds other things" in refused(StoreWriter(tmp_path, manifest(images)).begin, images)
-    assert "holds other things" in refused(refuse_other_job, tmp_path / "thesis.txt", manifest(images))
+    assert "holds other things" in refused(continued, tmp_path / "thesis.txt", manifest(images))
     assert os.listdir(tmp_path) == ["thesis.txt"]
     message = refused(StoreWriter(tmp_path / "thesis.txt" / "ann", manifest(images)).begin, images)
-    assert "cannot make" in message and os.listdir(tmp_path) == ["thesis.txt"]
+    assert "cannot write" in message and os.listdir(tmp_path) == ["thesis.txt"]
     (tmp_path / "empty").mkdir()
     write_store(tmp_path / "empty", images)
     AnnotationStore.open(tmp_path / "empty")
@@ -307,3 +324,71 @@ def test_a_store_opens_its_images_again_only_if_they_are_the_same(tmp_path):
     assert store.images().paths == images.paths and store.images().labels.tolist() == [0, 1]
     Image.new("RGB", (2, 2)).save(tmp_path / "in" / "cat" / "2.png")
     assert "held 2 images" in refused(store.images)
+
+
+# ---- several at once ------------------------------------------------------------------------------------------------
+
+
+def start_at_once(root, images, barrier, results):
+    """One of several processes that begin the same stores, one after the other, each time at the same moment."""
+    files.os.fsync = lambda descriptor: None  # takes most of the time and changes nothing here
+    for number in range(200):
+        barrier.wait(120)
+        try:
+            StoreWriter(root / f"{number}" / "ann", manifest(images)).begin(images)
+        except BaseException as error:
+            results.put(f"{number}: {error!r}")
+    results.put("done")
+
+
+@pytest.mark.multiprocess
+def test_annotators_that_start_at_once_make_one_whole_store(tmp_path):
+    fork, images = multiprocessing.get_context("fork"), image_list()
+    barrier, results = fork.Barrier(3), fork.Queue()
+    processes = [fork.Process(target=start_at_once, args=(tmp_path, images, barrier, results)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    outcomes = []
+    while outcomes.count("done") < 3:
+        outcomes.append(results.get(timeout=120))
+    for process in processes:
+        process.join(60)
+    assert outcomes == ["done"] * 3
+    write_store(tmp_path / "alone", images, skip=range(3), finish=False)
+    wanted = {name: (tmp_path / "alone" / name).read_bytes() for name in os.listdir(tmp_path / "alone") if name != "blocks"}
+    for number in range(200):
+        assert os.listdir(tmp_path / str(number)) == ["ann"]
+        root = tmp_path / str(number) / "ann"
+        assert (root / "blocks").is_dir() and set(os.listdir(root)) == {"blocks", *wanted}
+        assert all((root / name).read_bytes() == content for name, content in wanted.items())
+
+
+def test_a_start_on_a_full_disk_leaves_nothing_and_a_folder_without_blocks_gets_them(tmp_path, monkeypatch):
+    images = image_list()
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files.os, "fsync", full)
+        assert "No space left" in refused(StoreWriter(tmp_path / "ann", manifest(images)).begin, images)
+    assert os.listdir(tmp_path) == []
+    write_store(tmp_path / "ann", images, skip=range(3), finish=False)
+    (tmp_path / "ann" / "blocks").rmdir()  # as an earlier version could leave it
+    write_store(tmp_path / "ann", images)
+    AnnotationStore.open(tmp_path / "ann")
+
+
+def test_a_link_to_an_empty_folder_is_begun_in_and_what_killed_writers_left_is_removed(tmp_path):
+    (tmp_path / "disk" / "ann").mkdir(parents=True)
+    (tmp_path / "ann").symlink_to("disk/ann")
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    token = "0" * 16
+    left = [tmp_path / "disk" / f".tmp.{files.this_machine()}.{pid}.{token}.ann" for pid in (dead.pid, os.getpid())]
+    left.append(tmp_path / "disk" / f".tmp.far.machine.7.{token}.ann")
+    for folder in left:
+        (folder / "blocks").mkdir(parents=True)
+    write_store(tmp_path / "ann")
+    assert (tmp_path / "ann").is_symlink() and len(AnnotationStore.open(tmp_path / "ann")) == 7
+    assert [folder.exists() for folder in left] == [False, True, True]

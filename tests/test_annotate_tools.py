@@ -1,11 +1,13 @@
 """Store tools: what they say about good, unfinished and damaged stores, and that what they write is what was stored."""
 
 import csv
+import io
 import json
 import os
 import shutil
 import subprocess
 import sys
+import tarfile
 
 import numpy as np
 import pytest
@@ -142,7 +144,9 @@ def test_export_to_a_folder_that_torchvision_reads(place):
     assert found == wanted
     digits = open_images("builtin:digits")
     told = {"features": None, "data_root": "data", "preprocessing": {}, "versions": {}}
-    writer = StoreWriter(root / "digits", make_manifest(digits, digits.class_names, ["{}"], {"spec": "m"}, 2000, **told))
+    writer = StoreWriter(
+        root / "digits", make_manifest(digits, digits.class_names, ["{}"], {"spec": "m", "weights": "w"}, 2000, **told)
+    )
     writer.begin(digits)
     probs = np.eye(10, dtype=np.float16)[digits.labels]
     writer.write(0, {"votes": digits.labels[:, None].astype(np.int16), "probs": probs}, {})
@@ -233,7 +237,7 @@ def test_answers_are_kept_by_merging(place):
     more = open_images(str(photos(root / "more", count=3)), NAMES)
     for name, part in (("x", images), ("y", more)):
         told = {"features": None, "data_root": "data", "preprocessing": {}, "versions": {}}
-        writer = StoreWriter(root / name, make_manifest(part, NAMES, ["{}"], {"spec": "m"}, 4, **told))
+        writer = StoreWriter(root / name, make_manifest(part, NAMES, ["{}"], {"spec": "m", "weights": "w"}, 4, **told))
         writer.begin(part)
         for index in range(len(writer.files)):
             tensors = evidence(len(writer.rows(index)), 1, index, None)
@@ -245,6 +249,109 @@ def test_answers_are_kept_by_merging(place):
     wanted = [[f'x{row}\n"é'] for row in range(11)] + [[f'y{row}\n"é'] for row in range(3)]
     assert AnnotationStore.open(root / "all").answers() == wanted
     assert AnnotationStore.open(root / "ann").answers() is None
+
+
+def hostile_tar(path, names):
+    with tarfile.open(path, "w") as archive:
+        for number, name in enumerate(names):
+            content = io.BytesIO()
+            Image.new("RGB", (2, 2), (number, 0, 0)).save(content, "PNG")
+            member = tarfile.TarInfo(name)
+            member.size = content.tell()
+            archive.addfile(member, io.BytesIO(content.getvalue()))
+
+
+def test_export_writes_nowhere_but_into_its_folder(tmp_path, capsys):
+    names = ["../../../victim.png", "/abs.png", "a/../../b.png", "a\\..\\c.png", "con/d.png", "e.png"]
+    hostile_tar(tmp_path / "x.tar", names)
+    (tmp_path / "victim.png").write_text("kept")
+    images = open_images(str(tmp_path / "x.tar"))
+    assert not any(path.startswith((".", "/")) and ".." in path.split("/") for path in images.paths)
+    classes = ["../..", "nul", "a/b"]
+    told = {"features": None, "data_root": "data", "preprocessing": {}, "versions": {}}
+    manifest = make_manifest(images, classes, ["{}"], {"spec": "m", "weights": "w"}, 10, **told)
+    writer = StoreWriter(tmp_path / "ann", manifest)
+    writer.begin(images)
+    writer.write(0, {"votes": np.zeros((6, 1), np.int16), "probs": np.eye(3, dtype=np.float16)[np.arange(6) % 3]}, {})
+    writer.finish(images.paths)
+    before = {path for path in tmp_path.rglob("*") if not path.is_dir()}
+    main(["export", str(tmp_path / "ann"), "--output", str(tmp_path / "deep" / "er" / "out")])
+    written = {path for path in tmp_path.rglob("*") if not path.is_dir()} - before
+    assert len(written) == 6 and all(tmp_path / "deep" / "er" / "out" / "train" in path.parents for path in written)
+    assert (tmp_path / "victim.png").read_text() == "kept" and os.listdir(tmp_path / "deep" / "er") == ["out"]
+    # two members whose copies would have one name
+    hostile_tar(tmp_path / "y.tar", ["f.jpg", "f.jpg.png"])
+    images = open_images(str(tmp_path / "y.tar"))
+    writer = StoreWriter(
+        tmp_path / "two", make_manifest(images, classes, ["{}"], {"spec": "m", "weights": "w"}, 10, **told)
+    )
+    writer.begin(images)
+    writer.write(0, {"votes": np.zeros((2, 1), np.int16), "probs": np.eye(3, dtype=np.float16)[[0, 0]]}, {})
+    writer.finish(images.paths)
+    assert "is there already" in fails(capsys, "export", tmp_path / "two", "--output", tmp_path / "out")
+    assert not (tmp_path / "out").exists() and not [name for name in os.listdir(tmp_path) if name.startswith(".")]
+
+
+def test_a_full_disk_leaves_nothing_of_exports_and_merged_stores(place, capsys, monkeypatch):
+    root, images = place
+    write_store(root / "other", images, spec="n")
+    write_store(root / "part", images, skip={1})
+    more = open_images(str(photos(root / "more", count=3)), NAMES)
+    write_store(root / "ann3", more)
+    before = sorted(root.rglob("*"))
+    real, left = os.fsync, [0]
+
+    def full(descriptor):
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(28, "No space left on device")
+        real(descriptor)
+
+    def link(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("coreg.files.os.fsync", full)
+    monkeypatch.setattr("os.symlink", link)
+    for words in (
+        ["export", root / "ann", "--output", root / "x.csv"],
+        ["export", root / "ann", "--output", root / "x"],
+        ["merge", root / "ann", root / "other", "--output_dir", root / "x"],
+        ["merge", root / "ann", root / "ann3", "--output_dir", root / "x"],
+        ["merge", root / "ann", root / "part", "--output_dir", root / "x"],
+    ):
+        for left[0] in range(5):
+            line = fails(capsys, *words) if left[0] == 0 or words[0] == "merge" else ""
+            assert not line or ("No space left on device" in line and f"cannot write {root / 'x'}" in line)
+            if line:
+                assert sorted(root.rglob("*")) == before
+    monkeypatch.undo()
+    main(["merge", *(str(root / name) for name in ("ann", "other")), "--output_dir", str(root / "x")])
+    AnnotationStore.open(root / "x")
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(place, capsys):
+    ann = place[0] / "ann"
+    assert "there is no folder" in fails(capsys, "export", ann, "--output", place[0] / "no" / "x.csv")
+    (place[0] / "file").write_text("kept")
+    for words in (["export", ann, "--output"], ["merge", ann, ann, "--output_dir"]):
+        assert "cannot write" in fails(capsys, *words, place[0] / "file" / "x")
+    assert (place[0] / "file").read_text() == "kept"
+
+
+def test_images_that_were_moved_are_named_in_a_new_place(place, capsys):
+    root, _ = place
+    (root / "photos").rename(root / "new")
+    line = fails(capsys, "export", root / "ann", "--output", root / "out")
+    assert "cannot be opened" in line and "say with --images where to" in line
+    main(["export", str(root / "ann"), "--output", str(root / "out"), "--images", str(root / "new")])
+    assert all(path.resolve().is_relative_to(root / "new") for path in (root / "out").rglob("*.png"))
+    assert main(["health", str(root / "ann")]) == 0
+    assert "note: without pictures" in capsys.readouterr().err
+    assert main(["health", str(root / "ann"), "--images", str(root / "new")]) == 0
+    output = capsys.readouterr()
+    assert output.err == "" and "candidates  images" in output.out and "<img" in (root / "ann/report.html").read_text()
+    (root / "new" / "test" / "cat").rename(root / "new" / "test" / "tiger")
+    assert "--images" in fails(capsys, "export", root / "ann", "--output", root / "x", "--images", root / "new")
 
 
 def test_what_cannot_be_done_is_told_in_one_line(place, capsys):

@@ -17,6 +17,7 @@ from annotate_vlm import AnnotateConfig, annotate, main
 from coreg import files
 from coreg.annotate.prompts import TEMPLATES
 from coreg.annotate.store import AnnotationStore
+from coreg.errors import UserError
 
 NAMES = ["red thing", "green thing", "blue thing"]
 
@@ -172,7 +173,7 @@ def test_the_same_command_again_does_nothing(place, finished, capsys, monkeypatc
 @pytest.mark.parametrize("workers", [0, 2])
 def test_killed_and_started_again_gives_the_same_store(place, finished, tmp_path, monkeypatch, workers):
     output = tmp_path / "ann"
-    real, left = files.os.fsync, [7]
+    real, left = files.os.fsync, [8]
 
     def dies(descriptor):
         left[0] -= 1
@@ -181,7 +182,7 @@ def test_killed_and_started_again_gives_the_same_store(place, finished, tmp_path
         real(descriptor)
 
     monkeypatch.setattr(files.os, "fsync", dies)
-    with pytest.raises(KeyboardInterrupt):  # three files of the folder and three blocks are there, the fourth is torn
+    with pytest.raises(KeyboardInterrupt):  # four files of the folder and three blocks are there, the fourth is torn
         main(arguments(place, output, workers=workers))
     monkeypatch.setattr(files.os, "fsync", real)
     written = {file: file.stat().st_mtime_ns for file in (output / "blocks").glob("0*")}
@@ -213,7 +214,7 @@ def test_another_job_does_not_touch_the_folder(place, finished, tmp_path, capsys
         ({"classes": tmp_path / "classes.txt"}, "class_names (3 there, 4 asked for)"),
         ({"templates": None}, "templates (3 there, 27 asked for)"),
         ({"vlm": f"local-dir:{tmp_path / 'model'}"}, "model spec"),
-        ({"images": tmp_path / "photos"}, "images spec"),
+        ({"images": tmp_path / "photos" / "test"}, "images count (23 there, 5 asked for)"),
         ({"block_size": 5}, "block_size (4 there, 5 asked for)"),
     ]:
         line = fails(capsys, arguments(place, finished, **changed))
@@ -280,3 +281,71 @@ def test_annotate_is_a_function_of_a_config(place, finished, tmp_path):
     )  # fmt: skip
     store = annotate(config)
     assert store.hash == AnnotationStore.open(finished).hash
+
+
+def test_images_that_were_moved_go_on_in_the_old_store(place, finished, tmp_path, capsys):
+    shutil.copytree(place / "photos", tmp_path / "new")
+    output = shutil.copytree(finished, tmp_path / "ann")
+    digest = AnnotationStore.open(output).hash
+    main(arguments(place, output, images=tmp_path / "new"))
+    assert "nothing to do" in capsys.readouterr().out
+    (output / "blocks" / "00003.safetensors").unlink()
+    main(arguments(place, output, images=tmp_path / "new"))
+    store = AnnotationStore.open(output)
+    assert store.hash == digest and store.images_spec == str(tmp_path / "new")
+    assert block_bytes(output) == block_bytes(finished)
+
+
+def test_a_damaged_manifest_or_list_is_mended_by_the_same_command(place, finished, tmp_path, capsys):
+    output = shutil.copytree(finished, tmp_path / "ann")
+    names = ("manifest.json", "images.txt", "samples.safetensors", "errors.csv")
+    for name, content in {name: (output / name).read_bytes() for name in names}.items():
+        (output / name).write_bytes(content[: len(content) // 2])
+        with pytest.raises(UserError, match="command"):
+            AnnotationStore.open(output)
+        main(arguments(place, output))
+        assert (output / name).read_bytes() == content
+        assert AnnotationStore.open(output).hash == AnnotationStore.open(finished).hash
+    assert block_bytes(output) == block_bytes(finished)
+
+
+def test_a_report_that_could_not_be_written_is_written_by_the_same_command(place, finished, tmp_path, capsys, monkeypatch):
+    output = shutil.copytree(finished, tmp_path / "ann")
+    report = (output / "report.html").read_bytes()
+    (output / "report.html").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(files.os, "fsync", full_disk)
+        assert "No space left" in fails(capsys, arguments(place, output))
+    main(arguments(place, output))
+    assert len((output / "report.html").read_bytes()) == len(report) + len(str(output)) * 2 - len(str(finished)) * 2
+    (output / "report.txt").unlink()
+    main(arguments(place, output))
+    assert (output / "report.txt").exists()
+
+
+def full_disk(descriptor):
+    raise OSError(28, "No space left on device")
+
+
+def test_numbers_that_overflow_are_no_votes(place, tmp_path, capsys, monkeypatch):
+    real = annotate_vlm.load_annotator
+
+    def overflowing(*arguments):
+        annotator = real(*arguments)
+        image = annotator.towers.image
+
+        def half(pixels):  # some of the images, as a tower in float16 does
+            features = image(pixels)
+            features[pixels.mean(dim=(1, 2, 3)) > pixels.mean()] = torch.inf
+            return features
+
+        annotator.towers.image = half
+        return annotator
+
+    monkeypatch.setattr(annotate_vlm, "load_annotator", overflowing)
+    for precision, advice in (("fp16", "--precision bf16"), ("fp32", "get them again")):
+        with pytest.raises(SystemExit):
+            main(arguments(place, tmp_path / precision, precision=precision))
+        line = capsys.readouterr().err.splitlines()[-1]  # after the progress bar
+        assert "block 0 is not written: image '" in line and advice in line
+        assert not list((tmp_path / precision / "blocks").iterdir())

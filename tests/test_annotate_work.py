@@ -129,13 +129,13 @@ def test_progress_counts_the_blocks_of_all_processes(folder, tmp_path, capfd):
     other = StoreWriter(writer.root, writer.manifest)
     for index in (0, 15):  # 4 images and the last one
         count = len(writer.rows(index))
-        other.write(index, {"votes": np.zeros((count, 1), np.int16), "probs": np.ones((count, 3), np.float16)}, {})
+        other.write(index, {"votes": np.zeros((count, 1), np.int16), "probs": np.full((count, 3), 1 / 3, np.float16)}, {})
     with BlockQueue(writer.root, writer.files) as queue:
         progress = Progress(queue, writer, shown=True)
         assert (progress.bar.n, progress.bar.total) == (5, 61)
         progress.show(3)
         assert progress.bar.n == 8
-        other.write(1, {"votes": np.zeros((4, 1), np.int16), "probs": np.ones((4, 3), np.float16)}, {})
+        other.write(1, {"votes": np.zeros((4, 1), np.int16), "probs": np.full((4, 3), 1 / 3, np.float16)}, {})
         progress.show(0)
         assert progress.bar.n == 9
         progress.show(0)

@@ -15,6 +15,10 @@ from coreg.files import (
     RecordError,
     check_record,
     check_writable,
+    file_name,
+    inside,
+    making_folder,
+    place_below,
     read_record,
     replacing,
     replacing_folder,
@@ -172,3 +176,65 @@ def test_files_that_are_no_records(tmp_path):
             read_record(tmp_path / f"{name}.json", KIND)
     with pytest.raises(RecordError, match="bytes"):
         read_record(tmp_path / "list.json", list, largest=1)
+
+
+HOSTILE = (
+    "../../x.png", "/etc/x.png", "a/../../../x.png", "..\\..\\x.png", "C:\\x.png", "a\0b.png", "\0", "..", ".", "", "/",
+    "//a//b", "con", "NUL.txt", "aux.tar.gz", "com1", "a/lpt9/b", " ", "...", "a/./b", "\udcff\n.png", "~/x", "-rf",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_no_name_from_outside_leaves_the_folder(tmp_path, name):
+    root = tmp_path / "a" / "root"
+    root.mkdir(parents=True)
+    place = place_below(root, name)
+    place.write_text("x")
+    written = [path for path in tmp_path.rglob("*") if not path.is_dir()]
+    assert written == [place] and root in place.parents
+    for part in place.relative_to(root).parts:
+        assert not set(part) & set("\\/\0") and part.strip(" .")
+        assert part.split(".")[0].strip().lower() not in ("con", "nul", "aux", "com1", "lpt9")
+
+
+def test_ordinary_names_stay_what_they_are(tmp_path):
+    for name in ("a.png", "train/cat/1, 'é'\n.png", ".hidden/x", "a..b/c", "console/nullable.txt", "12:30.png"):
+        assert place_below(tmp_path, name) == tmp_path / name and inside(name) == name
+    assert file_name("a b") == "a b" and file_name("a/b") == "a_b"
+    assert inside("../x") == inside("/x") == inside("a/../../x") == inside("./x") == "x"
+
+
+def test_links_that_lie_in_the_folder_are_not_followed(tmp_path):
+    (tmp_path / "root").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "root" / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "root" / "dangling").symlink_to(tmp_path / "victim")
+    (tmp_path / "root" / "file").write_text("kept")
+    for name in ("link/x", "link/deep/x", "link", "dangling", "dangling/x", "file", "file/x", "../link/x"):
+        with pytest.raises(UserError, match="cannot be written"):
+            place_below(tmp_path / "root", name)
+    assert not list((tmp_path / "elsewhere").iterdir()) and not (tmp_path / "victim").exists()
+
+
+def test_a_folder_is_there_whole_or_not_at_all(tmp_path):
+    target = tmp_path / "new" / "folder"
+    with making_folder(target) as folder:
+        (folder / "a").write_text("a")
+        assert not target.exists()
+    assert [path.name for path in tmp_path.rglob("*")] == ["new", "folder", "a"]
+    for error in (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), UserError("cannot write it"), KeyboardInterrupt()):
+        with pytest.raises((UserError, KeyboardInterrupt)), making_folder(tmp_path / "half") as folder:
+            (folder / "a").write_text("a")
+            raise error
+    with pytest.raises(UserError, match=r"cannot write .* not empty"), making_folder(target) as folder:
+        (folder / "b").write_text("b")
+    assert [path.name for path in tmp_path.rglob("*")] == ["new", "folder", "a"]
+    with pytest.raises(UserError, match="cannot write"), making_folder(target / "a" / "below"):
+        pass
+    before = os.umask(0o027)
+    try:
+        with making_folder(tmp_path / "mine"):
+            pass
+    finally:
+        os.umask(before)
+    assert (tmp_path / "mine").stat().st_mode & 0o777 == 0o750

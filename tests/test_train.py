@@ -3,8 +3,10 @@
 import importlib.util
 import json
 import os
+import shutil
 import signal
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -12,6 +14,7 @@ from conftest import SMALL_JOB
 from runs import final_state, killed_at, refused
 
 import train_coreg
+from coreg.annotate.store import AnnotationStore, StoreWriter
 from coreg.run import checkpoint
 from coreg.run.training import Training, build_optimizer
 from coreg.run.watch import EXIT_INTERRUPTED
@@ -214,6 +217,39 @@ def small_run(store, output, *more):
 @pytest.fixture(scope="module")
 def small(small_store, tmp_path_factory):
     return small_run(small_store, tmp_path_factory.mktemp("small") / "run")
+
+
+def test_images_that_were_moved_are_trained_on_in_their_new_place(small_store, small, tmp_path, capsys):
+    """The same run, bit for bit, which is the same job with and without the new place."""
+    store = AnnotationStore.open(small_store)
+    shutil.copytree(store.images_spec, tmp_path / "new")
+    moved = shutil.copytree(small_store, tmp_path / "store")
+    manifest = json.loads((moved / "manifest.json").read_text())
+    manifest["images"]["spec"] = str(tmp_path / "nowhere")
+    (moved / "manifest.json").write_text(json.dumps(manifest))
+    line = refused(capsys, train_coreg.main, "--annotations", moved, "--output_dir", tmp_path / "run", *SMALL_JOB)
+    assert (
+        "cannot be opened" in line and "say with --images where to" in line and not (tmp_path / "run" / "job.json").exists()
+    )
+    state, report = small_run(moved, tmp_path / "run", "--images", str(tmp_path / "new"))
+    assert torch.equal(weights_of(state), weights_of(small[0]))
+    assert report["dataset"] == str(tmp_path / "new")
+    small_run(small_store, tmp_path / "run")  # finished: it is one job
+    job = json.loads((tmp_path / "run" / "job.json").read_text())
+    assert not {"images", "data_root"} & set(job) and job["store"] == store.hash
+    line = refused(capsys, train_coreg.main, "--images", tmp_path / "new", "--output_dir", tmp_path / "other")
+    assert "give that too" in line
+
+
+def test_a_store_in_which_no_template_names_a_class_is_refused(small_store, tmp_path, capsys):
+    store = AnnotationStore.open(small_store)
+    writer = StoreWriter(tmp_path / "silent", store.manifest)
+    writer.begin(store.images())
+    votes, probs = np.full_like(store.votes(), -1), np.full_like(store.probs(), 1 / 3)
+    writer.write(0, {"votes": votes, "probs": probs}, {})
+    writer.finish(store.paths)
+    line = refused(capsys, train_coreg.main, "--annotations", writer.root, "--output_dir", tmp_path / "run", *SMALL_JOB)
+    assert "no template names a class of any training image" in line
 
 
 def weights_of(state):

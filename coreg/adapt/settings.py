@@ -24,6 +24,8 @@ class TuningJob:
     annotations: str | None = option(
         None, "annotation store made by annotate_vlm.py; without it the built-in digits are used"
     )
+    images: str | None = option(None, "where the images of the store are now; default: where they were annotated")
+    data_root: str | None = option(None, "where torchvision data sets are now; default: where they were annotated")
     output_dir: str | None = option(
         None, "the run folder, runs/METHOD_SHOTS by default; the same command again goes on where it stopped"
     )

@@ -55,8 +55,9 @@ def _cumulative(counts: np.ndarray, probs: np.ndarray, total: float) -> np.ndarr
     order = np.argsort(-probs, axis=1, kind="stable")
     ordered = np.take_along_axis(probs, order, axis=1).astype(np.float64)
     before = np.cumsum(ordered, axis=1) - ordered  # a class is needed while those before it do not reach the total
-    # float16 rows sum to 1 only up to rounding: the total is a share of what is there
-    needed = before < total * ordered.sum(axis=1, keepdims=True) - 1e-9
+    # float16 rows sum to 1 only up to rounding: the total is a share of what is there; the first class is always needed
+    there = ordered.sum(axis=1, keepdims=True)
+    needed = before < np.maximum(total * there - 1e-9, np.minimum(there, np.finfo(np.float64).tiny))
     chosen = np.zeros(probs.shape, dtype=bool)
     np.put_along_axis(chosen, order, needed, axis=1)
     return chosen
@@ -130,7 +131,8 @@ def candidates_of(votes: np.ndarray, probs: np.ndarray, rule: str = "union") -> 
         rows = slice(start, start + _ROWS)
         counts = vote_counts(votes[rows], probs.shape[1])
         candidates[rows] = function(counts, probs[rows].astype(np.float32), value)
-    candidates[(votes < 0).all(axis=1)] = True
+    # where no template says anything, or the probabilities say nothing, every class may be the one
+    candidates[(votes < 0).all(axis=1) | ~candidates.any(axis=1)] = True
     return candidates
 
 

@@ -10,27 +10,19 @@ from __future__ import annotations
 
 import contextlib
 import os
-import platform
 import secrets
 import shutil
+import stat
 import threading
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
 from coreg.errors import UserError
+from coreg.files import is_running, this_machine
 
 STALE_SECONDS = 180.0  # well above the minute for which network disks may show old file times
 BEAT_SECONDS = 10.0
-
-
-def this_machine() -> str:
-    """A name for the set of processes that see each other: the host, and the container where there is one."""
-    try:
-        namespace = f"-{Path('/proc/self/ns/pid').stat().st_ino}"
-    except OSError:
-        namespace = ""
-    return f"{platform.node()}{namespace}".replace("/", "_")
 
 
 class BlockQueue:
@@ -99,7 +91,7 @@ class BlockQueue:
         """Give a block back, finished or not."""
         self.mine.discard(index)
         with contextlib.suppress(OSError):
-            if self._claim(index).read_text(encoding="utf-8") == self.name:
+            if _owner(self._claim(index)) == self.name:
                 self._claim(index).unlink()
 
     def _claim(self, index: int) -> Path:
@@ -118,21 +110,23 @@ class BlockQueue:
         except OSError as error:
             raise UserError(f"cannot write {claim}: {error.strerror}; run the same command again") from None
         try:
-            owner = claim.read_text(encoding="utf-8")
+            if not stat.S_ISREG(claim.lstat().st_mode):  # nobody would ever let go of it
+                raise UserError(f"{claim} is no file; remove it and run the same command again")
+            owner = _owner(claim)
             if not self._is_gone(self.root / f"{owner}.alive" if owner else claim, owner):
                 return False
             mine = self.root / f"{self.name}.take"
             mine.write_text(self.name, encoding="utf-8")
             mine.replace(claim)
             # Of two processes that take over at the same time, the one that wrote last has it.
-            return claim.read_text(encoding="utf-8") == self.name
+            return _owner(claim) == self.name
         except OSError:  # released, or taken over by another process, at this very moment
             return False
 
     def _is_gone(self, sign: Path, owner: str) -> bool:
         """Whether the process that touches the file `sign` has ended, or has not been heard of for long."""
         machine, _, rest = owner.rpartition(".")[0].rpartition(".")
-        if machine == this_machine() and rest.isdigit() and not _runs(int(rest)):
+        if machine == this_machine() and rest.isdigit() and not is_running(int(rest)):
             return True
         try:
             last = sign.stat().st_mtime
@@ -146,11 +140,8 @@ class BlockQueue:
         shutil.rmtree(self.root, ignore_errors=True)
 
 
-def _runs(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # it belongs to somebody else
-        return True
-    return True
+def _owner(claim: Path) -> str:
+    """Who holds a claim; "" where no name is in it, as in one that is just being written, or is damaged."""
+    with claim.open("rb") as file:
+        name = file.read(200).decode("utf-8", "replace")
+    return "" if len(name) >= 200 or set("/\0") & set(name) else name

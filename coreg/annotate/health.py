@@ -1,6 +1,6 @@
 """Is this annotation store fit to be trained on? What can be said without labels, and more where there are some.
 
-    python -m coreg.annotate.health ann
+    python -m coreg.annotate.store health ann
 
 writes ann/report.html (one file, nothing is loaded from elsewhere) and ann/report.txt; annotate_vlm.py does so at its end.
 """
@@ -21,13 +21,14 @@ from coreg.annotate.health_html import page
 from coreg.annotate.store import AnnotationStore
 from coreg.data.folders import counts_line, labelled_counts, unmatched_folders
 from coreg.data.images import ImageList
-from coreg.errors import UserError, exits_with_one_line
+from coreg.errors import UserError
 from coreg.files import write_atomically
 from coreg.plaintext import printable
 
 FEW_IMAGES = 50  # per class; below this a prototype and a class's share of a batch are mostly noise (rule of thumb)
 NEARLY_ALWAYS = 0.95
 GALLERY = 24
+REPORTS = ("report.txt", "report.html")
 LINES, SAME = 8, 4e-3  # features are compared by their places on 8 random lines; rounding to 11 bits moves them by less
 
 
@@ -288,13 +289,16 @@ def write_report(store: AnnotationStore, images: ImageList | None) -> Health:
     return health
 
 
-@exits_with_one_line
-def main(argv: Sequence[str] | None = None) -> None:
-    """`python -m coreg.annotate.health DIR`."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    if len(arguments) != 1 or arguments[0].startswith("-"):
-        raise UserError("write: python -m coreg.annotate.health DIR, with the --output_dir of annotate_vlm.py")
-    store = AnnotationStore.open(arguments[0])
+def report(folder: str, place: str | None = None, data_root: str | None = None) -> None:
+    """Write the report of the store in `folder` and print it; without pictures where the images cannot be opened.
+
+    Args:
+        place: where the images are, if not where they were annotated. data_root: the same of torchvision data sets.
+
+    Raises:
+        UserError: there is no such store, or it cannot be written into.
+    """
+    store = AnnotationStore.open(folder).at(place, data_root)
     try:
         images = store.images()
     except UserError as error:  # moved or changed since
@@ -305,4 +309,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    from coreg.annotate.tools import main
+
+    raise SystemExit(main(["health", *sys.argv[1:]]))

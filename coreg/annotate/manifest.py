@@ -1,4 +1,4 @@
-"""manifest.json of an annotation store: what makes a job, and where its blocks lie."""
+"""manifest.json of an annotation store: what makes a job, and where its images and blocks lie."""
 
 from __future__ import annotations
 
@@ -9,11 +9,28 @@ from pathlib import Path
 from typing import Any
 
 from coreg.data.images import ImageList, list_hash
+from coreg.data.joined import PREFIX, joined_spec
 from coreg.errors import UserError
+from coreg.files import Maybe, Number, RecordError, check_record, parse_record, read_record
 
 SCHEMA = "coreg-annotations"
-VERSION = 1
+VERSION = 2  # in stores of version 1 the place of the images is part of the job
 JOB = ("class_names", "templates", "model", "images", "block_size")  # the manifest's entries that make two jobs differ
+MOST_BLOCKS = 1_000_000
+KIND = {
+    "class_names": [str],
+    "templates": [str],
+    "model": {"spec": str, "weights": str, "precision": Maybe(str), "mode": Maybe(str)},
+    "images": {"spec": str, "count": Number(1, 1e9), "sha256": str},
+    "block_size": Number(1, 1e9),
+    "features": Maybe(Number(1, 1e6)),
+    "data_root": str,
+    "hashed_spec": Maybe(str),
+}
+
+
+class DamagedManifestError(UserError):
+    """A store whose manifest.json is missing or is not what its writer wrote."""
 
 
 def make_manifest(
@@ -34,7 +51,12 @@ def make_manifest(
         block_size: images a block.
         told: what is written down but does not make another job: `features` (their length or None), `data_root`,
             `preprocessing`, `versions`, `notes` (of the image list).
+
+    Raises:
+        UserError: so small blocks would be too many files.
     """
+    if len(images) > MOST_BLOCKS * block_size:
+        raise UserError(f"--block_size {block_size} makes too many blocks of {len(images)} images; give a larger one")
     return {
         "schema": SCHEMA,
         "version": VERSION,
@@ -51,30 +73,75 @@ def read_manifest(root: Path) -> dict[str, Any]:
     """Read a store's manifest.json.
 
     Raises:
-        UserError: the folder is missing, holds no manifest, or one of another schema.
+        UserError: the folder is missing, holds no manifest, a damaged one, or one of another schema.
     """
     if not root.is_dir():
         raise UserError(f"annotation store {root} does not exist; make it with annotate_vlm.py --output_dir {root}")
+    if not any((root / name).exists() for name in ("manifest.json", "blocks", "samples.safetensors")):
+        raise UserError(f"{root} is not an annotation store: no manifest.json; give annotate_vlm.py's --output_dir")
     try:
-        manifest = json.loads((root / "manifest.json").read_text(encoding="utf-8"))
+        manifest = read_record(root / "manifest.json", {"schema": str, "version": Number()})
         schema, version = manifest["schema"], manifest["version"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(
-            f"{root} is not an annotation store: no valid manifest.json; give annotate_vlm.py's --output_dir"
+        if schema == SCHEMA and version in range(1, VERSION + 1):
+            _check(manifest)
+            return manifest
+    except RecordError as error:
+        raise DamagedManifestError(
+            f"{root} is not a valid annotation store: manifest.json is missing or damaged ({error}); run the "
+            f"annotate_vlm.py command that made it again, which writes manifest.json anew and keeps the blocks"
         ) from None
-    if (schema, version) != (SCHEMA, VERSION):
-        raise UserError(
-            f"{root} has schema {schema} version {version} but this coreg reads {SCHEMA} version {VERSION}; "
-            f"annotate again into a new --output_dir"
-        )
-    if missing := [key for key in (*JOB, "features", "data_root") if key not in manifest]:
-        raise UserError(f"{root}/manifest.json lacks {', '.join(missing)}; annotate again into a new --output_dir")
-    return manifest
+    raise UserError(
+        f"{root} has schema {schema} version {version} but this coreg reads {SCHEMA} version 1 to {VERSION}; "
+        f"annotate again into a new --output_dir"
+    )
+
+
+def _check(manifest: dict[str, Any]) -> None:
+    check_record(manifest, KIND)
+    for name in ("class_names", "templates"):
+        if not manifest[name]:
+            raise RecordError(f"{name} is empty")
+    if manifest["images"]["count"] > MOST_BLOCKS * manifest["block_size"]:
+        raise RecordError(f"block_size is {manifest['block_size']}, too small for {manifest['images']['count']} images")
+    try:
+        json.dumps(manifest, ensure_ascii=False).encode()
+    except UnicodeError:
+        raise RecordError("it holds what is no text") from None
+
+
+def set_name(spec: str) -> str:
+    """What in `spec` is no place: the name of a data set whose file names are made up; "" for files.
+
+    Files are identified by the hash of their names, wherever they lie.
+    """
+    if spec.startswith(PREFIX):
+        try:
+            return joined_spec([set_name(one) for one in parse_record(spec.removeprefix(PREFIX), [str])])
+        except RecordError:  # a damaged manifest
+            return ""
+    return spec if spec.startswith(("builtin:", "torchvision:")) else ""
 
 
 def job_hash(manifest: dict[str, Any]) -> str:
-    """sha256 (hex) of what makes a job: class names, templates, model, image list and block size."""
-    return hashlib.sha256(json.dumps({key: manifest[key] for key in JOB}, sort_keys=True).encode()).hexdigest()
+    """sha256 (hex) of what makes a job: class names, templates, model, block size, and the image list without its place.
+
+    In stores of version 1 the place of the images when they were annotated is hashed too, and stays so when they move.
+    """
+    job = {key: manifest[key] for key in JOB}
+    if manifest["version"] > 1:
+        hashed = manifest.get("hashed_spec")
+        job["images"] = job["images"] | {"spec": set_name(job["images"]["spec"]) if hashed is None else hashed}
+    return hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()
+
+
+def moved(manifest: dict[str, Any], spec: str, data_root: str) -> dict[str, Any]:
+    """The manifest of the same job whose images lie at `spec`, torchvision sets in `data_root`."""
+    before, manifest = manifest["images"]["spec"], manifest | {"data_root": data_root}
+    if spec == before:
+        return manifest
+    if manifest["version"] == 1:
+        manifest |= {"version": VERSION, "hashed_spec": before}
+    return manifest | {"images": manifest["images"] | {"spec": spec}}
 
 
 def block_files(root: Path, manifest: dict[str, Any]) -> list[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import shutil
 from collections.abc import Iterator, Sequence
@@ -11,12 +12,15 @@ from typing import Any
 import numpy as np
 
 from coreg.annotate.blocks import DamagedBlockError, pack_answers, read_block, unpack_answers
-from coreg.annotate.manifest import block_files, job_hash, make_manifest, read_manifest
-from coreg.annotate.store import AnnotationStore, paths_of_lines
+from coreg.annotate.manifest import block_files, job_hash, make_manifest, read_manifest, set_name
+from coreg.annotate.store import AnnotationStore, read_samples
 from coreg.annotate.writer import StoreWriter
-from coreg.data.images import ImageList
+from coreg.data.images import ImageList, Paths
 from coreg.data.joined import joined_paths, joined_spec
 from coreg.errors import UserError
+from coreg.files import making_folder
+
+REMEDY = "nothing is kept: free some space, or give another --output_dir"
 
 
 def merge(folders: Sequence[str], output: str) -> tuple[Path, str]:
@@ -40,15 +44,36 @@ def merge(folders: Sequence[str], output: str) -> tuple[Path, str]:
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
         raise UserError(f"{root} is there already; give a new --output_dir")
     manifests = [read_manifest(Path(folder)) for folder in folders]
-    if len({job_hash(manifest) for manifest in manifests}) == 1:
-        return root, _same_job([Path(folder) for folder in folders], manifests[0], root)
+    same_job = len({job_hash(manifest) for manifest in manifests}) == 1
+    stores = [] if same_job else _fitting(folders)
+    with making_folder(root, REMEDY) as folder:
+        if same_job:
+            done = _same_job([Path(name) for name in folders], manifests[0], folder)
+        elif len({_images_of(store) for store in stores}) == 1:
+            done = _side_by_side(stores, folder)
+        else:
+            done = _one_after_the_other(stores, folder)
+    return root, done.replace(str(folder), str(root))
+
+
+def _images_of(store: AnnotationStore) -> tuple[str, str]:
+    """What identifies the images of a store."""
+    return set_name(store.images_spec), store.manifest["images"]["sha256"]
+
+
+def _fitting(folders: Sequence[str]) -> list[AnnotationStore]:
+    """The stores, if they can be merged.
+
+    Raises:
+        UserError: they cannot, or one is unfinished or damaged.
+    """
     stores = [AnnotationStore.open(folder) for folder in folders]
     first = stores[0]
     for store in stores[1:]:
         if store.class_names != first.class_names:
             raise UserError(f"{store.root} has other class names than {first.root}; stores that are merged have the same")
-    if len({store.manifest["images"]["sha256"] for store in stores}) == 1:
-        return root, _side_by_side(stores, root)
+    if len({_images_of(store) for store in stores}) == 1:
+        return stores
     for store in stores[1:]:
         for key in ("templates", "model"):
             if store.manifest[key] != first.manifest[key]:
@@ -56,32 +81,38 @@ def merge(folders: Sequence[str], output: str) -> tuple[Path, str]:
                     f"{store.root} has other images and another {key} than {first.root}; stores are merged that have "
                     f"the same images, or the same model and templates"
                 )
-    return root, _one_behind_the_other(stores, root)
+    return stores
 
 
 def _same_job(folders: list[Path], manifest: dict[str, Any], root: Path) -> str:
-    job = job_hash(manifest)
-    found = {}
-    for folder in folders:
-        for index, file in enumerate(block_files(folder, manifest)):
-            if index not in found:
-                try:
-                    read_block(file, index, job)
-                    found[index] = file
-                except DamagedBlockError:  # missing here, or damaged: another part may have it
-                    continue
-    (root / "blocks").mkdir(parents=True)
-    targets = block_files(root, manifest)
-    for index, file in found.items():
-        shutil.copyfile(file, targets[index])
-    for name in ("images.txt", "samples.safetensors", "manifest.json"):  # the manifest last: now it is a store
-        shutil.copyfile(folders[0] / name, root / name)
-    if len(found) < len(targets):
-        missing = f"{len(found)} of {len(targets)} blocks are there"
+    writer = StoreWriter(root, manifest, REMEDY)
+    paths, labels, split = _samples_of(folders)
+    spec = manifest["images"]["spec"]
+    writer.begin(ImageList(spec, paths, labels.astype(np.int64), split, None, pixels=lambda row: None))
+    count = 0
+    for index, target in enumerate(writer.files):
+        for folder in folders:
+            file = folder / "blocks" / target.name
+            try:
+                read_block(file, index, writer.job)
+            except DamagedBlockError:  # missing here, or damaged: another part may have it
+                continue
+            shutil.copyfile(file, target)
+            count += 1
+            break
+    if count < len(writer.files):
+        missing = f"{count} of {len(writer.files)} blocks are there"
         return f"{missing}; annotate the others with the same annotate_vlm.py command and --output_dir {root}"
-    lines = (root / "images.txt").read_bytes().split(b"\n")[:-1]
-    StoreWriter(root, manifest).finish(paths_of_lines(lines))
-    return f"all {len(targets)} blocks are there"
+    writer.finish(paths)
+    return f"all {count} blocks are there"
+
+
+def _samples_of(folders: list[Path]) -> tuple[Paths, np.ndarray, np.ndarray]:
+    """Paths, labels and split from the first part in which they are whole."""
+    for folder in folders[:-1]:
+        with contextlib.suppress(UserError):
+            return read_samples(folder, read_manifest(folder))
+    return read_samples(folders[-1], read_manifest(folders[-1]))
 
 
 def _side_by_side(stores: list[AnnotationStore], root: Path) -> str:
@@ -109,7 +140,7 @@ def _side_by_side(stores: list[AnnotationStore], root: Path) -> str:
     return f"{len(stores)} annotators of the same {len(first)} images, {len(names)} templates in all"
 
 
-def _one_behind_the_other(stores: list[AnnotationStore], root: Path) -> str:
+def _one_after_the_other(stores: list[AnnotationStore], root: Path) -> str:
     """Rows: all images of all parts."""
     specs = [store.images_spec for store in stores]
     paths = joined_paths([store.paths for store in stores])
@@ -179,6 +210,6 @@ def _writer(
     told = stores[0].manifest
     kept = {key: told.get(key) for key in ("data_root", "preprocessing", "versions")}
     manifest = make_manifest(images, told["class_names"], templates, model, told["block_size"], features=features, **kept)
-    writer = StoreWriter(root, manifest)
+    writer = StoreWriter(root, manifest, REMEDY)
     writer.begin(images)
     return writer

@@ -5,6 +5,7 @@ A store is a folder:
     manifest.json            schema and job: class names, templates, model, image list, block size, tool versions
     images.txt               one path a row; the row number is the image's identity everywhere (see `sources.escape`)
     samples.safetensors      label int32 (N,) with -1 for unknown, split uint8 (N,): 0 train, 1 test, 2 held out
+    checksums.json           sha256 of samples.safetensors; stores of version 1 have none
     blocks/00000.safetensors votes int16 (n, T) with -1 for abstention, probs float16 (n, C) mean over templates,
                              features float16 (n, D) where the annotator has them, answers uint8 (B,) where it answers in
                              words; b-th block = rows b*block_size ...
@@ -16,6 +17,7 @@ name and then renamed; so processes that are killed anywhere leave only whole bl
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
@@ -24,17 +26,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import load_file
+from safetensors import safe_open
+from safetensors.numpy import load, load_file
 
-from coreg.annotate.blocks import DamagedBlockError, read_block, unpack_answers
-from coreg.annotate.manifest import block_files, job_hash, make_manifest, read_manifest
-from coreg.annotate.writer import StoreWriter, refuse_other_job
-from coreg.data.images import ImageList, Paths, list_hash, unescape
+from coreg.annotate.blocks import BadEvidenceError, DamagedBlockError, check_evidence, read_block, unpack_answers
+from coreg.annotate.manifest import block_files, job_hash, make_manifest, moved, read_manifest
+from coreg.annotate.writer import CHECKSUMS, StoreWriter, continued, describe, errors_csv
+from coreg.data.images import ImageList, Paths, absolute_path, list_hash, unescape
 from coreg.data.sources import open_images
 from coreg.errors import UserError
+from coreg.files import RecordError, read_file, read_record
 
-__all__ = ["AnnotationStore", "StoreWriter", "make_manifest", "read_manifest", "refuse_other_job"]
+__all__ = ["AnnotationStore", "StoreWriter", "continued", "make_manifest", "read_manifest"]
+
+AGAIN = "run the same annotate_vlm.py command again"
 
 
 @dataclass
@@ -66,26 +71,34 @@ class AnnotationStore:
         Raises:
             UserError: the folder is missing, no store, of another schema, unfinished or damaged.
         """
-        root = Path(folder)
+        root, again = Path(folder), AGAIN
         manifest = read_manifest(root)
         job = job_hash(manifest)
-        again = "run the same annotate_vlm.py command again"
         files = block_files(root, manifest)
         missing = [file.name for file in files if not file.exists()]
         if missing or not (root / "errors.csv").exists():
             raise UserError(
                 f"annotation store {root} is unfinished ({len(missing)} of {len(files)} blocks missing); {again}"
             )
-        paths, labels, split = _read_samples(root, manifest)
-        unreadable = np.zeros(len(paths), dtype=bool)
+        paths, labels, split = read_samples(root, manifest)
+        reasons: dict[int, str] = {}
         checksums = [job, hashlib.sha256((root / "samples.safetensors").read_bytes()).hexdigest()]
         for index, file in enumerate(files):
+            rows = range(index * manifest["block_size"], min((index + 1) * manifest["block_size"], len(paths)))
             try:
-                _, errors, checksum = read_block(file, index, job)
+                tensors, errors, checksum = read_block(file, index, job)
+                check_evidence(tensors, errors, rows, manifest)
             except DamagedBlockError as error:
                 raise UserError(f"annotation store {root} is damaged: {file.name}: {error}; {again}") from None
-            unreadable[list(errors)] = True
+            except BadEvidenceError as error:
+                what = describe(error, root, manifest)
+                raise UserError(f"annotation store {root} cannot be used: {file.name}: {what}") from None
+            reasons |= errors
             checksums.append(checksum)
+        if not _has_content(root / "errors.csv", [errors_csv(paths, reasons, safe_csv) for safe_csv in (False, True)]):
+            raise UserError(f"annotation store {root} is damaged: errors.csv was changed; {again}")
+        unreadable = np.zeros(len(paths), dtype=bool)
+        unreadable[list(reasons)] = True
         digest = hashlib.sha256("\n".join(checksums).encode()).hexdigest()
         known = labels.astype(np.int64) if (labels >= 0).any() else None
         return cls(root, manifest, paths, known, split, unreadable, digest)
@@ -133,18 +146,34 @@ class AnnotationStore:
         packed = [load_file(file).get("answers") for file in block_files(self.root, self.manifest)]
         return None if packed[0] is None else [row for part in packed for row in unpack_answers(part)]
 
+    def at(self, images: str | None, data_root: str | None) -> AnnotationStore:
+        """This store with its images in another place than the one they were annotated in, where one is given.
+
+        Args:
+            images: what `open_images` takes. data_root: where torchvision data sets lie.
+        """
+        spec = self.images_spec if images is None else images
+        spec = str(absolute_path(spec)) if Path(spec).exists() else spec
+        place = self.manifest["data_root"] if data_root is None else str(absolute_path(data_root))
+        return dataclasses.replace(self, manifest=moved(self.manifest, spec, place))
+
     def images(self) -> ImageList:
         """Open the images that were annotated, with labels in this store's classes.
 
         Raises:
             UserError: they cannot be opened, or the list is not the one that was annotated.
         """
-        said = self.manifest["images"]
-        images = open_images(said["spec"], self.class_names, self.manifest["data_root"])
-        if list_hash(images.paths) != said["sha256"]:
+        there = self.manifest["images"]
+        try:
+            images = open_images(there["spec"], self.class_names, self.manifest["data_root"])
+        except UserError as error:
             raise UserError(
-                f"{said['spec']} held {said['count']} images when {self.root} was made and holds {len(images)} now, or "
-                f"other names; annotate them into a new --output_dir"
+                f"the images of {self.root} cannot be opened: {error}; if they were moved, say with --images where to"
+            ) from None
+        if list_hash(images.paths) != there["sha256"]:
+            raise UserError(
+                f"{there['spec']} held {there['count']} images when {self.root} was made and holds {len(images)} now, or "
+                f"other names; name the place of those images with --images, or annotate into a new --output_dir"
             )
         return images
 
@@ -156,19 +185,43 @@ class AnnotationStore:
         return np.concatenate(parts)
 
 
-def _read_samples(root: Path, manifest: dict[str, Any]) -> tuple[Paths, np.ndarray, np.ndarray]:
+def read_samples(root: Path, manifest: dict[str, Any]) -> tuple[Paths, np.ndarray, np.ndarray]:
+    """Paths, labels int32 (N,) and split uint8 (N,) of a store, finished or not.
+
+    Raises:
+        UserError: they are damaged.
+    """
+    damaged, count = f"annotation store {root} is damaged", manifest["images"]["count"]
+    name = "images.txt"
     try:
-        lines = (root / "images.txt").read_bytes().split(b"\n")[:-1]
-        with safe_open(root / "samples.safetensors", framework="numpy") as file:
-            label, split = file.get_tensor("label"), file.get_tensor("split")
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"annotation store {root} is damaged: {error}; annotate again into a new --output_dir") from None
+        lines = read_file(root / name).split(b"\n")[:-1]
+        name = "samples.safetensors"
+        samples = read_file(root / name)
+        tensors = load(samples)
+        name = CHECKSUMS
+        wanted = read_record(root / name, {"samples.safetensors": str}) if (root / name).exists() else {}
+    except Exception as error:  # safetensors lets many kinds through
+        raise UserError(f"{damaged}: {name}: {' '.join(str(error).split())}; {AGAIN}") from None
     paths = paths_of_lines(lines)
-    if list_hash(paths) != manifest["images"]["sha256"] or not len(paths) == len(label) == len(split):
-        raise UserError(
-            f"annotation store {root} is damaged: images.txt was changed; annotate again into a new --output_dir"
-        )
+    if list_hash(paths) != manifest["images"]["sha256"]:
+        raise UserError(f"{damaged}: images.txt was changed; {AGAIN}")
+    kinds = {name: (table.dtype.name, table.shape) for name, table in tensors.items()}
+    if kinds != {"label": ("int32", (count,)), "split": ("uint8", (count,))} or len(paths) != count:
+        raise UserError(f"{damaged}: samples.safetensors does not hold labels and splits of {count} images; {AGAIN}")
+    label, split = tensors["label"], tensors["split"]
+    if label.min() < -1 or label.max() >= len(manifest["class_names"]) or split.max() > 1:
+        raise UserError(f"{damaged}: samples.safetensors holds labels or splits that there are not; {AGAIN}")
+    if wanted and hashlib.sha256(samples).hexdigest() != wanted["samples.safetensors"]:
+        raise UserError(f"{damaged}: samples.safetensors was changed; {AGAIN}")
     return paths, label, split
+
+
+def _has_content(file: Path, contents: list[bytes]) -> bool:
+    """Whether a file holds one of `contents`."""
+    try:
+        return read_file(file) in contents
+    except RecordError:
+        return False
 
 
 def paths_of_lines(lines: Sequence[bytes]) -> Paths:

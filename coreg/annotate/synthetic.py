@@ -30,6 +30,7 @@ from coreg.annotate.noise import flip, hierarchical, instance, noise_report, pic
 from coreg.annotate.prompts import read_class_names
 from coreg.annotate.store import AnnotationStore, StoreWriter, make_manifest
 from coreg.config import SEEDS, option, parse
+from coreg.data.images import absolute_path
 from coreg.data.sources import open_images
 from coreg.errors import UserError, exits_with_one_line
 from coreg.plaintext import printable
@@ -105,7 +106,7 @@ def annotate(config: SyntheticConfig) -> tuple[AnnotationStore, np.ndarray]:
         {"spec": spec, "weights": content},
         BLOCK_SIZE,
         features=None,
-        data_root=str(Path(config.data_root).resolve()),
+        data_root=str(absolute_path(config.data_root)),
         notes=images.notes,
         preprocessing=None,
         versions={"coreg": coreg.__version__, "numpy": np.__version__, "torch": torch.__version__},

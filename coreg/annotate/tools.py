@@ -2,6 +2,7 @@
 
 python -m coreg.annotate.store info ann
 python -m coreg.annotate.store verify ann
+python -m coreg.annotate.store health ann
 python -m coreg.annotate.store export ann --output candidates.csv
 python -m coreg.annotate.store merge ann1 ann2 --output_dir ann
 """
@@ -20,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from coreg.annotate.candidates import candidate_sets
+from coreg.annotate.health import report
 from coreg.annotate.manifest import block_files, read_manifest
 from coreg.annotate.merge import merge
 from coreg.annotate.store import AnnotationStore
@@ -28,7 +30,7 @@ from coreg.annotate.writer import StoreWriter
 from coreg.config import SAFE_CSV, option, parse
 from coreg.data.decode import UnreadableImage
 from coreg.errors import UserError, exits_with_one_line
-from coreg.files import write_atomically
+from coreg.files import check_writable, file_name, making_folder, place_below, write_atomically
 from coreg.plaintext import csv_rows, printable
 
 SPLITS = ("train", "test", "val")
@@ -82,6 +84,14 @@ def verify(folder: str) -> tuple[str, bool]:
 
 
 @dataclass
+class PlaceConfig:
+    """Where the images are, if not where they were annotated."""
+
+    images: str | None = option(None, "where the images of the store are now; default: where they were annotated")
+    data_root: str | None = option(None, "where torchvision data sets are now; default: where they were annotated")
+
+
+@dataclass
 class ExportConfig:
     """Where evidence goes, and what of it."""
 
@@ -90,17 +100,21 @@ class ExportConfig:
     safe_csv: bool = option(False, SAFE_CSV)
 
 
-def export(folder: str, config: ExportConfig) -> str:
+def export(folder: str, config: ExportConfig, place: PlaceConfig | None = None) -> str:
     """Write candidate sets and probabilities in a form that other programs read; returns what was done.
 
     Raises:
-        UserError: there is no such store, a form that is not known, or the output is there already.
+        UserError: there is no such store, a form that is not known, or the output is there already or cannot be written.
     """
     if config.output is None:
         raise UserError("--output is missing; write for example: export ann --output candidates.csv")
-    store, target = AnnotationStore.open(folder), Path(config.output)
+    target = Path(config.output)
     if target.exists():
         raise UserError(f"{target} is there already; give another --output")
+    if target.suffix:
+        check_writable(target, "--output")
+    place = place or PlaceConfig()
+    store = AnnotationStore.open(folder).at(place.images, place.data_root)
     if target.suffix == ".csv":
         _to_csv(store, target, config.candidates, config.safe_csv)
     elif target.suffix == ".parquet":
@@ -108,7 +122,8 @@ def export(folder: str, config: ExportConfig) -> str:
     elif target.suffix:
         raise UserError(f"{target} is of no known form; write a .csv or .parquet file, or a folder without a dot")
     else:
-        count = _to_folder(store, target)
+        with making_folder(target, "free some space or give another --output") as made:
+            count = _to_folder(store, made)
         return f"{target}: {count} images sorted by their most probable class, {len(store) - count} left out as unreadable"
     return f"{target}: {len(store)} images"
 
@@ -165,20 +180,22 @@ def _to_folder(store: AnnotationStore, target: Path) -> int:
     """`target/SPLIT/CLASS/path`: links to files, copies of what is no file; returns how many."""
     images = store.images()
     root = getattr(images.pixels, "root", None)
-    folders = [name.replace("/", "_").lstrip(".") or "_" for name in store.class_names]
+    folders = [file_name(name.replace("/", "_").lstrip(".")) for name in store.class_names]
     if len(set(folders)) < len(folders):
         raise UserError(f"class names of {store.root} give the same folder names; write a .csv file instead")
     best, count = store.probs().argmax(axis=1), 0
     for row, path in enumerate(store.paths):
         if store.unreadable[row]:
             continue
-        place = target / SPLITS[store.split[row]] / folders[best[row]] / path
-        place.parent.mkdir(parents=True, exist_ok=True)
+        suffix = "" if root is not None or Path(path).suffix == ".png" else ".png"
+        folder = target / SPLITS[store.split[row]] / folders[best[row]]
+        folder.mkdir(parents=True, exist_ok=True)
+        place = place_below(folder, path + suffix)
         if root is not None:
             place.symlink_to(Path(root, path))
         else:
             try:
-                images.load(row).save(place if place.suffix == ".png" else place.with_name(place.name + ".png"), "PNG")
+                images.load(row).save(place, "PNG")
             except UnreadableImage as error:
                 raise UserError(f"{path!r} could be read before and cannot now: {error}; annotate again") from None
         count += 1
@@ -205,8 +222,14 @@ def _merge(folders: list[str], options: list[str]) -> int:
 
 
 def _export(folders: list[str], options: list[str]) -> int:
-    (config,) = parse(ExportConfig, argv=options, prog="python -m coreg.annotate.store export")
-    print(printable(export(_only(folders), config), lines=True))
+    config, place = parse(ExportConfig, PlaceConfig, argv=options, prog="python -m coreg.annotate.store export")
+    print(printable(export(_only(folders), config, place), lines=True))
+    return 0
+
+
+def _health(folders: list[str], options: list[str]) -> int:
+    (place,) = parse(PlaceConfig, argv=options, prog="python -m coreg.annotate.store health")
+    report(_only(folders), place.images, place.data_root)
     return 0
 
 
@@ -230,6 +253,7 @@ def _only(folders: list[str]) -> str:
 COMMANDS: dict[str, Callable[[list[str], list[str]], int]] = {
     "info": _info,
     "verify": _verify,
+    "health": _health,
     "export": _export,
     "merge": _merge,
 }

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import io
 import json
 import os
-import secrets
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -14,31 +14,77 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save
 
-from coreg.annotate.blocks import DamagedBlockError, read_block, read_errors, write_block
-from coreg.annotate.manifest import JOB, block_files, job_hash, read_manifest
+from coreg.annotate.blocks import (
+    REMEDY,
+    BadEvidenceError,
+    DamagedBlockError,
+    check_evidence,
+    read_block,
+    read_errors,
+    read_job,
+    write_block,
+)
+from coreg.annotate.manifest import JOB, DamagedManifestError, block_files, job_hash, moved, read_manifest, set_name
 from coreg.data.images import ImageList, escape
 from coreg.errors import UserError
-from coreg.files import write_atomically
+from coreg.files import making_folder, write_atomically
 from coreg.plaintext import csv_rows
 
+CHECKSUMS = "checksums.json"  # {"samples.safetensors": sha256}; not in that file, whose bytes the store's hash covers
 
-def refuse_other_job(root: Path, manifest: dict[str, Any]) -> None:
-    """Make sure that `root` is free, or holds a store of this very job.
+
+def continued(root: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    """Make sure that `root` is free, or holds a store of this very job, wherever its images lay then.
+
+    Returns:
+        The manifest to go on with: `manifest` itself for a new store; the one that is there, with the images where they
+        are now; or, where that one is damaged and the blocks are of this job, what it has to be.
 
     Raises:
         UserError: it holds something else; the message says what differs.
     """
     if not root.exists() or (root.is_dir() and not any(root.iterdir())):
-        return
-    if not (root / "manifest.json").exists():
+        return manifest
+    if not root.is_dir() or not any((root / name).exists() for name in ("manifest.json", "blocks")):
         raise UserError(f"{root} holds other things than an annotation store; give an empty or new --output_dir")
-    there = read_manifest(root)
+    try:
+        there = read_manifest(root)
+    except DamagedManifestError:
+        if (mended := _of_the_blocks(root, manifest)) is not None:
+            return mended
+        if (root / "samples.safetensors").exists() and not any((root / "blocks").glob("*")):  # nothing to lose
+            return manifest
+        raise UserError(
+            f"{root}: manifest.json is missing or damaged, and the blocks were not made by this command; run the one that "
+            f"made them, restore manifest.json from a copy, or give another --output_dir"
+        ) from None
+    here = manifest["images"]
+    names = [set_name(images["spec"]) for images in (there["images"], here)]
+    wanted = manifest | {"images": here if names[0] != names[1] else here | {"spec": there["images"]["spec"]}}
     for key in JOB:
-        if there[key] != manifest[key]:
+        if there[key] != wanted[key]:
+            if (mended := _of_the_blocks(root, manifest)) is not None:
+                return mended
             raise UserError(
-                f"{root} holds the annotations of another job: {key} {_difference(there[key], manifest[key])}; "
+                f"{root} holds the annotations of another job: {key} {_difference(there[key], wanted[key])}; "
                 f"give another --output_dir or remove that folder"
             )
+    return moved(there, here["spec"], manifest["data_root"])
+
+
+def _of_the_blocks(root: Path, manifest: dict[str, Any]) -> dict[str, Any] | None:
+    """The manifest of this job in the version of the first block that can be read; None where that is of another job."""
+    spec = manifest["images"]["spec"]
+    places = [spec] if set_name(spec) else [spec, os.path.realpath(spec)]  # version 1 had all links resolved
+    for file in block_files(root, manifest):
+        try:
+            job = read_job(file)
+        except DamagedBlockError:
+            continue
+        old = [manifest | {"version": 1, "images": manifest["images"] | {"spec": place}} for place in places]
+        fitting = next((one for one in (manifest, *old) if job_hash(one) == job), None)
+        return fitting and moved(fitting, spec, manifest["data_root"])
+    return None
 
 
 def _difference(there: Any, here: Any) -> str:
@@ -55,8 +101,15 @@ def _difference(there: Any, here: Any) -> str:
 class StoreWriter:
     """Writes a store block by block; several writers, in processes that know nothing of each other, may share a folder."""
 
-    def __init__(self, root: Path, manifest: dict[str, Any]) -> None:
-        self.root, self.manifest, self.job = root, manifest, job_hash(manifest)
+    def __init__(self, root: Path, manifest: dict[str, Any], remedy: str = REMEDY) -> None:
+        """Prepare to write.
+
+        Args:
+            root: folder of the store.
+            manifest: of the job (see `make_manifest`), or the one that `continued` gives where the folder is there.
+            remedy: what a person can do when a block cannot be written.
+        """
+        self.root, self.manifest, self.job, self.remedy = root, manifest, job_hash(manifest), remedy
         self.files = block_files(root, manifest)
         self._errors: dict[int, dict[int, str]] = {}
 
@@ -68,33 +121,41 @@ class StoreWriter:
         Raises:
             UserError: the folder holds something else, or cannot be written.
         """
-        refuse_other_job(self.root, self.manifest)
+        is_new = not any((self.root / name).exists() for name in ("manifest.json", "blocks"))
+        self.manifest = continued(self.root, self.manifest)
+        self.job = job_hash(self.manifest)
         labels = np.full(len(images), -1) if images.labels is None else images.labels
         samples = save({"label": labels.astype(np.int32), "split": images.split.astype(np.uint8)})
-        lists = {"images.txt": b"".join(os.fsencode(escape(path)) + b"\n" for path in images.paths)}
-        lists["samples.safetensors"] = samples
-        if (self.root / "manifest.json").exists():
-            for name, content in lists.items():  # labels may have come or changed since: they are no part of the job
-                file = self.root / name
-                if not file.exists() or file.read_bytes() != content:
-                    write_atomically(file, content)
+        content = {
+            "images.txt": b"".join(os.fsencode(escape(path)) + b"\n" for path in images.paths),
+            "samples.safetensors": samples,
+            CHECKSUMS: _as_json({"samples.safetensors": hashlib.sha256(samples).hexdigest()}),
+            "manifest.json": _as_json(self.manifest),
+        }
+        if not is_new:
+            self._renew(content)
             return
-        # All at once: a folder that is killed half-way is not taken for a store.
-        partial = self.root.with_name(f".{self.root.name}.{secrets.token_hex(4)}.partial")
         try:
-            for old in self.root.parent.glob(f".{self.root.name}.*.partial"):
-                shutil.rmtree(old, ignore_errors=True)
-            (partial / "blocks").mkdir(parents=True)
-            lists["manifest.json"] = json.dumps(self.manifest, indent=1, ensure_ascii=False).encode() + b"\n"
-            for name, content in lists.items():
-                write_atomically(partial / name, content)
-            partial.replace(self.root)
+            # All at once: a folder that is killed half-way is not taken for a store.
+            with making_folder(self.root, "give another --output_dir") as folder:
+                (folder / "blocks").mkdir()
+                for name, text in content.items():
+                    write_atomically(folder / name, text)
+        except UserError:
+            if not (self.root / "manifest.json").exists():
+                raise
+            self.begin(images)  # another job made it in the meantime
+
+    def _renew(self, content: dict[str, bytes]) -> None:
+        """Write what is missing, damaged, or not what it was: labels and the images' place are no part of the job."""
+        try:
+            (self.root / "blocks").mkdir(exist_ok=True)
         except OSError as error:
-            shutil.rmtree(partial, ignore_errors=True)
-            if (self.root / "manifest.json").exists():  # another job made it in the meantime
-                refuse_other_job(self.root, self.manifest)
-                return
-            raise UserError(f"cannot make {self.root}: {error.strerror}; give another --output_dir") from None
+            raise UserError(f"cannot write {self.root / 'blocks'}: {error.strerror}; give another --output_dir") from None
+        for name, text in content.items():
+            file = self.root / name
+            if not file.is_file() or file.read_bytes() != text:
+                write_atomically(file, text)
 
     def rows(self, index: int) -> range:
         """The rows of block `index`."""
@@ -135,15 +196,25 @@ class StoreWriter:
             tensors: votes int16 (n, T), probs float16 (n, C) and, where there are any, features float16 (n, D) and
                 answers (see `blocks.pack_answers`).
             errors: row number -> why the image could not be read.
+
+        Raises:
+            UserError: it cannot be written, or is no evidence, such as NaN.
         """
-        bad = [row - self.rows(index).start for row in errors]
-        tensors = {name: np.array(tensor) for name, tensor in tensors.items()}
+        rows = self.rows(index)
+        bad = [row - rows.start for row in errors]
+        tensors = {name: np.array(tensor, order="C") for name, tensor in tensors.items()}
         tensors["votes"][bad] = -1
         tensors["probs"][bad] = 1 / tensors["probs"].shape[1]
         if "features" in tensors:
             tensors["features"][bad] = 0
         try:
-            write_block(self.files[index], index, self.job, tensors, errors)
+            check_evidence(tensors, errors, rows, self.manifest)
+        except BadEvidenceError as error:
+            raise UserError(
+                f"{self.root}: block {index} is not written: {describe(error, self.root, self.manifest)}"
+            ) from None
+        try:
+            write_block(self.files[index], index, self.job, tensors, errors, self.remedy)
         except UserError:
             # Whoever took this block over because we seemed dead may have finished the job and cleared up behind us.
             if not self.is_written(index):
@@ -153,20 +224,50 @@ class StoreWriter:
         """Rows that could not be read in the blocks written so far, by any process, with the reasons."""
         for index, file in enumerate(self.files):
             if index not in self._errors and file.exists():
-                self._errors[index] = read_errors(file)
+                with contextlib.suppress(DamagedBlockError):  # counts as not written
+                    self._errors[index] = read_errors(file)
         return {row: reason for index in sorted(self._errors) for row, reason in self._errors[index].items()}
 
     def finish(self, paths: Iterable[str], safe_csv: bool = False) -> None:
-        """Write errors.csv (see `csv_rows`), which ends the job; every block must be there. One process calls this."""
-        text = io.StringIO(newline="")
-        write = csv_rows(text, safe_csv)
-        write(["path", "reason"])
+        """Write errors.csv (see `csv_rows`), which ends the job; every block must be there. One process calls this.
+
+        Raises:
+            UserError: a block was damaged since, or errors.csv cannot be written.
+        """
         reasons: dict[int, str] = {}
         for index, file in enumerate(self.files):
-            reasons |= read_block(file, index, self.job)[1]
-        for row, path in enumerate(paths):
-            if row in reasons:
-                write([path, reasons[row]])
-        write_atomically(self.root / "errors.csv", os.fsencode(text.getvalue()))
+            try:
+                reasons |= read_block(file, index, self.job)[1]
+            except DamagedBlockError as error:
+                raise UserError(f"{file} is damaged: {error}; run the same command again") from None
+        write_atomically(self.root / "errors.csv", errors_csv(paths, reasons, safe_csv), self.remedy)
         for leftover in (self.root / "blocks").glob(".tmp.*"):  # of writers that were killed
             leftover.unlink(missing_ok=True)
+
+
+def errors_csv(paths: Iterable[str], reasons: dict[int, str], safe_csv: bool) -> bytes:
+    """The content of errors.csv, which follows from the blocks: path and reason of every image that could not be read."""
+    text = io.StringIO(newline="")
+    write = csv_rows(text, safe_csv)
+    write(["path", "reason"])
+    for row, path in enumerate(paths) if reasons else ():
+        if row in reasons:
+            write([path, reasons[row]])
+    return os.fsencode(text.getvalue())
+
+
+def describe(error: BadEvidenceError, root: Path, manifest: dict[str, Any]) -> str:
+    """What is wrong with an image's evidence, and what a person can do about it."""
+    if error.row is None:
+        return f"{error}; annotate again into a new --output_dir"
+    name = str(error.row)
+    with contextlib.suppress(OSError, IndexError):
+        name = repr(os.fsdecode((root / "images.txt").read_bytes().split(b"\n")[error.row]))
+    what = f"image {name}: {error}"
+    if manifest["model"].get("precision") == "fp16":
+        return f"{what}; numbers exceed the range of fp16: annotate with --precision bf16 into a new --output_dir"
+    return f"{what}; its model or weights are damaged: get them again, and annotate into a new --output_dir"
+
+
+def _as_json(value: dict[str, Any]) -> bytes:
+    return json.dumps(value, indent=1, ensure_ascii=False).encode() + b"\n"

@@ -18,9 +18,10 @@ from PIL import Image
 
 from coreg.data.decode import MAX_BYTES, UnreadableImage, decode_image
 from coreg.data.folders import folder_labels, settled, split_notes, split_of
-from coreg.data.images import HELD_OUT, TEST, TRAIN, ImageList, Paths, lookup, translated
+from coreg.data.images import HELD_OUT, TEST, TRAIN, ImageList, Paths, absolute_path, lookup, translated
 from coreg.data.passed_over import PassedOver
 from coreg.errors import UserError
+from coreg.files import inside
 
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
@@ -75,7 +76,7 @@ def tar_shards(spec: str, class_names: Sequence[str] | None, passed_over: Passed
     Raises:
         UserError: an archive is compressed, damaged or holds no image.
     """
-    root = Path(spec).resolve()
+    root = absolute_path(spec)
     if root.name.lower().endswith(COMPRESSED):
         raise UserError(f"{spec} is compressed, so single images cannot be read from it; unpack it, or make a plain .tar")
     files = [root / name for name in shards_of(root)] if root.is_dir() else [root]
@@ -85,7 +86,7 @@ def tar_shards(spec: str, class_names: Sequence[str] | None, passed_over: Passed
     for number, file in enumerate(files):
         prefix = f"{file.name}/" if root.is_dir() else ""
         for member, content in _index(file):
-            name = posixpath.normpath(member.name).lstrip("/")
+            name = inside(member.name)
             if posixpath.splitext(name)[1].lower() == ".cls":
                 written[prefix + posixpath.splitext(name)[0]] = content
             elif not member.isdir() and passed_over.takes(name):
@@ -190,7 +191,7 @@ def datasets_folder(spec: str, class_names: Sequence[str] | None) -> ImageList:
         raise UserError(
             f"{spec} was saved by Hugging Face datasets, which is not installed: pip install datasets"
         ) from None
-    root = Path(spec).resolve()
+    root = absolute_path(spec)
     try:
         loaded = datasets.load_from_disk(str(root))
     except Exception as error:  # pyarrow and datasets let many kinds of errors through

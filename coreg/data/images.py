@@ -8,6 +8,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -97,6 +98,13 @@ def escape(path: str) -> str:
 def unescape(line: str) -> str:
     """The inverse of `escape`."""
     return re.sub(r"\\(.)", lambda match: {"n": "\n", "r": "\r"}.get(match[1], match[1]), line)
+
+
+def absolute_path(path: str | os.PathLike[str]) -> Path:
+    """`path` from the root on as a person typed it, links and all: they may be the stable name of a place that changes."""
+    plain = os.path.abspath(path)
+    # where `..` comes after a link, only the system knows what is meant
+    return Path(plain if os.path.realpath(plain) == os.path.realpath(path) else os.path.realpath(path))
 
 
 def list_hash(paths: Iterable[str]) -> str:

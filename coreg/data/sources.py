@@ -16,7 +16,7 @@ from PIL import Image
 from coreg.data.archives import datasets_folder, is_datasets_folder, is_tar, shards_of, tar_shards
 from coreg.data.decode import UnreadableImage, read_image
 from coreg.data.folders import folder_labels
-from coreg.data.images import SPLITS, ImageList, Paths, lookup, translated
+from coreg.data.images import SPLITS, ImageList, Paths, absolute_path, lookup, translated
 from coreg.data.joined import PREFIX, joined_images
 from coreg.data.passed_over import PassedOver, is_system_folder
 from coreg.data.torchvision_sets import TORCHVISION, torchvision_set
@@ -129,7 +129,7 @@ def _is_folder(entry: os.DirEntry) -> bool:
 
 
 def _folder(spec: str, class_names: Sequence[str] | None) -> ImageList:
-    root = Path(spec).resolve()
+    root = absolute_path(spec)
     passed_over = PassedOver()
     paths = Paths(_walk(root, passed_over))
     shards = shards_of(root)
@@ -149,7 +149,7 @@ def _folder(spec: str, class_names: Sequence[str] | None) -> ImageList:
 
 
 def _csv(spec: str, class_names: Sequence[str] | None) -> ImageList:
-    path = Path(spec).resolve()
+    path = absolute_path(spec)
     found: dict[str, tuple[int, int]] = {}
     find = lookup(class_names) if class_names is not None else lambda name: -1
     try:

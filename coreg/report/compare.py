@@ -27,6 +27,8 @@ NOT_THE_METHOD = (
     "seed",
     "dataset",
     "annotations",
+    "images",
+    "data_root",
     "output_dir",
     "labels",
     "workers",

@@ -39,6 +39,8 @@ from coreg.settings import ImageConfig, JobConfig, check_look, check_tracker
 NOT_THE_JOB = (
     "output_dir",
     "annotations",
+    "images",
+    "data_root",
     "labels",
     "dataset",
     "workers",
@@ -225,6 +227,8 @@ def open_run(
     check_bounds(*settings)
     check_tracker(job.report_to)
     parse_rule(job.candidates)
+    if not job.annotations and (job.images or job.data_root):
+        raise UserError("--images and --data_root say where the images of --annotations are now; give that too")
     if look is not None:
         check_look(look)
         check_backbone(look.backbone, look.backbone_args)
@@ -234,7 +238,7 @@ def open_run(
     with leaving_together(accelerator), contextlib.ExitStack() as held:
         main_process_decides(accelerator, lambda: folder.refuse_other(identity))
         if job.annotations:
-            store = AnnotationStore.open(job.annotations)
+            store = AnnotationStore.open(job.annotations).at(job.images, job.data_root)
         else:
             main_process_decides(accelerator, lambda: held.enter_context(folder.locked()))
             store = annotate_default(folder.root / "annotations", accelerator)

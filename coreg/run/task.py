@@ -102,6 +102,12 @@ def prepare(run: Run, method: Options, alignment: str = "uniform") -> Task[Optio
     if len(train) < 2:
         raise UserError(f"the store {store.root} has {len(train)} readable training images; give at least 2")
     known = run.known[train]
+    usable = (store.votes()[train] >= 0).any(axis=1) | (known >= 0)
+    if not usable.any():
+        raise UserError(
+            f"no template names a class of any training image in {store.root}; annotate with other class names or another "
+            f"--vlm, or give labels with --labels FILE"
+        )
     given, n_classes = np.flatnonzero(known >= 0), len(store.class_names)
     candidates = candidates[train]
     candidates[given] = np.arange(n_classes) == known[given, None]
@@ -131,7 +137,7 @@ def prepare(run: Run, method: Options, alignment: str = "uniform") -> Task[Optio
         data=on_device(train_pixels, train),
         candidates=candidates,
         table=torch.from_numpy(candidates).to(accelerator.device),
-        usable=(store.votes()[train] >= 0).any(axis=1) | (known >= 0),
+        usable=usable,
         prior=prior / prior.sum(),
         labels=labels[train],
         annotator=probs.argmax(axis=1),
