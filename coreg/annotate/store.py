@@ -32,7 +32,7 @@ from safetensors.numpy import load, load_file
 from coreg.annotate.blocks import BadEvidenceError, DamagedBlockError, check_evidence, read_block, unpack_answers
 from coreg.annotate.manifest import block_files, job_hash, make_manifest, moved, read_manifest
 from coreg.annotate.writer import CHECKSUMS, StoreWriter, continued, describe, errors_csv
-from coreg.data.images import ImageList, Paths, absolute_path, list_hash, unescape
+from coreg.data.images import HELD_OUT, ImageList, Paths, absolute_path, list_hash, unescape
 from coreg.data.sources import open_images
 from coreg.errors import UserError
 from coreg.files import RecordError, read_file, read_record
@@ -209,7 +209,7 @@ def read_samples(root: Path, manifest: dict[str, Any]) -> tuple[Paths, np.ndarra
     if kinds != {"label": ("int32", (count,)), "split": ("uint8", (count,))} or len(paths) != count:
         raise UserError(f"{damaged}: samples.safetensors does not hold labels and splits of {count} images; {AGAIN}")
     label, split = tensors["label"], tensors["split"]
-    if label.min() < -1 or label.max() >= len(manifest["class_names"]) or split.max() > 1:
+    if label.min() < -1 or label.max() >= len(manifest["class_names"]) or split.max() > HELD_OUT:
         raise UserError(f"{damaged}: samples.safetensors holds labels or splits that there are not; {AGAIN}")
     if wanted and hashlib.sha256(samples).hexdigest() != wanted["samples.safetensors"]:
         raise UserError(f"{damaged}: samples.safetensors was changed; {AGAIN}")
