@@ -116,6 +116,18 @@ def test_a_program_that_differs_is_refused_and_not_kept(run, tmp_path, monkeypat
     assert re.search(r"differ by 0\.01 .* is allowed; it was not kept", error) and contents(folder) == before
 
 
+def test_a_damaged_export_is_written_again_as_its_error_says(run, tmp_path):
+    copy = shutil.copytree(run, tmp_path / "run")
+    weights = copy / "export" / "net1" / "model.safetensors"
+    weights.write_bytes(b"x")
+    with pytest.raises(UserError, match=r"model.safetensors does not agree .* delete report.json"):
+        load_export(copy)
+    (copy / "report.json").unlink()
+    train_coreg.main(["--output_dir", str(copy), *SHORT.split()])
+    assert weights.read_bytes() == (run / "export" / "net1" / "model.safetensors").read_bytes()
+    load_export(copy)
+
+
 def test_numbers_that_are_none_do_not_agree():
     with pytest.raises(UserError, match="differ by nan"):
         agreement(torch.tensor([[math.nan]]), torch.tensor([[0.0]]), "x")

@@ -79,11 +79,17 @@ def convolution(net, features):
     return net.classifier(features.mean(dim=(2, 3), keepdim=True)).flatten(1)
 
 
+def second_head(net, features):
+    """volo's adds half of the largest logit that a second head finds in any token."""
+    return net.head(features[:, 0]) + net.aux_head(features[:, 1:]).amax(dim=1) / 2
+
+
 @pytest.mark.parametrize(
     ("name", "arguments", "by_hand"),
     [
         ("deit_tiny_distilled_patch16_224", {"img_size": 32, "depth": 1, "embed_dim": 24}, two_heads),
         ("dpn48b", {}, convolution),
+        ("volo_d1_224", {"img_size": 32}, second_head),
     ],
 )
 def test_heads_of_any_kind_are_trained_and_exported_as_they_are(tmp_path, name, arguments, by_hand):

@@ -172,8 +172,9 @@ class CoRegNet(nn.Module):
         self.backbone = backbone
         width = backbone.head_hidden_size
         self.projector = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, dim))
-        # two heads whose logits are averaged, or a head that is a convolution, are no function of h alone
-        self.linear_head = isinstance(backbone.get_classifier(), nn.Linear)
+        # two heads with averaged logits, a convolution, or VOLO's second head on all tokens, are no function of h alone
+        second = getattr(backbone, "aux_head", None)
+        self.linear_head = second is None and isinstance(backbone.get_classifier(), nn.Linear)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         features = self.backbone.forward_features(images)
