@@ -196,7 +196,7 @@ def test_headers_and_samples_that_no_writer_wrote_are_refused(tmp_path):
     for label, split in [
         (np.full(7, 3, np.int32), np.zeros(7, np.uint8)),
         (np.full(7, -2, np.int32), np.zeros(7, np.uint8)),
-        (np.zeros(7, np.int32), np.full(7, 2, np.uint8)),
+        (np.zeros(7, np.int32), np.full(7, 3, np.uint8)),
         (np.zeros(7, np.int64), np.zeros(7, np.uint8)),
         (np.zeros(6, np.int32), np.zeros(7, np.uint8)),
     ]:

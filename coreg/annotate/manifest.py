@@ -26,6 +26,7 @@ KIND = {
     "features": Maybe(Number(1, 1e6)),
     "data_root": str,
     "hashed_spec": Maybe(str),
+    "notes": Maybe([str]),
 }
 
 
