@@ -62,6 +62,24 @@ class ViewConfig:
     workers: int = option(2, "processes that decode images, per process that encodes them", (0, 1024))
 
 
+@dataclass
+class RefineConfig:
+    """Which features mend the evidence of a store, and how it is read."""
+
+    output_dir: str | None = option(None, "folder of the refined annotation store")
+    features: Literal["view", "own"] = option(
+        "view", "view: those of the network that --backbone names; own: those that the annotator left in the store"
+    )
+    weight: float | None = option(
+        None,
+        "1: evidence is a prior; 0: it passes a confusion matrix; default: 0, 0.5 or 1, chosen without labels",
+    )
+    prior: Literal["auto", "uniform", "annotator", "none"] = option(
+        "auto",
+        "sizes to which classes are balanced; auto: uniform where they come out nearly equal by themselves, else none",
+    )
+
+
 def check_view(config: ViewConfig) -> None:
     """Refuse a view that cannot be made.
 
@@ -76,3 +94,15 @@ def check_view(config: ViewConfig) -> None:
             raise UserError(f"--{name} has {len(values)} numbers for {config.channels} channels; give one or one each")
     if config.std is not None and min(config.std) <= 0:
         raise UserError(f"--std is {min(config.std)}; give numbers above 0")
+
+
+def check_refine(config: RefineConfig) -> None:
+    """Refuse a refinement that cannot be made.
+
+    Raises:
+        UserError: the first thing that is wrong.
+    """
+    if config.output_dir is None:
+        raise UserError("--output_dir is missing; write for example: refine ann --output_dir ann2")
+    if config.weight is not None and not 0 <= config.weight <= 1:
+        raise UserError(f"--weight is {config.weight}; give a number from 0 to 1")

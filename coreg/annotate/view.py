@@ -40,7 +40,7 @@ from coreg.config import parse
 from coreg.data.images import ImageList
 from coreg.data.sources import require_readable
 from coreg.errors import UserError, exits_with_one_line
-from coreg.files import RecordError, read_record, write_atomically
+from coreg.files import Number, RecordError, read_record, write_atomically
 from coreg.nets.model import check_backbone, check_weights, create_backbone, parse_backbone_args, trained_with
 from coreg.run.process import build_accelerator, main_process_decides
 
@@ -52,8 +52,9 @@ MANIFEST = {
     "backbone": str,
     "network": {"architecture": str, "arguments": dict, "weights": str},
     "pixels": dict,
-    "images": {"count": int, "sha256": str},
-    "features": int,
+    "images": {"count": Number(1), "sha256": str},
+    "block_size": Number(1),
+    "features": Number(1),
 }
 
 
@@ -299,11 +300,17 @@ def make_view(store: AnnotationStore, config: ViewConfig, accelerator: Accelerat
     images = opened[0] if opened else store.images()
     encoder = Encoder(config, accelerator.device)
     name = Path(config.backbone.removeprefix("local-dir:")).name.replace(os.sep, "_")
+    root = store.root / "views" / f"{name}-{config.image_size}"
+
+    def block_size() -> int:  # of what is there already
+        return read_manifest(root)["block_size"] if (root / "manifest.json").exists() else config.block_size
+
+    size = main_process_decides(accelerator, block_size)
     writer = ViewWriter(
-        store.root / "views" / f"{name}-{config.image_size}",
+        root,
         {"schema": SCHEMA, "version": VERSION, "backbone": config.backbone}
         | encoder.describe()
-        | {"images": list_of(store), "block_size": config.block_size}
+        | {"images": list_of(store), "block_size": size}
         | {"versions": {"coreg": coreg.__version__, "timm": timm.__version__, "torch": torch.__version__}},
     )
     for line in main_process_decides(accelerator, writer.begin):
