@@ -32,7 +32,9 @@ class ProbeOptions:
     targets: Literal["probabilities", "sets"] = option(
         "probabilities", "the annotator's mean probabilities, or candidate sets by partial cross-entropy"
     )
-    penalty: float = option(1e-3, "half of it times the squared weights is added to the loss, features standardised")
+    penalty: float = option(
+        1e-3, "half of it times the squared weights is added to the loss, features standardised", (1e-12, 1e6)
+    )
 
 
 @exits_with_one_line
@@ -51,8 +53,6 @@ def read_settings(argv: Sequence[str]) -> tuple[JobConfig, ImageConfig, ProbeOpt
     )
     check(job)
     check_look(look)
-    if method.penalty <= 0:
-        raise UserError(f"--penalty is {method.penalty}; give a number above 0")
     parse_rule(job.candidates)
     return job, look, method
 
@@ -91,7 +91,9 @@ def frozen_features(task: Task[ProbeOptions], net: CoRegNet) -> Tensor:
     for mirrored in (False, True)[: 1 + task.look.flip]:
         batches = task.data.in_batches("plain", mine, size, ()) if len(mine) else [task.data.view("plain", mine, ())]
         pooled = [
-            net.backbone.forward_head(net.backbone.forward_features(x.flip(3) if mirrored else x), pre_logits=True)
+            net.backbone.forward_head(net.backbone.forward_features(x.flip(3) if mirrored else x), pre_logits=True).flatten(
+                1
+            )
             for x in batches
         ]
         parts.append(gather_rows(torch.cat(pooled), len(rows)))
@@ -125,6 +127,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                 f"no template named a class of any training image in {run.store.root}; there is nothing to learn"
             )
         nets = build_networks(run.accelerator, job, look, len(run.store.class_names), projection_dim=1, count=1)
+        classifier = nets[0].backbone.get_classifier()
+        if not nets[0].linear_head or classifier.bias is None:
+            raise UserError(f"backbone {look.backbone} has no single linear classifier with a bias; choose another one")
         nets[0].to(run.accelerator.device, task.data.dtype)
         training = Training(nets, nets, nets, [])  # nothing trains
         run.begin(training)
@@ -134,7 +139,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         weight, bias, loss = main_process_decides(
             run.accelerator, lambda: tuple(fit_probe(features.cpu(), targets, method.penalty))
         )
-        classifier = nets[0].backbone.get_classifier()
         with torch.no_grad():
             classifier.weight.copy_(weight)
             classifier.bias.copy_(bias)

@@ -128,10 +128,10 @@ def test_what_was_stopped_or_damaged_goes_on_to_the_same_bytes(store, monkeypatc
     encoded, plain = [], module.Encoder.annotate
     monkeypatch.setattr(module.Encoder, "annotate", lambda self, batch: (encoded.append(len(batch)), plain(self, batch))[1])
     again = make_view(store, ViewConfig(**TINY))
-    assert sum(encoded) == 4 + 3  # of 11 images those of two blocks
+    assert sum(encoded) == 1 + 4 + 3  # to see what it gives; of 11 images those of two blocks
     assert {path.name: path.read_bytes() for path in again.root.rglob("*") if path.is_file()} == before
     make_view(store, ViewConfig(**TINY))
-    assert sum(encoded) == 7  # finished: nothing is encoded
+    assert sum(encoded) == 8 + 1  # finished: no image is encoded
 
 
 def saved_network(folder, seed):
@@ -210,3 +210,6 @@ def test_networks_of_one_input_size_are_made_for_the_pixels_that_are_asked_for()
     config = ViewConfig(backbone="vit_tiny_patch16_224", pretrained=False, image_size=32)
     features = module.Encoder(config, "cpu").annotate(torch.zeros(2, 3, 32, 32, dtype=torch.uint8))["features"]
     assert features.shape == (2, 192)
+    config = ViewConfig(backbone="vit_tiny_patch16_224", pretrained=False, image_size=8)
+    with pytest.raises(UserError, match=r"--image_size|could not be loaded"):
+        module.Encoder(config, "cpu")

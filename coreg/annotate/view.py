@@ -192,6 +192,7 @@ class Encoder:
     Attributes:
         network: the timm model on the device, in evaluation mode.
         arguments: what it was made with besides its name.
+        features: D.
         mean, std: of the pixels in 0..1, one number a channel.
     """
 
@@ -199,7 +200,7 @@ class Encoder:
         """Load the network.
 
         Raises:
-            UserError: there is no such network, or its weights cannot be had.
+            UserError: there is no such network, its weights cannot be had, or it has no pooled features of such images.
         """
         self.config = config
         self.arguments = _sized(config) | parse_backbone_args(config.backbone_args)
@@ -209,6 +210,17 @@ class Encoder:
         self.network = network.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
         self.mean, self.std = pixels_of(config)
         self._mean, self._std = (torch.tensor(x, device=device)[:, None, None] for x in (self.mean, self.std))
+
+        side = config.image_size
+        try:
+            empty = torch.zeros(1, config.channels, side, side, dtype=torch.uint8)
+            self.features = self.annotate(empty)["features"].shape[1]
+        except Exception as error:  # of whatever kind the architecture's own code raises
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise UserError(
+                f"backbone {config.backbone} gives no pooled features of images of {side}x{side} pixels ({reason}); choose "
+                f"another --image_size or another --backbone"
+            ) from None
 
     def describe(self) -> dict[str, Any]:
         """What the manifest says of the network and its pixels."""
@@ -226,7 +238,7 @@ class Encoder:
             },
             "pixels": {"size": config.image_size, "channels": config.channels, "mean": self.mean, "std": self.std}
             | {"mirror": config.mirror},
-            "features": self.network.head_hidden_size,
+            "features": self.features,
         }
 
     def preprocess(self, image: Image.Image) -> torch.Tensor:
@@ -251,7 +263,7 @@ class Encoder:
         return {"features": h.half()}
 
     def _pooled(self, pixels: torch.Tensor) -> torch.Tensor:
-        return self.network.forward_head(self.network.forward_features(pixels), pre_logits=True).float()
+        return self.network.forward_head(self.network.forward_features(pixels), pre_logits=True).flatten(1).float()
 
 
 def _sized(config: ViewConfig) -> dict[str, int]:
