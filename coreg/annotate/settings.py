@@ -53,9 +53,13 @@ class ViewConfig:
     backbone_args: str = option("{}", "further arguments of the backbone, as JSON")
     pretrained: bool = option(True, "take timm's pretrained weights")
     image_size: int = option(128, "side in pixels to which images are resized", (1, 8192))
-    channels: int = option(3, "1 for grey images, 3 for RGB")
-    mean: list[float] | None = option(None, "of the pixels in 0..1, one number or one a channel; default: of the weights")
-    std: list[float] | None = option(None, "of the pixels in 0..1, one number or one a channel; default: of the weights")
+    channels: int = option(3, "1 for grey images, 3 for RGB", (1, 3))
+    mean: list[float] | None = option(
+        None, "of the pixels in 0..1, one number or one a channel; default: those of the weights", (0, 1)
+    )
+    std: list[float] | None = option(
+        None, "of the pixels in 0..1, one number or one a channel; default: those of the weights", (0.001, 10)
+    )
     mirror: bool = option(True, "take the mean over every image and its mirror image")
     batch_size: int = option(64, "images a forward pass, per process", (1, 1_000_000))
     block_size: int = option(256, "images a block, the unit of work that is kept when the job is stopped", (1, 1_000_000))
@@ -73,6 +77,7 @@ class RefineConfig:
     weight: float | None = option(
         None,
         "1: evidence is a prior; 0: it passes a confusion matrix; default: 0, 0.5 or 1, chosen without labels",
+        (0, 1),
     )
     prior: Literal["auto", "uniform", "annotator", "none"] = option(
         "auto",
@@ -92,8 +97,6 @@ def check_view(config: ViewConfig) -> None:
         values = getattr(config, name)
         if values is not None and len(values) not in (1, config.channels):
             raise UserError(f"--{name} has {len(values)} numbers for {config.channels} channels; give one or one each")
-    if config.std is not None and min(config.std) <= 0:
-        raise UserError(f"--std is {min(config.std)}; give numbers above 0")
 
 
 def check_refine(config: RefineConfig) -> None:
@@ -104,5 +107,3 @@ def check_refine(config: RefineConfig) -> None:
     """
     if config.output_dir is None:
         raise UserError("--output_dir is missing; write for example: refine ann --output_dir ann2")
-    if config.weight is not None and not 0 <= config.weight <= 1:
-        raise UserError(f"--weight is {config.weight}; give a number from 0 to 1")
