@@ -2,6 +2,8 @@
 
 import io
 import shutil
+import subprocess
+import sys
 import tarfile
 import threading
 
@@ -213,3 +215,23 @@ def test_networks_of_one_input_size_are_made_for_the_pixels_that_are_asked_for()
     config = ViewConfig(backbone="vit_tiny_patch16_224", pretrained=False, image_size=8)
     with pytest.raises(UserError, match=r"--image_size|could not be loaded"):
         module.Encoder(config, "cpu")
+
+
+@pytest.mark.multiprocess
+def test_two_processes_make_the_view_and_the_refined_store_that_one_makes(digits, tmp_path):
+    words = [*WORDS, "--channels", "1"]
+    for name in ("one", "two"):
+        shutil.copytree(digits.root, tmp_path / name)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    for name, start in (("one", [sys.executable]), ("two", launch)):
+        command = [*start, "-m", "coreg.annotate.store", "refine", str(tmp_path / name), *words]
+        done = subprocess.run(
+            [*command, "--output_dir", str(tmp_path / f"refined-{name}")], capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0 and "refined by preact_resnet_tiny-12" in done.stdout, done.stderr
+    one, two = (AnnotationStore.open(tmp_path / f"refined-{name}") for name in ("one", "two"))
+    assert one.hash == two.hash
+    views = [
+        View.open(views_of(store)[0], store) for store in map(AnnotationStore.open, (tmp_path / "one", tmp_path / "two"))
+    ]
+    assert views[0].hash == views[1].hash
