@@ -37,7 +37,6 @@ if __name__ == "__main__":
     read_settings()  # what is wrong with it is told before the imports below, which take seconds
 
 import platform
-import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -58,7 +57,7 @@ from coreg.annotate.models import ModelSpec, resolve
 from coreg.annotate.prompts import TEMPLATES, read_class_names, read_templates
 from coreg.annotate.store import AnnotationStore, StoreWriter, continued, make_manifest
 from coreg.annotate.summary import summary
-from coreg.annotate.work import POLL_SECONDS, Progress, annotate_images, rescore_features, work
+from coreg.annotate.work import Progress, annotate_images, every_block, rescore_features
 from coreg.data.images import ImageList, absolute_path, list_hash, translated
 from coreg.data.sources import open_images, require_readable
 from coreg.demo.annotator import demo_templates
@@ -128,21 +127,13 @@ def annotate(config: AnnotateConfig, accelerator: Accelerator | None = None) -> 
     for line in main_process_decides(accelerator, lambda: begin(writer, opened[0])):
         accelerator.print(f"damaged, annotated again: {printable(line)}")
 
-    # From here to the end processes meet in the folder only: they may be slow, die, or be joined by others.
-    start = accelerator.process_index / accelerator.num_processes
-    with BlockQueue(root, writer.files, start) as queue:
-        progress = Progress(queue, writer, shown=accelerator.is_main_process)
-        work(queue, source_of_evidence(config, opened, annotator, writer, queue, progress), progress)
-        if progress.few_bits:
-            print(
-                f"note: {progress.few_bits} images of 16 bits a channel have no value above a quarter of the range and are "
-                f"nearly black; scale them to the full range, or write TIFF files that say how many bits they use"
-            )
-        if accelerator.is_main_process:
-            writer.finish(opened[0].paths, config.safe_csv)
-            queue.clear()
-    while not (root / "errors.csv").exists():  # the last file, which the main process writes
-        time.sleep(POLL_SECONDS)
+    source = partial(source_of_evidence, config, opened, annotator, writer)
+    progress = every_block(writer, opened[0].paths, accelerator, source, safe_csv=config.safe_csv)
+    if progress.few_bits:
+        print(
+            f"note: {progress.few_bits} images of 16 bits a channel have no value above a quarter of the range and are "
+            f"nearly black; scale them to the full range, or write TIFF files that say how many bits they use"
+        )
     store = AnnotationStore.open(root)
     if accelerator.is_main_process:
         write_report(store, None if config.rescore else opened[0])

@@ -76,6 +76,9 @@ run zero_shot baselines/zero_shot.py
 for seed in $SEEDS; do
     run "coreg-$seed" train_coreg.py "${student[@]}" --seed "$seed"
     learn supervised "$seed"
+    for targets in probabilities sets; do
+        run "probe_$targets-$seed" baselines/probe.py "${student[@]}" --targets "$targets" --seed "$seed"
+    done
     for method in "${!PASSES[@]}"; do learn "$method" "$seed"; done
     for shots in $SHOTS; do
         run "coreg_$shots-$seed" train_coreg.py "${student[@]}" --seed "$seed" --few_shot "$shots"

@@ -26,10 +26,11 @@ class ZeroShotConfig:
     annotations: str | None = option(
         None, "annotation store made by annotate_vlm.py; without it the built-in digits are used"
     )
-    variant: Literal["all", "single", "averaged", "embeddings", "transductive"] = option(
+    variant: Literal["all", "single", "averaged", "embeddings", "transductive", "refined"] = option(
         "all",
         "single: the first template; averaged: mean of the templates' probabilities; embeddings: mean of their text "
-        "features; transductive: averaged, corrected by how the images of a split lie to each other",
+        "features; transductive: averaged, corrected by how the images of a split lie to each other; refined: a mixture of "
+        "Gaussians in the annotator's features, which classifies test images without it",
     )
     output_dir: str = option("runs/zero_shot", "folder that gets one folder a variant")
 
@@ -62,6 +63,7 @@ from coreg.report.record import read_report, write_report
 from coreg.report.report import build_report
 from coreg.run.folder import RunFolder
 from coreg.run.process import build_accelerator, main_process_decides
+from coreg.weak.refine import refine
 
 SPLITS = ("train", "test")
 
@@ -100,12 +102,28 @@ def transductive(store: AnnotationStore) -> np.ndarray:
     return found
 
 
+def refined(store: AnnotationStore) -> np.ndarray:
+    """The training images judged by a mixture of Gaussians in the annotator's own features, others by their features alone.
+
+    Raises:
+        UserError: the store keeps no features, or has no readable training image.
+    """
+    features = store.features()
+    if features is None:
+        raise UserError(f"{store.root} keeps no features, its annotator gives none")
+    train, test = (np.flatnonzero((store.split == split) & ~store.unreadable) for split in range(len(SPLITS)))
+    if not len(train):
+        raise UserError(f"{store.root} has no readable training image")
+    return refine(features, store.probs(), train, test).probs.argmax(axis=1)
+
+
 # variant -> name in reports, classes int64 (N,) of all images of a store
 VARIANTS: dict[str, tuple[str, Callable[[AnnotationStore], np.ndarray]]] = {
     "single": ("Zero-shot, single template", single),
     "averaged": ("Zero-shot, averaged probabilities", averaged),
     "embeddings": ("Zero-shot, averaged embeddings", embeddings),
     "transductive": ("Zero-shot, transductive", transductive),
+    "refined": ("Zero-shot, refined", refined),
 }
 
 

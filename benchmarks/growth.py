@@ -30,6 +30,7 @@ from coreg.learn.division import align, divide, division_loss
 from coreg.learn.pseudo import rescale
 from coreg.report.metrics import per_class_accuracy
 from coreg.run import checkpoint
+from coreg.weak.refine import Setting, fit_mixture
 
 FEWEST_IMAGES, CLASSES, TEMPLATES = 10_000, (10, 100, 1000), 27
 
@@ -104,6 +105,14 @@ def _per_class(n: int, c: int, rng: np.random.Generator) -> Callable[[], Any]:
     return lambda: per_class_accuracy(predictions, labels, c)
 
 
+def _refine(n: int, c: int, rng: np.random.Generator) -> Callable[[], Any]:
+    """One round of the mixture, balancing included; ten are made."""
+    probs = rng.dirichlet(np.full(c, 0.3), n).astype(np.float16)
+    z = rng.normal(size=(n, 64)).astype(np.float32)
+    z[:, : min(c, 64)] += probs[:, :64]
+    return lambda: fit_mixture(z, probs, Setting(0.5, "uniform"), rounds=1)
+
+
 # what is measured -> makes its inputs for (N, C) and gives the work
 WORK: dict[str, Callable[[int, int, np.random.Generator], Callable[[], Any]]] = {
     "division: mixture of two": _divide,
@@ -117,6 +126,7 @@ WORK: dict[str, Callable[[int, int, np.random.Generator], Callable[[], Any]]] = 
     "candidates: prob:0.1": _candidate_rule("prob:0.1"),
     "candidates: ratio:0.5": _candidate_rule("ratio:0.5"),
     "candidates: cumulative:0.9": _candidate_rule("cumulative:0.9"),
+    "refinement: a round": _refine,
     "checkpoint, saved and loaded": _checkpoint,
     "accuracy of every class": _per_class,
 }

@@ -23,7 +23,7 @@ from coreg.files import RecordError
 
 RECIPES = Path(__file__).parent / "recipes"
 # a recipe may hold settings of one of them alone, below its name
-SCRIPTS = ("train_coreg.py", "baselines/distill.py", "baselines/dividemix.py", "baselines/pll.py")
+SCRIPTS = ("train_coreg.py", "baselines/distill.py", "baselines/dividemix.py", "baselines/pll.py", "baselines/probe.py")
 # bounds of a seed: network k of a training is seeded with 1000 * seed + k, which has to fit into 32 bits
 SEEDS = (0, 4_294_966)
 SAFE_CSV = "CSV files: an apostrophe before texts that a spreadsheet would take for a formula"

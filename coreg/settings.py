@@ -46,6 +46,11 @@ class JobConfig:
         "replace+repeat",
         "known labels replace candidate sets; +repeat draws them in at least 5 % of P; extra_ce adds a supervised loss",
     )
+    refine: Literal["none", "own", "view"] = option(
+        "none",
+        "mend the annotator's evidence before training, by its own features or by a view, those of the backbone's "
+        "starting weights; the refined store lies in the run folder",
+    )
     candidates: str = option("union", "candidate rule: union, votes:V, topk:K, prob:P, ratio:R or cumulative:P")
     epochs: int = option(100, "epochs in all, warm-up included", (1, 1_000_000))
     batch_size: int = option(

@@ -33,7 +33,8 @@ SMALL = [
 ]  # fmt: skip
 
 
-zero_shot, distill, dividemix, pll = (script(name) for name in ("zero_shot", "distill", "dividemix", "pll"))
+names = ("zero_shot", "distill", "dividemix", "pll", "probe")
+zero_shot, distill, dividemix, pll, probe = (script(name) for name in names)
 
 
 def small_run(module, store, output, *more):
@@ -61,6 +62,7 @@ def test_every_way_of_zero_shot_leaves_a_report(digits, tmp_path, capsys):
     for number, shares in enumerate(table.values()):
         assert shares["test"] == pytest.approx((votes[test, number] == digits.labels[test]).mean())
     assert reports["transductive"]["accuracy"]["test"]["ensemble"] > reports["averaged"]["accuracy"]["test"]["ensemble"]
+    assert reports["refined"]["accuracy"]["test"]["ensemble"] > 0.91
     files = sorted((tmp_path / "z").glob("*/report.json"))
     before = [file.stat().st_mtime_ns for file in files]
     zero_shot.main(arguments)
@@ -94,10 +96,10 @@ def test_what_a_store_does_not_tell_is_left_out_or_refused(small_store, tmp_path
     arguments = ["--annotations", small_store, "--output_dir", tmp_path / "z"]
     zero_shot.main([str(word) for word in arguments])
     said = capsys.readouterr().out
-    assert said.count("left out") == 2 and "keeps no features" in said
+    assert said.count("left out") == 3 and "keeps no features" in said
     assert sorted(path.parent.name for path in (tmp_path / "z").glob("*/report.json")) == ["averaged", "single"]
     assert not (tmp_path / "z" / "embeddings").exists()
-    for variant in ("embeddings", "transductive"):
+    for variant in ("embeddings", "transductive", "refined"):
         assert "keeps no features" in refused(capsys, zero_shot.main, *arguments, "--variant", variant)
     # another store in the same folder
     (tmp_path / "y" / "averaged").mkdir(parents=True)
@@ -279,7 +281,7 @@ def test_run_all_starts_every_method_once_and_skips_what_is_finished(tmp_path):
     assert code == 0 and said == ""
     jobs = [words for words in commands if "--seed" in words]
     folders = [words[words.index("--output_dir") + 1] for words in jobs]
-    assert len(set(folders)) == len(folders) == 2 * (15 + 15 + 2 + 3)
+    assert len(set(folders)) == len(folders) == 2 * (15 + 15 + 2 + 2 + 3)
     started = {(words[0], words[words.index("--epochs") + 1]) for words in jobs if "--epochs" in words}
     # as many passes as 30 epochs of Co-Reg: 360 of one network that goes forth and back
     assert ("baselines/distill.py", "360") in started and ("baselines/dividemix.py", "43") in started
@@ -292,6 +294,8 @@ def test_run_all_starts_every_method_once_and_skips_what_is_finished(tmp_path):
             pll.read_settings(own)
         elif words[0] == "baselines/dividemix.py":
             dividemix.read_settings(own)
+        elif words[0] == "baselines/probe.py":
+            probe.read_settings(own)
     code, said, again = run_all(tmp_path, "--seeds", "0 1", "--shots", "4", "--compute_matched")
     assert code == 0 and not [words for words in again if "--seed" in words]
 
@@ -299,7 +303,7 @@ def test_run_all_starts_every_method_once_and_skips_what_is_finished(tmp_path):
 def test_run_all_names_what_failed_and_does_the_rest(tmp_path):
     code, said, commands = run_all(tmp_path, "--seeds", "0", "--shots", "", broken="--method pico ")
     assert code == 1 and "pico-0" in said and "cc-0" not in said
-    assert len([words for words in commands if "--seed" in words]) == 15 + 2
+    assert len([words for words in commands if "--seed" in words]) == 15 + 2 + 2
     assert run_all(tmp_path, "--seed", "0")[0] == 2
     assert run_all(tmp_path, "--jobs")[0] == 2
 

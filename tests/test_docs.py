@@ -133,7 +133,7 @@ def options_of(program, typed, capsys):
     """What `--help` of a program lists."""
     if program.endswith(".sh"):
         return set(re.findall(r"--[a-z_]+", (ROOT / program).read_text()))
-    for command in (["merge"], ["export"]) if program == "coreg.annotate.store" else ([],):
+    for command in (["merge"], ["export"], ["refine"]) if program == "coreg.annotate.store" else ([],):
         with contextlib.suppress(SystemExit):
             typed(program, [*command, "--help"])
     return set(re.findall(r"--[a-z_]+", capsys.readouterr().out))

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from coreg.annotate.candidates import candidates_of, vote_counts
+from coreg.annotate.changes import before_and_after
 from coreg.annotate.health_html import page
 from coreg.annotate.store import AnnotationStore
 from coreg.data.folders import counts_line, labelled_counts, unmatched_folders
@@ -240,6 +241,7 @@ def as_text(store: AnnotationStore, health: Health) -> str:
     lines = [f"{store.root}: {len(store)} images, {len(store.class_names)} classes, {len(store.templates)} templates"]
     lines += [*health.about, ""]
     lines += [*(f"! {line}" for line in health.verdicts)] or ["Nothing looks wrong."]
+    lines += before_and_after(store.manifest)
     lines += [f"next: {next_command(store)}", "", "candidates  images"]
     lines += [
         f"{size:10d}  {count:6d}  {bar(count / max(1, readable))}" for size, count in enumerate(health.sizes) if count

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from coreg.annotate.changes import before_and_after
 from coreg.data.decode import UnreadableImage
 from coreg.webpage import bar, document, percent, picture, table, text
 
@@ -33,6 +34,7 @@ def page(store: AnnotationStore, health: Health, images: ImageList | None, comma
         f"<p>{len(store)} images, {len(store.class_names)} classes, {len(store.templates)} templates, "
         f"by {text(told['model'].get('spec', ''))}</p>",
         "".join(f"<p>{text(line)}</p>" for line in health.about),
+        *(f"<p>{text(line)}</p>" for line in before_and_after(told)),
         verdicts or '<p class="good">Nothing looks wrong.</p>',
         f"<p>Next: <code>{text(command)}</code></p>",
         "<h2>How many candidates an image has</h2>",

@@ -15,6 +15,7 @@ from coreg.files import Maybe, Number, RecordError, check_record, parse_record, 
 
 SCHEMA = "coreg-annotations"
 VERSION = 2  # in stores of version 1 the place of the images is part of the job
+REFINED = "refined by "  # how the spec of a model begins whose evidence was refined
 JOB = ("class_names", "templates", "model", "images", "block_size")  # the manifest's entries that make two jobs differ
 MOST_BLOCKS = 1_000_000
 KIND = {
@@ -51,7 +52,7 @@ def make_manifest(
         model: `spec` and `weights`, which identify the annotator.
         block_size: images a block.
         told: what is written down but does not make another job: `features` (their length or None), `data_root`,
-            `preprocessing`, `versions`, `notes` (of the image list).
+            `preprocessing`, `versions`, `notes` (of the image list), and for a store that was refined `refined`.
 
     Raises:
         UserError: so small blocks would be too many files.

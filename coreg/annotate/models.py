@@ -18,6 +18,7 @@ import torch
 import transformers
 from PIL import Image
 
+from coreg.annotate.manifest import REFINED
 from coreg.annotate.settings import GLYPH_CLIP
 from coreg.errors import UserError
 from coreg.files import Maybe, Number, RecordError, read_record
@@ -60,6 +61,8 @@ def resolve(spec: str) -> ModelSpec:
     Raises:
         UserError: no such model, or a folder that holds none.
     """
+    if spec.startswith(REFINED):
+        raise UserError(f"{spec!r} is evidence that was refined, and no model; use the store that it was refined from")
     if spec == GLYPH_CLIP:
         from coreg.demo.annotator import local_dir
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from coreg.config import SAFE_CSV, option
+from coreg.errors import UserError
 
 GLYPH_CLIP = "builtin:glyph-clip"
 
@@ -39,3 +40,70 @@ class AnnotateConfig:
     workers: int = option(2, "processes that decode images, per process that annotates", (0, 1024))
     data_root: str = option("data", "where torchvision data sets lie or are downloaded to")
     safe_csv: bool = option(False, SAFE_CSV)
+
+
+@dataclass
+class ViewConfig:
+    """Which network sees the images of a store, and what it sees of them."""
+
+    backbone: str = option(
+        "tf_efficientnet_lite0",
+        "any timm model, or local-dir:FOLDER (default: tf_efficientnet_lite0, as recipe folder trains)",
+    )
+    backbone_args: str = option("{}", "further arguments of the backbone, as JSON")
+    pretrained: bool = option(True, "take timm's pretrained weights")
+    image_size: int = option(128, "side in pixels to which images are resized", (1, 8192))
+    channels: int = option(3, "1 for grey images, 3 for RGB", (1, 3))
+    mean: list[float] | None = option(
+        None, "of the pixels in 0..1, one number or one a channel; default: those of the weights", (0, 1)
+    )
+    std: list[float] | None = option(
+        None, "of the pixels in 0..1, one number or one a channel; default: those of the weights", (0.001, 10)
+    )
+    mirror: bool = option(True, "take the mean over every image and its mirror image")
+    batch_size: int = option(64, "images a forward pass, per process", (1, 1_000_000))
+    block_size: int = option(256, "images a block, the unit of work that is kept when the job is stopped", (1, 1_000_000))
+    workers: int = option(2, "processes that decode images, per process that encodes them", (0, 1024))
+
+
+@dataclass
+class RefineConfig:
+    """Which features mend the evidence of a store, and how it is read."""
+
+    output_dir: str | None = option(None, "folder of the refined annotation store")
+    features: Literal["view", "own"] = option(
+        "view", "view: those of the network that --backbone names; own: those that the annotator left in the store"
+    )
+    weight: float | None = option(
+        None,
+        "1: evidence is a prior; 0: it passes a confusion matrix; default: 0, 0.5 or 1, chosen without labels",
+        (0, 1),
+    )
+    prior: Literal["auto", "uniform", "annotator", "none"] = option(
+        "auto",
+        "sizes to which classes are balanced; auto: uniform where they come out nearly equal by themselves, else none",
+    )
+
+
+def check_view(config: ViewConfig) -> None:
+    """Refuse a view that cannot be made.
+
+    Raises:
+        UserError: the first thing that is wrong.
+    """
+    if config.channels not in (1, 3):
+        raise UserError(f"--channels is {config.channels}; write 1 for grey or 3 for RGB images")
+    for name in ("mean", "std"):
+        values = getattr(config, name)
+        if values is not None and len(values) not in (1, config.channels):
+            raise UserError(f"--{name} has {len(values)} numbers for {config.channels} channels; give one or one each")
+
+
+def check_refine(config: RefineConfig) -> None:
+    """Refuse a refinement that cannot be made.
+
+    Raises:
+        UserError: the first thing that is wrong.
+    """
+    if config.output_dir is None:
+        raise UserError("--output_dir is missing; write for example: refine ann --output_dir ann2")

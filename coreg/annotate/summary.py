@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from coreg.annotate.changes import before_and_after
 from coreg.annotate.health import examine
 from coreg.annotate.store import AnnotationStore
 from coreg.plaintext import printable
@@ -33,6 +34,7 @@ def summary(store: AnnotationStore) -> str:
                     f"  {split:5}                  zero-shot {averaged:.1%} (template 0 alone {single:.1%}), "
                     f"label among the candidates {among:.1%}"
                 )
+    lines += [f"  {line}" for line in before_and_after(store.manifest)]
     if (store.root / "report.html").exists():
         lines.append(f"  more                   {store.root / 'report.html'}")
     lines.append(

@@ -5,6 +5,7 @@ python -m coreg.annotate.store verify ann
 python -m coreg.annotate.store health ann
 python -m coreg.annotate.store export ann --output candidates.csv
 python -m coreg.annotate.store merge ann1 ann2 --output_dir ann
+python -m coreg.annotate.store refine ann --output_dir ann2
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from coreg.annotate.candidates import candidate_sets
 from coreg.annotate.health import report
 from coreg.annotate.manifest import block_files, read_manifest
 from coreg.annotate.merge import merge
+from coreg.annotate.settings import RefineConfig, ViewConfig, check_refine, check_view
 from coreg.annotate.store import AnnotationStore
 from coreg.annotate.summary import summary
 from coreg.annotate.writer import StoreWriter
@@ -250,12 +252,28 @@ def _only(folders: list[str]) -> str:
     return folders[0]
 
 
+def _refine(folders: list[str], options: list[str]) -> int:
+    config, view = parse(RefineConfig, ViewConfig, argv=options, prog="python -m coreg.annotate.store refine")
+    check_refine(config)
+    check_view(view)
+    # here, not above: the other tools need no networks
+    from coreg.annotate.refined import refine_store
+    from coreg.run.process import build_accelerator
+
+    accelerator = build_accelerator(timeout_minutes=60)
+    store = refine_store(AnnotationStore.open(_only(folders)), Path(config.output_dir), config, view, accelerator)
+    if accelerator.is_main_process:
+        print(summary(store))
+    return 0
+
+
 COMMANDS: dict[str, Callable[[list[str], list[str]], int]] = {
     "info": _info,
     "verify": _verify,
     "health": _health,
     "export": _export,
     "merge": _merge,
+    "refine": _refine,
 }
 
 

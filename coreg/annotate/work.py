@@ -1,4 +1,4 @@
-"""The loop of `annotate_vlm.py`: take a block, annotate it, write it, take the next, until every block is there.
+"""The loop over blocks: take one, annotate it, write it, take the next, until every block is there.
 
 Nothing in here waits for another process except at the very end, when all blocks that are left are in work elsewhere.
 """
@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -21,7 +22,7 @@ from coreg.annotate.annotators import Annotator, ClipAnnotator
 from coreg.annotate.blocks import DamagedBlockError, pack_answers, read_block
 from coreg.annotate.claims import BlockQueue
 from coreg.annotate.manifest import block_files, job_hash
-from coreg.annotate.writer import StoreWriter
+from coreg.annotate.writer import BlockWriter, StoreWriter
 from coreg.data.decode import UnreadableImage
 from coreg.data.eight_bit import USES_FEW_BITS
 from coreg.data.images import ImageList
@@ -34,7 +35,7 @@ POLL_SECONDS = 0.5
 class Progress:
     """A progress bar over the images of all processes, drawn by one of them; it counts the blocks in the folder."""
 
-    def __init__(self, queue: BlockQueue, writer: StoreWriter, shown: bool) -> None:
+    def __init__(self, queue: BlockQueue, writer: BlockWriter, shown: bool, doing: str = "annotating") -> None:
         self.queue, self.sizes = queue, np.array([len(writer.rows(index)) for index in range(len(writer.files))])
         self.looked, self.written = time.monotonic(), self._written()
         self.few_bits = 0  # images of this process that are nearly black because they use few of their 16 bits
@@ -42,7 +43,7 @@ class Progress:
             total=int(self.sizes.sum()),
             initial=self.written,
             unit="image",
-            desc="annotating",
+            desc=doing,
             disable=not shown,
             mininterval=seconds_between_lines(),
         )
@@ -80,7 +81,40 @@ def work(queue: BlockQueue, annotate_from: Callable[[int], None], progress: Prog
         progress.bar.close()  # an error message begins on a new line
 
 
-def check_errors(writer: StoreWriter, images: ImageList, most: int | None) -> None:
+def every_block(
+    writer: BlockWriter,
+    paths: Sequence[str],
+    accelerator: Accelerator,
+    source: Callable[[BlockQueue, Progress], Callable[[int], None]],
+    doing: str = "annotating",
+    safe_csv: bool = False,
+) -> Progress:
+    """Write all blocks that are missing, together with whoever works on the same folder, and finish it.
+
+    Processes meet in the folder only: they may be slow, die, or be joined by others.
+
+    Args:
+        paths: of all images, for errors.csv.
+        source: makes what `work` calls for a claimed block.
+        doing: a word for the progress bar.
+        safe_csv: see `csv_rows`.
+
+    Returns:
+        this process's progress.
+    """
+    start = accelerator.process_index / accelerator.num_processes
+    with BlockQueue(writer.root, writer.files, start) as queue:
+        progress = Progress(queue, writer, accelerator.is_main_process, doing)
+        work(queue, source(queue, progress), progress)
+        if accelerator.is_main_process:
+            writer.finish(paths, safe_csv)
+            queue.clear()
+    while not (writer.root / "errors.csv").exists():  # the last file, which the main process writes
+        time.sleep(POLL_SECONDS)
+    return progress
+
+
+def check_errors(writer: BlockWriter, images: ImageList, most: int | None) -> None:
     """Stop when more than `most` images could not be read so far, by any process.
 
     Raises:
@@ -132,7 +166,7 @@ class ClaimedBatches:
     Batches never cross the border of a block: a block's content does not depend on which others were done before.
     """
 
-    def __init__(self, first: int, queue: BlockQueue, writer: StoreWriter, size: int) -> None:
+    def __init__(self, first: int, queue: BlockQueue, writer: BlockWriter, size: int) -> None:
         self.queue, self.writer, self.size = queue, writer, size
         self.claimed = deque([first])
 
@@ -151,7 +185,7 @@ def annotate_images(
     first: int,
     images: ImageList,
     annotator: Annotator,
-    writer: StoreWriter,
+    writer: BlockWriter,
     queue: BlockQueue,
     progress: Progress,
     batch_size: int,

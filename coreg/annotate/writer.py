@@ -66,7 +66,7 @@ def continued(root: Path, manifest: dict[str, Any]) -> dict[str, Any]:
             if (mended := _of_the_blocks(root, manifest)) is not None:
                 return mended
             raise UserError(
-                f"{root} holds the annotations of another job: {key} {_difference(there[key], wanted[key])}; "
+                f"{root} holds the annotations of another job: {key} {difference(there[key], wanted[key])}; "
                 f"give another --output_dir or remove that folder"
             )
     return moved(there, here["spec"], manifest["data_root"])
@@ -87,31 +87,105 @@ def _of_the_blocks(root: Path, manifest: dict[str, Any]) -> dict[str, Any] | Non
     return None
 
 
-def _difference(there: Any, here: Any) -> str:
+def difference(there: Any, here: Any) -> str:
+    """In words, the first place where two values of a manifest differ."""
     if isinstance(there, dict) and isinstance(here, dict):
         key = next(key for key in {**there, **here} if there.get(key) != here.get(key))
-        return f"{key} {_difference(there.get(key), here.get(key))}"
+        return f"{key} {difference(there.get(key), here.get(key))}"
     if isinstance(there, list) and isinstance(here, list):
         if len(there) != len(here):
             return f"({len(there)} there, {len(here)} asked for)"
-        return next(_difference(a, b) for a, b in zip(there, here) if a != b)
+        return next(difference(a, b) for a, b in zip(there, here) if a != b)
     return f"({there!r} there, {here!r} asked for)"
 
 
-class StoreWriter:
-    """Writes a store block by block; several writers, in processes that know nothing of each other, may share a folder."""
+class BlockWriter:
+    """Writes a folder of blocks one by one; several writers, in processes that know nothing of each other, may share it."""
 
-    def __init__(self, root: Path, manifest: dict[str, Any], remedy: str = REMEDY) -> None:
+    def __init__(self, root: Path, manifest: dict[str, Any], job: str, remedy: str = REMEDY) -> None:
         """Prepare to write.
 
         Args:
-            root: folder of the store.
-            manifest: of the job (see `make_manifest`), or the one that `continued` gives where the folder is there.
+            root: the folder.
+            manifest: with `images` (their `count`) and `block_size`.
+            job: hash (hex) of the job that the blocks belong to.
             remedy: what a person can do when a block cannot be written.
         """
-        self.root, self.manifest, self.job, self.remedy = root, manifest, job_hash(manifest), remedy
+        self.root, self.manifest, self.job, self.remedy = root, manifest, job, remedy
         self.files = block_files(root, manifest)
         self._errors: dict[int, dict[int, str]] = {}
+
+    def rows(self, index: int) -> range:
+        """The rows of block `index`."""
+        size = self.manifest["block_size"]
+        return range(index * size, min((index + 1) * size, self.manifest["images"]["count"]))
+
+    def is_written(self, index: int) -> bool:
+        """Whether block `index` is there and whole; a damaged one counts as not written."""
+        try:
+            read_block(self.files[index], index, self.job)
+        except DamagedBlockError:
+            return False
+        return True
+
+    def discard_damaged(self) -> list[str]:
+        """Remove every block that is not what was written, so that what is there can be relied on.
+
+        Returns:
+            One line for each damaged block, with what was wrong.
+        """
+        damaged = []
+        for index, file in enumerate(self.files):
+            if file.exists():
+                try:
+                    read_block(file, index, self.job)
+                except DamagedBlockError as error:
+                    damaged.append(f"{file.name}: {error}")
+                    file.unlink(missing_ok=True)
+        if not all(file.exists() for file in self.files):
+            (self.root / "errors.csv").unlink(missing_ok=True)  # it says "finished"
+        return damaged
+
+    def write(self, index: int, tensors: dict[str, np.ndarray], errors: dict[int, str]) -> None:
+        """Write block `index` as it is; `errors` maps rows of the whole list to why the image could not be read."""
+        try:
+            write_block(self.files[index], index, self.job, tensors, errors, self.remedy)
+        except UserError:
+            # Whoever took this block over because we seemed dead may have finished the job and cleared up after us.
+            if not self.is_written(index):
+                raise
+
+    def unreadable(self) -> dict[int, str]:
+        """Rows that could not be read in the blocks written so far, by any process, with the reasons."""
+        for index, file in enumerate(self.files):
+            if index not in self._errors and file.exists():
+                with contextlib.suppress(DamagedBlockError):  # counts as not written
+                    self._errors[index] = read_errors(file)
+        return {row: reason for index in sorted(self._errors) for row, reason in self._errors[index].items()}
+
+    def finish(self, paths: Iterable[str], safe_csv: bool = False) -> None:
+        """Write errors.csv (see `csv_rows`), which ends the job; every block must be there. One process calls this.
+
+        Raises:
+            UserError: a block was damaged since, or errors.csv cannot be written.
+        """
+        reasons: dict[int, str] = {}
+        for index, file in enumerate(self.files):
+            try:
+                reasons |= read_block(file, index, self.job)[1]
+            except DamagedBlockError as error:
+                raise UserError(f"{file} is damaged: {error}; run the same command again") from None
+        write_atomically(self.root / "errors.csv", errors_csv(paths, reasons, safe_csv), self.remedy)
+        for leftover in (self.root / "blocks").glob(".tmp.*"):  # of writers that were killed
+            leftover.unlink(missing_ok=True)
+
+
+class StoreWriter(BlockWriter):
+    """Writes an annotation store."""
+
+    def __init__(self, root: Path, manifest: dict[str, Any], remedy: str = REMEDY) -> None:
+        """Prepare to write; `manifest` is of the job (see `make_manifest`), or what `continued` gives of a folder there."""
+        super().__init__(root, manifest, job_hash(manifest), remedy)
 
     def begin(self, images: ImageList) -> None:
         """Make the folder with everything but blocks, or go on with the store of the same job.
@@ -157,37 +231,6 @@ class StoreWriter:
             if not file.is_file() or file.read_bytes() != text:
                 write_atomically(file, text)
 
-    def rows(self, index: int) -> range:
-        """The rows of block `index`."""
-        size = self.manifest["block_size"]
-        return range(index * size, min((index + 1) * size, self.manifest["images"]["count"]))
-
-    def is_written(self, index: int) -> bool:
-        """Whether block `index` is there and whole; a damaged one counts as not written."""
-        try:
-            read_block(self.files[index], index, self.job)
-        except DamagedBlockError:
-            return False
-        return True
-
-    def discard_damaged(self) -> list[str]:
-        """Remove every block that is not what was written, so that what is there can be relied on.
-
-        Returns:
-            One line for each damaged block, with what was wrong.
-        """
-        damaged = []
-        for index, file in enumerate(self.files):
-            if file.exists():
-                try:
-                    read_block(file, index, self.job)
-                except DamagedBlockError as error:
-                    damaged.append(f"{file.name}: {error}")
-                    file.unlink(missing_ok=True)
-        if not all(file.exists() for file in self.files):
-            (self.root / "errors.csv").unlink(missing_ok=True)  # it says "finished"
-        return damaged
-
     def write(self, index: int, tensors: dict[str, np.ndarray], errors: dict[int, str]) -> None:
         """Write block `index`; rows in `errors` (numbers in the whole list) abstain: votes -1, uniform probabilities.
 
@@ -213,36 +256,7 @@ class StoreWriter:
             raise UserError(
                 f"{self.root}: block {index} is not written: {describe(error, self.root, self.manifest)}"
             ) from None
-        try:
-            write_block(self.files[index], index, self.job, tensors, errors, self.remedy)
-        except UserError:
-            # Whoever took this block over because we seemed dead may have finished the job and cleared up behind us.
-            if not self.is_written(index):
-                raise
-
-    def unreadable(self) -> dict[int, str]:
-        """Rows that could not be read in the blocks written so far, by any process, with the reasons."""
-        for index, file in enumerate(self.files):
-            if index not in self._errors and file.exists():
-                with contextlib.suppress(DamagedBlockError):  # counts as not written
-                    self._errors[index] = read_errors(file)
-        return {row: reason for index in sorted(self._errors) for row, reason in self._errors[index].items()}
-
-    def finish(self, paths: Iterable[str], safe_csv: bool = False) -> None:
-        """Write errors.csv (see `csv_rows`), which ends the job; every block must be there. One process calls this.
-
-        Raises:
-            UserError: a block was damaged since, or errors.csv cannot be written.
-        """
-        reasons: dict[int, str] = {}
-        for index, file in enumerate(self.files):
-            try:
-                reasons |= read_block(file, index, self.job)[1]
-            except DamagedBlockError as error:
-                raise UserError(f"{file} is damaged: {error}; run the same command again") from None
-        write_atomically(self.root / "errors.csv", errors_csv(paths, reasons, safe_csv), self.remedy)
-        for leftover in (self.root / "blocks").glob(".tmp.*"):  # of writers that were killed
-            leftover.unlink(missing_ok=True)
+        super().write(index, tensors, errors)
 
 
 def errors_csv(paths: Iterable[str], reasons: dict[int, str], safe_csv: bool) -> bytes:

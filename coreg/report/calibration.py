@@ -10,41 +10,7 @@ from typing import Any
 
 import numpy as np
 
-# outside of these every prediction is certain, or none says anything
-COLDEST, HOTTEST = 0.05, 20.0
-
-
-def negative_log_likelihood(logits: np.ndarray, classes: np.ndarray, temperature: float) -> float:
-    """Mean of -log softmax(logits / T)[class] over the rows.
-
-    Args:
-        logits: float (n, C). classes: int64 (n,).
-    """
-    scaled = logits.astype(np.float64) / temperature
-    scaled -= scaled.max(axis=1, keepdims=True)
-    return float((np.log(np.exp(scaled).sum(axis=1)) - scaled[np.arange(len(scaled)), classes]).mean())
-
-
-def fit_temperature(logits: np.ndarray, classes: np.ndarray) -> float:
-    """The T in [0.05, 20] with the smallest `negative_log_likelihood`.
-
-    The objective is convex in 1 / T and its slope is the mean of E_p[z] - z_class, so that bisection finds where the slope
-    changes sign. Rows that are all right and far apart drive T to 0.05, rows that say nothing to 20.
-
-    Args:
-        logits: float (n, C), n at least 1. classes: int64 (n,).
-    """
-    z = logits.astype(np.float64)
-    z = z - z.max(axis=1, keepdims=True)
-    wanted = z[np.arange(len(z)), classes]
-    low, high = np.log(COLDEST), np.log(HOTTEST)
-    for _ in range(40):
-        middle = (low + high) / 2
-        p = np.exp(z / np.exp(middle))
-        # the slope with respect to 1 / T: positive where the predictions are too sure, and T has to grow
-        slope = ((p * z).sum(axis=1) / p.sum(axis=1) - wanted).mean()
-        low, high = (middle, high) if slope > 0 else (low, middle)
-    return float(np.exp((low + high) / 2))
+from coreg.weak.temperature import fit_temperature, negative_log_likelihood
 
 
 def _fitted(logits: np.ndarray, classes: np.ndarray, images: int, to: str) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from coreg.webpage import bar, document, table, text
 # in the order of the papers' tables; a method belongs where the first word of its name is listed
 FAMILIES: dict[str, tuple[str, ...]] = {
     "Zero-shot": ("zero",),
-    "Distillation": ("kd",),
+    "Distillation": ("kd", "probe"),
     "DivideMix": ("dividemix",),
     "Partial-label learning": ("partial", "cc", "rc", "lws", "lwc", "proden", "cr", "pico", "irnet", "alim"),
     "Few labels and adapters": ("coop", "lora", "linear"),

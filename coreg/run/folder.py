@@ -60,8 +60,8 @@ class RunFolder:
             return
         if self.root.exists() and not self.root.is_dir():
             raise UserError(f"--output_dir {self.root} is a file; choose a folder")
-        # the default job keeps its annotation store inside the run folder
-        known = ("annotations", ".lock")
+        # the default job keeps its annotation store inside the run folder, and others what was refined on the way
+        known = ("annotations", "refined", ".lock")
         others = sorted(path.name for path in self.root.iterdir() if path.name not in known) if self.root.is_dir() else []
         if others:
             raise UserError(

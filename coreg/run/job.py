@@ -17,6 +17,9 @@ from accelerate import Accelerator
 from accelerate.utils import tqdm
 
 from coreg.annotate.candidates import parse_rule
+from coreg.annotate.changes import before_and_after
+from coreg.annotate.refined import refine_store
+from coreg.annotate.settings import RefineConfig, ViewConfig
 from coreg.annotate.store import AnnotationStore
 from coreg.config import as_settings, as_yaml, check_bounds
 from coreg.errors import UserError
@@ -79,7 +82,7 @@ class Run:
         Raises:
             UserError: the folder belongs to another job, another process holds it, or all its checkpoints are damaged.
         """
-        if self.job.annotations:
+        if self.job.annotations and not refines(self.job):
             main_process_decides(self.accelerator, lambda: self.held.enter_context(self.folder.locked()))
         main_process_decides(self.accelerator, lambda: self.folder.claim(self.identity))
         if self.accelerator.is_main_process:
@@ -261,6 +264,10 @@ def open_run(
         if look is not None and (advice := other_pixels(look)):
             accelerator.print(advice)
         command = shlex.join([script, *argv])
+        if refines(job):
+            if job.annotations:
+                main_process_decides(accelerator, lambda: held.enter_context(folder.locked()))
+            store = refined(store, folder.root / "refined", job, look, accelerator)
         yield Run(accelerator, folder, store, known, job, look, identity, all_settings, command, started, held)
 
 
@@ -276,6 +283,23 @@ def finished_report(folder: RunFolder) -> dict[str, Any]:
         raise UserError(
             f"{folder.report} is damaged ({error}); delete it, and the same command writes it anew from the last checkpoint"
         ) from None
+
+
+def refines(job: JobConfig) -> bool:
+    """Whether evidence is refined before training; methods that tune the annotator itself have no such option."""
+    return getattr(job, "refine", "none") != "none"
+
+
+def refined(
+    store: AnnotationStore, folder: Path, job: JobConfig, look: ImageConfig, accelerator: Accelerator
+) -> AnnotationStore:
+    """The store that `--refine` makes of another one, by the features of the networks that are trained."""
+    names = ("backbone", "backbone_args", "pretrained", "image_size", "channels", "mean", "std")
+    view = ViewConfig(**{name: getattr(look, name) for name in names}, workers=job.workers)
+    accelerator.print(f"Refining {store.root} by {'its own features' if job.refine == 'own' else look.backbone}.")
+    store = refine_store(store, folder, RefineConfig(str(folder), job.refine), view, accelerator)
+    accelerator.print("\n".join(before_and_after(store.manifest)))
+    return store
 
 
 def other_pixels(look: ImageConfig) -> str | None:

@@ -1,0 +1,36 @@
+"""What a refinement did to a store, for a person."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from coreg.plaintext import printable
+
+EVIDENCE = {1.0: "as a prior", 0.0: "through a confusion matrix"}
+BALANCE = {
+    "uniform": "balanced to equal sizes",
+    "annotator": "balanced to the annotator's shares",
+    "none": "left as they come out",
+}
+
+
+def before_and_after(manifest: dict[str, Any]) -> list[str]:
+    """What a refinement did, in lines of text; empty for a store that is none."""
+    refined = manifest.get("refined")
+    if not refined:
+        return []
+    changed, features = refined["changed"], refined.get("view", "the annotator's own features")
+    sizes = changed["mean_candidates"]
+    lines = [
+        printable(f"refined by {features} from {refined['source']} ({refined['model']['spec']}), before and after:"),
+        f"  another best class     {changed['other_best_class']:.1%} of the training images",
+        f"  mean candidates        {sizes['before']:.2f}, {sizes['after']:.2f}",
+    ]
+    for key, name in (("accuracy", "best class right"), ("label_among_candidates", "label among candidates")):
+        for split, before in changed.get(key, {}).get("before", {}).items():
+            lines.append(f"  {name}, {split:<5}  {before:.1%}, {changed[key]['after'][split]:.1%}")
+    evidence = EVIDENCE.get(refined["weight"], f"as a prior (weight {refined['weight']:g}) and through a confusion matrix")
+    lines.append(
+        f"  evidence read {evidence}, classes {BALANCE[refined['prior']]}, temperature {refined['temperature']:.2f}"
+    )
+    return lines

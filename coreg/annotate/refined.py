@@ -1,0 +1,155 @@
+"""A store made from a store: the annotator's evidence mended by the features of its images (`coreg.weak.refine`).
+
+    python -m coreg.annotate.store refine ann --output_dir ann2                 # the features of a view
+    python -m coreg.annotate.store refine ann --features own --output_dir ann2  # the annotator's own features
+
+The new store has two templates: the best class, and the second best where it has at least 0.3 of the best's probability,
+otherwise the best again. Candidate rules and everything else work on it as on any store. Test images are judged by their
+features alone. The annotator's features are kept; its evidence stays in the store that was refined, which is recorded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accelerate import Accelerator
+
+import coreg
+from coreg.annotate.candidates import candidate_sets, mean_candidates, partial_accuracy, zero_shot_accuracy
+from coreg.annotate.health import write_report
+from coreg.annotate.manifest import REFINED, make_manifest
+from coreg.annotate.settings import RefineConfig, ViewConfig
+from coreg.annotate.store import AnnotationStore
+from coreg.annotate.view import View, make_view
+from coreg.annotate.writer import StoreWriter, continued
+from coreg.data.images import ImageList
+from coreg.errors import UserError
+from coreg.run.process import main_process_decides
+from coreg.weak.refine import Refinement, refine
+
+TEMPLATES = ("refined: best class", "refined: second class, or the best again")
+SECOND = 0.3  # of the best's probability, from which the second best class is a candidate
+
+
+def refine_store(
+    source: AnnotationStore, output: Path, config: RefineConfig, view: ViewConfig, accelerator: Accelerator
+) -> AnnotationStore:
+    """Make the refined store, or find it finished; every process gets it.
+
+    Args:
+        source: what is refined. output: the new store's folder. config: which features, and how evidence is read.
+        view: the network, where the features are not the annotator's own.
+
+    Raises:
+        UserError: the source keeps no features, is refined already, has no readable training image, or `output` holds
+            something else.
+    """
+    if "refined" in source.manifest:
+        raise UserError(f"{source.root} is refined already; refine {source.manifest['refined']['source']} instead")
+    if config.features == "own" and source.manifest["features"] is None:
+        raise UserError(f"{source.root} keeps no features, its annotator gives none; leave out --features own")
+    if not ((source.split == 0) & ~source.unreadable).any():
+        raise UserError(f"{source.root} has no readable training image to refine")
+    seen, features = None, {"features": "own"}
+    if config.features == "view":
+        seen = make_view(source, view, accelerator)
+        features = {"features": "view", "view": seen.root.name, "view_hash": seen.hash}
+    chosen = {"weight": config.weight, "prior": config.prior, "coreg": coreg.__version__}
+    weights = hashlib.sha256("\n".join([source.hash, *map(str, (features | chosen).values())]).encode()).hexdigest()
+    spec = f"{REFINED}{features.get('view', 'own features')}: {source.manifest['model']['spec']}"
+    images = ImageList(source.images_spec, source.paths, source.labels, source.split, None, pixels=lambda row: None)
+    kept = {key: source.manifest.get(key) for key in ("data_root", "preprocessing", "versions", "features")}
+    record = {
+        "source": str(source.root.resolve()),
+        "source_hash": source.hash,
+        "model": source.manifest["model"],
+    } | features
+    model = {"spec": spec, "weights": f"sha256 {weights}"}
+    size = source.manifest["block_size"]
+    manifest = make_manifest(images, source.class_names, TEMPLATES, model, size, **kept, refined=record)
+
+    def work() -> None:
+        continued(output, manifest)
+        try:
+            AnnotationStore.open(output)
+        except UserError:  # not there, unfinished or damaged
+            _write(source, seen, config, output, manifest, images)
+
+    main_process_decides(accelerator, work)
+    return AnnotationStore.open(output)
+
+
+def _write(
+    source: AnnotationStore,
+    seen: View | None,
+    config: RefineConfig,
+    output: Path,
+    manifest: dict[str, Any],
+    images: ImageList,
+) -> None:
+    """Refine and write, on one process."""
+    own = source.features()
+    features = own if seen is None else seen.features()
+    readable = ~source.unreadable if seen is None else ~(source.unreadable | seen.unreadable)
+    train, test = (np.flatnonzero((source.split == split) & readable) for split in (0, 1))
+    prior = None if config.prior == "auto" else config.prior
+    found = refine(features, source.probs(), train, test, prior, config.weight)
+    votes = votes_of(found.probs)
+    manifest["refined"] |= _changes(source, found, votes)
+    writer = StoreWriter(output, manifest)
+    writer.begin(images)
+    writer.discard_damaged()
+    reasons = StoreWriter(source.root, source.manifest).unreadable()
+    for index in range(len(writer.files)):
+        rows = writer.rows(index)
+        part = slice(rows.start, rows.stop)
+        tensors = {"votes": votes[part], "probs": found.probs[part]}
+        if own is not None:
+            tensors["features"] = own[part]
+        writer.write(index, tensors, {row: why for row, why in reasons.items() if row in rows})
+    writer.finish(source.paths)
+    write_report(AnnotationStore.open(output), None)
+
+
+def votes_of(probs: np.ndarray) -> np.ndarray:
+    """The best class, and the second best if it is `SECOND` as probable, else the best again: (N, C) -> int16 (N, 2)."""
+    order = np.argsort(-probs.astype(np.float32), axis=1, kind="stable")[:, :2]
+    best, second = order[:, 0], order[:, -1]
+    rows = np.arange(len(probs))
+    near = probs[rows, second] >= SECOND * probs[rows, best].astype(np.float32)
+    return np.stack([best, np.where(near, second, best)], axis=1).astype(np.int16)
+
+
+def _changes(source: AnnotationStore, found: Refinement, votes: np.ndarray) -> dict[str, Any]:
+    """What the manifest says of how it was refined and what it changed; accuracies where labels are known."""
+    train = (source.split == 0) & ~source.unreadable
+    best, before = found.probs.argmax(axis=1), source.probs().argmax(axis=1)
+    raw = candidate_sets(source)
+    sets = np.zeros_like(raw)
+    np.put_along_axis(sets, votes.astype(np.int64), True, axis=1)
+    compared = {
+        "other_best_class": float((best != before)[train].mean()),
+        "mean_candidates": {"before": mean_candidates(raw[train]), "after": mean_candidates(sets[train])},
+    }
+    if source.labels is not None:
+        accuracy = {"before": zero_shot_accuracy(source), "after": {}}
+        among = {"before": {}, "after": {}}
+        for split, name in enumerate(("train", "test")):
+            rows = (source.split == split) & (source.labels >= 0)
+            if rows.any():
+                right = (best == source.labels) & ~source.unreadable
+                accuracy["after"][name] = float(right[rows].mean())
+                among["before"][name] = partial_accuracy(raw[rows], source.labels[rows])
+                among["after"][name] = partial_accuracy(sets[rows], source.labels[rows])
+        compared |= {"accuracy": accuracy, "label_among_candidates": among}
+    how = {
+        "weight": found.setting.weight,
+        "prior": found.setting.prior,
+        "scores": {str(weight): score for weight, score in found.scores.items()},
+        "temperature": found.temperature,
+        "effective_classes": found.classes,
+    }
+    return how | {"changed": compared}

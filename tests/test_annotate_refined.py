@@ -1,0 +1,131 @@
+"""A store made from a store by its images' features: what is in it, what it says of itself, and training on the way."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from conftest import SMALL_JOB
+from runs import final_state, killed_at, refused
+from test_annotate_view import WORDS, photos
+
+import annotate_vlm
+import train_coreg
+from coreg.annotate.candidates import candidate_sets
+from coreg.annotate.refined import votes_of
+from coreg.annotate.store import AnnotationStore
+from coreg.annotate.tools import main
+from coreg.annotate.view import View, views_of
+from coreg.weak.refine import refine
+
+
+@pytest.fixture(scope="module")
+def mended(digits, tmp_path_factory):
+    """The digits, refined by the annotator's own features."""
+    root = tmp_path_factory.mktemp("refined") / "ann2"
+    assert main(["refine", str(digits.root), "--features", "own", "--output_dir", str(root)]) == 0
+    return AnnotationStore.open(root)
+
+
+def test_own_features_mend_the_digits(digits, mended):
+    train, test = digits.split == 0, digits.split == 1
+    expected = refine(digits.features(), digits.probs(), np.flatnonzero(train), np.flatnonzero(test))
+    np.testing.assert_array_equal(mended.probs(), expected.probs)
+    right = [store.probs().argmax(axis=1) == store.labels for store in (digits, mended)]
+    assert right[0][test].mean() < 0.75 and right[1][test].mean() > 0.91 and right[1][train].mean() > 0.91
+    # everything else is as it was
+    np.testing.assert_array_equal(mended.features(), digits.features())
+    np.testing.assert_array_equal(mended.labels, digits.labels)
+    assert mended.class_names == digits.class_names and len(mended.templates) == 2
+    assert AnnotationStore.open(digits.root).hash == digits.hash != mended.hash
+    # candidates are the best class and a near second
+    sets, probs = candidate_sets(mended), np.sort(mended.probs().astype(np.float32), axis=1)
+    near = probs[:, -2] >= 0.3 * probs[:, -1]
+    np.testing.assert_array_equal(sets.sum(axis=1), 1 + near)
+    assert 0.01 < near.mean() < 0.5
+
+
+def test_it_says_where_it_comes_from_and_what_changed(digits, mended, capsys):
+    told = mended.manifest["refined"]
+    assert told["source_hash"] == digits.hash and told["source"] == str(digits.root.resolve())
+    assert told["prior"] == "uniform" and told["weight"] in (0, 0.5, 1) and told["temperature"] > 1
+    before, after = told["changed"]["accuracy"]["before"], told["changed"]["accuracy"]["after"]
+    assert before["test"] == pytest.approx(np.mean((digits.probs().argmax(1) == digits.labels)[digits.split == 1]))
+    assert after["test"] == pytest.approx(np.mean((mended.probs().argmax(1) == mended.labels)[mended.split == 1]))
+    line = f"best class right, test   {before['test']:.1%}, {after['test']:.1%}"
+    assert line in (mended.root / "report.txt").read_text() and line in (mended.root / "report.html").read_text()
+    assert main(["info", str(mended.root)]) == 0
+    assert line in capsys.readouterr().out
+    assert mended.manifest["model"]["spec"] == "refined by own features: builtin:glyph-clip"
+
+
+def test_a_near_second_class_and_ties():
+    probs = np.array([[0.7, 0.2, 0.1], [0.6, 0.1, 0.3], [1 / 3] * 3, [0, 0, 1]], dtype=np.float16)
+    assert votes_of(probs).tolist() == [[0, 0], [0, 2], [0, 1], [2, 2]]
+    assert votes_of(np.ones((2, 1), np.float16)).tolist() == [[0, 0], [0, 0]]
+
+
+def test_a_view_mends_a_store_and_what_was_stopped_goes_on(digits, tmp_path, capsys):
+    root = tmp_path / "ann"
+    shutil.copytree(digits.root, root)
+    words = ["refine", str(root), *WORDS, "--channels", "1", "--output_dir", str(tmp_path / "ann2")]
+    assert main(words) == 0
+    store = AnnotationStore.open(tmp_path / "ann2")
+    (folder,) = views_of(digits := AnnotationStore.open(root))
+    view = View.open(folder, digits)
+    rows = [np.flatnonzero(digits.split == split) for split in (0, 1)]
+    np.testing.assert_array_equal(store.probs(), refine(view.features(), digits.probs(), *rows).probs)
+    assert store.manifest["refined"]["view"] == "preact_resnet_tiny-12"
+    before = {path.name: path.read_bytes() for path in store.root.rglob("*") if path.is_file()}
+    next((store.root / "blocks").iterdir()).unlink()
+    assert main(words) == 0
+    assert {path.name: path.read_bytes() for path in store.root.rglob("*") if path.is_file()} == before
+    assert "holds the annotations of another job" in refused(capsys, main, *words, "--weight", "1")
+
+
+def test_unreadable_images_stay_unreadable(tmp_path):
+    from test_annotate_view import annotated
+
+    store = annotated(photos(tmp_path / "photos", 40), tmp_path / "ann")
+    assert main(["refine", str(store.root), *WORDS, "--output_dir", str(tmp_path / "ann2")]) == 0
+    found = AnnotationStore.open(tmp_path / "ann2")
+    # the store's maker could read nothing wrong, the view could not: the annotator's word stays
+    bad = np.flatnonzero(View.open(views_of(store)[0], store).unreadable)
+    np.testing.assert_array_equal(found.probs()[bad], store.probs()[bad])
+    assert np.isfinite(found.probs()).all()
+
+
+def test_what_cannot_be_refined_is_refused(digits, mended, small_store, tmp_path, capsys):
+    out = ["--output_dir", str(tmp_path / "x")]
+    assert "is refined already; refine " in refused(capsys, main, "refine", mended.root, "--features", "own", *out)
+    assert "keeps no features" in refused(capsys, main, "refine", small_store, "--features", "own", *out)
+    assert "--output_dir is missing" in refused(capsys, main, "refine", digits.root)
+    assert "--weight" in refused(capsys, main, "refine", digits.root, "--weight", "2", *out)
+    words = ["--rescore", mended.root, "--output_dir", tmp_path / "y"]
+    assert "evidence that was refined, and no model" in refused(capsys, annotate_vlm.main, *words)
+    assert not (tmp_path / "x").exists() and not (tmp_path / "y").exists()
+
+
+def test_training_refines_on_the_way_and_resumes(small_store, tmp_path, monkeypatch, capsys):
+    shutil.copytree(small_store, tmp_path / "ann")
+    words = ["--annotations", str(tmp_path / "ann"), *SMALL_JOB, "--refine", "view"]
+    train_coreg.main([*words, "--output_dir", str(tmp_path / "a")])
+    store = AnnotationStore.open(tmp_path / "a" / "refined")
+    report = json.loads((tmp_path / "a" / "report.json").read_text())
+    assert report["annotator"]["name"].startswith("refined by preact_resnet_tiny-12: synthetic:flip")
+    assert store.manifest["refined"]["source_hash"] == AnnotationStore.open(small_store).hash
+    assert "Refining" in (text := capsys.readouterr().out) and "mean candidates" in text
+    # the same as training on a store that was refined before
+    train_coreg.main(["--annotations", str(store.root), *SMALL_JOB, "--output_dir", str(tmp_path / "b")])
+    before, after = (final_state(tmp_path / name)["learners"][0] for name in "ab")
+    assert all((before[key] == after[key]).all() for key in before)
+    # killed and started again; finished and started again; another choice
+    with killed_at(monkeypatch, 1):
+        train_coreg.main([*words, "--output_dir", str(tmp_path / "c")])
+    train_coreg.main([*words, "--output_dir", str(tmp_path / "c")])
+    again = final_state(tmp_path / "c")["learners"][0]
+    assert all((before[key] == again[key]).all() for key in before)
+    train_coreg.main([*words, "--output_dir", str(tmp_path / "c")])
+    assert "This run is finished" in capsys.readouterr().out
+    line = refused(capsys, train_coreg.main, *words[:-1], "none", "--output_dir", tmp_path / "c")
+    assert "refine was view and is none" in line
