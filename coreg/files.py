@@ -58,7 +58,8 @@ def replacing(path: str | Path, remedy: str = "free some space or choose another
         if given.exists() and not given.is_file():
             if given.is_dir():
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-            yield given
+            with _kept_open(given) if given.is_fifo() else contextlib.nullcontext():
+                yield given
             return
         target = Path(os.path.realpath(given))
         # its own name is kept at the end: libraries go by the suffix
@@ -83,6 +84,21 @@ def replacing(path: str | Path, remedy: str = "free some space or choose another
     except BaseException:
         _remove(temporary)
         raise
+
+
+@contextlib.contextmanager
+def _kept_open(pipe: Path) -> Iterator[None]:
+    """Hold a pipe that somebody reads: to open one that nobody reads would mean to wait, perhaps for ever."""
+    try:
+        descriptor = os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
+    except OSError as error:
+        raise OSError(
+            error.errno, "it is a pipe that nobody reads" if error.errno == errno.ENXIO else error.strerror
+        ) from None
+    try:
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _remove(temporary: Path | None) -> None:

@@ -101,10 +101,10 @@ def become_fifo(path, rng):
 PLACES = (remove, become_folder, become_fifo)
 
 
-def damage(path, rng):
-    """Damage a file; gives a few words on how."""
-    content = path.read_bytes()
-    kinds = [*CONTENT, *PLACES] if content else [append, *PLACES]
+def damage(path, rng, pipes):
+    """Damage a file; gives a few words on how. It becomes no pipe where `pipes` is false."""
+    content, places = path.read_bytes(), PLACES if pipes else PLACES[:-1]
+    kinds = [*CONTENT, *places] if content else [append, *places]
     if path.suffix == ".json":
         kinds += [replace_value] * 6
     kind = rng.choice(kinds)
@@ -202,7 +202,8 @@ def attack(subjects, rounds, seed, folder):
             shutil.rmtree(copy)
         shutil.copytree(subject.folder, copy)
         path = rng.choice(sorted(subject.files(copy)))
-        how = damage(path, rng)
+        # a list that a person names may be a pipe, and is waited for as by any program
+        how = damage(path, rng, pipes=subject.checked or path.parent != copy)
         ended, what = outcome(subject, copy)
         if ended == "line":
             counts["one line"] += 1

@@ -96,7 +96,7 @@ def subjects(small_store, digits, tmp_path_factory):
         Subject("export of a store", root / "digits", files_in(*store), exported),
         Subject("annotation that goes on", root / "digits", files_in(*store), annotated),
         Subject("zero-shot from a store", root / "digits", files_in(*store), judged),
-        Subject("comparison", root / "run", files_in("a/report.json", "a/config.yaml", "a/job.json"), compared),
+        Subject("comparison", root / "run", files_in("a/report.json", "a/job.json"), compared),
         Subject("finished job", root / "run", files_in("a/*.json", "a/config.yaml"), lambda copy: trained(copy, "a")),
         Subject(
             "stopped job", root / "half", files_in("b/job.json", "b/config.yaml", "b/checkpoints/*/*"),
