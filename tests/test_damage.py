@@ -7,6 +7,7 @@ import json
 import os
 import random
 import shutil
+import tarfile
 
 import numpy as np
 import pytest
@@ -14,6 +15,8 @@ from conftest import SMALL_JOB
 from damage import Subject, attack
 from PIL import Image
 from runs import final_state, killed_at, script
+from test_annotate_annotators import save_tiny_clip
+from test_annotate_transformers import save_tiny
 
 import annotate_vlm
 import train_coreg
@@ -54,6 +57,12 @@ def subjects(small_store, digits, tmp_path_factory):
         export.main(["--run", str(root / "export" / "model"), "--format", "onnx", *images])
     shutil.copytree(root / "export", root / "list")
     (root / "list" / "classes.txt").write_text("a\nb\nc\n")
+    for kind, name in (("open_clip", "clip"), ("transformers", "siglip")):
+        shutil.copytree(root / "export" / "images", root / kind / "images")
+        save_tiny_clip(root / kind / name) if kind == "open_clip" else save_tiny(root / kind / name, name)
+    (root / "shards").mkdir()
+    with tarfile.open(root / "shards" / "00000.tar", "w") as shard:
+        shard.add(root / "export" / "images", "train/a")
     (root / "list" / "list.csv").write_text("path,label\nimages/0.png,a\nimages/1.png,b\nimages/2.png,\n")
 
     def predicted(copy, model):
@@ -82,11 +91,21 @@ def subjects(small_store, digits, tmp_path_factory):
         zero_shot.main(["--annotations", str(copy / "ann"), "--output_dir", str(copy / "z")])
         return json.loads((copy / "z" / "averaged" / "report.json").read_text())["accuracy"]
 
-    def listed(copy):
-        annotate_vlm.main([
-            "--images", str(copy / "list.csv"), "--classes", str(copy / "classes.txt"), "--vlm", "builtin:glyph-clip",
-            "--output_dir", str(copy / "new"), "--workers", "0",
-        ])  # fmt: skip
+    def listed(copy, images, model="builtin:glyph-clip"):
+        classes = copy / "classes.txt" if (copy / "classes.txt").exists() else root / "list" / "classes.txt"
+        words = [
+            "--images",
+            copy / images,
+            "--classes",
+            classes,
+            "--vlm",
+            model,
+            "--output_dir",
+            copy / "new",
+            "--workers",
+            0,
+        ]
+        annotate_vlm.main([str(word) for word in words])
 
     def files_in(*parts):
         return lambda copy: [p for part in parts for p in copy.glob(part) if p.is_file() and p.name != ".lock"]
@@ -105,7 +124,17 @@ def subjects(small_store, digits, tmp_path_factory):
         Subject("prediction", root / "export", files_in("model/coreg.json", "model/n*/*"), lambda c: predicted(c, "model")),
         Subject("ONNX", root / "export", files_in("model/model.onnx"), lambda copy: predicted(copy, "model/model.onnx")),
         Subject(
-            "lists and images", root / "list", files_in("list.csv", "classes.txt", "images/*"), listed, checked=False
+            "lists and images", root / "list", files_in("list.csv", "classes.txt", "images/*"),
+            lambda copy: listed(copy, "list.csv"), checked=False,
+        ),
+        Subject("shards", root / "shards", files_in("*.tar"), lambda copy: listed(copy, "."), checked=False),
+        Subject(
+            "open_clip folder", root / "open_clip", files_in("clip/*"),
+            lambda copy: listed(copy, "images", f"local-dir:{copy / 'clip'}"), checked=False,
+        ),
+        Subject(
+            "transformers folder", root / "transformers", files_in("siglip/*"),
+            lambda copy: listed(copy, "images", f"transformers:{copy / 'siglip'}"), checked=False,
         ),
     ]  # fmt: skip
     patch.undo()
