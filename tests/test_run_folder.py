@@ -79,7 +79,7 @@ def test_a_checkpoint_comes_back_and_the_last_two_stay(tmp_path):
     assert loaded["epoch"] == 3 and torch.equal(loaded["weights"]["a"], torch.arange(4.0)) and loaded["none"] is None
 
 
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "no checksum", "gone"])
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "no checksum", "gone", "a pipe"])
 def test_a_damaged_checkpoint_falls_back_with_a_warning(tmp_path, damage):
     for number in (1, 2):
         checkpoint.save(tmp_path, number, STATE)
@@ -92,6 +92,9 @@ def test_a_damaged_checkpoint_falls_back_with_a_warning(tmp_path, damage):
         file.write_bytes(content)
     elif damage == "gone":
         file.unlink()
+    elif damage == "a pipe":  # which nobody writes to
+        file.unlink()
+        os.mkfifo(file)
     else:
         (tmp_path / "00000002" / "state.json").write_text("{}")
     with pytest.warns(UserWarning, match="falling back"):

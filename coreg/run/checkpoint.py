@@ -60,6 +60,8 @@ def latest(folder: Path) -> int | None:
         path = folder / f"{number:08d}"
         try:
             record = read_record(path / "state.json", RECORD)
+            if not (path / "state.pt").is_file():  # reading a pipe would never end
+                raise RecordError("state.pt is no file")
             if record == {"sha256": _digest(path / "state.pt"), "number": number}:
                 return number
             problem = "its checksum is wrong"
