@@ -87,7 +87,7 @@ from coreg.adapt.prompts import PromptLearner, lay_out, random_context, text_ids
 from coreg.adapt.tuning import ClipImages, Labelled, begin, finish, judge, load_towers, tuning_epoch
 from coreg.annotate.annotators import Towers
 from coreg.annotate.texts import refuse_same, same_rows
-from coreg.files import replacing_folder
+from coreg.files import making_folder
 from coreg.report.report import summary
 from coreg.run.job import Run, open_run
 from coreg.run.process import main_process_decides
@@ -126,7 +126,7 @@ def build_prompts(run: Run, method: CoOpOptions, towers: Towers) -> PromptLearne
 def save_prompts(folder: Path, learner: PromptLearner, told: dict[str, Any]) -> None:
     """Write prompt.safetensors: `context`, (M, D) or (C, M, D), and what it belongs to as JSON metadata `coreg`."""
     context = learner.context.detach().float().cpu().contiguous()
-    with replacing_folder(folder) as temporary:
+    with making_folder(folder, replace=True) as temporary:
         (temporary / "prompt.safetensors").write_bytes(save({"context": context}, {"coreg": json.dumps(told)}))
 
 

@@ -57,7 +57,7 @@ from coreg.annotate.candidates import candidate_sets
 from coreg.annotate.store import AnnotationStore
 from coreg.annotate.textual import averaged_embedding_classes
 from coreg.annotate.transductive import transduce
-from coreg.files import RecordError
+from coreg.records import RecordError
 from coreg.report.metrics import accuracy
 from coreg.report.record import read_report, write_report
 from coreg.report.report import build_report

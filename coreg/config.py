@@ -19,7 +19,7 @@ from typing import Any, Literal
 import yaml
 
 from coreg.errors import UserError
-from coreg.files import RecordError
+from coreg.records import RecordError
 
 RECIPES = Path(__file__).parent / "recipes"
 # a recipe may hold settings of one of them alone, below its name

@@ -40,7 +40,7 @@ from coreg.data.images import ImageList
 from coreg.data.sources import open_images, require_readable
 from coreg.errors import UserError, exits_with_one_line
 from coreg.exported import SCHEMA, SETTINGS, export_folder, files_of, load_export, write_settings
-from coreg.files import replacing_folder
+from coreg.files import making_folder
 from coreg.programs import as_program
 from coreg.report.calibration import fit_to_labels
 
@@ -77,7 +77,7 @@ def export(
         UserError: they do not agree, within `TOLERANCE`, or the folder cannot be written.
     """
     settings = {"schema": SCHEMA, "nets": len(backbones)} | settings
-    with replacing_folder(folder, "free some space, then the same command goes on") as temporary:
+    with making_folder(folder, "free some space, then the same command goes on", replace=True) as temporary:
         for number, backbone in enumerate(backbones, start=1):
             _save(temporary / f"net{number}", backbone, architecture, arguments, settings)
         settings["files"] = files_of(temporary, len(backbones))

@@ -14,7 +14,8 @@ from torch import nn
 
 import coreg.nets  # noqa: F401  registers the PreAct ResNets with timm
 from coreg.errors import UserError
-from coreg.files import Each, Maybe, Number, RecordError, check_record, read_record, replacing
+from coreg.files import replacing
+from coreg.records import Each, Maybe, Number, RecordError, check_record, read_record
 
 SCHEMA = 1
 SETTINGS, CONFIG, WEIGHTS = "coreg.json", "config.json", "model.safetensors"

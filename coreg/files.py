@@ -1,10 +1,9 @@
-"""Files that are there whole or not at all, and records from disk that are checked before anything believes them."""
+"""Files and folders that are there whole or not at all, and names from outside that lead nowhere else."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import os
 import platform
 import posixpath
@@ -14,9 +13,7 @@ import shutil
 import stat
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from coreg.errors import UserError
 
@@ -107,43 +104,6 @@ def _remove(temporary: Path | None) -> None:
             temporary.unlink(missing_ok=True)
 
 
-@contextlib.contextmanager
-def replacing_folder(folder: str | Path, remedy: str = "free some space or choose another place") -> Iterator[Path]:
-    """A new folder beside `folder` to fill, which takes its place, flushed to the disk, when the block ends well.
-
-    What programs that were killed have left beside `folder` is removed; so one program at a time may write it. Files get
-    the permissions that the umask gives, whatever permissions the library that writes them prefers.
-
-    Args:
-        folder: to make, with its parents, or to replace with all that is in it.
-        remedy: what the person can do when it cannot be written; the end of the error's one line.
-
-    Raises:
-        UserError: it cannot be written; nothing is left behind and what was at `folder` is untouched.
-    """
-    final = Path(folder)
-    temporary = final.with_name(f".{final.name}.tmp")
-    try:
-        final.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-        mode = stat.S_IMODE(temporary.stat().st_mode) & 0o666
-        yield temporary
-        for path in temporary.rglob("*"):
-            if path.is_file():
-                with path.open("rb") as file:
-                    os.fchmod(file.fileno(), mode)
-                    os.fsync(file.fileno())
-        shutil.rmtree(final, ignore_errors=True)
-        temporary.rename(final)
-    except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        reason = reason_of(error) if isinstance(error, Exception) and not isinstance(error, UserError) else None
-        if reason is None:
-            raise
-        raise UserError(f"cannot write {final} ({reason}); {remedy}") from None
-
-
 def write_atomically(
     path: str | Path, content: str | bytes, remedy: str = "free some space or choose another place"
 ) -> None:
@@ -207,48 +167,79 @@ def is_running(pid: int) -> bool:
 
 
 @contextlib.contextmanager
-def making_folder(path: str | Path, remedy: str = "free some space or choose another place") -> Iterator[Path]:
-    """A new hidden folder beside `path` to fill, which becomes `path`, all at once, when the block ends well.
+def making_folder(
+    path: str | Path, remedy: str = "free some space or choose another place", replace: bool = False
+) -> Iterator[Path]:
+    """A new hidden folder beside `path` to fill, which becomes `path`, all at once and flushed to the disk, when the block
+    ends well.
 
-    Of several processes that make the same folder at the same time, one has it and the others get the error.
+    A symbolic link is written through. Files get the permissions that the umask gives, whatever permissions the library
+    that writes them prefers. What programs that were killed have left beside `path` is removed.
 
     Args:
-        path: the folder to make; an empty one may be there.
+        path: the folder to make, with its parents; an empty one may be there.
         remedy: as for `replacing`.
+        replace: take the place of a folder with all that is in it; one program at a time may do so. Otherwise one of
+            several processes that make the same folder has it and the others get the error.
 
     Raises:
-        UserError: it cannot be made or filled, or is there already; nothing is left behind.
+        UserError: it cannot be made or filled, or is there already; nothing is left behind and what was there is untouched.
     """
     given, temporary = Path(path), None
     try:
         target = Path(os.path.realpath(given))
         target.parent.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(target)
-        owner = f"{this_machine()}.{os.getpid()}.{secrets.token_hex(8)}"
-        temporary = target.with_name(f".tmp.{owner}.{target.name[-100:]}")
+        _remove_abandoned(target, alone=replace)
+        temporary = _hidden(target)
         temporary.mkdir()
         yield temporary
-        temporary.rename(target)
+        _settle(temporary)
+        if replace and target.is_dir():
+            old = _hidden(target)
+            target.rename(old)  # aside and not removed: for as short a time as can be, there is none
+            temporary.rename(target)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            temporary.rename(target)
     except BaseException as error:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
         if isinstance(error, UserError):
-            raise UserError(str(error).replace(str(temporary), str(given))) from None
+            raise UserError(str(error).replace(str(temporary), str(given)), error.told) from None
         reason = reason_of(error) if isinstance(error, Exception) else None
         if reason is None:
             raise
         raise UserError(f"cannot write {given} ({reason}); {remedy}") from None
 
 
-def _remove_abandoned(target: Path) -> None:
-    """Remove what processes that were killed left beside `target`, and nothing of those that live."""
+def _hidden(target: Path) -> Path:
+    """A name beside `target` that cannot be foreseen and says which process made it."""
+    return target.with_name(f".tmp.{this_machine()}.{os.getpid()}.{secrets.token_hex(8)}.{target.name[-100:]}")
+
+
+def _settle(folder: Path) -> None:
+    """Give the files in a new folder the umask's permissions and flush them to the disk; what links lead to is not ours."""
+    mode = stat.S_IMODE(folder.stat().st_mode) & 0o666
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            with path.open("rb") as file:
+                os.fchmod(file.fileno(), mode)
+                os.fsync(file.fileno())
+
+
+def _remove_abandoned(target: Path, alone: bool) -> None:
+    """Remove what processes that were killed left beside `target`.
+
+    Args:
+        alone: no other process makes it at this time, on whatever machine; so all that is there was left.
+    """
     pattern = re.compile(rf"\.tmp\.(.+)\.(\d+)\.[0-9a-f]{{16}}\.{re.escape(target.name[-100:])}")
     for entry in os.scandir(target.parent):
         owner = pattern.fullmatch(entry.name)
         if owner is None:
             continue
         with contextlib.suppress(OSError):  # removed by another process at this moment
-            ended = owner[1] == this_machine() and not is_running(int(owner[2]))
+            ended = alone or (owner[1] == this_machine() and not is_running(int(owner[2])))
             if ended or time.time() - entry.stat(follow_symlinks=False).st_mtime > ABANDONED_SECONDS:
                 shutil.rmtree(entry.path, ignore_errors=True)
 
@@ -289,143 +280,3 @@ def place_below(root: Path, name: str) -> Path:
     if os.path.lexists(place):
         raise UserError(f"{name!r} cannot be written: {place} is there already; choose another output")
     return place
-
-
-# ---- reading --------------------------------------------------------------------------------------------------------
-
-
-class RecordError(Exception):
-    """A record is not what its writer wrote; the message says what is wrong with it, and where."""
-
-
-@dataclass(frozen=True)
-class Number:
-    """A finite number within bounds, a whole one unless `whole` is false."""
-
-    low: float = float("-inf")
-    high: float = float("inf")
-    whole: bool = True
-
-
-@dataclass(frozen=True)
-class Maybe:
-    """A value that may be missing or null, and has to be of `kind` otherwise."""
-
-    kind: Any
-
-
-@dataclass(frozen=True)
-class Each:
-    """An object with any names, whose values all have to be of `kind`."""
-
-    kind: Any
-
-
-def check_record(value: Any, kind: Any, where: str = "") -> None:
-    """Compare a value read from JSON with what it has to be.
-
-    Args:
-        value: what was read.
-        kind: a type (`str`, `bool`, `dict`, `list`); a `Number`; a dict of required entries, more of which may be there;
-            an `Each`; a list of one kind, for a list of any length of it; a `Maybe`; or a tuple of kinds, of which one has
-            to fit.
-        where: the name of the value, for the message.
-
-    Raises:
-        RecordError: it is something else.
-    """
-    name = where or "its content"
-    if isinstance(kind, Maybe):
-        if value is not None:
-            check_record(value, kind.kind, where)
-    elif isinstance(kind, tuple):
-        problems = []
-        for one in kind:
-            try:
-                return check_record(value, one, where)
-            except RecordError as error:
-                problems.append(str(error))
-        raise RecordError(problems[0])
-    elif isinstance(kind, Number):
-        fits = isinstance(value, int if kind.whole else (int, float)) and not isinstance(value, bool)
-        if not (fits and kind.low <= value <= kind.high and abs(value) != float("inf")):
-            raise RecordError(
-                f"{name} is {_short(value)}, expected a {'whole ' if kind.whole else ''}number{_bounds(kind)}"
-            )
-    elif isinstance(kind, dict):
-        check_record(value, dict, where)
-        for key, inner in kind.items():
-            if key not in value and not isinstance(inner, Maybe):
-                raise RecordError(f"{f'{where} has no' if where else 'there is no'} {key!r}")
-            check_record(value.get(key), inner, f"{where}.{key}" if where else key)
-    elif isinstance(kind, Each):
-        check_record(value, dict, where)
-        for key, item in value.items():
-            check_record(item, kind.kind, f"{where}.{key}" if where else key)
-    elif isinstance(kind, list):
-        check_record(value, list, where)
-        for index, item in enumerate(value):
-            check_record(item, kind[0], f"{name}[{index}]")
-    elif not isinstance(value, kind):
-        raise RecordError(f"{name} is {_short(value)}, expected {NAMES.get(kind) or f'a {kind.__name__}'}")
-
-
-NAMES = {str: "a text", bool: "true or false", dict: "an object", list: "a list"}
-
-
-def _bounds(kind: Number) -> str:
-    low, high = kind.low != float("-inf"), kind.high != float("inf")
-    if low and high:
-        return f" from {kind.low:g} to {kind.high:g}"
-    return f" of at least {kind.low:g}" if low else f" of at most {kind.high:g}" if high else ""
-
-
-def _short(value: Any) -> str:
-    text = " ".join(repr(value).split())
-    return text if len(text) <= 40 else f"{text[:37]}..."
-
-
-def parse_record(text: str | bytes, kind: Any = dict) -> Any:
-    """The value that a JSON text holds, compared with `kind` (see `check_record`).
-
-    Raises:
-        RecordError: it is no JSON, is nested without end, or holds something else.
-    """
-    # as `write_atomically` writes it: file names that are no UTF-8 are kept as they are
-    text = text.decode("utf-8", "surrogateescape") if isinstance(text, bytes) else text
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise RecordError(f"it is no JSON ({' '.join(str(error).split())})") from None
-    check_record(value, kind)
-    return value
-
-
-def read_file(path: Path, largest: int | None = None) -> bytes:
-    """What a regular file holds; pipes and devices, at which a reader would wait, are refused.
-
-    Raises:
-        RecordError: it is missing, no file, cannot be read, or has more than `largest` bytes.
-    """
-    try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise RecordError("it is no file")
-        if largest is not None and status.st_size > largest:
-            raise RecordError(f"it has {status.st_size} bytes")
-        return path.read_bytes()
-    except OSError as error:
-        raise RecordError(error.strerror or str(error)) from None
-
-
-def read_record(path: Path, kind: Any = dict, largest: int = 1 << 28) -> Any:
-    """A JSON file, compared with `kind` (see `check_record`).
-
-    Args:
-        largest: bytes; a larger file is refused without being read.
-
-    Raises:
-        RecordError: it is missing, cannot be read, is no JSON, or holds something else. The caller, who knows what the
-            file is for, says so to the person.
-    """
-    return parse_record(read_file(path, largest), kind)

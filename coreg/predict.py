@@ -25,10 +25,11 @@ from coreg.data.sources import open_images
 from coreg.errors import UserError, exits_with_one_line
 from coreg.export import Ensemble
 from coreg.exported import ABOUT, REMEDY, load_export
-from coreg.files import RecordError, check_writable, read_file, replacing
+from coreg.files import check_writable, replacing
 from coreg.plaintext import csv_rows, printable
 from coreg.programs import open_onnx
 from coreg.progress import seconds_between_lines
+from coreg.records import RecordError, read_file
 
 # of unreadable images on the terminal; the CSV file has them all
 SHOWN = 5

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from coreg.errors import UserError
 from coreg.exported import ABOUT, check_about
-from coreg.files import RecordError, parse_record
+from coreg.records import RecordError, parse_record
 
 Kind = Literal["onnx", "torch_export"]
 # the entry of an ONNX file's metadata that says so, and the last one, which has the SHA-256 of all bytes before it

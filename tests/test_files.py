@@ -8,21 +8,16 @@ import pytest
 
 from coreg.errors import UserError
 from coreg.files import (
-    Each,
-    Maybe,
-    Number,
-    RecordError,
-    check_record,
     check_writable,
     file_name,
     inside,
     making_folder,
     place_below,
-    read_record,
     replacing,
-    replacing_folder,
+    this_machine,
     write_atomically,
 )
+from coreg.records import Each, Maybe, Number, RecordError, check_record, read_record
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_beside_it(tmp_path):
@@ -54,7 +49,7 @@ def test_what_a_library_says_of_a_full_disk_is_understood(tmp_path):
 
 def test_a_folder_is_there_whole_or_as_it_was(tmp_path):
     folder = tmp_path / "runs" / "export"
-    with replacing_folder(folder) as made:
+    with making_folder(folder, replace=True) as made:
         (made / "old").touch()
         os.chmod(made / "old", 0o600)
     plain = tmp_path / "plain"
@@ -66,14 +61,40 @@ def test_a_folder_is_there_whole_or_as_it_was(tmp_path):
         (KeyboardInterrupt(), KeyboardInterrupt),
         (ZeroDivisionError(), ZeroDivisionError),  # a fault of ours stays one
     ):
-        with pytest.raises(raised), replacing_folder(folder) as made:
+        with pytest.raises(raised), making_folder(folder, replace=True) as made:
             (made / "new").touch()
             raise error
         assert [path.name for path in folder.iterdir()] == ["old"] and list(folder.parent.iterdir()) == [folder]
-    (folder.parent / ".export.tmp").mkdir()  # of a program that was killed
-    with replacing_folder(folder) as made:
+    for owner in ("far.machine.7", f"{this_machine()}.1"):  # of programs that were killed, one on another machine
+        (folder.parent / f".tmp.{owner}.{'0' * 16}.export").mkdir()
+    with making_folder(folder, replace=True) as made:
         (made / "new").touch()
     assert [path.name for path in folder.iterdir()] == ["new"] and list(folder.parent.iterdir()) == [folder]
+    (tmp_path / "link").symlink_to(folder)
+    with making_folder(tmp_path / "link", replace=True) as made:
+        (made / "newer").touch()
+    assert (tmp_path / "link").is_symlink() and [path.name for path in folder.iterdir()] == ["newer"]
+    with pytest.raises(UserError, match="plain"), making_folder(plain, replace=True):  # a file is no folder of ours
+        pass
+    assert plain.is_file() and sorted(path.name for path in tmp_path.iterdir()) == ["link", "plain", "runs"]
+
+
+@pytest.mark.parametrize("replace", [False, True])
+def test_a_folder_reaches_the_disk_with_the_umasks_permissions_and_links_in_it_lead_to_files_that_stay_as_they_are(
+    tmp_path, monkeypatch, replace
+):
+    photo = tmp_path / "photo.jpg"
+    photo.touch(mode=0o600)
+    flushed = []
+    monkeypatch.setattr(os, "fsync", lambda file: flushed.append(os.path.basename(os.readlink(f"/proc/self/fd/{file}"))))
+    with making_folder(tmp_path / "made", replace=replace) as made:
+        (made / "cat").mkdir()
+        (made / "cat" / "linked.jpg").symlink_to(photo)
+        (made / "cat" / "copied.png").touch(mode=0o600)
+        assert len(made.name) > len("made") + 16  # 64 bits that nobody can foresee
+    assert flushed == ["copied.png"]
+    assert (tmp_path / "made" / "cat" / "copied.png").stat().st_mode & 0o777 == (tmp_path / "made").stat().st_mode & 0o666
+    assert (tmp_path / "made" / "cat" / "linked.jpg").is_symlink() and photo.stat().st_mode & 0o777 == 0o600
 
 
 def test_each_value_of_an_object_is_checked():

@@ -18,7 +18,7 @@ PROGRAM = """
 import multiprocessing, signal, sys, time
 import coreg.interrupt
 from coreg.errors import exits_with_one_line
-from coreg.files import replacing, replacing_folder
+from coreg.files import making_folder, replacing
 coreg.interrupt.answer()
 
 @exits_with_one_line
@@ -68,7 +68,7 @@ def test_what_is_half_written_is_removed_and_forked_processes_say_nothing(tmp_pa
     work = f"""
 process = multiprocessing.get_context("fork").Process(target=time.sleep, args=(100,))
 process.start()
-with replacing({str(tmp_path / "file")!r}) as file, replacing_folder({str(tmp_path / "folder")!r}) as folder:
+with replacing({str(tmp_path / "file")!r}) as file, making_folder({str(tmp_path / "folder")!r}) as folder:
     file.write_text("half")
     (folder / "inner").write_text("half")
     {WAIT}

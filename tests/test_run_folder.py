@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from coreg.errors import UserError
-from coreg.files import RecordError, write_atomically
+from coreg.files import write_atomically
+from coreg.records import RecordError
 from coreg.run import checkpoint
 from coreg.run.batches import Verdict
 from coreg.run.folder import RunFolder

@@ -17,7 +17,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from coreg.errors import UserError
-from coreg.files import replacing_folder
+from coreg.files import making_folder
 
 # attention's projections of its input, by the names that timm, open_clip and transformers give them
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "qkv", "q", "k", "v", "query", "key", "value")
@@ -169,7 +169,7 @@ def save_adapter(adapted: PeftModel, folder: Path) -> None:
     Raises:
         UserError: they cannot be written.
     """
-    with replacing_folder(folder) as temporary:
+    with making_folder(folder, replace=True) as temporary:
         # left to itself, PEFT asks the hub whether the base model's vocabulary was another one
         adapted.save_pretrained(str(temporary), safe_serialization=True, save_embedding_layers=False)
         (temporary / "README.md").unlink(missing_ok=True)  # an empty form

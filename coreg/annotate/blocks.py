@@ -12,7 +12,8 @@ from safetensors import safe_open
 from safetensors.numpy import save
 
 from coreg.errors import UserError
-from coreg.files import Number, RecordError, check_record, parse_record, write_atomically
+from coreg.files import write_atomically
+from coreg.records import Number, RecordError, check_record, parse_record
 
 HEAD = {"job": str, "index": Number(0), "errors": dict, "sha256": str}
 REMEDY = "what is written is kept: free some space and run the same command again"

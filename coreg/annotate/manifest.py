@@ -11,7 +11,7 @@ from typing import Any
 from coreg.data.images import ImageList, list_hash
 from coreg.data.joined import PREFIX, joined_spec
 from coreg.errors import UserError
-from coreg.files import Maybe, Number, RecordError, check_record, parse_record, read_record
+from coreg.records import Maybe, Number, RecordError, check_record, parse_record, read_record
 
 SCHEMA = "coreg-annotations"
 VERSION = 2  # in stores of version 1 the place of the images is part of the job

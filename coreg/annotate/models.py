@@ -21,8 +21,8 @@ from PIL import Image
 from coreg.annotate.manifest import REFINED
 from coreg.annotate.settings import GLYPH_CLIP
 from coreg.errors import UserError
-from coreg.files import Maybe, Number, RecordError, read_record
 from coreg.hub import cache_only, hub_answers, without_foreign_code
+from coreg.records import Maybe, Number, RecordError, read_record
 
 SPELLINGS = "NAME/TAG such as ViT-B-32/openai, local-dir:FOLDER, hf-hub:ORG/NAME, transformers:FOLDER or chat:FOLDER"
 WEIGHT_FILES = (".safetensors", ".bin", ".pth")

@@ -35,7 +35,7 @@ from coreg.annotate.writer import CHECKSUMS, StoreWriter, continued, describe, e
 from coreg.data.images import HELD_OUT, ImageList, Paths, absolute_path, list_hash, unescape
 from coreg.data.sources import open_images
 from coreg.errors import UserError
-from coreg.files import RecordError, read_file, read_record
+from coreg.records import RecordError, read_file, read_record
 
 __all__ = ["AnnotationStore", "StoreWriter", "continued", "make_manifest", "read_manifest"]
 

@@ -40,8 +40,9 @@ from coreg.config import parse
 from coreg.data.images import ImageList
 from coreg.data.sources import require_readable
 from coreg.errors import UserError, exits_with_one_line
-from coreg.files import Number, RecordError, read_record, write_atomically
+from coreg.files import write_atomically
 from coreg.nets.model import check_backbone, check_weights, create_backbone, parse_backbone_args, trained_with
+from coreg.records import Number, RecordError, read_record
 from coreg.run.process import build_accelerator, main_process_decides
 
 SCHEMA, VERSION = "coreg-view", 1

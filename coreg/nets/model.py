@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from coreg.errors import UserError
-from coreg.files import Number, RecordError, check_record, read_record
 from coreg.hub import cache_only, hub_answers
+from coreg.records import Number, RecordError, check_record, read_record
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 

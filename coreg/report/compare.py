@@ -18,7 +18,8 @@ from typing import Literal
 
 from coreg.config import option, parse, read_yaml
 from coreg.errors import UserError, exits_with_one_line
-from coreg.files import RecordError, check_writable, write_atomically
+from coreg.files import check_writable, write_atomically
+from coreg.records import RecordError
 from coreg.report.record import SETTINGS, digest, read_report
 from coreg.report.tables import FORMATS, Run, compare, printable
 

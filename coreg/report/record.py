@@ -7,7 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from coreg.files import Each, Maybe, Number, RecordError, check_record, read_record, write_atomically
+from coreg.files import write_atomically
+from coreg.records import Each, Maybe, Number, RecordError, check_record, read_record
 
 SCHEMA = 1
 LARGEST = 1e15  # of a count or a number of seconds

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from coreg.errors import UserError
-from coreg.files import Number, RecordError, read_record, replacing_folder
+from coreg.files import making_folder
+from coreg.records import Number, RecordError, read_record
 
 KEPT = 2
 REMEDY = "the earlier ones are intact: free some space and give the same command again"
@@ -34,7 +35,7 @@ def save(folder: Path, number: int, state: dict[str, Any]) -> None:
     Raises:
         UserError: it could not be written; the checkpoints before it are untouched.
     """
-    with replacing_folder(folder / f"{number:08d}", REMEDY) as temporary:
+    with making_folder(folder / f"{number:08d}", REMEDY, replace=True) as temporary:
         weights = temporary / "state.pt"
         with weights.open("wb") as file:  # torch says of a path what failed, of a file also why
             torch.save(state, file)

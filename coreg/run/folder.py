@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from coreg.errors import UserError
-from coreg.files import Number, RecordError, read_record, write_atomically
+from coreg.files import write_atomically
+from coreg.records import Number, RecordError, read_record
 
 SCHEMA = 1
 JOB, REPORT = "job.json", "report.json"

@@ -23,9 +23,10 @@ from coreg.annotate.settings import RefineConfig, ViewConfig
 from coreg.annotate.store import AnnotationStore
 from coreg.config import as_settings, as_yaml, check_bounds
 from coreg.errors import UserError
-from coreg.files import RecordError, write_atomically
+from coreg.files import write_atomically
 from coreg.nets.model import check_backbone, check_network, check_weights, parse_backbone_args, trained_with
 from coreg.progress import seconds_between_lines
+from coreg.records import RecordError
 from coreg.report.board import silent_thread, writing_curves
 from coreg.report.record import TRAINED, read_report
 from coreg.report.report import summary, write_known_labels

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from coreg.files import Each, Maybe, Number, RecordError, check_record
+from coreg.records import Each, Maybe, Number, RecordError, check_record
 from coreg.run.training import Training
 
 _NUMBER = Number(whole=False)
