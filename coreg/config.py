@@ -157,18 +157,27 @@ def read_recipe(name: str, script: str | None = None) -> dict[str, Any]:
     return settings
 
 
+class _PlainLoader(yaml.SafeLoader):
+    """Values as they are written: a few aliases of aliases would fill any memory."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise RecordError(f"line {self.peek_event().start_mark.line + 1} has an alias; write the value itself")
+        return super().compose_node(parent, index)
+
+
 def read_yaml(path: Path) -> Any:
     """What a YAML file holds: plain values, lists and mappings of them.
 
     Raises:
-        RecordError: it cannot be read, is no YAML, or has more than `LARGEST_YAML` bytes.
+        RecordError: it cannot be read, is no YAML, has aliases, or has more than `LARGEST_YAML` bytes.
     """
     try:
         if not path.is_file():  # reading a pipe would never end
             raise RecordError("it is no file")
         if path.stat().st_size > LARGEST_YAML:
             raise RecordError(f"it has more than {LARGEST_YAML} bytes")
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        return yaml.load(path.read_text(encoding="utf-8"), _PlainLoader)
     except RecordError:
         raise
     except OSError as error:

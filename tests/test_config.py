@@ -112,6 +112,23 @@ def test_a_recipe_that_is_no_mapping(tmp_path):
             parse(First, argv=["--recipe", str(tmp_path / "odd.yaml")])
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "names: &a [x, y]\nmore: *a\n",
+        "a0: &a0 [x]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 40)),  # 9^39 texts
+        "a0: &a0 {x: 1}\n" + "".join(f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 9)}]}}\n" for n in range(1, 40)),
+        "rate: &a [*a]\n",
+    ],
+)
+def test_aliases_are_refused_before_they_are_followed(tmp_path, text):
+    (tmp_path / "bomb.yaml").write_text(text)
+    with pytest.raises(
+        UserError, match=r"bomb\.yaml is not a valid YAML file: line [12] has an alias; write the value itself"
+    ):
+        parse(First, argv=["--recipe", str(tmp_path / "bomb.yaml")])
+
+
 def test_written_settings_read_back_the_same(tmp_path):
     filled = parse(First, Second, argv=["--rate", "3e-7", "--names", "x", "y z", "--on", "false"])
     file = tmp_path / "config.yaml"
