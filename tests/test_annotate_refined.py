@@ -16,6 +16,7 @@ from coreg.annotate.refined import votes_of
 from coreg.annotate.store import AnnotationStore
 from coreg.annotate.tools import main
 from coreg.annotate.view import View, views_of
+from coreg.errors import UserError
 from coreg.weak.refine import refine
 
 
@@ -45,7 +46,7 @@ def test_own_features_mend_the_digits(digits, mended):
     assert 0.01 < near.mean() < 0.5
 
 
-def test_it_says_where_it_comes_from_and_what_changed(digits, mended, capsys):
+def test_it_says_where_it_comes_from_and_what_changed(digits, mended, tmp_path, capsys):
     told = mended.manifest["refined"]
     assert told["source_hash"] == digits.hash and told["source"] == str(digits.root.resolve())
     assert told["prior"] == "uniform" and told["weight"] in (0, 0.5, 1) and told["temperature"] > 1
@@ -57,6 +58,13 @@ def test_it_says_where_it_comes_from_and_what_changed(digits, mended, capsys):
     assert main(["info", str(mended.root)]) == 0
     assert line in capsys.readouterr().out
     assert mended.manifest["model"]["spec"] == "refined by own features: builtin:glyph-clip"
+    damaged = tmp_path / "ann2"
+    shutil.copytree(mended.root, damaged)
+    (damaged / "images.txt").unlink()
+    with pytest.raises(UserError, match=r"run the same python -m coreg\.annotate\.store refine command again"):
+        AnnotationStore.open(damaged)
+    assert main(["refine", str(digits.root), "--features", "own", "--output_dir", str(damaged)]) == 0
+    assert AnnotationStore.open(damaged).hash == mended.hash
 
 
 def test_a_near_second_class_and_ties():

@@ -101,9 +101,34 @@ def test_info_and_verify_of_an_unfinished_and_damaged_store(place, capsys):
     (root / "half" / "blocks" / "00002.safetensors").write_bytes(content)
     assert main(["verify", str(root / "half")]) == 1
     text = capsys.readouterr().out
-    assert "00002.safetensors is damaged" in text and "1 of 3 blocks are missing" in text and "annotated anew" in text
+    assert "00002.safetensors is damaged" in text and "1 of 3 blocks are missing" in text and "made anew" in text
     (root / "ann" / "images.txt").write_text("changed\n")
     assert "images.txt was changed" in fails(capsys, "verify", root / "ann")
+
+
+def test_a_damaged_store_names_the_command_that_made_it(place, capsys):
+    root, images = place
+    more = open_images(str(photos(root / "more", count=3)), NAMES)
+    write_store(root / "parts", more)
+    write_store(root / "n", images, spec="n")
+    write_store(root / "synthetic", images, spec="synthetic:flip(q=0.1,seed=0)", features=None)
+    merge = "delete it and run the same python -m coreg.annotate.store merge command again"
+    for store, parts, again in (
+        ("images", ("ann", "parts"), merge),
+        ("annotators", ("ann", "n"), merge),
+        ("synthetic", (), "run the same python -m coreg.annotate.synthetic command again"),
+        ("ann", (), "run the same annotate_vlm.py command again"),
+    ):
+        if parts:
+            main(["merge", *(str(root / name) for name in parts), "--output_dir", str(root / store)])
+        block = root / store / "blocks" / "00001.safetensors"
+        block.write_bytes(b"junk")
+        assert fails(capsys, "export", root / store, "--output", root / "x.csv").endswith(f"; {again}")
+        assert main(["verify", str(root / store)]) == 1
+        assert f"\n{again}: " in capsys.readouterr().out
+        block.unlink()
+        assert main(["info", str(root / store)]) == 0
+        assert capsys.readouterr().out.endswith(f"unfinished: {again}\n")
 
 
 @pytest.mark.parametrize("rule", ["union", "topk:2"])

@@ -90,7 +90,7 @@ def read_manifest(root: Path) -> dict[str, Any]:
     except RecordError as error:
         raise DamagedManifestError(
             f"{root} is not a valid annotation store: manifest.json is missing or damaged ({error}); run the "
-            f"annotate_vlm.py command that made it again, which writes manifest.json anew and keeps the blocks"
+            f"command that made it again, which writes manifest.json anew and keeps the blocks"
         ) from None
     raise UserError(
         f"{root} has schema {schema} version {version} but this coreg reads {SCHEMA} version 1 to {VERSION}; "
@@ -109,6 +109,17 @@ def _check(manifest: dict[str, Any]) -> None:
         json.dumps(manifest, ensure_ascii=False).encode()
     except UnicodeError:
         raise RecordError("it holds what is no text") from None
+
+
+def same_command(manifest: dict[str, Any]) -> str:
+    """What to type where a store is unfinished or damaged: what made it, once more."""
+    spec, images = manifest["model"]["spec"], manifest["images"]["spec"]
+    if manifest.get("refined"):
+        return "run the same python -m coreg.annotate.store refine command again"
+    if " + " in spec or images.startswith(PREFIX):
+        return "delete it and run the same python -m coreg.annotate.store merge command again"
+    script = "python -m coreg.annotate.synthetic" if spec.startswith("synthetic:") else "annotate_vlm.py"
+    return f"run the same {script} command again"
 
 
 def set_name(spec: str) -> str:

@@ -30,7 +30,7 @@ from safetensors import safe_open
 from safetensors.numpy import load, load_file
 
 from coreg.annotate.blocks import BadEvidenceError, DamagedBlockError, check_evidence, read_block, unpack_answers
-from coreg.annotate.manifest import block_files, job_hash, make_manifest, moved, read_manifest
+from coreg.annotate.manifest import block_files, job_hash, make_manifest, moved, read_manifest, same_command
 from coreg.annotate.writer import CHECKSUMS, StoreWriter, continued, describe, errors_csv
 from coreg.data.images import HELD_OUT, ImageList, Paths, absolute_path, list_hash, unescape
 from coreg.data.sources import open_images
@@ -38,8 +38,6 @@ from coreg.errors import UserError
 from coreg.records import RecordError, read_file, read_record
 
 __all__ = ["AnnotationStore", "StoreWriter", "continued", "make_manifest", "read_manifest"]
-
-AGAIN = "run the same annotate_vlm.py command again"
 
 
 @dataclass
@@ -71,8 +69,9 @@ class AnnotationStore:
         Raises:
             UserError: the folder is missing, no store, of another schema, unfinished or damaged.
         """
-        root, again = Path(folder), AGAIN
+        root = Path(folder)
         manifest = read_manifest(root)
+        again = same_command(manifest)
         job = job_hash(manifest)
         files = block_files(root, manifest)
         missing = [file.name for file in files if not file.exists()]
@@ -192,6 +191,7 @@ def read_samples(root: Path, manifest: dict[str, Any]) -> tuple[Paths, np.ndarra
         UserError: they are damaged.
     """
     damaged, count = f"annotation store {root} is damaged", manifest["images"]["count"]
+    again = same_command(manifest)
     name = "images.txt"
     try:
         lines = read_file(root / name).split(b"\n")[:-1]
@@ -201,18 +201,18 @@ def read_samples(root: Path, manifest: dict[str, Any]) -> tuple[Paths, np.ndarra
         name = CHECKSUMS
         wanted = read_record(root / name, {"samples.safetensors": str}) if (root / name).exists() else {}
     except Exception as error:  # safetensors lets many kinds through
-        raise UserError(f"{damaged}: {name}: {' '.join(str(error).split())}; {AGAIN}") from None
+        raise UserError(f"{damaged}: {name}: {' '.join(str(error).split())}; {again}") from None
     paths = paths_of_lines(lines)
     if list_hash(paths) != manifest["images"]["sha256"]:
-        raise UserError(f"{damaged}: images.txt was changed; {AGAIN}")
+        raise UserError(f"{damaged}: images.txt was changed; {again}")
     kinds = {name: (table.dtype.name, table.shape) for name, table in tensors.items()}
     if kinds != {"label": ("int32", (count,)), "split": ("uint8", (count,))} or len(paths) != count:
-        raise UserError(f"{damaged}: samples.safetensors does not hold labels and splits of {count} images; {AGAIN}")
+        raise UserError(f"{damaged}: samples.safetensors does not hold labels and splits of {count} images; {again}")
     label, split = tensors["label"], tensors["split"]
     if label.min() < -1 or label.max() >= len(manifest["class_names"]) or split.max() > HELD_OUT:
-        raise UserError(f"{damaged}: samples.safetensors holds labels or splits that there are not; {AGAIN}")
+        raise UserError(f"{damaged}: samples.safetensors holds labels or splits that there are not; {again}")
     if wanted and hashlib.sha256(samples).hexdigest() != wanted["samples.safetensors"]:
-        raise UserError(f"{damaged}: samples.safetensors was changed; {AGAIN}")
+        raise UserError(f"{damaged}: samples.safetensors was changed; {again}")
     return paths, label, split
 
 

@@ -23,7 +23,7 @@ import numpy as np
 
 from coreg.annotate.candidates import candidate_sets
 from coreg.annotate.health import report
-from coreg.annotate.manifest import block_files, read_manifest
+from coreg.annotate.manifest import block_files, read_manifest, same_command
 from coreg.annotate.merge import merge
 from coreg.annotate.settings import RefineConfig, ViewConfig, check_refine, check_view
 from coreg.annotate.store import AnnotationStore
@@ -59,7 +59,7 @@ def info(folder: str) -> str:
     ]
     if len(there) == len(files) and (root / "errors.csv").exists():
         return "\n".join([*lines, summary(AnnotationStore.open(root))])
-    return "\n".join([*lines, f"unfinished: run the annotate_vlm.py command that began {root} again"])
+    return "\n".join([*lines, f"unfinished: {same_command(manifest)}"])
 
 
 def verify(folder: str) -> tuple[str, bool]:
@@ -78,8 +78,7 @@ def verify(folder: str) -> tuple[str, bool]:
         return f"{root} is whole: {len(writer.files)} blocks, {len(store)} images, sha256 {store.hash}", True
     lines = [f"{file.name} is damaged" for file in (writer.files[index] for index in damaged)]
     lines += [f"{len(missing)} of {len(writer.files)} blocks are missing"] if missing else []
-    again = "run the annotate_vlm.py command that made it again: damaged and missing blocks are annotated anew"
-    return "\n".join([*lines, again]), False
+    return "\n".join([*lines, f"{same_command(manifest)}: damaged and missing blocks are made anew"]), False
 
 
 # ---- export ---------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from coreg.annotate.annotators import Annotator, ClipAnnotator
 from coreg.annotate.blocks import DamagedBlockError, pack_answers, read_block
 from coreg.annotate.claims import BlockQueue
-from coreg.annotate.manifest import block_files, job_hash
+from coreg.annotate.manifest import block_files, job_hash, same_command
 from coreg.annotate.writer import BlockWriter, StoreWriter
 from coreg.data.decode import UnreadableImage
 from coreg.data.eight_bit import USES_FEW_BITS
@@ -259,9 +259,7 @@ def rescore_features(
         try:
             tensors, errors, _ = read_block(files[index], index, job)
         except DamagedBlockError as error:
-            raise UserError(
-                f"{files[index]} is damaged: {error}; run the annotate_vlm.py command that made {source} again"
-            ) from None
+            raise UserError(f"{files[index]} is damaged: {error}; {same_command(told)}") from None
         features = tensors["features"]
         parts = [annotator.judge(features[start : start + batch_size]) for start in range(0, len(features), batch_size)]
         writer.write(index, _joined(parts) | {"features": features}, errors)
