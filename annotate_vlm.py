@@ -102,7 +102,7 @@ def annotate(config: AnnotateConfig, accelerator: Accelerator | None = None) -> 
     look = look_at_store if config.rescore else look_at_images
     job: Job = main_process_decides(accelerator, lambda: look(config, opened))
     if job.finished:
-        accelerator.print(f"{root} holds these annotations already: nothing to do")
+        accelerator.print(f"{printable(root)} holds these annotations already: nothing to do")
         store = AnnotationStore.open(root)
         if accelerator.is_main_process and not all((root / name).exists() for name in REPORTS):
             write_report(store, None if config.rescore else opened[0])  # a disk was full, perhaps

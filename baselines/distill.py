@@ -71,6 +71,7 @@ from coreg.data.order import ShuffledRows
 from coreg.learn.collective import share
 from coreg.learn.coreg import cosine_lr
 from coreg.learn.distill import DistillBatch, DistillLearner
+from coreg.plaintext import printable
 from coreg.report.report import summary
 from coreg.run.epoch import Steps, train_epoch
 from coreg.run.job import open_run
@@ -148,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         run.begin(training)
         run.train(training, partial(one_epoch, task, training, teacher), "distillation")
         report = finish(run, task, training, NAMES[method.teacher], teacher=told)
-        run.accelerator.print(f"Teacher: {told}.", summary(report, run.folder.root), sep="\n")
+        run.accelerator.print(f"Teacher: {printable(told)}.", summary(report, run.folder.root), sep="\n")
 
 
 if __name__ == "__main__":

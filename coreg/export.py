@@ -41,6 +41,7 @@ from coreg.data.sources import open_images, require_readable
 from coreg.errors import UserError, exits_with_one_line
 from coreg.exported import SCHEMA, SETTINGS, export_folder, files_of, load_export, write_settings
 from coreg.files import making_folder
+from coreg.plaintext import printable
 from coreg.programs import as_program
 from coreg.report.calibration import fit_to_labels
 
@@ -291,13 +292,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     if config.labels or kinds:
         write_settings(folder, settings, programs)
     if config.labels:
-        print(f"{folder / SETTINGS}: temperature {settings['temperature']:.3f}, fitted to {config.labels}")
+        print(printable(f"{folder / SETTINGS}: temperature {settings['temperature']:.3f}, fitted to {config.labels}"))
     for kind in sorted(kinds):
         record = settings["agreement"][kind]
         within = f"logits within {record['largest_difference']:.1g} of the networks'"
-        print(f"{folder / PROGRAMS[kind]}: {within} on {record['images']} images")
+        print(printable(f"{folder / PROGRAMS[kind]}: {within} on {record['images']} images"))
     if config.push_to_hub:
-        print(push_to_hub(folder, config.push_to_hub))
+        print(printable(push_to_hub(folder, config.push_to_hub)))
 
 
 if __name__ == "__main__":

@@ -81,7 +81,7 @@ def test_a_killed_run_goes_on_bit_for_bit(digits, finished, tmp_path, monkeypatc
     with killed_at(monkeypatch, 5):
         run(digits.root, tmp_path / "run", *options)
     run(digits.root, tmp_path / "run", *options)
-    assert "behind epoch 5" in capsys.readouterr().out
+    assert "after epoch 5" in capsys.readouterr().out
     expected, found = final_state(finished[0]), final_state(tmp_path / "run")
     assert torch.equal(expected["learners"][0]["context"], found["learners"][0]["context"])
     assert expected["curves"] == found["curves"]

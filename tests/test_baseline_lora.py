@@ -113,7 +113,7 @@ def test_the_saved_adapter_gives_the_reported_accuracy(finished, clip_store):
 
 def test_a_killed_run_goes_on_bit_for_bit(finished, clip_store, tmp_path, monkeypatch, capsys):
     interrupted(clip_store, tmp_path / "run", monkeypatch, 6, *TRAINING)
-    assert "behind epoch 6" in capsys.readouterr().out
+    assert "after epoch 6" in capsys.readouterr().out
     expected, found = final_state(finished[0]), final_state(tmp_path / "run")
     assert same(expected["learners"][0], found["learners"][0]) and expected["curves"] == found["curves"]
     run(clip_store, tmp_path / "run", *TRAINING)

@@ -283,6 +283,12 @@ def test_names_cannot_break_out():
     assert len(head) == len(row) and row[0].startswith("'=") and row[1].startswith("'@")
 
 
+def test_paths_do_not_speak_to_the_terminal(tmp_path, capsys):
+    write(tmp_path / "a", report())
+    said, _ = printed(capsys, tmp_path, "--output", tmp_path / "c\x1b[31m.md")
+    assert said.startswith(f"{tmp_path}/c\\x1b[31m.md: 1 rows")
+
+
 def test_the_page_stands_alone_and_fits_small_screens(tmp_path, capsys):
     write(tmp_path / "a", report())
     said, _ = printed(capsys, tmp_path, "--format", "html", "--output", tmp_path / "c.html")

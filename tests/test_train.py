@@ -68,6 +68,12 @@ def test_the_same_command_again_says_that_it_is_finished(annotations, finished, 
     run(annotations, finished)
     assert "finished" in capsys.readouterr().out
     assert (finished / "report.json").stat().st_mtime_ns == before
+    hostile = finished.with_name("whole\x1b[31m")
+    hostile.symlink_to(finished)
+    run(annotations, hostile)
+    hostile.unlink()
+    said = capsys.readouterr().out
+    assert "finished" in said and "whole\\x1b[31m" in said and "\x1b" not in said
 
 
 @pytest.mark.parametrize("epoch", [1, 3])

@@ -307,7 +307,7 @@ def report(folder: str, place: str | None = None, data_root: str | None = None) 
         print(f"note: without pictures: {printable(error)}", file=sys.stderr)
         images = None
     print(printable(as_text(store, write_report(store, images)), lines=True), end="")
-    print(f"{store.root / 'report.html'}")
+    print(printable(store.root / "report.html"))
 
 
 if __name__ == "__main__":

@@ -216,7 +216,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         rows = np.flatnonzero(store.split == index)
         if len(rows):
             print(f"  {split:5} {noise_report(candidates[rows], store.labels[rows])}")
-    print(f"next: accelerate launch train_coreg.py --annotations {shlex.quote(str(store.root))} --output_dir runs/mine")
+    place = printable(shlex.quote(str(store.root)))
+    print(f"next: accelerate launch train_coreg.py --annotations {place} --output_dir runs/mine")
 
 
 if __name__ == "__main__":

@@ -42,6 +42,7 @@ from coreg.data.sources import require_readable
 from coreg.errors import UserError, exits_with_one_line
 from coreg.files import write_atomically
 from coreg.nets.model import check_backbone, check_weights, create_backbone, parse_backbone_args, trained_with
+from coreg.plaintext import printable
 from coreg.records import Number, RecordError, read_record
 from coreg.run.process import build_accelerator, main_process_decides
 
@@ -327,7 +328,7 @@ def make_view(store: AnnotationStore, config: ViewConfig, accelerator: Accelerat
         | {"versions": {"coreg": coreg.__version__, "timm": timm.__version__, "torch": torch.__version__}},
     )
     for line in main_process_decides(accelerator, writer.begin):
-        accelerator.print(f"damaged, made again: {line}")
+        accelerator.print(f"damaged, made again: {printable(line)}")
     if not main_process_decides(accelerator, lambda: (writer.root / "errors.csv").exists()):
         every_block(
             writer,
@@ -354,11 +355,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_view(config)
     accelerator = build_accelerator(timeout_minutes=60)
     view = make_view(AnnotationStore.open(folders[0]), config, accelerator)
-    manifest = view.manifest
-    accelerator.print(
-        f"{view.root}: {manifest['features']} features of {len(view.unreadable)} images, {int(view.unreadable.sum())} of "
-        f"them unreadable"
-    )
+    made = f"{view.manifest['features']} features of {len(view.unreadable)} images"
+    accelerator.print(f"{printable(view.root)}: {made}, {int(view.unreadable.sum())} of them unreadable")
     return 0
 
 

@@ -19,9 +19,10 @@ from typing import Literal
 from coreg.config import option, parse, read_yaml
 from coreg.errors import UserError, exits_with_one_line
 from coreg.files import check_writable, write_atomically
+from coreg.plaintext import printable
 from coreg.records import RecordError
 from coreg.report.record import SETTINGS, digest, read_report
-from coreg.report.tables import FORMATS, Run, compare, printable
+from coreg.report.tables import FORMATS, Run, compare
 
 # settings that make no other method of a run: the seed, the data set's name, places, and how often it is saved
 NOT_THE_METHOD = (
@@ -120,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(page, end="")
         return
     write_atomically(config.output, page, "choose another --output")
-    print(f"{config.output}: {sum(len(shown.rows) for shown in tables)} rows from {len(runs)} runs")
+    print(f"{printable(config.output)}: {sum(len(shown.rows) for shown in tables)} rows from {len(runs)} runs")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import re
 import statistics
@@ -12,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from coreg.plaintext import csv_rows, printable
 from coreg.webpage import bar, document, table, text
 
 # in the order of the papers' tables; a method belongs where the first word of its name is listed
@@ -153,11 +153,6 @@ def special_settings(variants: Sequence[dict[str, str]]) -> list[str]:
 # ---- writing --------------------------------------------------------------------------------------------------------
 
 
-def printable(value: str) -> str:
-    """Text without what would speak to a terminal, and without bytes of file names that are no text."""
-    return re.sub(r"[\x00-\x1f\x7f-\x9f]", " ", value.encode("utf-8", "replace").decode())
-
-
 def spread(row: Row, split: str) -> str:
     """Mean and standard deviation (n - 1) over seeds in percent, or one run with its 95 % interval."""
     shares = row.shares(split)
@@ -205,32 +200,24 @@ def _line(row: Sequence[str], widths: Sequence[int]) -> str:
 
 def _plain(value: str) -> str:
     """Text in which Markdown finds nothing to do, on one line."""
-    return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", " ".join(printable(value).split()))
+    return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", printable(" ".join(value.split())))
 
 
 def as_csv(tables: Sequence[Table]) -> str:
     """One line a row, numbers unrounded; empty where something is not known."""
     file = io.StringIO(newline="")
-    writer = csv.writer(file)
+    write = csv_rows(file, safe=True)
     judged = [f"{split}_{what}" for split in (TEST, TRAIN) for what in ("mean", "sd", "low", "high")]
     names = ("parameters", "training_seconds", "wall_seconds")
-    writer.writerow(
-        ["dataset", "annotator", "family", "method", "special", "seeds", *judged, "labels_used", "epochs", *names]
-    )
+    write(["dataset", "annotator", "family", "method", "special", "seeds", *judged, "labels_used", "epochs", *names])
     for shown in tables:
         for row in shown.rows:
             seeds = " ".join(str(run.report["seed"]) for run in row.runs)
             words = [shown.dataset, shown.annotator, row.family, row.method, row.special, seeds]
             numbers = [number for split in (TEST, TRAIN) for number in _numbers(row, split)]
             numbers += [row.runs[0].report["labels_used"], row.epochs, *(row.mean(name) for name in names)]
-            writer.writerow([*map(_no_formula, words), *numbers])
+            write([*map(printable, words), *numbers])
     return file.getvalue()
-
-
-def _no_formula(value: str) -> str:
-    """Text that a spreadsheet does not take for a formula."""
-    value = printable(value)
-    return f"'{value}" if value[:1] in ("=", "+", "-", "@") else value
 
 
 def _numbers(row: Row, split: str) -> list[float | None]:

@@ -25,6 +25,7 @@ from coreg.config import as_settings, as_yaml, check_bounds
 from coreg.errors import UserError
 from coreg.files import write_atomically
 from coreg.nets.model import check_backbone, check_network, check_weights, parse_backbone_args, trained_with
+from coreg.plaintext import printable
 from coreg.progress import seconds_between_lines
 from coreg.records import RecordError
 from coreg.report.board import silent_thread, writing_curves
@@ -93,7 +94,8 @@ class Run:
         newest = main_process_decides(self.accelerator, lambda: checkpoint.latest(self.folder.checkpoints))
         if newest is not None:
             self._go_on(training, newest)
-            self.accelerator.print(f"Going on with {self.folder.root} behind epoch {training.epoch} of {self.job.epochs}.")
+            place = printable(self.folder.root)
+            self.accelerator.print(f"Going on with {place} after epoch {training.epoch} of {self.job.epochs}.")
         # the report counts the time before an interruption too
         self.started -= training.seconds
 
@@ -251,7 +253,8 @@ def open_run(
         main_process_decides(accelerator, lambda: folder.refuse_other(identity))
         if main_process_decides(accelerator, lambda: folder.finished):
             accelerator.print(summary(main_process_decides(accelerator, lambda: finished_report(folder)), folder.root))
-            accelerator.print(f"\nThis run is finished; choose another --output_dir, or delete {folder.root} to repeat it.")
+            place = printable(folder.root)
+            accelerator.print(f"\nThis run is finished; choose another --output_dir, or delete {place} to repeat it.")
             yield None
             return
         if look is not None and look.pretrained:
@@ -263,7 +266,7 @@ def open_run(
                 accelerator, lambda: check_network(look.backbone, n_classes, size, look.channels, arguments)
             )
         if look is not None and (advice := other_pixels(look)):
-            accelerator.print(advice)
+            accelerator.print(printable(advice))
         command = shlex.join([script, *argv])
         if refines(job):
             if job.annotations:
@@ -297,7 +300,8 @@ def refined(
     """The store that `--refine` makes of another one, by the features of the networks that are trained."""
     names = ("backbone", "backbone_args", "pretrained", "image_size", "channels", "mean", "std")
     view = ViewConfig(**{name: getattr(look, name) for name in names}, workers=job.workers)
-    accelerator.print(f"Refining {store.root} by {'its own features' if job.refine == 'own' else look.backbone}.")
+    features = "its own features" if job.refine == "own" else look.backbone
+    accelerator.print(printable(f"Refining {store.root} by {features}."))
     store = refine_store(store, folder, RefineConfig(str(folder), job.refine), view, accelerator)
     accelerator.print("\n".join(before_and_after(store.manifest)))
     return store
