@@ -139,12 +139,14 @@ def test_a_checkpoint_cannot_run_code(tmp_path):
 
 def test_the_lock_of_a_killed_trainer_is_free_at_once_though_its_workers_live_on(tmp_path):
     code = (
-        "import multiprocessing, sys, time\n"
+        "import multiprocessing, os, sys, time\n"
         "from coreg.run.folder import RunFolder\n"
+        "def work():\n"
+        # by the worker itself: one that has only just been forked holds the lock until it runs for the first time
+        "    print(os.getpid(), flush=True)\n"
+        "    time.sleep(100)\n"
         "with RunFolder(sys.argv[1]).locked():\n"
-        "    worker = multiprocessing.get_context('fork').Process(target=time.sleep, args=(100,))\n"
-        "    worker.start()\n"
-        "    print(worker.pid, flush=True)\n"
+        "    multiprocessing.get_context('fork').Process(target=work).start()\n"
         "    time.sleep(100)\n"
     )
     root = str(tmp_path / "run")
