@@ -264,7 +264,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         task = prepare(run, method)
         if method.method == "supervised":
             if (task.labels < 0).all():
-                raise UserError(f"supervised training needs true labels, and the store {run.store.root} has none")
+                raise UserError(
+                    f"supervised training needs true labels, and the store {run.store.root} has none",
+                    told=not run.accelerator.is_main_process,
+                )
             task = dataclasses.replace(task, known=task.labels)
         state, told = build_method(task)
         nets = build_networks(run.accelerator, job, look, len(run.store.class_names), method.projection_dim, count=1)

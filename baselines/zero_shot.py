@@ -62,7 +62,7 @@ from coreg.report.metrics import accuracy
 from coreg.report.record import read_report, write_report
 from coreg.report.report import build_report
 from coreg.run.folder import RunFolder
-from coreg.run.process import build_accelerator, main_process_decides
+from coreg.run.process import all_or_none, build_accelerator, main_process_decides
 from coreg.weak.refine import refine
 
 SPLITS = ("train", "test")
@@ -194,7 +194,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = read_settings(argv)
     accelerator, root = build_accelerator(), Path(config.output_dir)
     if config.annotations:
-        store = AnnotationStore.open(config.annotations)
+        store = all_or_none(accelerator, lambda: AnnotationStore.open(config.annotations))
     else:
         store = annotate_digits(root / "annotations", accelerator)
     command = shlex.join(["baselines/zero_shot.py", *argv])

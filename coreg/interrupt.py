@@ -2,7 +2,8 @@
 
 While a program imports its libraries there is nothing to tidy up: the line, and the end. Once its work has begun, the first
 Ctrl-C raises `KeyboardInterrupt`, so that files and folders in the making are removed on the way out; a second one ends it
-at once. Who uses the package from Python keeps Python's own behaviour.
+at once. Who uses the package from Python keeps Python's own behaviour. So does a program while Python itself starts, which
+is before anything of this package runs.
 """
 
 from __future__ import annotations

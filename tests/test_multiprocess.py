@@ -134,3 +134,14 @@ def test_no_number_on_one_process_ends_all_of_them_with_one_line(small_store, tm
     assert "loss/net1/negative_entropy became nan in epoch 1" in line
     assert not any("Traceback" in text for text in said)
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("wrong", ["store", "labels"])
+def test_what_every_process_meets_is_one_line(small_store, tmp_path, wrong):
+    absent = tmp_path / "absent"
+    more = ("--labels", str(absent)) if wrong == "labels" else ()
+    done = launch(2, small_store if more else absent, tmp_path / "run", *more)
+    assert done.returncode != 0
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert str(absent) in line

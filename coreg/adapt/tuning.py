@@ -64,7 +64,10 @@ class Labelled:
         run.identity["tuned"] = {"spec": model.spec, "weights": model.weights}
         rows = np.flatnonzero(run.known >= 0)
         if not len(rows):
-            raise UserError(f"no training image of {store.root} has a label; give --labels FILE with a column path,label")
+            raise UserError(
+                f"no training image of {store.root} has a label; give --labels FILE with a column path,label",
+                told=not run.accelerator.is_main_process,
+            )
         counts = np.bincount(run.known[rows], minlength=len(store.class_names))
         if (counts == 0).any():
             missing = [name for name, count in zip(store.class_names, counts) if not count]
@@ -90,7 +93,10 @@ def load_towers(model: ModelSpec, run: Run, precision: str = "fp32") -> Towers:
         UserError: it cannot be had, or is a chat model.
     """
     if model.kind == "chat":
-        raise UserError(f"{model.spec} is a chat model, and this needs one of the CLIP family; name one with --vlm")
+        raise UserError(
+            f"{model.spec} is a chat model, and this needs one of the CLIP family; name one with --vlm",
+            told=not run.accelerator.is_main_process,
+        )
     load = transformers_towers if model.kind == "transformers" else open_clip_towers
     towers = load(model, run.accelerator.device, precision)
     if run.job.dtype == "float64":

@@ -47,12 +47,7 @@ def refine_store(
         UserError: the source keeps no features, is refined already, has no readable training image, or `output` holds
             something else.
     """
-    if "refined" in source.manifest:
-        raise UserError(f"{source.root} is refined already; refine {source.manifest['refined']['source']} instead")
-    if config.features == "own" and source.manifest["features"] is None:
-        raise UserError(f"{source.root} keeps no features, its annotator gives none; leave out --features own")
-    if not ((source.split == 0) & ~source.unreadable).any():
-        raise UserError(f"{source.root} has no readable training image to refine")
+    main_process_decides(accelerator, lambda: _check(source, config))
     seen, features = None, {"features": "own"}
     if config.features == "view":
         seen = make_view(source, view, accelerator)
@@ -80,6 +75,15 @@ def refine_store(
 
     main_process_decides(accelerator, work)
     return AnnotationStore.open(output)
+
+
+def _check(source: AnnotationStore, config: RefineConfig) -> None:
+    if "refined" in source.manifest:
+        raise UserError(f"{source.root} is refined already; refine {source.manifest['refined']['source']} instead")
+    if config.features == "own" and source.manifest["features"] is None:
+        raise UserError(f"{source.root} keeps no features, its annotator gives none; leave out --features own")
+    if not ((source.split == 0) & ~source.unreadable).any():
+        raise UserError(f"{source.root} has no readable training image to refine")
 
 
 def _write(

@@ -257,10 +257,11 @@ def _refine(folders: list[str], options: list[str]) -> int:
     check_view(view)
     # here, not above: the other tools need no networks
     from coreg.annotate.refined import refine_store
-    from coreg.run.process import build_accelerator
+    from coreg.run.process import all_or_none, build_accelerator
 
     accelerator = build_accelerator(timeout_minutes=60)
-    store = refine_store(AnnotationStore.open(_only(folders)), Path(config.output_dir), config, view, accelerator)
+    source = all_or_none(accelerator, lambda: AnnotationStore.open(_only(folders)))
+    store = refine_store(source, Path(config.output_dir), config, view, accelerator)
     if accelerator.is_main_process:
         print(summary(store))
     return 0

@@ -44,7 +44,7 @@ from coreg.files import write_atomically
 from coreg.nets.model import check_backbone, check_weights, create_backbone, parse_backbone_args, trained_with
 from coreg.plaintext import printable
 from coreg.records import Number, RecordError, read_record
-from coreg.run.process import build_accelerator, main_process_decides
+from coreg.run.process import all_or_none, build_accelerator, main_process_decides
 
 SCHEMA, VERSION = "coreg-view", 1
 JOB = ("network", "pixels", "images", "block_size")  # the manifest's entries that make two views differ
@@ -354,7 +354,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"write the folder of one annotation store and then options, not {len(folders)} folders")
     check_view(config)
     accelerator = build_accelerator(timeout_minutes=60)
-    view = make_view(AnnotationStore.open(folders[0]), config, accelerator)
+    store = all_or_none(accelerator, lambda: AnnotationStore.open(folders[0]))
+    view = make_view(store, config, accelerator)
     made = f"{view.manifest['features']} features of {len(view.unreadable)} images"
     accelerator.print(f"{printable(view.root)}: {made}, {int(view.unreadable.sum())} of them unreadable")
     return 0

@@ -33,7 +33,7 @@ from coreg.report.record import TRAINED, read_report
 from coreg.report.report import summary, write_known_labels
 from coreg.run import checkpoint
 from coreg.run.folder import RunFolder
-from coreg.run.process import build_accelerator, follow_launcher, main_process_decides
+from coreg.run.process import all_or_none, build_accelerator, follow_launcher, main_process_decides
 from coreg.run.state import take_state
 from coreg.run.task import known_labels
 from coreg.run.training import Training
@@ -244,11 +244,11 @@ def open_run(
     with leaving_together(accelerator), contextlib.ExitStack() as held:
         main_process_decides(accelerator, lambda: folder.refuse_other(identity))
         if job.annotations:
-            store = AnnotationStore.open(job.annotations).at(job.images, job.data_root)
+            store = all_or_none(accelerator, lambda: AnnotationStore.open(job.annotations).at(job.images, job.data_root))
         else:
             main_process_decides(accelerator, lambda: held.enter_context(folder.locked()))
             store = annotate_default(folder.root / "annotations", accelerator)
-        known = known_labels(job, store)
+        known = all_or_none(accelerator, lambda: known_labels(job, store))
         identity |= {"store": store.hash, "known_labels": hashlib.sha256(known.tobytes()).hexdigest()}
         main_process_decides(accelerator, lambda: folder.refuse_other(identity))
         if main_process_decides(accelerator, lambda: folder.finished):
@@ -258,7 +258,7 @@ def open_run(
             yield None
             return
         if look is not None and look.pretrained:
-            check_weights(look.backbone)
+            all_or_none(accelerator, lambda: check_weights(look.backbone))
         if look is not None:
             arguments = parse_backbone_args(look.backbone_args)
             size, n_classes = look.image_size, len(store.class_names)

@@ -99,14 +99,16 @@ def prepare(run: Run, method: Options, alignment: str = "uniform") -> Task[Optio
 
     train = np.flatnonzero((store.split == 0) & ~unreadable)
     test = np.flatnonzero((store.split == 1) & ~unreadable)
+    others = not accelerator.is_main_process  # all find the same, and the main process says it
     if len(train) < 2:
-        raise UserError(f"the store {store.root} has {len(train)} readable training images; give at least 2")
+        raise UserError(f"the store {store.root} has {len(train)} readable training images; give at least 2", told=others)
     known = run.known[train]
     usable = (store.votes()[train] >= 0).any(axis=1) | (known >= 0)
     if not usable.any():
         raise UserError(
             f"no template names a class of any training image in {store.root}; annotate with other class names or another "
-            f"--vlm, or give labels with --labels FILE"
+            f"--vlm, or give labels with --labels FILE",
+            told=others,
         )
     given, n_classes = np.flatnonzero(known >= 0), len(store.class_names)
     candidates = candidates[train]
