@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from coreg import hub
 from coreg.annotate import annotators, models
-from coreg.annotate.annotators import ClipAnnotator
+from coreg.annotate.annotators import ClipAnnotator, load_annotator
 from coreg.annotate.models import load_open_clip, resolve
 from coreg.errors import UserError
 
@@ -366,3 +366,15 @@ def test_a_name_server_that_never_answers_does_not_hang(monkeypatch):
     start = time.monotonic()
     assert hub.hub_answers() is False and time.monotonic() - start < 5
     end.set()
+
+
+@pytest.mark.parametrize("changes", [{"mean": ["a", 0.5, 0.5]}, {"std": [0.0, 0.5, 0.5]}, {"mean": [0.5]}])
+def test_a_configuration_that_loads_and_cannot_be_used_is_one_line(tmp_path, changes):
+    """Libraries look at some of its values when the first image comes, which would be after the store was begun."""
+    save_tiny_clip(tmp_path)
+    file = tmp_path / "open_clip_config.json"
+    config = json.loads(file.read_text())
+    config["preprocess_cfg"] |= changes
+    file.write_text(json.dumps(config))
+    with pytest.raises(UserError, match="cannot be used: .*; get its files again"):
+        load_annotator(resolve(f"local-dir:{tmp_path}"), ["a {}"], ["cat", "dog"])

@@ -17,7 +17,8 @@ from torch import Tensor
 from coreg.adapt.learner import IGNORED, ClipBatch, ClipLearner, Learner
 from coreg.adapt.settings import TuningJob, ViewOptions
 from coreg.adapt.views import Photos, RandomView
-from coreg.annotate.annotators import Towers, open_clip_towers, transformers_towers
+from coreg.annotate import annotators
+from coreg.annotate.annotators import Towers
 from coreg.annotate.candidates import candidate_sets
 from coreg.annotate.models import ModelSpec, resolve
 from coreg.data.decode import decode_annotated
@@ -97,8 +98,7 @@ def load_towers(model: ModelSpec, run: Run, precision: str = "fp32") -> Towers:
             f"{model.spec} is a chat model, and this needs one of the CLIP family; name one with --vlm",
             told=not run.accelerator.is_main_process,
         )
-    load = transformers_towers if model.kind == "transformers" else open_clip_towers
-    towers = load(model, run.accelerator.device, precision)
+    towers = annotators.load_towers(model, run.accelerator.device, precision)
     if run.job.dtype == "float64":
         towers.network.double()
     return towers

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -65,7 +66,8 @@ def load_annotator(
     if model.kind == "chat":
         from coreg.annotate.chat import ChatAnnotator
 
-        return ChatAnnotator(model, templates, class_names, device, precision, chat_mode)
+        with _usable(model):
+            return ChatAnnotator(model, templates, class_names, device, precision, chat_mode)
     return ClipAnnotator(model, templates, class_names, device, precision)
 
 
@@ -96,6 +98,34 @@ class Towers:
     scale: float
     bias: float | None
     preprocessing: dict[str, Any]
+
+
+@contextlib.contextmanager
+def _usable(model: ModelSpec) -> Iterator[None]:
+    """Errors of libraries as one line: what a configuration file asks for may be possible to load and not to use."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"{model.spec} cannot be used: {one_line(error)}; get its files again, or choose another model"
+        ) from None
+
+
+def load_towers(model: ModelSpec, device: torch.device, precision: str) -> Towers:
+    """Load a model of the CLIP family, and let one blank image and one short text go through it.
+
+    Raises:
+        UserError: it cannot be had, or not be used.
+    """
+    with _usable(model):
+        towers = (transformers_towers if model.kind == "transformers" else open_clip_towers)(model, device, precision)
+        with torch.no_grad():
+            pixels = towers.preprocess(Image.new("RGB", (64, 64)))
+            towers.image(pixels[None].to(device, PRECISIONS[precision]))
+            towers.text(towers.tokenize(["a"]))
+    return towers
 
 
 def open_clip_towers(model: ModelSpec, device: torch.device, precision: str) -> Towers:
@@ -225,8 +255,7 @@ class ClipAnnotator:
             UserError: the model cannot be had, or two classes are the same to it under every template.
         """
         self.device, self.dtype = torch.device(device), PRECISIONS[precision]
-        load = transformers_towers if model.kind == "transformers" else open_clip_towers
-        self.towers = load(model, self.device, precision)
+        self.towers = load_towers(model, self.device, precision)
         self.preprocess, self.preprocessing = self.towers.preprocess, self.towers.preprocessing
         self.shape = (len(templates), len(class_names))
         self.text = self._encode(prompts(templates, class_names))
