@@ -86,8 +86,8 @@ def export(
         check = check.cpu().float()
         # the networks themselves, moved to where the files are read: a GPU's convolutions round to ten bits
         trained = ensemble_logits([copy.deepcopy(net).cpu().float().eval() for net in backbones], check)
-        found = ensemble_logits(load_export(temporary)[0], check)
-        settings["agreement"] = {"timm": agreement(found, trained, "the exported folder")}
+        written = ensemble_logits(load_export(temporary)[0], check)
+        settings["agreement"] = {"timm": agreement(written, trained, "the exported folder")}
         write_settings(temporary, settings)
     return settings
 
@@ -119,13 +119,13 @@ def _save(place: Path, backbone: nn.Module, architecture: str, arguments: dict[s
     )
 
 
-def agreement(found: Tensor, trained: Tensor, what: str) -> dict[str, float | int]:
+def agreement(written: Tensor, trained: Tensor, what: str) -> dict[str, float | int]:
     """How far the logits (n, C) of `what` are from those of the trained networks, for the record.
 
     Raises:
         UserError: further than `TOLERANCE` times the largest trained logit, or no numbers.
     """
-    difference = float((found - trained).abs().max())
+    difference = float((written - trained).abs().max())
     allowed = TOLERANCE * max(1.0, float(trained.abs().max()))
     if not difference <= allowed:
         raise UserError(
@@ -244,8 +244,8 @@ def make_program(
     with torch.no_grad():
         trained = ensemble(images)[0]
         # the first image alone as well: another number of images than the program was traced with
-        found = torch.cat([run(images[:1]), run(images)[1:]])
-    return content, agreement(found, trained, PROGRAMS[kind])
+        written = torch.cat([run(images[:1]), run(images)[1:]])
+    return content, agreement(written, trained, PROGRAMS[kind])
 
 
 def push_to_hub(folder: Path, name: str) -> str:

@@ -90,8 +90,8 @@ def write_settings(folder: Path, settings: dict[str, Any], programs: dict[str, b
     """
     programs = programs or {}
     if programs:
-        found = {name: hashlib.sha256(content).hexdigest() for name, content in programs.items()}
-        settings = settings | {"files": settings.get("files", {}) | found}
+        sums = {name: hashlib.sha256(content).hexdigest() for name, content in programs.items()}
+        settings = settings | {"files": settings.get("files", {}) | sums}
     text = json.dumps(settings | {"checksum": _checksum(settings)}, indent=1, ensure_ascii=False) + "\n"
     with contextlib.ExitStack() as stack:
         # every file is on the disk before the first of them takes its place
@@ -155,9 +155,9 @@ def _load_net(folder: Path, number: int, settings: dict[str, Any]) -> nn.Module:
             if "files" in settings and settings["files"].get(f"net{number}/{file}") != sha256_of(place / file):
                 raise RecordError(f"{file} does not agree with its checksum in {SETTINGS}")
         classes, channels = len(settings["class_names"]), settings["channels"]
-        found = read_record(place / CONFIG, _CONFIG)["num_classes"]
-        if found != classes:
-            raise RecordError(f"num_classes in {CONFIG} is {found}, and {SETTINGS} names {classes} classes")
+        outputs = read_record(place / CONFIG, _CONFIG)["num_classes"]
+        if outputs != classes:
+            raise RecordError(f"num_classes in {CONFIG} is {outputs}, and {SETTINGS} names {classes} classes")
         # not `pretrained=True`: timm then fits weights that do not fit, and a classifier of another size becomes random
         net = timm.create_model(f"local-dir:{place}", num_classes=classes, in_chans=channels)
         net.load_state_dict(load_file(place / WEIGHTS))

@@ -84,18 +84,18 @@ class Classifier:
     def _probabilities(self, pixels: Tensor) -> np.ndarray:
         """Of uint8 images, checked: whatever the file holds, its answer is a distribution or an error."""
         try:
-            found = self.run(pixels).numpy()
+            probabilities = self.run(pixels).numpy()
         except Exception as error:  # of onnxruntime or PyTorch, on networks that do not fit their own settings
             raise UserError(
                 f"the model cannot be run on images of {self.image_size}x{self.image_size} pixels "
                 f"({(str(error).strip() or type(error).__name__).splitlines()[0][:200]}); {REMEDY}"
             ) from None
         wanted = (len(pixels), len(self.class_names))
-        if found.shape != wanted:
-            raise UserError(f"the model gives {found.shape} probabilities where {wanted} were expected; {REMEDY}")
-        if not np.isfinite(found).all():
+        if probabilities.shape != wanted:
+            raise UserError(f"the model gives {probabilities.shape} probabilities where {wanted} were expected; {REMEDY}")
+        if not np.isfinite(probabilities).all():
             raise UserError(f"the model gives probabilities that are no numbers; {REMEDY}")
-        return found
+        return probabilities
 
 
 def load_classifier(path: str | Path) -> Classifier:

@@ -100,9 +100,9 @@ def _write(
     readable = ~source.unreadable if seen is None else ~(source.unreadable | seen.unreadable)
     train, test = (np.flatnonzero((source.split == split) & readable) for split in (0, 1))
     prior = None if config.prior == "auto" else config.prior
-    found = refine(features, source.probs(), train, test, prior, config.weight)
-    votes = votes_of(found.probs)
-    manifest["refined"] |= _changes(source, found, votes)
+    refinement = refine(features, source.probs(), train, test, prior, config.weight)
+    votes = votes_of(refinement.probs)
+    manifest["refined"] |= _changes(source, refinement, votes)
     writer = StoreWriter(output, manifest)
     writer.begin(images)
     writer.discard_damaged()
@@ -110,7 +110,7 @@ def _write(
     for index in range(len(writer.files)):
         rows = writer.rows(index)
         part = slice(rows.start, rows.stop)
-        tensors = {"votes": votes[part], "probs": found.probs[part]}
+        tensors = {"votes": votes[part], "probs": refinement.probs[part]}
         if own is not None:
             tensors["features"] = own[part]
         writer.write(index, tensors, {row: why for row, why in reasons.items() if row in rows})
@@ -127,10 +127,10 @@ def votes_of(probs: np.ndarray) -> np.ndarray:
     return np.stack([best, np.where(near, second, best)], axis=1).astype(np.int16)
 
 
-def _changes(source: AnnotationStore, found: Refinement, votes: np.ndarray) -> dict[str, Any]:
+def _changes(source: AnnotationStore, refinement: Refinement, votes: np.ndarray) -> dict[str, Any]:
     """What the manifest says of how it was refined and what it changed; accuracies where labels are known."""
     train = (source.split == 0) & ~source.unreadable
-    best, before = found.probs.argmax(axis=1), source.probs().argmax(axis=1)
+    best, before = refinement.probs.argmax(axis=1), source.probs().argmax(axis=1)
     raw = candidate_sets(source)
     sets = np.zeros_like(raw)
     np.put_along_axis(sets, votes.astype(np.int64), True, axis=1)
@@ -150,10 +150,10 @@ def _changes(source: AnnotationStore, found: Refinement, votes: np.ndarray) -> d
                 among["after"][name] = partial_accuracy(sets[rows], source.labels[rows])
         compared |= {"accuracy": accuracy, "label_among_candidates": among}
     how = {
-        "weight": found.setting.weight,
-        "prior": found.setting.prior,
-        "scores": {str(weight): score for weight, score in found.scores.items()},
-        "temperature": found.temperature,
-        "effective_classes": found.classes,
+        "weight": refinement.setting.weight,
+        "prior": refinement.setting.prior,
+        "scores": {str(weight): score for weight, score in refinement.scores.items()},
+        "temperature": refinement.temperature,
+        "effective_classes": refinement.classes,
     }
     return how | {"changed": compared}

@@ -284,13 +284,13 @@ def _sized(config: ViewConfig) -> dict[str, int]:
 def pixels_of(config: ViewConfig) -> tuple[list[float], list[float]]:
     """Mean and deviation of the pixels, one number a channel: those asked for, else those of the weights, else 0.5."""
     own = trained_with(config.backbone) or ([0.5], [0.5])
-    found = []
+    numbers = []
     for given, known in zip((config.mean, config.std), own):
         values = given or known
         if len(values) not in (1, config.channels):
             values = [sum(values) / len(values)]  # weights for colours, grey images
-        found.append([float(value) for value in values] * (config.channels if len(values) == 1 else 1))
-    return found[0], found[1]
+        numbers.append([float(value) for value in values] * (config.channels if len(values) == 1 else 1))
+    return numbers[0], numbers[1]
 
 
 def make_view(store: AnnotationStore, config: ViewConfig, accelerator: Accelerator | None = None) -> View:

@@ -82,9 +82,9 @@ def read_report(path: Path, kind: dict[str, Any] = REPORT) -> dict[str, Any]:
     if report.get("schema") != SCHEMA:
         raise RecordError(f"it has report schema {str(report.get('schema'))[:20]}, this version reads {SCHEMA}")
     check_record(report, kind)
-    for split, found in (report.get("accuracy") or {}).items():
-        if len(found["interval"]) != 2:
-            raise RecordError(f"accuracy.{split}.interval has {len(found['interval'])} numbers, expected 2")
+    for split, judged in (report.get("accuracy") or {}).items():
+        if len(judged["interval"]) != 2:
+            raise RecordError(f"accuracy.{split}.interval has {len(judged['interval'])} numbers, expected 2")
     if report.get("checksum") not in (None, _checksum(report)):
         raise RecordError("its checksum is wrong")
     return report

@@ -36,7 +36,7 @@ def train_epoch(
     Args:
         rate: learning rate of this epoch.
         steps: asked anew for every network, `training.number` says which.
-        at_boundary: called behind every step; whatever it saves, this function can go on from.
+        at_boundary: called after every step; whatever it saves, this function can go on from.
         advance: moves the progress bar by a share of an epoch.
         renew_statistics: count batch statistics anew at the end, on weak views: for a method that trains on mixed images
             alone, whose statistics are not those of images.

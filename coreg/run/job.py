@@ -123,13 +123,13 @@ class Run:
 
         Args:
             one_epoch: trains for the rest of the present epoch and gives its curves. It is handed `at_boundary`, to be
-                called behind every step (whatever that saves, `one_epoch` has to be able to go on from), and
+                called after every step (whatever that saves, `one_epoch` has to be able to go on from), and
                 `advance`, which moves the progress bar by a share of an epoch.
             name: of the method, for the progress bar.
 
         Raises:
             UserError: a loss is no number any more; the last good checkpoint stays.
-            SystemExit: a signal came; a checkpoint was written at the step boundary behind it.
+            SystemExit: a signal came; a checkpoint was written at the step boundary after it.
         """
         accelerator, job = self.accelerator, self.job
         self._begin_curves()
