@@ -368,7 +368,7 @@ def test_a_name_server_that_never_answers_does_not_hang(monkeypatch):
     end.set()
 
 
-@pytest.mark.parametrize("changes", [{"mean": ["a", 0.5, 0.5]}, {"std": [0.0, 0.5, 0.5]}, {"mean": [0.5]}])
+@pytest.mark.parametrize("changes", [{"mean": ["a", 0.5, 0.5]}, {"std": [0.0, 0.5, 0.5]}, {"mean": [0.5, 0.5]}])
 def test_a_configuration_that_loads_and_cannot_be_used_is_one_line(tmp_path, changes):
     """Libraries look at some of its values when the first image comes, which would be after the store was begun."""
     save_tiny_clip(tmp_path)
@@ -376,5 +376,5 @@ def test_a_configuration_that_loads_and_cannot_be_used_is_one_line(tmp_path, cha
     config = json.loads(file.read_text())
     config["preprocess_cfg"] |= changes
     file.write_text(json.dumps(config))
-    with pytest.raises(UserError, match="cannot be used: .*; get its files again"):
+    with pytest.raises(UserError, match="cannot be used"):
         load_annotator(resolve(f"local-dir:{tmp_path}"), ["a {}"], ["cat", "dog"])
