@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from coreg.data.images import TRAIN
 from coreg.export import export, spread_rows
 from coreg.files import write_atomically
 from coreg.learn.division import smoothed
@@ -184,6 +185,7 @@ def finish(run: Run, task: Task, training: Training, method: str, **more: Any) -
             exported["temperature"],
             run.job.safe_csv,
         )
+        available = int(((store.split == TRAIN) & ~store.unreadable).sum())
         report = build_report(
             method=method,
             store=store,
@@ -194,6 +196,7 @@ def finish(run: Run, task: Task, training: Training, method: str, **more: Any) -
                 split: {name: rows.argmax(axis=1) for name, rows in found.items()}
                 for split, found in (("train", on_train), ("test", on_test))
             },
+            part={"asked": job.share, "available": available} if job.share != 1 else None,
             labels_used=int((task.known >= 0).sum()),
             needs_review=needs_review,
             warnings=[
