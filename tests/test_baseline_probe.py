@@ -1,7 +1,11 @@
 """The probe against scikit-learn, and as a run like any other."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +23,7 @@ from coreg.learn.probe import cosine_loss, fit_cosine, fit_probe, probe_loss
 from coreg.report.compare import read_run
 
 probe = script("probe")
+ROOT = Path(__file__).parents[1]
 JOB = [
     "--recipe", "digits", "--dtype", "float64", "--channels", "3", "--image_size", "12", "--backbone_args",
     '{"norm": "group", "widths": [8, 16], "depths": [1, 1]}', "--batch_size", "13", "--workers", "0", "--report_to", "none",
@@ -189,6 +194,23 @@ def test_a_run_like_any_other(small_store, tmp_path, capsys, targets):
     probe.main(words)
     assert "This run is finished" in capsys.readouterr().out
     assert json.loads((tmp_path / "a" / "report.json").read_text()) == again
+
+
+@pytest.mark.multiprocess
+def test_two_processes_fit_the_head_that_one_fits(small_store, tmp_path):
+    config = ["--config_file", str(ROOT / "accelerate_configs" / "cpu.yaml"), "--num_processes", "2"]
+    words = ["--annotations", str(small_store), *JOB, "--head", "cosine", "--share", "50", "--output_dir"]
+    probe.main([*words, str(tmp_path / "one")])
+    done = subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.launch", *config, str(ROOT / "baselines" / "probe.py"), *words,
+         str(tmp_path / "two")],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True, timeout=300,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, two = (read_run(tmp_path / name / "report.json").report for name in ("one", "two"))
+    assert one["accuracy"] == two["accuracy"] and one["images"] == {"train": 50, "test": 5}
+    assert one["last_epoch"]["loss/net1/total"] == pytest.approx(two["last_epoch"]["loss/net1/total"], abs=1e-9)
 
 
 def test_settings_that_cannot_work(capsys):
