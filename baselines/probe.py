@@ -1,10 +1,13 @@
-"""A linear classifier on frozen features, fitted to the annotator's probabilities or candidate sets in seconds.
+"""A linear or cosine head on frozen features, fitted to the annotator's probabilities or candidate sets in seconds.
 
     accelerate launch baselines/probe.py --annotations ann --output_dir runs/probe
     accelerate launch baselines/probe.py --annotations ann --refine view --output_dir runs/probe_refined
+    accelerate launch baselines/probe.py --annotations ann --features own --head cosine --output_dir runs/probe_cosine
 
 The features are those that the student's own starting weights give to images and, where views are mirrored, their mirror
 images; the network itself is not trained. What comes out is a network like any other, exported with its classifier.
+Features of the annotator (own) or of a stored view are those of another network, and a cosine head is no layer of one, so
+that nothing is exported with them. A cosine head on the annotator's own features begins with its text features.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from coreg.annotate.candidates import parse_rule
 from coreg.config import option, parse
@@ -29,11 +32,20 @@ class ProbeOptions:
 
     _argument_group_name = "probe"
 
+    head: Literal["linear", "cosine"] = option(
+        "linear", "logits linear in the features, or a scale times the cosine to one vector a class"
+    )
+    features: str = option(
+        "student", "whose: the student's starting weights, own (the annotator's), or a stored view's name"
+    )
     targets: Literal["probabilities", "sets"] = option(
         "probabilities", "the annotator's mean probabilities, or candidate sets by partial cross-entropy"
     )
     penalty: float = option(
-        1e-3, "half of it times the squared weights is added to the loss, features standardised", (1e-12, 1e6)
+        1e-3,
+        "half of it times the squared weights is added to the loss, features standardised; of a cosine head, the squared "
+        "distance from where it began",
+        (1e-12, 1e6),
     )
 
 
@@ -64,14 +76,18 @@ import time
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from annotate_vlm import annotate_digits
+from coreg.annotate.store import AnnotationStore
+from coreg.annotate.textual import class_embeddings, text_side
+from coreg.annotate.view import View, views_of
 from coreg.learn.collective import gather_rows, share
-from coreg.learn.probe import fit_probe
+from coreg.learn.probe import SCALE, fit_cosine, fit_probe
 from coreg.nets.model import CoRegNet
 from coreg.report.report import summary
-from coreg.run.job import open_run
+from coreg.run.batches import TrainingImages
+from coreg.run.job import Run, open_run
 from coreg.run.process import main_process_decides
 from coreg.run.results import finish
 from coreg.run.task import Task, prepare
@@ -79,25 +95,61 @@ from coreg.run.training import Training, build_networks
 
 
 @torch.no_grad()
-def frozen_features(task: Task[ProbeOptions], net: CoRegNet) -> Tensor:
-    """Pooled features of the usable training images, then of their mirror images where views are mirrored: (n or 2n, D).
-
-    Each process encodes its share.
-    """
+def encoded(task: Task[ProbeOptions], net: CoRegNet, images: TrainingImages, rows: np.ndarray, mirrored: bool) -> Tensor:
+    """Pooled features (n, D) of some images, or of their mirror images; each process encodes its share."""
     net.eval()
-    rows = np.flatnonzero(task.usable)
     mine, size = rows[share(len(rows))], 4 * task.job.batch_size
-    parts = []
-    for mirrored in (False, True)[: 1 + task.look.flip]:
-        batches = task.data.in_batches("plain", mine, size, ()) if len(mine) else [task.data.view("plain", mine, ())]
-        pooled = [
-            net.backbone.forward_head(net.backbone.forward_features(x.flip(3) if mirrored else x), pre_logits=True).flatten(
-                1
-            )
-            for x in batches
-        ]
-        parts.append(gather_rows(torch.cat(pooled), len(rows)))
-    return torch.cat(parts)
+    batches = images.in_batches("plain", mine, size, ()) if len(mine) else [images.view("plain", mine, ())]
+    pooled = [
+        net.backbone.forward_head(net.backbone.forward_features(x.flip(3) if mirrored else x), pre_logits=True).flatten(1)
+        for x in batches
+    ]
+    return gather_rows(torch.cat(pooled), len(rows))
+
+
+def frozen_features(task: Task[ProbeOptions], net: CoRegNet) -> Tensor:
+    """Of the usable training images, then of their mirror images where views are mirrored: (n or 2n, D)."""
+    rows = np.flatnonzero(task.usable)
+    return torch.cat([encoded(task, net, task.data, rows, mirrored) for mirrored in (False, True)[: 1 + task.look.flip]])
+
+
+def stored_features(run: Run, name: str) -> tuple[Tensor, np.ndarray]:
+    """The annotator's features (`own`) or those of a view, (N, D), and bool (N,), where there are none.
+
+    Raises:
+        UserError: there are none.
+    """
+    if name == "own":
+        features = run.store.features()
+        if features is None:
+            raise UserError(f"{run.store.root} keeps no features, its annotator gives none; leave out --features own")
+        return torch.from_numpy(features), run.store.unreadable
+    # a store that was refined on the way lies elsewhere than what it was made of
+    source = AnnotationStore.open(run.job.annotations or run.folder.root / "annotations")
+    views = {folder.name: folder for folder in views_of(source)}
+    if name not in views:
+        there = ", ".join(["student", "own", *views])
+        raise UserError(
+            f"--features {name} is no view of {source.root}; write one of {there}, or make a view: python -m "
+            f"coreg.annotate.view {source.root}"
+        )
+    view = View.open(views[name], source)
+    run.identity["view"] = view.hash
+    return torch.from_numpy(view.features()), view.unreadable
+
+
+def text_start(run: Run, name: str) -> tuple[Tensor | None, float]:
+    """The annotator's text features (C, D) and scale, or none and the usual scale, where a cosine head begins otherwise."""
+    if name != "own":
+        return None, SCALE
+    refined = run.store.manifest.get("refined")
+    try:
+        store = AnnotationStore.open(refined["source"]) if refined else run.store
+        annotator = text_side(store, store.templates)
+    except UserError as error:
+        run.accelerator.print(f"note: the cosine head begins with the classes' mean features, not with texts ({error})")
+        return None, SCALE
+    return torch.from_numpy(class_embeddings(annotator)), annotator.towers.scale
 
 
 def targets_of(task: Task[ProbeOptions]) -> Tensor:
@@ -113,12 +165,18 @@ def targets_of(task: Task[ProbeOptions]) -> Tensor:
     return torch.from_numpy(probs / probs.sum(axis=1, keepdims=True))[torch.from_numpy(task.usable)]
 
 
+def default_folder(method: ProbeOptions) -> str:
+    """The run folder where none is given: what differs from the usual probe is in its name."""
+    others = [word for word, usual in ((method.head, "linear"), (method.features, "student")) if word != usual]
+    return "_".join(["runs/probe", method.targets, *(word.replace("/", "_") for word in others)])
+
+
 @exits_with_one_line
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse, check, annotate where there is no store yet, fit, report."""
     argv = list(sys.argv[1:] if argv is None else argv)
     job, look, method = read_settings(argv)
-    with open_run("baselines/probe.py", argv, (job, look, method), annotate_digits, f"runs/probe_{method.targets}") as run:
+    with open_run("baselines/probe.py", argv, (job, look, method), annotate_digits, default_folder(method)) as run:
         if run is None:
             return
         task = prepare(run, method)
@@ -132,20 +190,78 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise UserError(f"backbone {look.backbone} has no single linear classifier with a bias; choose another one")
         nets[0].to(run.accelerator.device, task.data.dtype)
         training = Training(nets, nets, nets, [])  # nothing trains
+        stored = None if method.features == "student" else stored_features(run, method.features)
         run.begin(training)
         started = time.perf_counter()
-        features = frozen_features(task, nets[0])
-        targets = targets_of(task).repeat(len(features) // int(task.usable.sum()), 1)
-        weight, bias, loss = main_process_decides(
-            run.accelerator, lambda: tuple(fit_probe(features.cpu(), targets, method.penalty))
-        )
-        with torch.no_grad():
-            classifier.weight.copy_(weight)
-            classifier.bias.copy_(bias)
-        training.seconds, training.images_seen = time.perf_counter() - started, len(features)
-        training.curves = [{"loss/net1/total": loss}]
-        report = finish(run, task, training, NAMES[method.targets])
+        if method.head == "linear" and stored is None:
+            report = _network(run, task, training, classifier, started)
+        else:
+            report = _head(run, task, training, stored, started)
         run.accelerator.print(summary(report, run.folder.root))
+
+
+def _network(
+    run: Run, task: Task[ProbeOptions], training: Training, classifier: nn.Linear, started: float
+) -> dict[str, Any]:
+    """Fit the student's own classifier; gives the report."""
+    method = task.method
+    features = frozen_features(task, training.nets[0])
+    targets = targets_of(task).repeat(len(features) // int(task.usable.sum()), 1)
+    weight, bias, loss = main_process_decides(
+        run.accelerator, lambda: tuple(fit_probe(features.cpu(), targets, method.penalty))
+    )
+    with torch.no_grad():
+        classifier.weight.copy_(weight)
+        classifier.bias.copy_(bias)
+    training.seconds, training.images_seen = time.perf_counter() - started, len(features)
+    training.curves = [{"loss/net1/total": loss}]
+    return finish(run, task, training, NAMES[method.targets])
+
+
+def _head(
+    run: Run,
+    task: Task[ProbeOptions],
+    training: Training,
+    stored: tuple[Tensor, np.ndarray] | None,
+    started: float,
+) -> dict[str, Any]:
+    """Fit a head that is no layer of a network of ours; gives the report."""
+    method, usable = task.method, np.flatnonzero(task.usable)
+    splits = {"train": task.data} | ({} if task.test is None else {"test": task.test})
+    if stored is None:
+        features = frozen_features(task, training.nets[0]).cpu()
+        every = {
+            split: encoded(task, training.nets[0], images, np.arange(len(images.samples)), False).cpu()
+            for split, images in splits.items()
+        }
+    else:
+        every = {split: stored[0][images.samples.numpy()].double() for split, images in splits.items()}
+        task.usable = task.usable & ~stored[1][task.data.samples.numpy()]
+        usable = np.flatnonzero(task.usable)
+        if not len(usable):
+            raise UserError(f"no usable training image of {run.store.root} has features in --features {method.features}")
+        features = every["train"][usable]
+    targets = targets_of(task).repeat(len(features) // len(usable), 1)
+    start, scale = text_start(run, method.features) if method.head == "cosine" else (None, SCALE)
+
+    def fit() -> tuple[dict[str, np.ndarray], float, int]:
+        if method.head == "cosine":
+            head = fit_cosine(features, targets, method.penalty, start, scale)
+            return {split: head(f).numpy() for split, f in every.items()}, head.loss, head.weight.numel() + 1
+        weight, bias, loss = fit_probe(features, targets, method.penalty)
+        logits = {split: (f.double() @ weight.T + bias).numpy() for split, f in every.items()}
+        return logits, loss, weight.numel() + bias.numel()
+
+    logits, loss, parameters = main_process_decides(run.accelerator, fit)
+    training.seconds, training.images_seen = time.perf_counter() - started, len(features)
+    training.curves = [{"loss/net1/total": loss}]
+    what = {"student": "", "own": ", own features"}.get(method.features, f", {method.features}")
+    name = NAMES[method.targets] + (", cosine" if method.head == "cosine" else "") + what
+    run.accelerator.print("There is no export: this head reads features of another network, or is no layer of one.")
+    judged = {split: {"ensemble": logits[split]} if split in logits else {} for split in ("train", "test")}
+    begun = "texts" if start is not None else "class means"
+    more = {"began_with": begun} if method.head == "cosine" else {}
+    return finish(run, task, training, name, judged, parameters, **more)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from coreg.learn.division import align, divide, division_loss
 from coreg.learn.pseudo import rescale
 from coreg.report.metrics import per_class_accuracy
 from coreg.run import checkpoint
-from coreg.weak.refine import Setting, fit_mixture
+from coreg.weak.mixture import Setting, fit_mixture
 
 FEWEST_IMAGES, CLASSES, TEMPLATES = 10_000, (10, 100, 1000), 27
 

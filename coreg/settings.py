@@ -40,6 +40,12 @@ class JobConfig:
         None, "public data set that the images are, as recipes name it; --preset official of a baseline goes by it"
     )
     seed: int = option(0, "of everything random", SEEDS)
+    share: float = option(
+        1.0,
+        "train on a part of the training images, drawn by the seed, a smaller part within a larger one: a share, or, from "
+        "2 on, a number of images; test images stay",
+        (1e-9, 1e9),
+    )
     few_shot: int = option(0, "true labels a class to train with, drawn from the store's own labels", (0, 1_000_000))
     labels: str | None = option(None, "CSV file (path,label) of images that a person labelled")
     label_mode: Literal["replace", "replace+repeat", "extra_ce"] = option(
@@ -127,6 +133,10 @@ def check(job: JobConfig) -> None:
     Raises:
         UserError: the first one found.
     """
+    if job.share > 1 and job.share != int(job.share):
+        raise UserError(
+            f"--share is {job.share:g}; give a share up to 1, such as 0.2, or a whole number of images from 2 on"
+        )
     if job.few_shot and job.labels:
         raise UserError("--few_shot and --labels exclude each other; give one of them")
 

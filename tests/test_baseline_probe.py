@@ -1,20 +1,29 @@
 """The probe against scikit-learn, and as a run like any other."""
 
 import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from runs import refused, script
+from scipy.optimize import minimize
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 from coreg.annotate.store import AnnotationStore
+from coreg.annotate.textual import averaged_embedding_classes
+from coreg.annotate.view import main as make_view
 from coreg.export import load_export
-from coreg.learn.probe import fit_probe, probe_loss
+from coreg.learn.probe import cosine_loss, fit_cosine, fit_probe, probe_loss
 from coreg.report.compare import read_run
 
 probe = script("probe")
+ROOT = Path(__file__).parents[1]
 JOB = [
     "--recipe", "digits", "--dtype", "float64", "--channels", "3", "--image_size", "12", "--backbone_args",
     '{"norm": "group", "widths": [8, 16], "depths": [1, 1]}', "--batch_size", "13", "--workers", "0", "--report_to", "none",
@@ -68,6 +77,108 @@ def test_features_that_do_not_vary_and_single_images():
     assert weight.isfinite().all() and (x[:1] @ weight.T + bias).argmax() == labels[0]
 
 
+def cosine_by_hand(parameters, f, soft, start, penalty):
+    """The loss of one vector of parameters, W row after row and then log s, image by image."""
+    weight, total = parameters[:-1].reshape(start.shape), 0.0
+    for i, target in enumerate(soft):
+        e = [np.exp(np.exp(parameters[-1]) * f[i] @ w / np.sqrt(w @ w)) for w in weight]
+        total -= sum(target[c] * np.log(e[c] / sum(e)) for c in range(len(e))) / len(f)
+    return total + penalty / 2 * ((weight - start) ** 2).sum()
+
+
+def test_the_cosine_head_is_the_minimum_of_its_loss():
+    features, labels = data(n=30)
+    rng = np.random.default_rng(1)
+    soft, text = 0.7 * np.eye(3)[labels] + 0.1, rng.normal(size=(3, 5))
+    text /= np.linalg.norm(text, axis=1, keepdims=True)
+    f = features / np.linalg.norm(features, axis=1, keepdims=True)
+    as_tensors = [torch.from_numpy(x) for x in (features, soft, text)]
+    head = fit_cosine(*as_tensors[:2], 0.05, as_tensors[2], 5.0)
+    start = np.append(text.ravel(), np.log(5.0))
+    found = minimize(cosine_by_hand, start, args=(f, soft, text, 0.05), options={"gtol": 1e-7})
+    assert head.loss == pytest.approx(found.fun, abs=1e-6)
+    weight = found.x[:-1].reshape(3, 5)
+    expected = np.exp(found.x[-1]) * f @ (weight / np.linalg.norm(weight, axis=1, keepdims=True)).T
+    np.testing.assert_allclose(head(as_tensors[0]).numpy(), expected, atol=1e-3)
+    # sets of one class are hard labels
+    hard = [fit_cosine(as_tensors[0], torch.from_numpy(np.eye(3)[labels].astype(kind)), 0.05) for kind in (bool, float)]
+    torch.testing.assert_close(hard[0].weight, hard[1].weight)
+    loss = cosine_loss(as_tensors[2], torch.tensor(5.0).log(), torch.from_numpy(f), as_tensors[1], as_tensors[2], 0.05)
+    assert float(loss) == pytest.approx(cosine_by_hand(start, f, soft, text, 0.05), rel=1e-5)
+
+
+def test_a_cosine_head_that_is_held_stays_where_it_began():
+    features, labels = data(n=60)
+    x, soft = torch.from_numpy(features), torch.from_numpy(np.eye(3)[labels])
+    text = torch.from_numpy(np.random.default_rng(1).normal(size=(3, 5)))
+    held = fit_cosine(x, soft, 1e6, text)
+    cosines = torch.nn.functional.normalize(x, dim=1) @ torch.nn.functional.normalize(text, dim=1).T
+    torch.testing.assert_close(held(x) / held.scale, cosines, atol=1e-4, rtol=0)
+    # without texts it begins with the classes' mean directions of centred features
+    centred = torch.nn.functional.normalize(x - x.mean(dim=0), dim=1)
+    means = torch.stack([centred[labels == c].mean(dim=0) for c in range(3)])
+    held = fit_cosine(x, soft, 1e6)
+    torch.testing.assert_close(held.weight, torch.nn.functional.normalize(means, dim=1), atol=1e-4, rtol=0)
+
+
+def test_heads_on_the_annotators_own_features(digits, tmp_path, capsys):
+    words = [
+        "--annotations",
+        str(digits.root),
+        "--recipe",
+        "digits",
+        "--workers",
+        "0",
+        "--report_to",
+        "none",
+        "--features",
+        "own",
+    ]
+    reports = {}
+    for head in ("linear", "cosine"):
+        probe.main([*words, "--head", head, "--output_dir", str(tmp_path / head)])
+        assert "There is no export" in capsys.readouterr().out and not (tmp_path / head / "export").exists()
+        reports[head] = read_run(tmp_path / head / "report.json").report
+    assert reports["cosine"]["began_with"] == "texts" and reports["cosine"]["parameters"] == 10 * 64 + 1
+    assert reports["linear"]["method"] == "Probe, soft labels, own features"
+    # linear: the fit by itself; held to where it began, a cosine head is zero-shot with averaged embeddings
+    train, test = digits.split == 0, digits.split == 1
+    features, probs = torch.from_numpy(digits.features()), torch.from_numpy(digits.probs().astype(np.float64))
+    weight, bias, _ = fit_probe(features[train], probs[train] / probs[train].sum(1, keepdim=True), 1e-3)
+    right = ((features[test].double() @ weight.T + bias).argmax(1).numpy() == digits.labels[test]).mean()
+    assert reports["linear"]["accuracy"]["test"]["ensemble"] == pytest.approx(right)
+    probe.main([*words, "--head", "cosine", "--penalty", "1e6", "--output_dir", str(tmp_path / "held")])
+    report = read_run(tmp_path / "held" / "report.json").report
+    right = (averaged_embedding_classes(digits) == digits.labels)[test].mean()
+    assert report["accuracy"]["test"]["ensemble"] == pytest.approx(right, abs=0.01)
+
+
+def test_heads_on_a_view_and_on_the_students_features(small_store, tmp_path, capsys):
+    shutil.copytree(small_store, tmp_path / "ann")
+    words = ["--annotations", str(tmp_path / "ann"), *JOB]
+    assert "is no view of" in refused(capsys, probe.main, *words, "--features", "../x", "--output_dir", tmp_path / "x")
+    assert "keeps no features" in refused(capsys, probe.main, *words, "--features", "own", "--output_dir", tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+    make_view(
+        [
+            str(tmp_path / "ann"),
+            "--backbone",
+            "preact_resnet_tiny",
+            "--image_size",
+            "12",
+            "--workers",
+            "0",
+            "--pretrained",
+            "false",
+        ]
+    )
+    for name, more in {"view": ["--features", "preact_resnet_tiny-12"], "cosine": ["--head", "cosine"]}.items():
+        probe.main([*words, *more, "--targets", "sets", "--share", "0.9", "--output_dir", str(tmp_path / name)])
+        report = read_run(tmp_path / name / "report.json").report
+        assert report["accuracy"]["train"]["ensemble"] > 0.6 and report["images"]["train"] == 87
+        assert (tmp_path / name / "report.html").is_file() and not (tmp_path / name / "export").exists()
+
+
 @pytest.mark.parametrize("targets", ["probabilities", "sets"])
 def test_a_run_like_any_other(small_store, tmp_path, capsys, targets):
     words = ["--annotations", str(small_store), "--output_dir", str(tmp_path / "a"), *JOB, "--targets", targets]
@@ -83,6 +194,23 @@ def test_a_run_like_any_other(small_store, tmp_path, capsys, targets):
     probe.main(words)
     assert "This run is finished" in capsys.readouterr().out
     assert json.loads((tmp_path / "a" / "report.json").read_text()) == again
+
+
+@pytest.mark.multiprocess
+def test_two_processes_fit_the_head_that_one_fits(small_store, tmp_path):
+    config = ["--config_file", str(ROOT / "accelerate_configs" / "cpu.yaml"), "--num_processes", "2"]
+    words = ["--annotations", str(small_store), *JOB, "--head", "cosine", "--share", "50", "--output_dir"]
+    probe.main([*words, str(tmp_path / "one")])
+    done = subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.launch", *config, str(ROOT / "baselines" / "probe.py"), *words,
+         str(tmp_path / "two")],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True, timeout=300,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, two = (read_run(tmp_path / name / "report.json").report for name in ("one", "two"))
+    assert one["accuracy"] == two["accuracy"] and one["images"] == {"train": 50, "test": 5}
+    assert one["last_epoch"]["loss/net1/total"] == pytest.approx(two["last_epoch"]["loss/net1/total"], abs=1e-9)
 
 
 def test_settings_that_cannot_work(capsys):

@@ -2,8 +2,10 @@
 
 import numpy as np
 import pytest
+import torch
 
-from coreg.data.order import ShuffledRows, n_batches
+from coreg.data.keyed import keyed_uniform
+from coreg.data.order import ShuffledRows, drawn_part, n_batches
 
 
 @pytest.mark.parametrize(("n", "size", "smallest"), [(11, 3, 2), (9, 3, 2), (4, 4, 2), (10, 3, 1), (5, 1, 1), (1, 4, 1)])
@@ -48,3 +50,16 @@ def test_batches_can_be_asked_for_in_any_order():
 def test_no_rows_give_empty_batches():
     order = ShuffledRows(np.arange(0), 5, ("U",))
     assert order.per_round == 0 and len(order.batch(3)) == 0
+
+
+def test_a_smaller_part_lies_within_a_larger_one():
+    rows = np.arange(1000) * 3 + 1
+    parts = [drawn_part(rows, n, 5) for n in (10, 200, 1000)]
+    assert [len(part) for part in parts] == [10, 200, 1000] and set(parts[0]) < set(parts[1]) < set(parts[2])
+    assert all((np.diff(part) > 0).all() for part in parts) and parts[2].tolist() == rows.tolist()
+    # the rows with the smallest numbers of their own: nothing hangs on the company or the order
+    number = {row: float(keyed_uniform((5, "part"), torch.tensor([row]), 1)) for row in rows.tolist()}
+    assert parts[0].tolist() == sorted(sorted(number, key=number.__getitem__)[:10])
+    assert drawn_part(rows[::-1].copy(), 10, 5).tolist() == parts[0].tolist()
+    assert drawn_part(rows, 10, 6).tolist() != parts[0].tolist()
+    assert abs(parts[1].mean() - rows.mean()) < 4 * rows.std() / 200**0.5  # of all of them

@@ -73,8 +73,11 @@ def test_several_processes_train_like_one(small_store, alone, tmp_path, processe
 
 @pytest.mark.multiprocess
 def test_two_processes_train_like_one_with_adamw_too(small_store, tmp_path):
-    """Its steps do not shrink with the gradient, and so it shows where a process has a gradient that it should not have."""
-    words = ("--optimizer", "adamw", "--lr", "0.001")
+    """Its steps do not shrink with the gradient, and so it shows where a process has a gradient that it should not have.
+
+    They train on half of the images, which every process draws for itself.
+    """
+    words = ("--optimizer", "adamw", "--lr", "0.001", "--share", "0.5")
     for processes in (1, 2):
         done = launch(processes, small_store, tmp_path / str(processes), *words)
         assert done.returncode == 0, done.stderr[-2000:]

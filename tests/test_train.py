@@ -1,5 +1,6 @@
 """The main job through its own entry point: files written, resumed bit for bit, refused with one line."""
 
+import csv
 import importlib.util
 import json
 import os
@@ -15,10 +16,13 @@ from runs import final_state, killed_at, refused
 
 import train_coreg
 from coreg.annotate.store import AnnotationStore, StoreWriter
+from coreg.annotate.view import View, views_of
+from coreg.data.order import drawn_part
 from coreg.run import checkpoint
 from coreg.run.training import Training, build_optimizer
 from coreg.run.watch import EXIT_INTERRUPTED
 from coreg.settings import JobConfig
+from coreg.weak.refine import refine
 
 SHORT = ["--epochs", "4", "--warmup_epochs", "1", "--contrast_after", "0", "--queue_size", "256", "--workers", "0"]
 
@@ -335,3 +339,49 @@ def test_print_config_shows_preset_below_recipe_below_command_line(capsys):
     assert settings["preset"] == "paper" and settings["alignment"] == "none"  # the preset's
     assert settings["contrast_after"] == 4  # the recipe's
     assert settings["history"] == 3
+
+
+def test_a_share_of_the_images(small_store, tmp_path, monkeypatch, capsys):
+    """Training, refinement, labels to draw from and reports are about the images that were drawn; test images stay."""
+    store = AnnotationStore.open(small_store)
+    shutil.copytree(small_store, tmp_path / "ann")
+    words = ["--annotations", str(tmp_path / "ann"), *SMALL_JOB, "--few_shot", "2", "--refine", "view", "--share"]
+    train_coreg.main([*words, "0.25", "--output_dir", str(tmp_path / "a")])
+    report = json.loads((tmp_path / "a" / "report.json").read_text())
+    assert report["images"] == {"train": 24, "test": 5} and report["part"] == {"asked": 0.25, "available": 97}
+    assert "Trained on 24 of 97 training images." in capsys.readouterr().out
+    rows = drawn_part(np.flatnonzero(store.split == 0), 24, 0)
+    drawn = {store.paths[row] for row in rows}
+    for name, n in (("labels.csv", 24), ("known_labels.csv", 6)):
+        paths = [row["path"] for row in csv.DictReader((tmp_path / "a" / name).open())]
+        assert len(paths) == n and set(paths) <= drawn
+    # what was refined is what the drawn images alone give; the others keep their evidence
+    refined = AnnotationStore.open(tmp_path / "a" / "refined")
+    (folder,) = views_of(store := AnnotationStore.open(tmp_path / "ann"))
+    features, test = View.open(folder, store).features(), np.flatnonzero(store.split == 1)
+    both = np.concatenate([rows, test])
+    told, places = refined.manifest["refined"], np.arange(len(both))
+    expected = refine(features[both], store.probs()[both], places[:24], places[24:], told["prior"], told["weight"])
+    np.testing.assert_array_equal(refined.probs()[both].argmax(axis=1), expected.probs.argmax(axis=1))
+    assert told["part"]["images"] == 24
+    left = np.setdiff1d(np.arange(len(store)), both)
+    np.testing.assert_array_equal(refined.probs()[left], store.probs()[left])
+    changed = told["changed"]["accuracy"]["after"]["train"]
+    assert changed == pytest.approx((refined.probs()[rows].argmax(1) == store.labels[rows]).mean())
+    # as many images, said as a number, are the same training; killed it goes on; another share is another job
+    with killed_at(monkeypatch, 1):
+        train_coreg.main([*words, "24", "--output_dir", str(tmp_path / "b")])
+    train_coreg.main([*words, "24", "--output_dir", str(tmp_path / "b")])
+    before, after = (final_state(tmp_path / name)["learners"][0] for name in "ab")
+    assert all((before[key] == after[key]).all() for key in before)
+    line = refused(capsys, train_coreg.main, *words, "0.5", "--output_dir", tmp_path / "a")
+    assert "share was 0.25 and is 0.5" in line
+
+
+@pytest.mark.parametrize(("share", "said"), [
+    ("0.01", "is 1 of the 97 readable"), ("98", "no more than there are"), ("2.5", "a whole number"), ("0", "--share"),
+])  # fmt: skip
+def test_shares_that_cannot_be_had(small_store, tmp_path, capsys, share, said):
+    words = ["--annotations", small_store, *SMALL_JOB, "--share", share, "--output_dir", tmp_path / "x"]
+    assert said in refused(capsys, train_coreg.main, *words)
+    assert not (tmp_path / "x").exists()

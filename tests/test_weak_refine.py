@@ -1,6 +1,7 @@
 """Refinement against the same method written out in loops, closed forms and scikit-learn, and on sets that are odd."""
 
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -8,22 +9,17 @@ from sklearn.decomposition import PCA
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.preprocessing import StandardScaler
 
-from coreg.weak import refine as module
-from coreg.weak.refine import (
-    Setting,
-    balanced,
-    choose,
-    effective_classes,
-    fit_mixture,
-    fit_projection,
-    fit_two_halves,
-    foretold,
-    normalised,
-    refine,
-    softmax,
-)
+from coreg.weak import mixture as module
+from coreg.weak import refine as whole_module
+from coreg.weak.mixture import Setting, balanced, fit_mixture, fit_projection, normalised, softmax
+from coreg.weak.refine import choose, effective_classes, fit_two_halves, foretold, refine
 
 HALF = Setting(0.5, "uniform")
+
+
+def responsibilities(mixture, z, probs):
+    """q of every image, (N, C)."""
+    return softmax(mixture.of_both(z, normalised(probs)) + mixture.balance)
 
 
 def data(n=60, classes=3, width=4, seed=0, spread=0.6, wrong=0.35):
@@ -93,29 +89,75 @@ def test_the_mixture_is_the_recipe_written_out(monkeypatch, w, prior):
     monkeypatch.setattr(module, "MOST_STEPS", 2000)
     features, probs, _ = data(n=40)
     z = features - features.mean(axis=0)
-    mixture, logits = fit_mixture(z, 3 * probs, Setting(w, prior), rounds=4)
+    mixture = fit_mixture(z, 3 * probs, Setting(w, prior), rounds=4)
     q, view = by_hand(z.tolist(), probs.tolist(), w, prior, 4)
-    np.testing.assert_allclose(softmax(logits), q, atol=1e-7)
+    np.testing.assert_allclose(responsibilities(mixture, z, 3 * probs), q, atol=1e-7)
+    np.testing.assert_allclose(mixture.shares, q.mean(axis=0), atol=1e-7)
     np.testing.assert_allclose(mixture.of_view(z), view, atol=1e-6)
 
 
 def test_blocks_and_halved_precision_change_nothing_that_matters(monkeypatch):
     features, probs, _ = data(n=101)
-    z, weight = features - features.mean(axis=0), Setting(0.5, "uniform")
-    whole = softmax(fit_mixture(z, probs, weight)[1])
+    rows = np.arange(101)
+    whole = refine(features, probs, rows[:80], rows[80:95], "uniform", 0.5)
     monkeypatch.setattr(module, "ENTRIES_AT_ONCE", 3 * 7)
-    np.testing.assert_allclose(softmax(fit_mixture(z, probs, weight)[1]), whole, atol=1e-9)
-    np.testing.assert_allclose(fit_projection(features).axes, (fit_projection(features).axes), atol=1e-9)
+    blocks = refine(features, probs, rows[:80], rows[80:95], "uniform", 0.5)
+    np.testing.assert_allclose(blocks.mixture.weights, whole.mixture.weights, atol=1e-9)
+    assert blocks.temperature == pytest.approx(whole.temperature) and blocks.classes == pytest.approx(whole.classes)
+    np.testing.assert_allclose(blocks.probs, whole.probs, atol=1e-3)  # float16
+    pieces = [blocks.part(slice(start, start + 10)) for start in range(0, 101, 10)]
+    np.testing.assert_allclose(np.concatenate(pieces), blocks.probs, atol=1e-3)
     monkeypatch.setattr(module, "ENTRIES_IN_FLOAT64", 0)
-    logits = fit_mixture(z, probs.astype(np.float16), weight)[1]
-    assert logits.dtype == np.float16
-    np.testing.assert_allclose(softmax(logits.astype(np.float64)), whole, atol=2e-2)
+    half = refine(features.astype(np.float16), probs.astype(np.float16), rows[:80], rows[80:95], "uniform", 0.5)
+    np.testing.assert_allclose(half.probs.astype(float), whole.probs.astype(float), atol=2e-2)
+
+
+@pytest.mark.parametrize("prior", ["uniform", "annotator"])
+def test_classes_of_very_many_images_are_balanced_by_a_sample(monkeypatch, prior):
+    features, probs, labels = data(n=3000)
+    z, setting = features - features.mean(axis=0), Setting(0.5, prior)
+    exact = fit_mixture(z, probs, setting)
+    # a sample of all images is no sample
+    same = fit_mixture(z, probs, setting, sample=np.arange(3000))
+    np.testing.assert_allclose(same.weights, exact.weights, atol=1e-9)
+    np.testing.assert_allclose(same.balance, exact.balance, atol=1e-9)
+    # the classes' shares of the sample are the prior's, and those of all images are within the error of a sample of it
+    rows = np.random.default_rng(0).permutation(3000)[:600]
+    found = fit_mixture(z, probs, setting, sample=rows)
+    np.testing.assert_allclose(responsibilities(found, z[rows], probs[rows]).mean(axis=0), exact.shares, atol=1e-3)
+    np.testing.assert_allclose(found.shares, exact.shares, rtol=4 * (3 / 600) ** 0.5)
+    # and `refine` draws one where the table would be too large
+    monkeypatch.setattr(whole_module, "ENTRIES_BALANCED", 3 * 600)
+    monkeypatch.setattr(module, "ENTRIES_IN_FLOAT64", 3 * 700)
+    mended = refine(features, probs, np.arange(3000), np.arange(0), prior, 0.5)
+    assert (mended.probs.argmax(axis=1) == labels).mean() > 0.9
+    again = refine(features, probs, np.arange(3000), np.arange(0), prior, 0.5)
+    np.testing.assert_array_equal(mended.probs, again.probs)
+
+
+def test_memory_beside_the_inputs_does_not_grow_with_the_table(monkeypatch):
+    rng = np.random.default_rng(0)
+    n, classes = 40_000, 200
+    features = rng.normal(size=(n, 32)).astype(np.float16)
+    probs = rng.random((n, classes), dtype=np.float32).astype(np.float16)  # 16 MB
+    monkeypatch.setattr(module, "ENTRIES_IN_FLOAT64", 1000)
+    monkeypatch.setattr(whole_module, "ENTRIES_BALANCED", 1 << 16)
+    monkeypatch.setattr(module, "ENTRIES_AT_ONCE", 1 << 15)
+    monkeypatch.setattr(whole_module, "JUDGED_IMAGES", 200)
+    tracemalloc.start()
+    found = refine(features, probs, np.arange(0, n, 2), np.arange(1, n, 2), "uniform", 0.5)
+    for start in range(0, n, 1000):
+        found.part(slice(start, start + 1000))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    projected = n / 2 * 32 * 4
+    assert peak < projected + 0.5 * probs.nbytes
 
 
 def test_with_true_labels_the_classifier_is_linear_discriminant_analysis():
     features, _, labels = data(n=90)
     z = features - features.mean(axis=0)
-    mixture, _ = fit_mixture(z, np.eye(3)[labels], Setting(1.0, "none"), rounds=1, shrinkage=0.0)
+    mixture = fit_mixture(z, np.eye(3)[labels], Setting(1.0, "none"), rounds=1, shrinkage=0.0)
     lda = LinearDiscriminantAnalysis(solver="lsqr", priors=[1 / 3] * 3).fit(z, labels)
     ours, theirs = mixture.of_view(z), lda.decision_function(z)
     np.testing.assert_allclose(ours - ours[:, :1], theirs - theirs[:, :1], rtol=1e-6, atol=1e-8)
@@ -158,7 +200,7 @@ def test_the_score_is_the_mean_over_folds_written_out():
     z = features - features.mean(axis=0)
     parts, total = np.arange(30) % 3, 0.0
     for i in range(30):
-        mixture, _ = fit_mixture(z[parts != parts[i]], probs[parts != parts[i]], HALF)
+        mixture = fit_mixture(z[parts != parts[i]], probs[parts != parts[i]], HALF)
         p = softmax(mixture.of_view(z[i : i + 1]))[0]
         Q = probs[i] / probs[i].sum()
         total += math.log(sum(p[c] * sum(mixture.confusion[c, j] * Q[j] for j in range(3)) for c in range(3)))
@@ -187,7 +229,7 @@ def test_refining_corrects_the_annotator_and_is_less_sure_than_the_mixture():
     found = refine(features, probs, train, test)
     before, after = ((p.argmax(axis=1) == labels) for p in (probs, found.probs))
     assert after[train].mean() > before[train].mean() + 0.05 and after[test].mean() > before[test].mean() + 0.05
-    sure = softmax(fit_mixture(found.projection(features[train]), probs[train], found.setting)[1]).max(axis=1).mean()
+    sure = responsibilities(found.mixture, found.projection(features[train]), probs[train]).max(axis=1).mean()
     assert found.temperature >= 1 and found.probs[train].max(axis=1).mean() <= sure + 1e-3
     np.testing.assert_allclose(found.probs.astype(float).sum(axis=1), 1, atol=5e-3)
 
@@ -213,9 +255,11 @@ def test_the_order_of_images_and_of_classes_does_not_matter():
     again, others = choose(z[order], probs[order], ids[order])
     assert setting == again and scores == {w: pytest.approx(score, abs=1e-7) for w, score in others.items()}
     assert fit_two_halves(z[order], probs[order], HALF, ids[order]) == pytest.approx(fit_two_halves(z, probs, HALF, ids))
-    q, classes = softmax(fit_mixture(z, probs, HALF)[1]), np.array([2, 0, 1])
-    np.testing.assert_allclose(softmax(fit_mixture(z[order], probs[order], HALF)[1]), q[order], atol=1e-6)
-    np.testing.assert_allclose(softmax(fit_mixture(z, probs[:, classes], HALF)[1]), q[:, classes], atol=1e-6)
+    q, classes = responsibilities(fit_mixture(z, probs, HALF), z, probs), np.array([2, 0, 1])
+    again = responsibilities(fit_mixture(z[order], probs[order], HALF), z[order], probs[order])
+    np.testing.assert_allclose(again, q[order], atol=1e-6)
+    renamed = probs[:, classes]
+    np.testing.assert_allclose(responsibilities(fit_mixture(z, renamed, HALF), z, renamed), q[:, classes], atol=1e-6)
 
 
 def test_odd_sets():

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,17 @@ from coreg.records import Number, RecordError, check_record, parse_record
 
 HEAD = {"job": str, "index": Number(0), "errors": dict, "sha256": str}
 REMEDY = "what is written is kept: free some space and run the same command again"
+
+
+def stacked(parts: Iterable[np.ndarray], rows: int) -> np.ndarray:
+    """Arrays (n, ...) of one kind one below the other, `rows` in all, copied as they come: never all of them twice."""
+    parts = iter(parts)
+    first = next(parts)
+    whole, stop = np.empty((rows, *first.shape[1:]), dtype=first.dtype), 0
+    for part in itertools.chain([first], parts):
+        whole[stop : stop + len(part)] = part
+        stop += len(part)
+    return whole
 
 
 class DamagedBlockError(Exception):

@@ -18,7 +18,7 @@ import numpy as np
 from accelerate import Accelerator
 
 import coreg
-from coreg.annotate.candidates import candidate_sets, mean_candidates, partial_accuracy, zero_shot_accuracy
+from coreg.annotate.candidates import candidates_of
 from coreg.annotate.health import write_report
 from coreg.annotate.manifest import REFINED, make_manifest
 from coreg.annotate.settings import RefineConfig, ViewConfig
@@ -31,17 +31,24 @@ from coreg.run.process import main_process_decides
 from coreg.weak.refine import Refinement, refine
 
 TEMPLATES = ("refined: best class", "refined: second class, or the best again")
+_ENTRIES = 1 << 22  # of (n, C), in a block
 SECOND = 0.3  # of the best's probability, from which the second best class is a candidate
 
 
 def refine_store(
-    source: AnnotationStore, output: Path, config: RefineConfig, view: ViewConfig, accelerator: Accelerator
+    source: AnnotationStore,
+    output: Path,
+    config: RefineConfig,
+    view: ViewConfig,
+    accelerator: Accelerator,
+    part: np.ndarray | None = None,
 ) -> AnnotationStore:
     """Make the refined store, or find it finished; every process gets it.
 
     Args:
         source: what is refined. output: the new store's folder. config: which features, and how evidence is read.
         view: the network, where the features are not the annotator's own.
+        part: int64, rows of the training images to learn from, all by default; the others keep their evidence.
 
     Raises:
         UserError: the source keeps no features, is refined already, has no readable training image, or `output` holds
@@ -53,6 +60,8 @@ def refine_store(
         seen = make_view(source, view, accelerator)
         features = {"features": "view", "view": seen.root.name, "view_hash": seen.hash}
     chosen = {"weight": config.weight, "prior": config.prior, "coreg": coreg.__version__}
+    if part is not None:
+        features["part"] = {"images": len(part), "sha256": hashlib.sha256(part.tobytes()).hexdigest()}
     weights = hashlib.sha256("\n".join([source.hash, *map(str, (features | chosen).values())]).encode()).hexdigest()
     spec = f"{REFINED}{features.get('view', 'own features')}: {source.manifest['model']['spec']}"
     images = ImageList(source.images_spec, source.paths, source.labels, source.split, None, pixels=lambda row: None)
@@ -71,7 +80,7 @@ def refine_store(
         try:
             AnnotationStore.open(output)
         except UserError:  # not there, unfinished or damaged
-            _write(source, seen, config, output, manifest, images)
+            _write(source, seen, config, output, manifest, images, part)
 
     main_process_decides(accelerator, work)
     return AnnotationStore.open(output)
@@ -93,26 +102,32 @@ def _write(
     output: Path,
     manifest: dict[str, Any],
     images: ImageList,
+    part: np.ndarray | None,
 ) -> None:
     """Refine and write, on one process."""
     own = source.features()
     features = own if seen is None else seen.features()
     readable = ~source.unreadable if seen is None else ~(source.unreadable | seen.unreadable)
-    train, test = (np.flatnonzero((source.split == split) & readable) for split in (0, 1))
+    asked = source.split == 0
+    if part is not None:
+        asked &= np.isin(np.arange(len(source)), part)
+    train, test = np.flatnonzero(asked & readable), np.flatnonzero((source.split == 1) & readable)
+    if not len(train):
+        raise UserError(f"{source.root} has no training image to refine whose features could be read")
     prior = None if config.prior == "auto" else config.prior
     refinement = refine(features, source.probs(), train, test, prior, config.weight)
-    votes = votes_of(refinement.probs)
-    manifest["refined"] |= _changes(source, refinement, votes)
+    votes, changes = _changes(source, refinement, asked)
+    manifest["refined"] |= changes
     writer = StoreWriter(output, manifest)
     writer.begin(images)
     writer.discard_damaged()
     reasons = StoreWriter(source.root, source.manifest).unreadable()
     for index in range(len(writer.files)):
         rows = writer.rows(index)
-        part = slice(rows.start, rows.stop)
-        tensors = {"votes": votes[part], "probs": refinement.probs[part]}
+        here = slice(rows.start, rows.stop)
+        tensors = {"votes": votes[here], "probs": refinement.part(here)}
         if own is not None:
-            tensors["features"] = own[part]
+            tensors["features"] = own[here]
         writer.write(index, tensors, {row: why for row, why in reasons.items() if row in rows})
     writer.finish(source.paths)
     write_report(AnnotationStore.open(output), None)
@@ -127,27 +142,37 @@ def votes_of(probs: np.ndarray) -> np.ndarray:
     return np.stack([best, np.where(near, second, best)], axis=1).astype(np.int16)
 
 
-def _changes(source: AnnotationStore, refinement: Refinement, votes: np.ndarray) -> dict[str, Any]:
-    """What the manifest says of how it was refined and what it changed; accuracies where labels are known."""
-    train = (source.split == 0) & ~source.unreadable
-    best, before = refinement.probs.argmax(axis=1), source.probs().argmax(axis=1)
-    raw = candidate_sets(source)
-    sets = np.zeros_like(raw)
-    np.put_along_axis(sets, votes.astype(np.int64), True, axis=1)
+def _changes(source: AnnotationStore, refinement: Refinement, asked: np.ndarray) -> tuple[np.ndarray, dict[str, Any]]:
+    """The new votes int16 (N, 2), and what the manifest says of how it was refined and what it changed.
+
+    Accuracies are there where labels are known, for test images and the training images asked for, bool (N,). One block of
+    rows is mended after another.
+    """
+    train = asked & ~source.unreadable
+    labels = np.full(len(source), -1) if source.labels is None else source.labels
+    best, sizes, holds = ({"before": [], "after": []} for _ in range(3))
+    raw, votes = source.votes(), np.empty((len(source), 2), dtype=np.int16)
+    step = max(1, _ENTRIES // len(source.class_names))
+    for rows in (slice(start, start + step) for start in range(0, len(source), step)):
+        mended = refinement.part(rows)
+        votes[rows] = votes_of(mended)
+        for when, named, probs in (("before", raw, refinement.evidence[rows]), ("after", votes, mended)):
+            sets = candidates_of(named[rows], probs)
+            best[when].append(probs.argmax(axis=1))
+            sizes[when].append(sets.sum(axis=1))
+            holds[when].append(sets[np.arange(len(sets)), labels[rows]])
+    best, sizes, holds = ({when: np.concatenate(x) for when, x in parts.items()} for parts in (best, sizes, holds))
     compared = {
-        "other_best_class": float((best != before)[train].mean()),
-        "mean_candidates": {"before": mean_candidates(raw[train]), "after": mean_candidates(sets[train])},
+        "other_best_class": float((best["after"] != best["before"])[train].mean()),
+        "mean_candidates": {when: float(size[train].mean()) for when, size in sizes.items()},
     }
     if source.labels is not None:
-        accuracy = {"before": zero_shot_accuracy(source), "after": {}}
-        among = {"before": {}, "after": {}}
-        for split, name in enumerate(("train", "test")):
-            rows = (source.split == split) & (source.labels >= 0)
-            if rows.any():
-                right = (best == source.labels) & ~source.unreadable
-                accuracy["after"][name] = float(right[rows].mean())
-                among["before"][name] = partial_accuracy(raw[rows], source.labels[rows])
-                among["after"][name] = partial_accuracy(sets[rows], source.labels[rows])
+        accuracy, among = {"before": {}, "after": {}}, {"before": {}, "after": {}}
+        for name, among_these in (("train", asked), ("test", source.split == 1)):
+            rows = among_these & (labels >= 0)
+            for when in ("before", "after") if rows.any() else ():
+                accuracy[when][name] = float(((best[when] == labels) & ~source.unreadable)[rows].mean())
+                among[when][name] = float(holds[when][rows].mean())
         compared |= {"accuracy": accuracy, "label_among_candidates": among}
     how = {
         "weight": refinement.setting.weight,
@@ -156,4 +181,4 @@ def _changes(source: AnnotationStore, refinement: Refinement, votes: np.ndarray)
         "temperature": refinement.temperature,
         "effective_classes": refinement.classes,
     }
-    return how | {"changed": compared}
+    return votes, how | {"changed": compared}

@@ -29,7 +29,7 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import load, load_file
 
-from coreg.annotate.blocks import BadEvidenceError, DamagedBlockError, check_evidence, read_block, unpack_answers
+from coreg.annotate.blocks import BadEvidenceError, DamagedBlockError, check_evidence, read_block, stacked, unpack_answers
 from coreg.annotate.manifest import block_files, job_hash, make_manifest, moved, read_manifest, same_command
 from coreg.annotate.writer import CHECKSUMS, StoreWriter, continued, describe, errors_csv
 from coreg.data.images import HELD_OUT, ImageList, Paths, absolute_path, list_hash, unescape
@@ -177,11 +177,12 @@ class AnnotationStore:
         return images
 
     def _column(self, name: str) -> np.ndarray:
-        parts = []
-        for file in block_files(self.root, self.manifest):
-            with safe_open(file, framework="numpy") as block:
-                parts.append(block.get_tensor(name))
-        return np.concatenate(parts)
+        def parts() -> Iterator[np.ndarray]:
+            for file in block_files(self.root, self.manifest):
+                with safe_open(file, framework="numpy") as block:
+                    yield block.get_tensor(name)
+
+        return stacked(parts(), len(self))
 
 
 def read_samples(root: Path, manifest: dict[str, Any]) -> tuple[Paths, np.ndarray, np.ndarray]:

@@ -38,6 +38,13 @@ def single_template_probabilities(store: AnnotationStore, device: torch.device |
     return np.concatenate([annotator.judge(tensors["features"])["probs"].cpu().numpy() for _, tensors in store.parts()])
 
 
+def class_embeddings(annotator: ClipAnnotator) -> np.ndarray:
+    """One text feature a class, float32 (C, D) of length 1: the mean over the templates of features of length 1."""
+    templates, classes = annotator.shape
+    text = annotator.text.view(templates, classes, -1).mean(dim=0)
+    return torch.nn.functional.normalize(text, dim=1).cpu().numpy()
+
+
 def averaged_embedding_classes(store: AnnotationStore, device: torch.device | str = "cpu") -> np.ndarray:
     """Classes int64 (N,) named by one text feature a class, the mean over the templates of features of length 1.
 
@@ -46,8 +53,5 @@ def averaged_embedding_classes(store: AnnotationStore, device: torch.device | st
     Raises:
         UserError: as `text_side`.
     """
-    annotator = text_side(store, store.templates, device)
-    templates, classes = annotator.shape
-    text = annotator.text.view(templates, classes, -1).mean(dim=0)
-    text = torch.nn.functional.normalize(text, dim=1).cpu().numpy()
+    text = class_embeddings(text_side(store, store.templates, device))
     return np.concatenate([(t["features"].astype(np.float32) @ text.T).argmax(axis=1) for _, t in store.parts()])

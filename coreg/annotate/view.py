@@ -30,7 +30,7 @@ from accelerate import Accelerator
 from PIL import Image
 
 import coreg.nets
-from coreg.annotate.blocks import DamagedBlockError, read_block
+from coreg.annotate.blocks import DamagedBlockError, read_block, stacked
 from coreg.annotate.manifest import block_files
 from coreg.annotate.settings import ViewConfig, check_view
 from coreg.annotate.store import AnnotationStore
@@ -105,7 +105,7 @@ class View:
         """float16 (N, D)."""
         job = job_hash(self.manifest)
         files = block_files(self.root, self.manifest)
-        return np.concatenate([read_block(file, index, job)[0]["features"] for index, file in enumerate(files)])
+        return stacked((read_block(file, i, job)[0]["features"] for i, file in enumerate(files)), len(self.unreadable))
 
 
 def read_manifest(root: Path) -> dict[str, Any]:

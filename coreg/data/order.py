@@ -6,13 +6,23 @@ A step's batch is a pure function of (seed, epoch, network, step), so a resumed 
 from __future__ import annotations
 
 import numpy as np
+import torch
 
-from coreg.data.keyed import keyed_generator
+from coreg.data.keyed import keyed_generator, keyed_uniform
 
 
 def n_batches(n: int, batch_size: int) -> int:
     """Batches that cover n rows, the last one possibly smaller."""
     return -(-n // batch_size)
+
+
+def drawn_part(rows: np.ndarray, n: int, seed: int) -> np.ndarray:
+    """The first `n` of rows int64 (m,) in an order that the seed draws, in increasing order.
+
+    Every row has a key of its own, so that a smaller part lies within a larger one, whatever other rows there are.
+    """
+    keys = keyed_uniform((seed, "part"), torch.from_numpy(rows), 1)[:, 0].numpy()
+    return np.sort(rows[np.lexsort((rows, keys))[:n]])
 
 
 class ShuffledRows:

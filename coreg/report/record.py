@@ -41,6 +41,8 @@ TRAINED = REPORT | {
     "per_class_split": str,
     "per_class_accuracy": Maybe(Each({"annotator": Maybe(_SHARE), "ensemble": Maybe(_SHARE), "n": _COUNT})),
     "chosen_epoch": Maybe({"epoch": _COUNT, "epochs": _COUNT, "accuracy": Maybe(Each(_SHARE))}),
+    "part": Maybe({"asked": _AMOUNT, "available": _COUNT}),
+    "images": Maybe({"train": _COUNT}),
     "warnings": Maybe([str]),
     "trainable_parameters": Maybe(_COUNT),
 }

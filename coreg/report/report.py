@@ -236,6 +236,8 @@ def summary(report: dict[str, Any], root: Path) -> str:
                     f"{split:<12}{_percent(before, 1):>10}{after:>{wide}.1%}{gain:>8}"
                     f"   (95 % interval {low:.1%} to {high:.1%}, n = {achieved[split]['n']})"
                 )
+    if report.get("part"):
+        lines += ["", f"Trained on {report['images']['train']} of {report['part']['available']} training images."]
     rows = report.get("per_class_accuracy", {})
     if rows:
         width = max(12, *(min(len(name), 28) + 2 for name in rows))

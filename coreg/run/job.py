@@ -35,7 +35,7 @@ from coreg.run import checkpoint
 from coreg.run.folder import RunFolder
 from coreg.run.process import all_or_none, build_accelerator, follow_launcher, main_process_decides
 from coreg.run.state import take_state
-from coreg.run.task import known_labels
+from coreg.run.task import known_labels, training_rows
 from coreg.run.training import Training
 from coreg.run.watch import EXIT_INTERRUPTED, GOES_ON, STOP, Watch
 from coreg.settings import ImageConfig, JobConfig, check_look, check_tracker
@@ -101,7 +101,7 @@ class Run:
 
     def _go_on(self, training: Training, number: int) -> None:
         """From checkpoint `number`; every process reads it, and one says what is wrong with it."""
-        images = int(((self.store.split == 0) & ~self.store.unreadable).sum())
+        images = len(training_rows(self.job, self.store))
         try:
             state = checkpoint.load(self.folder.checkpoints, number)
             take_state(training, state, images, self.accelerator.device)
@@ -302,7 +302,8 @@ def refined(
     view = ViewConfig(**{name: getattr(look, name) for name in names}, workers=job.workers)
     features = "its own features" if job.refine == "own" else look.backbone
     accelerator.print(printable(f"Refining {store.root} by {features}."))
-    store = refine_store(store, folder, RefineConfig(str(folder), job.refine), view, accelerator)
+    part = training_rows(job, store) if job.share != 1 else None
+    store = refine_store(store, folder, RefineConfig(str(folder), job.refine), view, accelerator, part)
     accelerator.print("\n".join(before_and_after(store.manifest)))
     return store
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from coreg.data.images import TRAIN
 from coreg.export import export, spread_rows
 from coreg.files import write_atomically
 from coreg.learn.division import smoothed
@@ -160,16 +161,30 @@ def _record(
     )
 
 
-def finish(run: Run, task: Task, training: Training, method: str, **more: Any) -> dict[str, Any]:
+def finish(
+    run: Run,
+    task: Task,
+    training: Training,
+    method: str,
+    judged: dict[str, dict[str, np.ndarray]] | None = None,
+    parameters: int | None = None,
+    **more: Any,
+) -> dict[str, Any]:
     """Purified labels, exported networks and the report, written by the main process; gives the report.
 
     Args:
         method: its name in the report. more: further fields of the report.
+        judged: for `train` and `test` what `logits_of` gives, where no network of ours predicts; nothing is exported then,
+            and `parameters` is how many the method has.
     """
     job, store, folder = task.job, task.store, run.folder
     chosen = _chosen_epoch(run, task, training)
-    on_train, on_test = logits_of(task, training, task.data), logits_of(task, training, task.test)
-    write_export = _export(task, training, folder.export)
+    if judged is None:
+        on_train, on_test = logits_of(task, training, task.data), logits_of(task, training, task.test)
+        write_export = _export(task, training, folder.export)
+        parameters = sum(p.numel() for p in training.nets[0].backbone.parameters())
+    else:
+        on_train, on_test, write_export = judged["train"], judged["test"], lambda: {"temperature": 1.0}
 
     def write() -> dict[str, Any]:
         exported = write_export()
@@ -184,6 +199,7 @@ def finish(run: Run, task: Task, training: Training, method: str, **more: Any) -
             exported["temperature"],
             run.job.safe_csv,
         )
+        available = int(((store.split == TRAIN) & ~store.unreadable).sum())
         report = build_report(
             method=method,
             store=store,
@@ -194,6 +210,7 @@ def finish(run: Run, task: Task, training: Training, method: str, **more: Any) -
                 split: {name: rows.argmax(axis=1) for name, rows in found.items()}
                 for split, found in (("train", on_train), ("test", on_test))
             },
+            part={"asked": job.share, "available": available} if job.share != 1 else None,
             labels_used=int((task.known >= 0).sum()),
             needs_review=needs_review,
             warnings=[
@@ -202,7 +219,7 @@ def finish(run: Run, task: Task, training: Training, method: str, **more: Any) -
             ],
             last_epoch=training.curves[-1],
             chosen_epoch=chosen.said if chosen else None,
-            parameters=sum(p.numel() for p in training.nets[0].backbone.parameters()),
+            parameters=parameters,
             images_per_second=training.images_seen / training.seconds,
             training_seconds=training.seconds,
             making_batches=training.making_seconds / training.seconds,
@@ -214,8 +231,9 @@ def finish(run: Run, task: Task, training: Training, method: str, **more: Any) -
         )
         record = _record(run, task, training, report, on_train, on_test)
         write_page(folder.root, record)
-        show_end(task.accelerator, task.data, training, record, run.identity)
-        write_atomically(folder.export / "README.md", model_card(report, exported))
+        if judged is None:
+            show_end(task.accelerator, task.data, training, record, run.identity)
+            write_atomically(folder.export / "README.md", model_card(report, exported))
         if chosen and chosen.settings:
             write_atomically(folder.chosen_export / "README.md", _chosen_card(task, chosen, report))
         write_report(folder.report, report)

@@ -15,6 +15,7 @@ from coreg.annotate.store import AnnotationStore
 from coreg.data.decode import decode, no_longer_readable
 from coreg.data.images import TRAIN
 from coreg.data.labels import few_shot_draw, read_labels
+from coreg.data.order import drawn_part
 from coreg.errors import UserError
 from coreg.learn.collective import gather_rows, share
 from coreg.nets.model import CoRegNet
@@ -59,23 +60,42 @@ class Task(Generic[Options]):
     test_labels: np.ndarray
 
 
+def training_rows(job: JobConfig, store: AnnotationStore) -> np.ndarray:
+    """Rows of the images to train on, int64 (n,): the readable ones, or the part of them that `--share` asks for.
+
+    Raises:
+        UserError: more images are asked for than there are, or a part of fewer than 2.
+    """
+    rows = np.flatnonzero((store.split == TRAIN) & ~store.unreadable)
+    asked = getattr(job, "share", 1.0)  # methods that tune the annotator on labelled images alone have no such option
+    if asked == 1:
+        return rows
+    n = int(asked) if asked > 1 else round(asked * len(rows))
+    if not 2 <= n <= len(rows):
+        raise UserError(
+            f"--share {asked:g} is {n} of the {len(rows)} readable training images of {store.root}; ask for at least 2 of "
+            f"them, and for no more than there are"
+        )
+    return drawn_part(rows, n, job.seed)
+
+
 def known_labels(job: JobConfig, store: AnnotationStore) -> np.ndarray:
     """Classes that a person gave, int64 over all rows of the store, -1 elsewhere.
 
     Raises:
         UserError: labels of test images, or no labels to draw from.
     """
-    known = np.full(len(store.paths), -1)
+    known, train = np.full(len(store.paths), -1), training_rows(job, store)
     if job.labels:
         rows, classes = read_labels(job.labels, store.paths, store.class_names)
         held_out = rows[store.split[rows] != TRAIN]
         if len(held_out):
             raise UserError(f"{job.labels} labels test images, such as {store.paths[held_out[0]]}")
-        known[rows] = classes
+        trained = np.isin(rows, train)
+        known[rows[trained]] = classes[trained]
     elif job.few_shot:
         if store.labels is None:
             raise UserError("--few_shot draws from true labels, and the store has none; give your own with --labels FILE")
-        train = np.flatnonzero((store.split == 0) & ~store.unreadable)
         rows = few_shot_draw(store.labels, train, job.few_shot, len(store.class_names), job.seed)
         known[rows] = store.labels[rows]
     return known
@@ -97,7 +117,7 @@ def prepare(run: Run, method: Options, alignment: str = "uniform") -> Task[Optio
     labels = np.full(len(store.paths), -1) if store.labels is None else store.labels
     augmentation = look.augmentation()
 
-    train = np.flatnonzero((store.split == 0) & ~unreadable)
+    train = training_rows(job, store)
     test = np.flatnonzero((store.split == 1) & ~unreadable)
     others = not accelerator.is_main_process  # all find the same, and the main process says it
     if len(train) < 2:

@@ -6,6 +6,7 @@ import numpy as np
 
 # outside of these every prediction is certain, or none says anything
 COLDEST, HOTTEST = 0.05, 20.0
+_ROWS = 4096  # at a time, so that memory is one table of logits
 
 
 def negative_log_likelihood(logits: np.ndarray, classes: np.ndarray, temperature: float) -> float:
@@ -29,13 +30,16 @@ def fit_temperature(logits: np.ndarray, classes: np.ndarray) -> float:
         logits: float (n, C), n at least 1. classes: int64 (n,).
     """
     z = logits.astype(np.float64)
-    z = z - z.max(axis=1, keepdims=True)
-    wanted = z[np.arange(len(z)), classes]
+    z -= z.max(axis=1, keepdims=True)
+    wanted, expected = z[np.arange(len(z)), classes], np.empty(len(z))
     low, high = np.log(COLDEST), np.log(HOTTEST)
     for _ in range(40):
         middle = (low + high) / 2
-        p = np.exp(z / np.exp(middle))
+        for start in range(0, len(z), _ROWS):
+            rows = z[start : start + _ROWS]
+            p = np.exp(rows / np.exp(middle))
+            expected[start : start + _ROWS] = (p * rows).sum(axis=1) / p.sum(axis=1)
         # the slope with respect to 1 / T: positive where the predictions are too sure, and T has to grow
-        slope = ((p * z).sum(axis=1) / p.sum(axis=1) - wanted).mean()
+        slope = (expected - wanted).mean()
         low, high = (middle, high) if slope > 0 else (low, middle)
     return float(np.exp((low + high) / 2))
