@@ -258,7 +258,8 @@ class ClipAnnotator:
         self.towers = load_towers(model, self.device, precision)
         self.preprocess, self.preprocessing = self.towers.preprocess, self.towers.preprocessing
         self.shape = (len(templates), len(class_names))
-        self.text = self._encode(prompts(templates, class_names))
+        with _usable(model):
+            self.text = self._encode(prompts(templates, class_names))
         if not torch.isfinite(self.text).all():
             raise UserError(
                 f"{model.spec} gives text features that are not finite; its weights are damaged, get them again"
