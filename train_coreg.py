@@ -154,7 +154,7 @@ def divide_training_set(task: Task[CoRegOptions], training: Training) -> None:
     divisions, verdicts, log_ps = zip(*(divide_by(task, training, number) for number in (0, 1)))
     training.verdicts, training.weights = list(verdicts), [division.weight for division in divisions]
     names = task.store.class_names
-    training.partial = division_health(divisions, log_ps, task.candidates, task.annotator, task.labels, names)
+    training.partial = division_health(divisions, log_ps, task.candidates, task.zero_shot, task.labels, names)
     training.consider(consensus(log_ps))
 
 

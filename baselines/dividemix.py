@@ -134,7 +134,7 @@ def divide_training_set(task: Task[DivideMixOptions], training: Training, labels
     divisions, verdicts, log_ps = zip(*(divide_by(task, training, labels, number) for number in (0, 1)))
     training.verdicts, training.weights = list(verdicts), [division.weight for division in divisions]
     names = task.store.class_names
-    training.partial = division_health(divisions, log_ps, labels.table, task.annotator, task.labels, names)
+    training.partial = division_health(divisions, log_ps, labels.table, task.zero_shot, task.labels, names)
 
 
 def warm_up(task: Task[DivideMixOptions], training: Training, labels: NoisyLabels) -> Steps:

@@ -60,7 +60,7 @@ from coreg.annotate.transductive import transduce
 from coreg.records import RecordError
 from coreg.report.metrics import accuracy
 from coreg.report.record import read_report, write_report
-from coreg.report.report import build_report
+from coreg.report.report import build_report, without_labels
 from coreg.run.folder import RunFolder
 from coreg.run.process import all_or_none, build_accelerator, main_process_decides
 from coreg.weak.refine import refine
@@ -150,13 +150,15 @@ def judge(store: AnnotationStore, variant: str, folder: RunFolder, command: str)
     started = time.perf_counter()
     classes = classes_of(store)
     samples = {split: np.flatnonzero((store.split == number) & ~store.unreadable) for number, split in enumerate(SPLITS)}
+    predictions = {split: classes[rows] for split, rows in samples.items()}
     report = build_report(
         method=name,
         store=store,
         seed=0,
         candidates=candidate_sets(store)[samples["train"]],
         samples=samples,
-        predictions={split: {"ensemble": classes[rows]} for split, rows in samples.items()},
+        predictions={split: {"ensemble": named} for split, named in predictions.items()},
+        label_free=without_labels(store, "union", samples, predictions),
         templates=template_table(store) if variant == "single" else None,
         wall_seconds=time.perf_counter() - started,
         command=command,

@@ -1,6 +1,9 @@
 """A store made from a store by its images' features: what is in it, what it says of itself, and training on the way."""
 
+import csv
+import dataclasses
 import json
+import re
 import shutil
 
 import numpy as np
@@ -44,6 +47,13 @@ def test_own_features_mend_the_digits(digits, mended):
     near = probs[:, -2] >= 0.3 * probs[:, -1]
     np.testing.assert_array_equal(sets.sum(axis=1), 1 + near)
     assert 0.01 < near.mean() < 0.5
+
+
+def test_the_store_before_it_was_refined(mended, digits, small_store, tmp_path):
+    assert digits.unrefined() is digits and mended.unrefined().hash == digits.hash
+    for place in (tmp_path / "gone", small_store):  # the source is gone, or another store lies there
+        moved = mended.manifest | {"refined": mended.manifest["refined"] | {"source": str(place)}}
+        assert dataclasses.replace(mended, manifest=moved).unrefined() is None
 
 
 def test_it_says_where_it_comes_from_and_what_changed(digits, mended, tmp_path, capsys):
@@ -120,13 +130,32 @@ def test_training_refines_on_the_way_and_resumes(small_store, tmp_path, monkeypa
     train_coreg.main([*words, "--output_dir", str(tmp_path / "a")])
     store = AnnotationStore.open(tmp_path / "a" / "refined")
     report = json.loads((tmp_path / "a" / "report.json").read_text())
-    assert report["annotator"]["name"].startswith("refined by preact_resnet_tiny-12: synthetic:flip")
+    # the report speaks of the annotator as it was; what was made of its evidence stands beside it
+    raw = AnnotationStore.open(small_store)
+    train = raw.split == 0
+    assert report["annotator"]["name"] == raw.manifest["model"]["spec"]
+    assert report["annotator"]["mean_candidates"] == pytest.approx(candidate_sets(raw)[train].sum() / train.sum())
+    mended = store.probs().argmax(axis=1) == store.labels
+    assert report["refined"]["accuracy"] == {"train": mended[train].mean(), "test": mended[~train].mean()}
+    assert report["refined"]["mean_candidates"] == candidate_sets(store)[train].sum() / train.sum()
     assert store.manifest["refined"]["source_hash"] == AnnotationStore.open(small_store).hash
     assert "Refining" in (text := capsys.readouterr().out) and "mean candidates" in text
+    assert re.search(r"accuracy +annotator +refined +Co-Reg", text) and re.search(r"covering rate +\d", text)
+    # so do the scores without labels: the annotator's own sets, not those that were trained on
+    with (tmp_path / "a" / "labels.csv").open() as file:
+        named = {line["path"]: store.class_names.index(line["label"]) for line in csv.DictReader(file)}
+    inside = [candidate_sets(raw)[row, named[raw.paths[row]]] for row in np.flatnonzero(train)]
+    assert report["label_free"]["covering_rate"]["train"] == pytest.approx(np.mean(inside))
+    assert report["label_free"]["approximated_accuracy"]["train"] < np.mean(inside)
+    assert 0 <= report["label_free"]["consensus"] <= 1
+    page = (tmp_path / "a" / "report.html").read_text()
+    assert "refined labels" in page and "covering rate" in page and "consensus" in page
     # the same as training on a store that was refined before
     train_coreg.main(["--annotations", str(store.root), *SMALL_JOB, "--output_dir", str(tmp_path / "b")])
     before, after = (final_state(tmp_path / name)["learners"][0] for name in "ab")
     assert all((before[key] == after[key]).all() for key in before)
+    again = json.loads((tmp_path / "b" / "report.json").read_text())
+    assert again["label_free"] == report["label_free"] and "refined" not in again
     # killed and started again; finished and started again; another choice
     with killed_at(monkeypatch, 1):
         train_coreg.main([*words, "--output_dir", str(tmp_path / "c")])

@@ -65,14 +65,25 @@ def test_seeds_become_mean_and_standard_deviation(tmp_path, capsys):
     assert err == []
     mean, sd = 100 * statistics.mean(shares), 100 * statistics.stdev(shares)
     (coreg,) = (row for row in rows_of(out) if row[0] == "Co-Reg")
-    assert coreg == ["Co-Reg", f"{mean:.1f} ± {sd:.1f}", "95.0 ± 0.0", "3", "0", "30", "0.31", "101", "110"]
+    assert coreg == ["Co-Reg", f"{mean:.1f} ± {sd:.1f}", "95.0 ± 0.0", *"–––", "3", "0", "30", "0.31", "101", "110"]
     (kd,) = (row for row in rows_of(out) if row[0] == "KD, averaged")
-    assert kd[1] == "80.0 (77.0–83.0)" and kd[3] == "1"
+    assert kd[1] == "80.0 (77.0–83.0)" and kd[6] == "1"
     lines = csv.DictReader(io.StringIO(printed(capsys, tmp_path, "--format", "csv")[0]))
     (line,) = (row for row in lines if row["test_sd"])
     assert float(line["test_mean"]) == pytest.approx(statistics.mean(shares), abs=1e-15)
     assert float(line["test_sd"]) == pytest.approx(statistics.stdev(shares), abs=1e-15)
     assert line["seeds"] == "0 1 2" and line["test_low"] == "" and line["parameters"] == "307722.0"
+
+
+def test_scores_without_labels_are_means_over_the_runs_that_have_them(tmp_path, capsys):
+    for seed, (covered, consensus) in enumerate([(0.8, 0.9), (0.9, 0.96)]):
+        scores = {"covering_rate": {"train": covered, "test": 0.1}, "consensus": consensus}
+        write(tmp_path / f"coreg-{seed}", report(seed=seed, label_free=scores), seed=seed)
+    write(tmp_path / "coreg-2", report(seed=2), seed=2)  # of an older version
+    (coreg,) = (row for row in rows_of(printed(capsys, tmp_path)[0]) if row[0] == "Co-Reg")
+    assert coreg[3:6] == ["85.0", "–", "93.0"]
+    (line,) = csv.DictReader(io.StringIO(printed(capsys, tmp_path, "--format", "csv")[0]))
+    assert float(line["covering_rate"]) == pytest.approx(0.85) and line["approximated_accuracy"] == ""
 
 
 def test_families_stand_in_the_order_of_the_papers_and_the_best_first(tmp_path, capsys):
@@ -108,7 +119,7 @@ def test_rows_are_told_apart_by_settings_and_labels_but_not_by_places(tmp_path, 
         write(tmp_path / f"b{seed}", report(seed=seed), epochs=360, **common)
         write(tmp_path / f"d{seed}", report(seed=seed), epochs=30, contrast_weight=0, **common)
     write(tmp_path / "c", report(labels_used=40), epochs=30, seed=0)
-    found = {tuple(row[i] for i in (0, 3, 4, 5)) for row in rows_of(printed(capsys, tmp_path)[0]) if row[0][:2] == "Co"}
+    found = {tuple(row[i] for i in (0, 6, 7, 8)) for row in rows_of(printed(capsys, tmp_path)[0]) if row[0][:2] == "Co"}
     assert found == {
         ("Co-Reg", "2", "0", "30"), ("Co-Reg", "2", "0", "360"), ("Co-Reg (contrast\\_weight 0)", "2", "0", "30"),
         ("Co-Reg", "1", "40", "30"),
@@ -119,7 +130,7 @@ def test_a_run_given_twice_counts_once_and_a_repeated_seed_is_left_out(tmp_path,
     write(tmp_path / "a", report())
     write(tmp_path / "b", report())
     out, err = printed(capsys, tmp_path / "a", tmp_path / "a" / "report.json", tmp_path)
-    assert next(row for row in rows_of(out) if row[0] == "Co-Reg")[3] == "1"
+    assert next(row for row in rows_of(out) if row[0] == "Co-Reg")[6] == "1"
     assert len(err) == 1 and "b/report.json repeats" in err[0]
 
 
@@ -167,7 +178,7 @@ def test_missing_truth_and_times_are_dashes(tmp_path, capsys):
     write(tmp_path / "a", bare)
     write(tmp_path / "b", report("KD, averaged", test=None))
     out, _ = printed(capsys, tmp_path)
-    assert ["Co-Reg", "–", "–", "1", "0", "–", "–", "–", "–"] in rows_of(out)
+    assert ["Co-Reg", *"–––––", "1", "0", *"––––"] in rows_of(out)
     assert next(row for row in rows_of(out) if row[0].startswith("KD"))[1:3] == ["–", "95.0 (92.0–98.0)"]
     assert "Co-Reg" in printed(capsys, tmp_path, "--format", "csv")[0]
     assert "Co-Reg" in printed(capsys, tmp_path, "--format", "html")[0]
@@ -191,7 +202,7 @@ def test_what_was_changed_since_a_report_was_written_is_left_out(tmp_path, capsy
     (tmp_path / "settings" / "config.yaml").write_text("lr: 0.5\n")
     (tmp_path / "alone" / "config.yaml").unlink()  # a report that was copied without its folder
     out, err = printed(capsys, tmp_path / "alone", tmp_path / "flipped", tmp_path / "settings")
-    assert [row[3] for row in rows_of(out) if row[0] == "Co-Reg"] == ["1"]
+    assert [row[6] for row in rows_of(out) if row[0] == "Co-Reg"] == ["1"]
     assert len(err) == 2 and "flipped/report.json is no report of a run (its checksum is wrong)" in err[0]
     assert "settings/config.yaml was changed after report.json had been written" in err[1]
 
@@ -278,7 +289,7 @@ def test_names_cannot_break_out():
         assert "\x1b" not in text
     # one line, and nine cells: every bar of the name is escaped
     (line,) = (line for line in markdown.splitlines() if "alert" in line and line.startswith("|"))
-    assert len(re.split(r"(?<!\\)\|", line)) == 11 and not re.search(r"(?<!\\)[<>`]", line)
+    assert len(re.split(r"(?<!\\)\|", line)) == 14 and not re.search(r"(?<!\\)[<>`]", line)
     (head, row) = csv.reader(io.StringIO(table))
     assert len(head) == len(row) and row[0].startswith("'=") and row[1].startswith("'@")
 

@@ -9,9 +9,12 @@ from sklearn.metrics import accuracy_score, recall_score
 from coreg.learn.division import Division
 from coreg.report.metrics import (
     accuracy,
+    approximated_accuracy,
     collapse_warnings,
     consensus,
+    covering_rate,
     division_health,
+    label_free_scores,
     mean_prediction_entropy,
     per_class_accuracy,
     wilson_interval,
@@ -85,6 +88,58 @@ def test_consensus_is_agreement_times_balance():
     assert consensus([sure, other]) == pytest.approx(0.75 * (1 + balance) / 2)
     collapsed = np.log(np.array([[1 - 1e-9, 1e-9]] * 4))
     assert consensus([collapsed, collapsed]) < 1e-6  # they agree on everything, and it is worth nothing
+
+
+def by_hand(probs, predictions, candidates):
+    """Covering rate and approximated accuracy, image by image and class by class."""
+    covered, mass = 0, 0.0
+    for p, named, among in zip(probs, predictions, candidates):
+        inside = sum(p[k] for k in range(len(p)) if among[k])
+        covered += named >= 0 and bool(among[named])
+        mass += sum(p[k] / inside for k in range(len(p)) if among[k] and k != named) if inside else 1.0
+    return covered / len(probs), 1 - mass / len(probs)
+
+
+def test_covering_rate_and_approximated_accuracy_against_loops():
+    rng = np.random.default_rng(0)
+    probs = rng.dirichlet(np.ones(5), 200)
+    candidates = rng.random((200, 5)) < 0.4
+    candidates[np.arange(200), rng.integers(0, 5, 200)] = True
+    for predictions in (probs.argmax(axis=1), rng.integers(0, 5, 200), rng.integers(-1, 5, 200)):
+        rate, approximated = by_hand(probs, predictions, candidates)
+        assert covering_rate(predictions, candidates) == pytest.approx(rate)
+        shifted = np.log(probs) + rng.normal(size=(200, 1))  # logits are log probabilities up to a number a row
+        assert approximated_accuracy(shifted, predictions, candidates) == pytest.approx(approximated)
+        assert approximated <= rate
+    assert 0.2 < rate < 0.9
+
+
+def test_covering_where_there_is_nothing_to_judge():
+    probs = np.array([[0.7, 0.3], [0.2, 0.8]])
+    named, everything = probs.argmax(axis=1), np.ones((2, 2), dtype=bool)
+    # full sets are covered by whatever one names
+    assert covering_rate(named, everything) == 1.0
+    assert approximated_accuracy(np.log(probs), named, everything) == pytest.approx(0.75)
+    # one candidate each: the probability within the set is 1, or the prediction lies outside
+    single = np.array([[True, False], [True, False]])
+    assert covering_rate(named, single) == approximated_accuracy(np.log(probs), named, single) == 0.5
+    nothing = np.full(2, -1)
+    assert covering_rate(nothing, everything) == approximated_accuracy(np.log(probs), nothing, everything) == 0.0
+    # probabilities that underflow: the prediction lies outside and counts nothing, and nothing is divided by 0
+    sure = np.array([[0.0, -1e4], [0.0, -1e4]], dtype=np.float32)
+    assert approximated_accuracy(sure, np.zeros(2, int), ~single) == 0.0
+    assert approximated_accuracy(sure, np.zeros(2, int), everything) == 1.0
+
+
+def test_scores_without_labels_leave_out_what_cannot_be_had():
+    sets = {"train": np.eye(2, dtype=bool), "test": np.zeros((0, 2), dtype=bool)}
+    named = {"train": np.array([0, 0]), "test": np.zeros(0, dtype=int)}
+    assert label_free_scores(sets, named) == {"covering_rate": {"train": 0.5}}
+    log_p = np.log(np.array([[0.9, 0.1], [0.4, 0.6]]))
+    given = label_free_scores(sets, named, {"train": log_p, "test": np.zeros((0, 2))}, [log_p, log_p])
+    assert given["approximated_accuracy"] == {"train": pytest.approx(0.5)}
+    assert given["consensus"] == consensus([log_p, log_p])
+    assert "consensus" not in label_free_scores(sets, named, networks=[log_p])
 
 
 def test_collapse_is_put_into_words():

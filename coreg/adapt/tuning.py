@@ -30,7 +30,7 @@ from coreg.report.metrics import collapse_warnings
 from coreg.report.page import write_page
 from coreg.report.page_record import RunRecord, Split
 from coreg.report.record import write_report
-from coreg.report.report import build_report, write_labels
+from coreg.report.report import build_report, without_labels, write_labels
 from coreg.run.job import Run
 from coreg.run.process import all_or_none, main_process_decides
 from coreg.run.training import Batch, Training
@@ -306,6 +306,7 @@ def finish(
             candidates=candidate_sets(store, job.candidates)[train],
             samples=labelled.samples,
             predictions={split: {"ensemble": classes} for split, classes in named.items()},
+            label_free=without_labels(store, job.candidates, labelled.samples, named, logits),
             labels_used=len(labelled.rows),
             needs_review=needs_review,
             warnings=collapse_warnings(named["train"][named["train"] >= 0], store.class_names),

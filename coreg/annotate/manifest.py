@@ -28,6 +28,7 @@ KIND = {
     "data_root": str,
     "hashed_spec": Maybe(str),
     "notes": Maybe([str]),
+    "refined": Maybe({"source": str, "source_hash": str}),
 }
 
 

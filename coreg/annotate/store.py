@@ -156,6 +156,16 @@ class AnnotationStore:
         place = self.manifest["data_root"] if data_root is None else str(absolute_path(data_root))
         return dataclasses.replace(self, manifest=moved(self.manifest, spec, place))
 
+    def unrefined(self) -> AnnotationStore | None:
+        """The store as its annotator gave it: itself, or what it was refined from; None where that is gone or another."""
+        if "refined" not in self.manifest:
+            return self
+        try:
+            source = AnnotationStore.open(self.manifest["refined"]["source"])
+        except UserError:
+            return None
+        return source if source.hash == self.manifest["refined"]["source_hash"] else None
+
     def images(self) -> ImageList:
         """Open the images that were annotated, with labels in this store's classes.
 

@@ -83,6 +83,7 @@ def model_card(report: dict[str, Any], settings: dict[str, Any], which: str = ""
     names, annotator = settings["class_names"], report["annotator"]
     known = report["labels_used"]
     labels = "No label was used in training." if not known else f"{known} labels that a person gave were used in training."
+    mended = f", refined to {report['refined']['mean_candidates']:.2f}" if "refined" in report else ""
     title = f"{len(names)} classes from {escaped(public_name(report['dataset']))}"
     nets = f"{settings['nets']} networks" if settings["nets"] > 1 else "One network"
     lines = [
@@ -91,7 +92,7 @@ def model_card(report: dict[str, Any], settings: dict[str, Any], which: str = ""
         "",
         f"{nets} of {report['parameters'] / 1e6:.2f} M parameters, trained with {escaped(report['method'])} on "
         f"{report['images']['train']} images that {escaped(public_name(annotator['name']))} annotated with "
-        f"{annotator['mean_candidates']:.2f} candidate classes each. {labels}",
+        f"{annotator['mean_candidates']:.2f} candidate classes each{mended}. {labels}",
         *([which] if which else []),
         "",
         "## How good it is",

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+from scipy.special import logsumexp
 
 from coreg.learn.division import Division
 
@@ -49,6 +51,55 @@ def consensus(log_ps: Sequence[np.ndarray]) -> float:
     """
     first, second = (log_p.argmax(axis=1) for log_p in log_ps)
     return float((first == second).mean() * np.mean([mean_prediction_entropy(log_p) for log_p in log_ps]))
+
+
+def covering_rate(predictions: np.ndarray, candidates: np.ndarray) -> float:
+    """Share of images whose predicted class is among their candidates ("covering rate" of PLENCH, Wang et al. 2025).
+
+    Args:
+        predictions: int64 (n,), -1 for none, which is never covered; n >= 1. candidates: bool (n, C).
+    """
+    return float(((predictions >= 0) & candidates[np.arange(len(predictions)), predictions]).mean())
+
+
+def approximated_accuracy(log_p: np.ndarray, predictions: np.ndarray, candidates: np.ndarray) -> float:
+    """How sure predictions are of their class among the candidates ("approximated accuracy" of PLENCH, Wang et al. 2025).
+
+    1 minus the mean over the images of the probability, normalised within the candidate set, that is not on the predicted
+    class: all of it where that is no candidate. So it is never above `covering_rate`.
+
+    Args:
+        log_p: (n, C) log probabilities, up to a number a row, n >= 1. predictions, candidates: see `covering_rate`.
+    """
+    rows = np.arange(len(log_p))
+    within = np.where(candidates, log_p.astype(np.float64), -np.inf)
+    covered = (predictions >= 0) & candidates[rows, predictions]
+    ratio = within[covered] - within[rows, predictions][covered, None]
+    return float(np.exp(-logsumexp(ratio, axis=1)).sum() / len(log_p))
+
+
+def label_free_scores(
+    candidates: dict[str, np.ndarray],
+    predictions: dict[str, np.ndarray],
+    log_p: dict[str, np.ndarray] | None = None,
+    networks: Sequence[np.ndarray] = (),
+) -> dict[str, Any]:
+    """What can be said of a method without any label, for comparing runs.
+
+    Args:
+        candidates: for `train` and `test` bool (n, C), the annotator's own sets, whatever was made of them for training.
+        predictions: for `train` and `test` int64 (n,), -1 for none. log_p: (n, C) where there are probabilities.
+        networks: (N, C) log probabilities of each network for the training images; `consensus` is of two.
+
+    Returns:
+        `covering_rate` and `approximated_accuracy` by split, and `consensus`; what cannot be had is left out.
+    """
+    filled = [split for split, predicted in predictions.items() if len(predicted)]
+    scores: dict[str, Any] = {"covering_rate": {s: covering_rate(predictions[s], candidates[s]) for s in filled}}
+    if log_p is not None:
+        found = {s: approximated_accuracy(log_p[s], predictions[s], candidates[s]) for s in filled}
+        scores["approximated_accuracy"] = found
+    return scores | ({"consensus": consensus(networks)} if len(networks) == 2 else {})
 
 
 def division_health(

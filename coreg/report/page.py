@@ -92,6 +92,7 @@ def _is_judged(record: RunRecord) -> bool:
 
 def _intervals(record: RunRecord, name: str, split: Split) -> str:
     known = split.labels >= 0
+    n = int(known.sum())
     predictions = {"annotator": split.annotator} if _is_judged(record) else {}
     predictions[record.method] = split.predicted
     if len(split.networks) > 1:
@@ -99,9 +100,10 @@ def _intervals(record: RunRecord, name: str, split: Split) -> str:
     rows = []
     for number, (who, predicted) in enumerate(predictions.items(), start="annotator" not in predictions):
         share = accuracy(predicted, split.labels)
-        rows.append(
-            Interval(who, share, *wilson_interval(share, int(known.sum())), ("muted", "a", "b", "c")[min(number, 3)])
-        )
+        rows.append(Interval(who, share, *wilson_interval(share, n), ("muted", "a", "b", "c")[min(number, 3)]))
+    mended = record.report.get("refined", {}).get("accuracy", {}).get("test" if split is record.test else "train")
+    if mended is not None:
+        rows.insert(int(_is_judged(record)), Interval("refined labels", mended, *wilson_interval(mended, n), "muted"))
     before, after = (p[known] == split.labels[known] for p in (split.annotator, split.predicted))
     paired = (
         f" {int((~before & after).sum()):,} of the annotator’s {int((~before).sum()):,} mistakes are set right, "
@@ -115,7 +117,7 @@ def _intervals(record: RunRecord, name: str, split: Split) -> str:
 
 def _health(record: RunRecord) -> str:
     """What can be said without any label."""
-    train = record.train
+    report, train = record.report, record.train
     named = [logits.argmax(axis=1) for logits in train.networks.values()]
     counts = np.bincount(train.predicted, minlength=len(record.class_names))
     entropy = mean_prediction_entropy(np.log(np.maximum(train.opinion, 1e-300)))
@@ -126,8 +128,17 @@ def _health(record: RunRecord) -> str:
         facts["images on which both networks agree"] = percent((named[0] == named[1]).mean())
     if record.weights:
         facts["candidate sets that are trusted"] = percent(np.mean([(weight > 0.5).mean() for weight in record.weights]))
-    if "needs_review" in record.report:
-        facts["labels worth a look (labels.csv)"] = f"{record.report['needs_review']:,}"
+    scores = report.get("label_free", {})
+    if "train" in scores.get("covering_rate", {}):
+        facts["predictions among the annotator’s candidates (covering rate)"] = percent(scores["covering_rate"]["train"])
+    if "train" in scores.get("approximated_accuracy", {}):
+        facts["probability on them, within the candidates (approximated accuracy)"] = percent(
+            scores["approximated_accuracy"]["train"]
+        )
+    if "consensus" in scores:
+        facts["agreement times balance of both networks (consensus)"] = percent(scores["consensus"])
+    if "needs_review" in report:
+        facts["labels worth a look (labels.csv)"] = f"{report['needs_review']:,}"
     facts["classes that are named at all"] = f"{int((counts > 0).sum())} of {len(counts)}"
     facts["balance of the classes (1 is even)"] = f"{entropy:.2f}"
     tiles = "".join(f"<div><dt>{text(name)}</dt><dd>{text(value)}</dd></div>" for name, value in facts.items())

@@ -24,6 +24,14 @@ REPORT = {
     "seed": Number(),
     "labels_used": _COUNT,
     "accuracy": Maybe(Each({"ensemble": _SHARE, "interval": [_SHARE], "n": Maybe(_COUNT)})),
+    "refined": Maybe({"features": str, "accuracy": Maybe(Each(_SHARE))}),
+    "label_free": Maybe(
+        {
+            "covering_rate": Maybe(Each(_SHARE)),
+            "approximated_accuracy": Maybe(Each(_SHARE)),
+            "consensus": Maybe(_SHARE),
+        }
+    ),
     "templates": Maybe(Each(Each(_SHARE))),
     "parameters": Maybe(_AMOUNT),
     "training_seconds": Maybe(_AMOUNT),

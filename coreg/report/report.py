@@ -7,18 +7,19 @@ import importlib.metadata
 import os
 import platform
 import resource
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from coreg.annotate.candidates import mean_candidates, partial_accuracy
+from coreg.annotate.candidates import candidate_sets, mean_candidates, partial_accuracy
 from coreg.annotate.store import AnnotationStore
 from coreg.data.folders import unmatched_folders
 from coreg.files import replacing
 from coreg.plaintext import csv_rows, printable
-from coreg.report.metrics import accuracy, per_class_accuracy, wilson_interval
+from coreg.report.metrics import accuracy, label_free_scores, per_class_accuracy, wilson_interval
 from coreg.report.record import SCHEMA
 
 PACKAGES = (
@@ -205,12 +206,48 @@ def build_report(
     )
 
 
+def without_labels(
+    store: AnnotationStore,
+    rule: str,
+    samples: dict[str, np.ndarray],
+    predictions: dict[str, np.ndarray],
+    log_p: dict[str, np.ndarray] | None = None,
+    networks: Sequence[np.ndarray] = (),
+) -> dict[str, Any] | None:
+    """`label_free_scores` against the annotator's own candidate sets; None where a refined store's source is gone.
+
+    Args:
+        store: what was annotated, refined or not. rule: of candidate sets. samples: rows of the store by split.
+    """
+    source = store.unrefined()
+    if source is None:
+        return None
+    sets = candidate_sets(source, rule)
+    return label_free_scores({split: sets[rows] for split, rows in samples.items()}, predictions, log_p, networks)
+
+
 def known_labels_lines(report: dict[str, Any]) -> list[str]:
     """Of how many images the truth is known, and which folders are called like no class, as far as the report says so."""
     images, labelled, folders = (report.get(key, {}) for key in ("images", "labelled", "unmatched_folders"))
     counts = [f"{labelled[split]} of {images[split]} {split} images" for split in images if labelled.get(split)]
     lines = [f"Labels are known for {' and '.join(counts)}."] if counts else []
     return lines + ([f"Called like no class: {', '.join(folders)}."] if folders else [])
+
+
+def label_free_lines(report: dict[str, Any]) -> list[str]:
+    """The scores that compare runs without labels, as far as the report has them."""
+    scores = report.get("label_free", {})
+    shares = {name: scores.get(name.replace(" ", "_"), {}) for name in ("covering rate", "approximated accuracy")}
+    splits = next(iter(shares.values()))
+    if not splits:
+        return []
+    head = "".join(f"{split:>8}" for split in splits)
+    lines = ["", f"{'without labels':<24}{head}   (train: the images that were trained on)"]
+    for name, found in shares.items():
+        if found:
+            lines.append(f"{name:<24}" + "".join(f"{_percent(found.get(split), 1):>8}" for split in splits))
+    lines += [f"{'consensus':<24}{scores['consensus']:>8.1%}"] if "consensus" in scores else []
+    return lines
 
 
 def _percent(share: float | None, digits: int = 0) -> str:
@@ -225,15 +262,18 @@ def summary(report: dict[str, Any], root: Path) -> str:
         f"{report['dataset']}: {report['annotator']['name']} annotated, {report['method']} trained (seed {report['seed']})",
     ]
     zero_shot, achieved = report["annotator"].get("zero_shot_accuracy", {}), report.get("accuracy", {})
+    mended = report.get("refined", {}).get("accuracy", {})
     if achieved:
-        lines += ["", f"{'accuracy':<12}{'annotator':>10}{report['method']:>{wide}}{'gain':>8}"]
+        between = f"{'refined':>10}" if mended else ""
+        lines += ["", f"{'accuracy':<12}{'annotator':>10}{between}{report['method']:>{wide}}{'gain':>8}"]
         for split in ("train", "test"):
             if split in achieved:
                 before, after = zero_shot.get(split), achieved[split]["ensemble"]
+                between = f"{_percent(mended.get(split), 1):>10}" if mended else ""
                 low, high = achieved[split]["interval"]
                 gain = "" if before is None else f"{100 * (after - before):+.1f}"
                 lines.append(
-                    f"{split:<12}{_percent(before, 1):>10}{after:>{wide}.1%}{gain:>8}"
+                    f"{split:<12}{_percent(before, 1):>10}{between}{after:>{wide}.1%}{gain:>8}"
                     f"   (95 % interval {low:.1%} to {high:.1%}, n = {achieved[split]['n']})"
                 )
     if report.get("part"):
@@ -252,6 +292,7 @@ def summary(report: dict[str, Any], root: Path) -> str:
     else:
         lines.append("No true labels are known, so there is no accuracy to report.")
     lines += known_labels_lines(report)
+    lines += label_free_lines(report)
     chosen = report.get("chosen_epoch", {})
     if chosen.get("accuracy"):
         found = ", ".join(f"{share:.1%} on {split} images" for split, share in chosen["accuracy"].items())

@@ -26,10 +26,26 @@ FAMILIES: dict[str, tuple[str, ...]] = {
 }
 OTHERS = "Other methods"
 TEST, TRAIN = "test", "train"
-HEAD = ("method", "test %", "train %", "runs", "labels", "epochs", "M parameters", "training s", "wall s")
+WITHOUT_LABELS = ("covering_rate", "approximated_accuracy", "consensus")
+HEAD = (
+    "method",
+    "test %",
+    "train %",
+    "covering %",
+    "approximated %",
+    "consensus %",
+    "runs",
+    "labels",
+    "epochs",
+    "M parameters",
+    "training s",
+    "wall s",
+)
 READING = (
     "Accuracy of the last epoch; ± is the standard deviation over seeds (n − 1), in parentheses stands the 95 % Wilson "
-    "interval of a single run. Labels: true labels that training saw. Parameters are of one network, seconds the mean of "
+    "interval of a single run. Covering, approximated, consensus: means of what can be had without labels, on the training "
+    "images: the share of predictions among the annotator's candidates, how sure they are within them, and agreement times "
+    "balance of two networks. Labels: true labels that training saw. Parameters are of one network, seconds the mean of "
     "a run."
 )
 
@@ -71,6 +87,13 @@ class Row:
         """Mean of a number over the runs that have it."""
         values = [run.report[name] for run in self.runs if run.report.get(name) is not None]
         return statistics.fmean(values) if values else None
+
+    def without_labels(self, name: str) -> float | None:
+        """Mean over the runs of a score that needs no labels, on the training images."""
+        scores = [(run.report.get("label_free") or {}).get(name) for run in self.runs]
+        values = [score.get(TRAIN) if isinstance(score, dict) else score for score in scores]
+        known = [value for value in values if value is not None]
+        return statistics.fmean(known) if known else None
 
     @property
     def epochs(self) -> str | None:
@@ -171,6 +194,7 @@ def cells(row: Row) -> list[str]:
         row.name,
         spread(row, TEST),
         spread(row, TRAIN),
+        *("–" if score is None else f"{100 * score:.1f}" for score in map(row.without_labels, WITHOUT_LABELS)),
         str(len(row.runs)),
         str(row.runs[0].report["labels_used"]),
         row.epochs or "–",
@@ -209,12 +233,14 @@ def as_csv(tables: Sequence[Table]) -> str:
     write = csv_rows(file, safe=True)
     judged = [f"{split}_{what}" for split in (TEST, TRAIN) for what in ("mean", "sd", "low", "high")]
     names = ("parameters", "training_seconds", "wall_seconds")
-    write(["dataset", "annotator", "family", "method", "special", "seeds", *judged, "labels_used", "epochs", *names])
+    heading = ["dataset", "annotator", "family", "method", "special", "seeds", *judged, *WITHOUT_LABELS]
+    write([*heading, "labels_used", "epochs", *names])
     for shown in tables:
         for row in shown.rows:
             seeds = " ".join(str(run.report["seed"]) for run in row.runs)
             words = [shown.dataset, shown.annotator, row.family, row.method, row.special, seeds]
             numbers = [number for split in (TEST, TRAIN) for number in _numbers(row, split)]
+            numbers += map(row.without_labels, WITHOUT_LABELS)
             numbers += [row.runs[0].report["labels_used"], row.epochs, *(row.mean(name) for name in names)]
             write([*map(printable, words), *numbers])
     return file.getvalue()

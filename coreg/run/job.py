@@ -61,6 +61,7 @@ NOT_THE_JOB = (
 class Run:
     """A job that holds its run folder.
 
+    store: what is trained on; annotated: the same before `--refine`.
     known: int64 over all rows of the store, classes that a person gave, -1 elsewhere. command: as it was typed.
     identity: what makes the job what it is, plain values. settings: every option. held: locks, let go of at the end.
     started: when the process began, on the clock of `time.perf_counter`.
@@ -69,6 +70,7 @@ class Run:
     accelerator: Accelerator
     folder: RunFolder
     store: AnnotationStore
+    annotated: AnnotationStore
     known: np.ndarray
     job: JobConfig
     look: ImageConfig | None
@@ -267,12 +269,12 @@ def open_run(
             )
         if look is not None and (advice := other_pixels(look)):
             accelerator.print(printable(advice))
-        command = shlex.join([script, *argv])
+        command, annotated = shlex.join([script, *argv]), store
         if refines(job):
             if job.annotations:
                 main_process_decides(accelerator, lambda: held.enter_context(folder.locked()))
             store = refined(store, folder.root / "refined", job, look, accelerator)
-        yield Run(accelerator, folder, store, known, job, look, identity, all_settings, command, started, held)
+        yield Run(accelerator, folder, store, annotated, known, job, look, identity, all_settings, command, started, held)
 
 
 def finished_report(folder: RunFolder) -> dict[str, Any]:

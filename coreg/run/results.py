@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.special import log_softmax
 
+from coreg.annotate.candidates import candidate_sets, mean_candidates, partial_accuracy
 from coreg.data.images import TRAIN
 from coreg.export import export, spread_rows
 from coreg.files import write_atomically
@@ -23,7 +25,7 @@ from coreg.report.metrics import accuracy, collapse_warnings, consensus, few_sho
 from coreg.report.page import write_page
 from coreg.report.page_record import RunRecord, Split
 from coreg.report.record import write_report
-from coreg.report.report import accuracies, build_report, per_class, without_missing, write_labels
+from coreg.report.report import accuracies, build_report, per_class, without_labels, without_missing, write_labels
 from coreg.run.batches import TrainingImages
 from coreg.run.job import Run
 from coreg.run.process import main_process_decides
@@ -142,7 +144,7 @@ def _record(
             losses[-1][fitted] = smoothed(np.stack(history)[:, fitted])
     test = None
     if task.test is not None:
-        zero_shot = store.probs()[task.test.samples.numpy()].argmax(axis=1)
+        zero_shot = task.annotated.probs()[task.test.samples.numpy()].argmax(axis=1)
         test = Split(on_test, zero_shot, task.test_labels, temperature)
     return RunRecord(
         report=report,
@@ -153,12 +155,50 @@ def _record(
         class_names=store.class_names,
         paths=[store.paths[row] for row in task.data.samples.tolist()],
         pixels=lambda rows: task.data.pixels(rows).cpu().numpy(),
-        train=Split(on_train, task.annotator, task.labels, temperature),
+        train=Split(on_train, task.zero_shot, task.labels, temperature),
         test=test,
         known=task.known,
         weights=training.weights,
         losses=losses,
     )
+
+
+def _samples(task: Task) -> dict[str, np.ndarray]:
+    """Rows of the store by split."""
+    test = np.zeros(0, dtype=np.int64) if task.test is None else task.test.samples.numpy()
+    return {"train": task.data.samples.numpy(), "test": test}
+
+
+def _without_labels(task: Task, logits: dict[str, dict[str, np.ndarray]], temperature: float) -> dict[str, Any] | None:
+    """What the report says without labels.
+
+    Args:
+        logits: as of `logits_of`, by split. temperature: of the networks' mean logits, as in labels.csv.
+    """
+    own = {split: found["ensemble"] for split, found in logits.items() if found}
+    nets = [rows for name, rows in logits["train"].items() if name != "ensemble"]
+    return without_labels(
+        task.annotated,
+        task.job.candidates,
+        _samples(task),
+        {split: rows.argmax(axis=1) for split, rows in own.items()},
+        {split: rows / (max(len(nets), 1) * temperature) for split, rows in own.items()},
+        [log_softmax(rows.astype(np.float64), axis=1) for rows in nets],
+    )
+
+
+def _refined(task: Task) -> dict[str, Any] | None:
+    """What the report says of the evidence that `--refine` made; None without."""
+    if task.store is task.annotated:
+        return None
+    best = task.store.probs().argmax(axis=1)
+    truth = {"train": task.labels, "test": task.test_labels}
+    return {
+        "features": task.store.manifest["refined"].get("view", "own"),
+        "accuracy": {split: accuracy(best[rows], truth[split]) for split, rows in _samples(task).items()},
+        "partial_accuracy": partial_accuracy(task.candidates, task.labels),
+        "mean_candidates": mean_candidates(task.candidates),
+    }
 
 
 def finish(
@@ -195,22 +235,27 @@ def finish(
             paths,
             on_train,
             training.weights,
-            task.annotator,
+            task.zero_shot,
             exported["temperature"],
             run.job.safe_csv,
         )
         available = int(((store.split == TRAIN) & ~store.unreadable).sum())
+        refined, samples = _refined(task), _samples(task)
         report = build_report(
             method=method,
-            store=store,
+            store=task.annotated,
             seed=job.seed,
-            candidates=task.candidates,
-            samples={"train": task.data.samples.numpy(), "test": [] if task.test is None else task.test.samples.numpy()},
+            candidates=task.candidates
+            if refined is None
+            else candidate_sets(task.annotated, job.candidates)[samples["train"]],
+            samples=samples,
             predictions={
                 split: {name: rows.argmax(axis=1) for name, rows in found.items()}
                 for split, found in (("train", on_train), ("test", on_test))
             },
             part={"asked": job.share, "available": available} if job.share != 1 else None,
+            refined=refined,
+            label_free=_without_labels(task, {"train": on_train, "test": on_test}, exported["temperature"]),
             labels_used=int((task.known >= 0).sum()),
             needs_review=needs_review,
             warnings=[

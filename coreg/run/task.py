@@ -36,7 +36,8 @@ class Task(Generic[Options]):
     job, look, method: the options common to all scripts, and the method's own.
     candidates: bool (N, C), row i of the training images; table: the same on the device. usable: bool (N,), False where
     no template named a class. prior: (C,) for distribution alignment. labels: int64 (N,), -1 unknown, read by reports
-    alone. annotator: int64 (N,), its zero-shot prediction. known: int64 (N,), classes that a person gave, -1 elsewhere;
+    alone. annotator: int64 (N,), the best class of the evidence that is trained on; zero_shot: the same before `--refine`,
+    for reports. annotated: the store before `--refine`. known: int64 (N,), classes that a person gave, -1 elsewhere;
     repeated: rows of them that P gets on top; extra: rows of them for an extra supervised term.
     test: the test images with their labels, or None.
     """
@@ -46,6 +47,7 @@ class Task(Generic[Options]):
     look: ImageConfig
     method: Options
     store: AnnotationStore
+    annotated: AnnotationStore
     data: TrainingImages
     candidates: np.ndarray
     table: Tensor
@@ -53,6 +55,7 @@ class Task(Generic[Options]):
     prior: np.ndarray
     labels: np.ndarray
     annotator: np.ndarray
+    zero_shot: np.ndarray
     known: np.ndarray
     repeated: np.ndarray
     extra: np.ndarray
@@ -156,6 +159,7 @@ def prepare(run: Run, method: Options, alignment: str = "uniform") -> Task[Optio
         look=look,
         method=method,
         store=store,
+        annotated=run.annotated,
         data=on_device(train_pixels, train),
         candidates=candidates,
         table=torch.from_numpy(candidates).to(accelerator.device),
@@ -163,6 +167,7 @@ def prepare(run: Run, method: Options, alignment: str = "uniform") -> Task[Optio
         prior=prior / prior.sum(),
         labels=labels[train],
         annotator=probs.argmax(axis=1),
+        zero_shot=run.annotated.probs()[train].argmax(axis=1),
         known=known,
         repeated=np.tile(given, max(times, 0) if job.label_mode == "replace+repeat" else 0),
         extra=given if job.label_mode == "extra_ce" else given[:0],
