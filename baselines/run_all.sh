@@ -10,6 +10,8 @@
 #   --seeds "0 1 2"     of every method
 #   --shots "1 4 16"    labels a class of the methods that need some; "" leaves them out
 #   --compute_matched   further runs of each method with so many epochs that its networks make about as many passes as Co-Reg's
+#   --refine "none own" the evidence that students are trained on, as it is, refined by the annotator's own features (own) or by a
+#                       view, or several of these, each in runs of its own (default none)
 #   --epochs N          epochs of all methods (default: the recipe's)
 #
 # The run folder is the job: what is finished is skipped, what was stopped goes on. A run that fails is named at the end, and
@@ -17,20 +19,24 @@
 set -u
 cd "$(dirname "$0")/.."
 
-OUT=runs/compare RECIPE=digits ANNOTATIONS="" JOBS=1 SEEDS="0 1 2" SHOTS="1 4 16" MATCHED=0 EPOCHS="" ONLY="" TUNING="" FOUND=""
+OUT=runs/compare RECIPE=digits ANNOTATIONS="" JOBS=1 SEEDS="0 1 2" SHOTS="1 4 16" MATCHED=0 EPOCHS="" REFINE=none ONLY="" TUNING="" FOUND=""
 while (($#)); do
     case $1 in
     --compute_matched) MATCHED=1 && shift && continue ;;
-    --output_dir | --recipe | --annotations | --jobs | --seeds | --shots | --epochs | --only | --tuning)
+    --output_dir | --recipe | --annotations | --jobs | --seeds | --shots | --epochs | --refine | --only | --tuning)
         (($# > 1)) || { echo "error: $1 needs a value behind it" >&2 && exit 2; } ;;
     *) sed -n '2,/^set -u/{s/^# \{0,1\}//p}' "$0" >&2 && exit 2 ;;
     esac
     case $1 in
     --output_dir) OUT=$2 ;; --recipe) RECIPE=$2 ;; --annotations) ANNOTATIONS=$2 ;;
     --jobs) JOBS=$2 ;; --seeds) SEEDS=$2 ;; --shots) SHOTS=$2 ;; --epochs) EPOCHS=$2 ;;
-    --only) ONLY=$2 ;; --tuning) TUNING=$2 ;;
+    --refine) REFINE=$2 ;; --only) ONLY=$2 ;; --tuning) TUNING=$2 ;;
     esac
     shift 2
+done
+
+for evidence in $REFINE; do
+    [[ $evidence =~ ^(none|own|view)$ ]] || { echo "error: --refine is $evidence; write none, own or view" >&2 && exit 2; }
 done
 
 source baselines/jobs.sh
@@ -61,7 +67,7 @@ COREG=36
 declare -A PASSES=([kd_single]=3 [kd_averaged]=3 [dividemix_single]=25 [dividemix_averaged]=25 [cc]=3 [rc]=4 [proden]=3 [lws]=4
     [lwc]=4 [cr_dpll]=9 [pico]=4 [pico_plus]=7 [irnet]=5 [alim_onehot]=7 [alim_scale]=7)
 
-# learn METHOD SEED [SUFFIX OPTIONS...]: one of them
+# learn METHOD SEED [SUFFIX OPTIONS...]: one of them, on $evidence
 learn() {
     local method=$1 seed=$2 command=()
     case $method in
@@ -69,27 +75,31 @@ learn() {
     dividemix_*) command=(baselines/dividemix.py --labels_from "${method#dividemix_}") ;;
     *) command=(baselines/pll.py --method "$method") ;;
     esac
-    run "$method${3:-}-$seed" "${command[@]}" "${student[@]}" --seed "$seed" "${@:4}"
+    run "$method${3:-}-$seed$mark" "${command[@]}" "${student[@]}" --refine "$evidence" --seed "$seed" "${@:4}"
 }
 
 run zero_shot baselines/zero_shot.py
 for seed in $SEEDS; do
-    run "coreg-$seed" train_coreg.py "${student[@]}" --seed "$seed"
-    learn supervised "$seed"
-    for targets in probabilities sets; do
-        run "probe_$targets-$seed" baselines/probe.py "${student[@]}" --targets "$targets" --seed "$seed"
-    done
-    for method in "${!PASSES[@]}"; do learn "$method" "$seed"; done
     for shots in $SHOTS; do
-        run "coreg_$shots-$seed" train_coreg.py "${student[@]}" --seed "$seed" --few_shot "$shots"
         run "coop_$shots-$seed" baselines/coop.py "${tuning[@]}" --seed "$seed" --shots "$shots"
         run "lora_$shots-$seed" baselines/lora.py "${tuning[@]}" --seed "$seed" --shots "$shots"
     done
-    if ((MATCHED)); then
-        for method in "${!PASSES[@]}"; do
-            learn "$method" "$seed" -matched --epochs $((EPOCHS * COREG / PASSES[$method]))
+    evidence=none mark="" learn supervised "$seed" # true labels are not refined
+    for evidence in $REFINE; do
+        mark=$([ "$evidence" = none ] || echo "-$evidence")
+        told=("${student[@]}" --refine "$evidence" --seed "$seed")
+        run "coreg-$seed$mark" train_coreg.py "${told[@]}"
+        for targets in probabilities sets; do
+            run "probe_$targets-$seed$mark" baselines/probe.py "${told[@]}" --targets "$targets"
         done
-    fi
+        for method in "${!PASSES[@]}"; do learn "$method" "$seed"; done
+        for shots in $SHOTS; do run "coreg_$shots-$seed$mark" train_coreg.py "${told[@]}" --few_shot "$shots"; done
+        if ((MATCHED)); then
+            for method in "${!PASSES[@]}"; do
+                learn "$method" "$seed" -matched --epochs $((EPOCHS * COREG / PASSES[$method]))
+            done
+        fi
+    done
 done
 [ -n "$FOUND" ] || { echo "error: no run's name begins like one of --only \"$ONLY\"; see $0 --help" >&2 && exit 2; }
 show_table

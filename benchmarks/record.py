@@ -135,7 +135,7 @@ class Record:
 def jobs(record: Record) -> dict[str, Callable[[], None]]:
     """Every job by its name, in order; the store comes first."""
     folder, store = record.folder, record.store
-    digits = ["--recipe", "digits"]
+    digits = ["--recipe", "digits", "--refine", "none"]
 
     def show_store(name: str) -> None:
         record.say(name, "store", *(file.read_bytes() for file in sorted((folder / name / "blocks").iterdir())))

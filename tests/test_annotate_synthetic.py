@@ -308,7 +308,16 @@ def test_train_coreg_reads_the_store_unchanged(tmp_path, capsys):
         Image.fromarray(generator.integers(0, 255, (16, 16), dtype=np.uint8)).save(folder / f"{number}.png")
     (tmp_path / "classes.txt").write_text("thing 0\nthing 1\nthing 2\n")
     main(arguments(tmp_path, tmp_path / "ann", "--q", "0.3", "--eta", "0.2"))
-    run = ["--annotations", str(tmp_path / "ann"), "--output_dir", str(tmp_path / "run"), "--recipe", "digits"]
+    run = [
+        "--annotations",
+        str(tmp_path / "ann"),
+        "--output_dir",
+        str(tmp_path / "run"),
+        "--recipe",
+        "digits",
+        "--refine",
+        "none",
+    ]
     train_coreg.main([*run, "--epochs", "2", "--warmup_epochs", "1", "--batch_size", "8", "--report_to", "none"])
     assert (tmp_path / "run" / "report.json").exists() and "Co-Reg" in capsys.readouterr().out
 

@@ -24,7 +24,8 @@ pll = script("pll")
 
 # 97 images of three classes in batches of 13; every starting time is over after the first of three epochs
 SMALL = [
-    "--recipe", "digits", "--dtype", "float64", "--channels", "3", "--image_size", "12", "--backbone_args",
+    "--recipe", "digits", "--refine", "none",
+    "--dtype", "float64", "--channels", "3", "--image_size", "12", "--backbone_args",
     '{"norm": "group", "widths": [8, 16], "depths": [1, 1]}', "--epochs", "3", "--batch_size", "13", "--queue_size", "50",
     "--projection_dim", "8", "--workers", "0", "--report_to", "none", "--correction_margin", "0", "--noise_rate", "0.2",
 ]  # fmt: skip
@@ -43,7 +44,7 @@ def test_two_epochs_on_the_digits(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # the script asks nothing of where it is started
     short = ["--epochs", "2", "--workers", "0"]
     pll.main(["--method", "proden", *short, "--output_dir", "proden"])  # annotates them first
-    store = ["--annotations", "proden/annotations", "--recipe", "digits"]
+    store = ["--annotations", "proden/annotations", "--recipe", "digits", "--refine", "none"]
     pll.main(["--method", "pico_plus", *store, *short, "--output_dir", "pico_plus"])
     for method in ("proden", "pico_plus"):
         report = json.loads(Path(method, "report.json").read_text())

@@ -25,7 +25,8 @@ from coreg.report.compare import read_run
 probe = script("probe")
 ROOT = Path(__file__).parents[1]
 JOB = [
-    "--recipe", "digits", "--dtype", "float64", "--channels", "3", "--image_size", "12", "--backbone_args",
+    "--recipe", "digits", "--refine", "none",
+    "--dtype", "float64", "--channels", "3", "--image_size", "12", "--backbone_args",
     '{"norm": "group", "widths": [8, 16], "depths": [1, 1]}', "--batch_size", "13", "--workers", "0", "--report_to", "none",
 ]  # fmt: skip
 

@@ -27,7 +27,8 @@ from coreg.run.batches import Verdict, co_train_batch
 ROOT = Path(__file__).parents[1]
 # 97 images of three classes in batches of 13
 SMALL = [
-    "--recipe", "digits", "--dtype", "float64", "--channels", "3", "--image_size", "12", "--backbone_args",
+    "--recipe", "digits", "--refine", "none",
+    "--dtype", "float64", "--channels", "3", "--image_size", "12", "--backbone_args",
     '{"norm": "group", "widths": [8, 16], "depths": [1, 1]}', "--epochs", "2", "--batch_size", "13", "--workers", "0",
     "--report_to", "none",
 ]  # fmt: skip
@@ -127,7 +128,8 @@ def test_an_annotator_that_cannot_be_had_is_told(tmp_path):
 
 def test_distillation_on_the_digits(digits, tmp_path):
     distill.main([
-        "--annotations", str(digits.root), "--recipe", "digits", "--epochs", "2", "--workers", "0", "--teacher", "single",
+        "--annotations", str(digits.root), "--recipe", "digits", "--refine", "none",
+        "--epochs", "2", "--workers", "0", "--teacher", "single",
         "--output_dir", str(tmp_path / "run"),
     ])  # fmt: skip
     report = json.loads((tmp_path / "run" / "report.json").read_text())
@@ -195,7 +197,8 @@ def test_dividemix_runs_to_its_report(small_store, tmp_path, switch):
 
 def test_dividemix_on_the_digits(digits, tmp_path):
     dividemix.main([
-        "--annotations", str(digits.root), "--recipe", "digits", "--epochs", "2", "--warmup_epochs", "1", "--workers", "0",
+        "--annotations", str(digits.root), "--recipe", "digits", "--refine", "none",
+        "--epochs", "2", "--warmup_epochs", "1", "--workers", "0",
         "--output_dir", str(tmp_path / "run"),
     ])  # fmt: skip
     report = json.loads((tmp_path / "run" / "report.json").read_text())
@@ -298,6 +301,20 @@ def test_run_all_starts_every_method_once_and_skips_what_is_finished(tmp_path):
             probe.read_settings(own)
     code, said, again = run_all(tmp_path, "--seeds", "0 1", "--shots", "4", "--compute_matched")
     assert code == 0 and not [words for words in again if "--seed" in words]
+
+
+def test_run_all_says_which_evidence_each_student_is_trained_on(tmp_path):
+    def evidence(*options):
+        jobs = run_all(tmp_path, "--seeds", "0", "--shots", "4", *options)[2]
+        named = {Path(words[words.index("--output_dir") + 1]).name: words for words in jobs if "--seed" in words}
+        return {name: words[words.index("--refine") + 1] if "--refine" in words else None for name, words in named.items()}
+
+    raw = evidence()
+    assert {raw.pop("coop_4-0"), raw.pop("lora_4-0")} == {None} and set(raw.values()) == {"none"}
+    # what was trained on the evidence as it is stays; nothing but the students' runs is added, true labels are not refined
+    assert evidence("--refine", "none own") == {f"{name}-own": "own" for name in raw if name != "supervised-0"}
+    code, said, _ = run_all(tmp_path, "--refine", "own views")
+    assert code == 2 and "--refine is views" in said
 
 
 def test_run_all_names_what_failed_and_does_the_rest(tmp_path):

@@ -90,7 +90,8 @@ def test_one_image_of_a_class_is_given_where_five_are_asked_for(two_classes, tmp
 # ---- one image that is left over, and a feature map of one pixel ----------------------------------------------------
 
 DEEP = [  # a batch-normalised network whose last layers see one pixel of an image of 32
-    "--recipe", "digits", "--channels", "3", "--image_size", "32", "--backbone", "test_efficientnet", "--backbone_args",
+    "--recipe", "digits", "--refine", "none",
+    "--channels", "3", "--image_size", "32", "--backbone", "test_efficientnet", "--backbone_args",
     "{}", "--batch_size", "64", "--epochs", "2", "--workers", "0", "--report_to", "none",
 ]  # fmt: skip
 TWO = ["--warmup_epochs", "1"]

@@ -171,7 +171,8 @@ def test_a_teacher_that_is_sure_gives_cross_entropy():
 # ---- two processes ---------------------------------------------------------------------------------------------------
 
 SMALL = [
-    "--recipe", "digits", "--dtype", "float64", "--channels", "3", "--image_size", "12", "--backbone_args",
+    "--recipe", "digits", "--refine", "none",
+    "--dtype", "float64", "--channels", "3", "--image_size", "12", "--backbone_args",
     '{"norm": "group", "widths": [8, 16], "depths": [1, 1]}', "--epochs", "3", "--batch_size", "13", "--workers", "0",
 ]  # fmt: skip
 

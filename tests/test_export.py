@@ -23,7 +23,7 @@ from coreg.exported import load_export
 from coreg.report.calibration import fit_temperature, fit_to_agreement, fit_to_labels, negative_log_likelihood
 from coreg.report.card import escaped, model_card, public_name
 
-SHORT = "--recipe digits --epochs 3 --warmup_epochs 3 --queue_size 256 --workers 0 --report_to none --lr 0.1"
+SHORT = "--recipe digits --refine none --epochs 3 --warmup_epochs 3 --queue_size 256 --workers 0 --report_to none --lr 0.1"
 NAMES = "zero one two three four five six seven eight nine".split()
 
 
@@ -340,7 +340,9 @@ def test_names_that_are_no_paths_stay():
 def test_the_chosen_epoch_is_exported_with_a_card_of_its_own(tmp_path, monkeypatch):
     # the last epoch loses, so that an earlier one is chosen
     monkeypatch.setattr("coreg.run.results.consensus", lambda log_ps: -1.0)
-    words = "--recipe digits --epochs 4 --warmup_epochs 2 --queue_size 256 --workers 0 --report_to none --lr 0.1"
+    words = (
+        "--recipe digits --refine none --epochs 4 --warmup_epochs 2 --queue_size 256 --workers 0 --report_to none --lr 0.1"
+    )
     train_coreg.main(["--output_dir", str(tmp_path / "run"), *words.split()])
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     chosen = report["chosen_epoch"]

@@ -124,7 +124,7 @@ def trained_far_away(main, arguments, monkeypatch):
 
 
 JOB = [
-    "--recipe", "digits", "--channels", "3", "--image_size", "12", "--epochs", "2",
+    "--recipe", "digits", "--refine", "none", "--channels", "3", "--image_size", "12", "--epochs", "2",
     "--backbone_args", '{"widths": [8, 16], "depths": [1, 1]}',
     "--batch_size", "25", "--workers", "0", "--report_to", "none",
 ]  # fmt: skip

@@ -18,7 +18,7 @@ from annotate_vlm import AnnotateConfig, annotate
 ROOT = Path(__file__).parents[1]
 SHORT = ["--workers", "0", "--report_to", "none", "--epochs", "2"]
 NETWORK = [
-    "--recipe", "digits", "--image_size", "12", "--batch_size", "5",
+    "--recipe", "digits", "--refine", "none", "--image_size", "12", "--batch_size", "5",
     "--backbone_args", '{"norm": "group", "widths": [8, 16], "depths": [1, 1]}',
 ]  # fmt: skip
 

@@ -230,7 +230,18 @@ def test_one_value_a_channel_is_normalised_as_in_evaluation():
 
 
 def test_a_network_that_does_not_fit_leaves_no_run_folder(small_store, tmp_path, capsys):
-    words = ["--annotations", small_store, "--output_dir", tmp_path / "run", "--recipe", "digits", "--channels", "3"]
+    words = [
+        "--annotations",
+        small_store,
+        "--output_dir",
+        tmp_path / "run",
+        "--recipe",
+        "digits",
+        "--refine",
+        "none",
+        "--channels",
+        "3",
+    ]
     words += ["--image_size", "32", "--backbone", "vit_tiny_patch16_224", "--backbone_args"]
     error = refused(capsys, train_coreg.main, *words, '{"depth": 1}')
     assert "--image_size 224" in error and not (tmp_path / "run" / "job.json").exists()

@@ -271,6 +271,7 @@ def open_run(
             accelerator.print(printable(advice))
         command, annotated = shlex.join([script, *argv]), store
         if refines(job):
+            main_process_decides(accelerator, lambda: refuse_refining(store, job.refine))
             if job.annotations:
                 main_process_decides(accelerator, lambda: held.enter_context(folder.locked()))
             store = refined(store, folder.root / "refined", job, look, accelerator)
@@ -294,6 +295,14 @@ def finished_report(folder: RunFolder) -> dict[str, Any]:
 def refines(job: JobConfig) -> bool:
     """Whether evidence is refined before training; methods that tune the annotator itself have no such option."""
     return getattr(job, "refine", "none") != "none"
+
+
+def refuse_refining(store: AnnotationStore, features: str) -> None:
+    """Raise a UserError where a store cannot be refined by `features`, `own` or `view`."""
+    if "refined" in store.manifest:
+        raise UserError(f"{store.root} is refined already; write --refine none")
+    if features == "own" and store.manifest["features"] is None:
+        raise UserError(f"{store.root} keeps no features of its annotator; write --refine none, or view for the students'")
 
 
 def refined(
