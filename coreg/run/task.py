@@ -152,6 +152,7 @@ def prepare(run: Run, method: Options, alignment: str = "uniform") -> Task[Optio
 
     train_pixels, test_pixels = all_or_none(accelerator, read)
     probs = store.probs()[train].astype(np.float64)
+    best = probs.argmax(axis=1)
     prior = probs.mean(axis=0) if alignment == "annotator" else np.full(n_classes, 1 / n_classes)
     return Task(
         accelerator=accelerator,
@@ -166,8 +167,8 @@ def prepare(run: Run, method: Options, alignment: str = "uniform") -> Task[Optio
         usable=usable,
         prior=prior / prior.sum(),
         labels=labels[train],
-        annotator=probs.argmax(axis=1),
-        zero_shot=run.annotated.probs()[train].argmax(axis=1),
+        annotator=best,
+        zero_shot=best if run.annotated is store else run.annotated.probs()[train].argmax(axis=1),
         known=known,
         repeated=np.tile(given, max(times, 0) if job.label_mode == "replace+repeat" else 0),
         extra=given if job.label_mode == "extra_ce" else given[:0],
