@@ -128,6 +128,8 @@ def test_heads_on_the_annotators_own_features(digits, tmp_path, capsys):
         str(digits.root),
         "--recipe",
         "digits",
+        "--refine",
+        "none",
         "--workers",
         "0",
         "--report_to",
