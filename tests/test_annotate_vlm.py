@@ -173,7 +173,7 @@ def test_the_same_command_again_does_nothing(place, finished, capsys, monkeypatc
 @pytest.mark.parametrize("workers", [0, 2])
 def test_killed_and_started_again_gives_the_same_store(place, finished, tmp_path, monkeypatch, workers):
     output = tmp_path / "ann"
-    real, left = files.os.fsync, [8]
+    real, left = files.os.fsync, [12]
 
     def dies(descriptor):
         left[0] -= 1
@@ -182,7 +182,7 @@ def test_killed_and_started_again_gives_the_same_store(place, finished, tmp_path
         real(descriptor)
 
     monkeypatch.setattr(files.os, "fsync", dies)
-    with pytest.raises(KeyboardInterrupt):  # four files of the folder and three blocks are there, the fourth is torn
+    with pytest.raises(KeyboardInterrupt):  # four files, twice each for the folder that holds them, and three blocks are there
         main(arguments(place, output, workers=workers))
     monkeypatch.setattr(files.os, "fsync", real)
     written = {file: file.stat().st_mtime_ns for file in (output / "blocks").glob("0*")}
