@@ -182,7 +182,8 @@ def test_killed_and_started_again_gives_the_same_store(place, finished, tmp_path
         real(descriptor)
 
     monkeypatch.setattr(files.os, "fsync", dies)
-    with pytest.raises(KeyboardInterrupt):  # four files, twice each for the folder that holds them, and three blocks are there
+    # four files, flushed again with the folder that holds them, and three blocks are there; the fourth block is torn
+    with pytest.raises(KeyboardInterrupt):
         main(arguments(place, output, workers=workers))
     monkeypatch.setattr(files.os, "fsync", real)
     written = {file: file.stat().st_mtime_ns for file in (output / "blocks").glob("0*")}
