@@ -392,3 +392,15 @@ def test_a_link_to_an_empty_folder_is_begun_in_and_what_killed_writers_left_is_r
     write_store(tmp_path / "ann")
     assert (tmp_path / "ann").is_symlink() and len(AnnotationStore.open(tmp_path / "ann")) == 7
     assert [folder.exists() for folder in left] == [False, True, True]
+
+
+@pytest.mark.parametrize("name", ["blocks/00001.safetensors", "errors.csv"])
+def test_a_folder_in_the_place_of_a_file_is_left_to_the_person(tmp_path, name):
+    images = image_list()
+    write_store(tmp_path / "ann", images)
+    (tmp_path / "ann" / "blocks" / "00000.safetensors").unlink()
+    (tmp_path / "ann" / name).unlink()
+    (tmp_path / "ann" / name).mkdir()
+    writer = StoreWriter(tmp_path / "ann", manifest(images))
+    with pytest.raises(UserError, match=f"{name} cannot be removed .*; remove it and run the same command again"):
+        writer.discard_damaged()

@@ -99,6 +99,13 @@ def difference(there: Any, here: Any) -> str:
     return f"({there!r} there, {here!r} asked for)"
 
 
+def _discard(file: Path) -> None:
+    try:
+        file.unlink(missing_ok=True)
+    except OSError as error:  # a folder, of which nobody knows what is in it
+        raise UserError(f"{file} cannot be removed ({error.strerror}); remove it and run the same command again") from None
+
+
 class BlockWriter:
     """Writes a folder of blocks one by one; several writers, in processes that know nothing of each other, may share it."""
 
@@ -133,6 +140,9 @@ class BlockWriter:
 
         Returns:
             One line for each damaged block, with what was wrong.
+
+        Raises:
+            UserError: something lies there that cannot be removed, such as a folder.
         """
         damaged = []
         for index, file in enumerate(self.files):
@@ -141,9 +151,9 @@ class BlockWriter:
                     read_block(file, index, self.job)
                 except DamagedBlockError as error:
                     damaged.append(f"{file.name}: {error}")
-                    file.unlink(missing_ok=True)
+                    _discard(file)
         if not all(file.exists() for file in self.files):
-            (self.root / "errors.csv").unlink(missing_ok=True)  # it says "finished"
+            _discard(self.root / "errors.csv")  # it says "finished"
         return damaged
 
     def write(self, index: int, tensors: dict[str, np.ndarray], errors: dict[int, str]) -> None:
