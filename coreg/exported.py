@@ -14,7 +14,7 @@ from torch import nn
 
 import coreg.nets  # noqa: F401  registers the PreAct ResNets with timm
 from coreg.errors import UserError
-from coreg.files import replacing
+from coreg.files import replacing, sha256_of
 from coreg.records import Each, Maybe, Number, RecordError, check_record, read_record
 
 SCHEMA = 1
@@ -57,15 +57,6 @@ def check_about(settings: dict[str, Any]) -> None:
         raise RecordError(f"class_names has {len(names)} names, {len(set(names))} of them different")
     if settings["channels"] == 2:
         raise RecordError("channels is 2, expected 1 or 3")
-
-
-def sha256_of(path: Path) -> str:
-    """Of a file's content, as hexadecimal digits."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def files_of(folder: Path, nets: int) -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import os
 import platform
 import posixpath
@@ -280,3 +281,15 @@ def place_below(root: Path, name: str) -> Path:
     if os.path.lexists(place):
         raise UserError(f"{name!r} cannot be written: {place} is there already; choose another output")
     return place
+
+
+# ---- checksums ------------------------------------------------------------------------------------------------------
+
+
+def sha256_of(path: Path) -> str:
+    """Of a file's content, as hexadecimal digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -18,10 +18,10 @@ from typing import Literal
 
 from coreg.config import option, parse, read_yaml
 from coreg.errors import UserError, exits_with_one_line
-from coreg.files import check_writable, write_atomically
+from coreg.files import check_writable, sha256_of, write_atomically
 from coreg.plaintext import printable
 from coreg.records import RecordError
-from coreg.report.record import SETTINGS, digest, read_report
+from coreg.report.record import SETTINGS, read_report
 from coreg.report.tables import FORMATS, Run, compare
 
 # settings that make no other method of a run: the seed, the data set's name, places, and how often it is saved
@@ -74,7 +74,7 @@ def read_run(path: Path) -> Run:
         raise UserError(f"{path} is no report of a run ({error})") from None
     settings = path.with_name(SETTINGS)
     recorded = (report.get("files") or {}).get(SETTINGS)
-    if recorded and settings.exists() and not (settings.is_file() and digest(settings) == recorded):
+    if recorded and settings.exists() and not (settings.is_file() and sha256_of(settings) == recorded):
         raise UserError(f"{settings} was changed after {path.name} had been written; take the run's own, or delete it")
     return Run(path, report, read_settings(settings))
 

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from coreg.files import write_atomically
+from coreg.files import sha256_of, write_atomically
 from coreg.records import Each, Maybe, Number, RecordError, check_record, read_record
 
 SCHEMA = 1
@@ -63,14 +63,9 @@ def write_report(path: Path, report: dict[str, Any]) -> None:
         UserError: it cannot be written.
     """
     settings = path.with_name(SETTINGS)
-    report = report | ({"files": {SETTINGS: digest(settings)}} if settings.is_file() else {})
+    report = report | ({"files": {SETTINGS: sha256_of(settings)}} if settings.is_file() else {})
     sealed = report | {"checksum": _checksum(report)}
     write_atomically(path, json.dumps(sealed, indent=1, ensure_ascii=False) + "\n")
-
-
-def digest(path: Path) -> str:
-    """sha256 of a small file, hexadecimal."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _checksum(report: dict[str, Any]) -> str:

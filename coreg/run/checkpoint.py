@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import shutil
@@ -13,20 +12,12 @@ from typing import Any
 import torch
 
 from coreg.errors import UserError
-from coreg.files import making_folder
+from coreg.files import making_folder, sha256_of
 from coreg.records import Number, RecordError, read_record
 
 KEPT = 2
 REMEDY = "the earlier ones are intact: free some space and give the same command again"
 RECORD = {"sha256": str, "number": Number(0)}
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def save(folder: Path, number: int, state: dict[str, Any]) -> None:
@@ -39,7 +30,7 @@ def save(folder: Path, number: int, state: dict[str, Any]) -> None:
         weights = temporary / "state.pt"
         with weights.open("wb") as file:  # torch says of a path what failed, of a file also why
             torch.save(state, file)
-        (temporary / "state.json").write_text(json.dumps({"sha256": _digest(weights), "number": number}))
+        (temporary / "state.json").write_text(json.dumps({"sha256": sha256_of(weights), "number": number}))
     for old in _numbers(folder)[:-KEPT]:
         shutil.rmtree(folder / f"{old:08d}", ignore_errors=True)
 
@@ -63,7 +54,7 @@ def latest(folder: Path) -> int | None:
             record = read_record(path / "state.json", RECORD)
             if not (path / "state.pt").is_file():  # reading a pipe would never end
                 raise RecordError("state.pt is no file")
-            if record == {"sha256": _digest(path / "state.pt"), "number": number}:
+            if record == {"sha256": sha256_of(path / "state.pt"), "number": number}:
                 return number
             problem = "its checksum is wrong"
         except (OSError, RecordError) as error:
