@@ -13,11 +13,11 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from coreg.annotate.candidates import parse_rule
 from coreg.config import parse
 from coreg.errors import UserError, exits_with_one_line
 from coreg.learn.options import PRESETS, CoRegOptions
 from coreg.settings import ImageConfig, JobConfig, check, check_coreg, check_look
+from coreg.weak.rules import parse_rule
 
 
 @exits_with_one_line
@@ -48,20 +48,20 @@ import numpy as np
 import torch
 
 from annotate_vlm import annotate_digits
-from coreg.data.order import ShuffledRows, n_batches
 from coreg.learn.coreg import CoRegBatch, CoRegLearner, WarmUpBatch, cosine_lr, ramp
 from coreg.learn.division import Division, align, divide, division_loss
 from coreg.learn.memory import Prototypes
 from coreg.learn.pseudo import rescale
+from coreg.process import main_process_decides
 from coreg.report.metrics import consensus, division_health
 from coreg.report.report import summary
 from coreg.run.batches import Verdict, co_train_batch, warm_up_batch
 from coreg.run.epoch import train_epoch
 from coreg.run.job import open_run
-from coreg.run.process import main_process_decides
 from coreg.run.results import finish
 from coreg.run.task import Task, predict, prepare
 from coreg.run.training import Training, assemble, build_networks
+from coreg.views.order import ShuffledRows, n_batches
 
 
 def divide_by(task: Task[CoRegOptions], training: Training, number: int) -> tuple[Division, Verdict, np.ndarray]:

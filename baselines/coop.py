@@ -19,9 +19,9 @@ from functools import partial
 from typing import Any, Literal
 
 from coreg.adapt.settings import Outlook, TuningJob, ViewOptions
-from coreg.annotate.candidates import parse_rule
 from coreg.config import option, parse
 from coreg.errors import exits_with_one_line
+from coreg.weak.rules import parse_rule
 
 # digits must not be mirrored, and most of one has to be seen; the tiny CLIP reads 16 tokens in all
 PRESETS = {"paper": {}, "digits": {"crop": 0.7, "flip": False, "context_tokens": 4}}
@@ -83,14 +83,14 @@ from safetensors.torch import save
 
 from annotate_vlm import annotate_digits
 from coreg.adapt.learner import ClipLearner
-from coreg.adapt.prompts import PromptLearner, lay_out, random_context, text_ids, token_embedding
 from coreg.adapt.tuning import ClipImages, Labelled, begin, finish, judge, load_towers, tuning_epoch
 from coreg.annotate.annotators import Towers
 from coreg.annotate.texts import refuse_same, same_rows
 from coreg.files import making_folder
+from coreg.nets.tuners.prompts import PromptLearner, lay_out, random_context, text_ids, token_embedding
+from coreg.process import main_process_decides
 from coreg.report.report import summary
 from coreg.run.job import Run, open_run
-from coreg.run.process import main_process_decides
 
 
 def rate(job: TuningJob, method: CoOpOptions, epochs: float) -> float:

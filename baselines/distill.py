@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
-from coreg.annotate.candidates import parse_rule
 from coreg.config import option, parse
 from coreg.errors import UserError, exits_with_one_line
 from coreg.learn.options import CoRegOptions
 from coreg.settings import ImageConfig, JobConfig, check, check_look
+from coreg.weak.rules import parse_rule
 
 NAMES = {"single": "KD, single template", "averaged": "KD, averaged"}
 
@@ -67,18 +67,18 @@ from torch import Tensor
 
 from annotate_vlm import annotate_digits
 from coreg.annotate.textual import single_template_probabilities
-from coreg.data.order import ShuffledRows
 from coreg.learn.collective import share
 from coreg.learn.coreg import cosine_lr
 from coreg.learn.distill import DistillBatch, DistillLearner
 from coreg.plaintext import printable
+from coreg.process import main_process_decides
 from coreg.report.report import summary
 from coreg.run.epoch import Steps, train_epoch
 from coreg.run.job import open_run
-from coreg.run.process import main_process_decides
 from coreg.run.results import finish
 from coreg.run.task import Task, prepare
 from coreg.run.training import Training, assemble, build_networks
+from coreg.views.order import ShuffledRows
 
 
 def teacher_of(task: Task[DistillOptions]) -> tuple[np.ndarray, str]:

@@ -12,12 +12,12 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from coreg.annotate.candidates import parse_rule
 from coreg.config import parse
 from coreg.errors import UserError, exits_with_one_line
 from coreg.learn.dividemix_options import OFFICIAL, DivideMixOptions
 from coreg.learn.options import CoRegOptions
 from coreg.settings import ImageConfig, JobConfig, check, check_look, lacks_official, official
+from coreg.weak.rules import parse_rule
 
 NAMES = {"single": "DivideMix, single template", "averaged": "DivideMix, averaged"}
 
@@ -57,19 +57,19 @@ import torch
 from torch import Tensor
 
 from annotate_vlm import annotate_digits
-from coreg.data.order import ShuffledRows
 from coreg.learn.coreg import CoRegBatch, WarmUpBatch, cosine_lr, ramp
 from coreg.learn.dividemix import DivideMixLearner
 from coreg.learn.division import Division, divide, division_loss
+from coreg.process import main_process_decides
 from coreg.report.metrics import division_health
 from coreg.report.report import summary
 from coreg.run.batches import TrainingImages, Verdict, co_train_batch, warm_up_batch
 from coreg.run.epoch import Steps, train_epoch
 from coreg.run.job import open_run
-from coreg.run.process import main_process_decides
 from coreg.run.results import finish
 from coreg.run.task import Task, predict, prepare
 from coreg.run.training import Training, assemble, build_networks
+from coreg.views.order import ShuffledRows
 
 
 @dataclass

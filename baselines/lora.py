@@ -21,9 +21,9 @@ from functools import partial
 from typing import Literal
 
 from coreg.adapt.settings import Outlook, TuningJob, ViewOptions
-from coreg.annotate.candidates import parse_rule
 from coreg.config import option, parse
 from coreg.errors import UserError, exits_with_one_line
+from coreg.weak.rules import parse_rule
 
 CLIP = {"lr": 2e-4, "weight_decay": 1e-2}
 CHAT = {
@@ -108,7 +108,6 @@ from torch import nn
 from annotate_vlm import annotate_digits
 from coreg.adapt.chat import ChatImages
 from coreg.adapt.learner import ChatLearner, ClipLearner, Learner
-from coreg.adapt.lora import attach, attention_targets, decoder_targets, refuse_dead, save_adapter
 from coreg.adapt.tuning import ClipImages, Labelled, begin, finish, judge, load_towers, tuning_epoch
 from coreg.adapt.views import RandomView
 from coreg.annotate.chat import CHAT_TEMPLATES, ChatAnnotator
@@ -116,9 +115,10 @@ from coreg.annotate.prompts import TEMPLATES, prompts
 from coreg.annotate.texts import refuse_same, same_rows
 from coreg.data.keyed import keyed_generator
 from coreg.learn.collective import rank_and_world
+from coreg.nets.tuners.lora import attach, attention_targets, decoder_targets, refuse_dead, save_adapter
+from coreg.process import main_process_decides
 from coreg.report.report import summary
 from coreg.run.job import Run, open_run
-from coreg.run.process import main_process_decides
 from coreg.run.training import Batch, Training
 
 PROBED = 8  # images on which adapters are proven to act

@@ -14,12 +14,12 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from coreg.annotate.candidates import parse_rule
 from coreg.config import parse
 from coreg.errors import UserError, exits_with_one_line
 from coreg.learn.options import CoRegOptions
 from coreg.learn.partial_options import OFFICIAL, PartialOptions
 from coreg.settings import ImageConfig, JobConfig, check, check_look, lacks_official, official
+from coreg.weak.rules import parse_rule
 
 NAMES = {
     "cc": "CC",
@@ -91,9 +91,7 @@ import torch
 from torch import Tensor
 
 from annotate_vlm import annotate_digits
-from coreg.annotate.candidates import candidate_sets, partial_accuracy
 from coreg.data.keyed import keyed_generator
-from coreg.data.order import ShuffledRows
 from coreg.learn.collective import rank_and_world, share
 from coreg.learn.coreg import cosine_lr
 from coreg.learn.partial import METHODS
@@ -106,6 +104,8 @@ from coreg.run.job import open_run
 from coreg.run.results import finish
 from coreg.run.task import Task, prepare
 from coreg.run.training import Training, assemble, build_networks
+from coreg.views.order import ShuffledRows
+from coreg.weak.rules import candidate_sets, partial_accuracy
 
 
 def learning_rate(job: JobConfig, schedule: str, epoch: int) -> float:

@@ -17,11 +17,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from coreg.annotate.candidates import parse_rule
 from coreg.config import option, parse
 from coreg.errors import UserError, exits_with_one_line
 from coreg.learn.options import CoRegOptions
 from coreg.settings import ImageConfig, JobConfig, check, check_look
+from coreg.weak.rules import parse_rule
 
 NAMES = {"probabilities": "Probe, soft labels", "sets": "Probe, candidate sets"}
 
@@ -79,19 +79,19 @@ import torch
 from torch import Tensor, nn
 
 from annotate_vlm import annotate_digits
-from coreg.annotate.store import AnnotationStore
 from coreg.annotate.textual import class_embeddings, text_side
 from coreg.annotate.view import View, views_of
 from coreg.learn.collective import gather_rows, share
 from coreg.learn.probe import SCALE, fit_cosine, fit_probe
 from coreg.nets.model import CoRegNet
+from coreg.process import main_process_decides
 from coreg.report.report import summary
 from coreg.run.batches import TrainingImages
 from coreg.run.job import Run, open_run
-from coreg.run.process import main_process_decides
 from coreg.run.results import finish
 from coreg.run.task import Task, prepare
 from coreg.run.training import Training, build_networks
+from coreg.store.store import AnnotationStore
 
 
 @torch.no_grad()

@@ -53,17 +53,17 @@ import numpy as np
 import torch
 
 from annotate_vlm import annotate_digits
-from coreg.annotate.candidates import candidate_sets
-from coreg.annotate.store import AnnotationStore
 from coreg.annotate.textual import averaged_embedding_classes
 from coreg.annotate.transductive import transduce
+from coreg.process import all_or_none, build_accelerator, main_process_decides
 from coreg.records import RecordError
 from coreg.report.metrics import accuracy
 from coreg.report.record import read_report, write_report
 from coreg.report.report import build_report, without_labels
 from coreg.run.folder import RunFolder
-from coreg.run.process import all_or_none, build_accelerator, main_process_decides
+from coreg.store.store import AnnotationStore
 from coreg.weak.refine import refine
+from coreg.weak.rules import candidate_sets
 
 SPLITS = ("train", "test")
 

@@ -31,13 +31,13 @@ import annotate_vlm
 from benchmarks.tables import as_markdown, environment
 from benchmarks.tiny_clip import save_clip
 from coreg.annotate.annotators import ClipAnnotator
-from coreg.annotate.claims import BlockQueue
 from coreg.annotate.models import resolve
 from coreg.annotate.prompts import TEMPLATES
-from coreg.annotate.store import StoreWriter, make_manifest
 from coreg.annotate.work import Progress, annotate_images, work
 from coreg.data.images import ImageList, Paths
 from coreg.data.sources import open_images
+from coreg.store.claims import BlockQueue
+from coreg.store.store import StoreWriter, make_manifest
 
 NAMES = [f"thing number {number}" for number in range(100)]
 # the system's own account of a child begins with the memory of the process that started it

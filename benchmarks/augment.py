@@ -23,7 +23,7 @@ from torchvision import transforms as T
 
 from benchmarks.tables import as_markdown, environment
 from benchmarks.turns import in_turns, ratio
-from coreg.data.augment import Augmentation
+from coreg.views.augment import Augmentation
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 
@@ -86,7 +86,7 @@ def pil_batch(images: np.ndarray, padding: int, strong: bool, rng: np.random.Gen
 
 
 def torchvision_views(size: int, padding: int) -> dict[str, T.Compose]:
-    """Kinds of `coreg.data.augment.VIEWS` as the baselines' own code composes them; CR's square is cut out of a tensor."""
+    """Kinds of `coreg.views.augment.VIEWS` as the baselines' own code composes them; CR's square is cut out of a tensor."""
     flip, cifar10 = T.RandomHorizontalFlip(), T.AutoAugment(T.AutoAugmentPolicy.CIFAR10)
     reflect = [flip, T.RandomCrop(size, padding, padding_mode="reflect")]
     square = T.RandomErasing(1.0, scale=(0.25, 0.25), ratio=(1.0, 1.0))

@@ -24,13 +24,13 @@ import torch
 from threadpoolctl import threadpool_limits
 
 from benchmarks.tables import as_markdown, environment
-from coreg.annotate.candidates import candidates_of
-from coreg.data.order import ShuffledRows
 from coreg.learn.division import align, divide, division_loss
 from coreg.learn.pseudo import rescale
 from coreg.report.metrics import per_class_accuracy
 from coreg.run import checkpoint
+from coreg.views.order import ShuffledRows
 from coreg.weak.mixture import Setting, fit_mixture
+from coreg.weak.rules import candidates_of
 
 FEWEST_IMAGES, CLASSES, TEMPLATES = 10_000, (10, 100, 1000), 27
 

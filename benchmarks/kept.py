@@ -22,7 +22,7 @@ from benchmarks.tables import as_markdown, environment
 from benchmarks.turns import in_turns, ratio
 from coreg.learn.losses import contrastive_loss
 from coreg.learn.memory import Prototypes
-from coreg.run.process import build_accelerator
+from coreg.process import build_accelerator
 from coreg.settings import JobConfig
 
 # what is compared: (optimisation, side with it, side without it, predicted ratio)

@@ -149,12 +149,14 @@ def jobs(record: Record) -> dict[str, Callable[[], None]]:
     def predicted() -> None:
         export = folder / "coreg" / "export"
         images = folder / "images"
-        record.start("-m", "coreg.annotate.store", "export", store, "--output", images)
+        record.start("-m", "coreg.annotate", "export", store, "--output", images)
         for kind in ("onnx", "torch_export"):
             record.start("-m", "coreg.export", "--run", folder / "coreg", "--format", kind)
         for model in (export, export / "model.onnx"):
             output = folder / f"{model.name}.csv"
-            record.start("-m", "coreg.predict", "--model", model, "--images", images, "--output", output, "--workers", "0")
+            record.start(
+                "-m", "coreg.export.predict", "--model", model, "--images", images, "--output", output, "--workers", "0"
+            )
             record.say(f"predict {model.name}", "predictions", output.read_bytes())
         record.say(
             "export torch_export", "weights", *map(bytes_of, torch.export.load(export / "model.pt2").state_dict.values())

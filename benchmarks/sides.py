@@ -16,13 +16,13 @@ from torch.nn import functional as F
 
 from benchmarks.augment import MEAN, STD, waves
 from benchmarks.plain import PlainCoReg
-from coreg.data.augment import Augmentation
 from coreg.learn.coreg import CoRegBatch, CoRegLearner
 from coreg.learn.memory import Prototypes
 from coreg.learn.options import PRESETS, CoRegOptions
 from coreg.run.batches import TrainingImages, Verdict, co_train_batch
 from coreg.run.training import Training, assemble, build_networks
 from coreg.settings import ImageConfig, JobConfig
+from coreg.views.augment import Augmentation
 
 STORED = 4  # batches of images that are there to choose from
 

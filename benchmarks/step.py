@@ -32,7 +32,7 @@ from benchmarks.sides import CASES, Bench
 from benchmarks.tables import as_markdown, environment
 from benchmarks.turns import in_turns, ratio
 from coreg.learn import coreg as coreg_step
-from coreg.run.process import build_accelerator
+from coreg.process import build_accelerator
 from coreg.settings import JobConfig
 
 # ---- where the time goes ---------------------------------------------------------------------------------------------

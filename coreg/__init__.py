@@ -13,9 +13,9 @@ __version__ = "0.1.0"
 answer_for_program()
 
 _HOMES = {
-    "coreg.annotate.candidates": ("candidate_sets",),
-    "coreg.annotate.store": ("AnnotationStore",),
-    "coreg.data.augment": ("Augmentation",),
+    "coreg.weak.rules": ("candidate_sets",),
+    "coreg.store.store": ("AnnotationStore",),
+    "coreg.views.augment": ("Augmentation",),
     "coreg.data.decode": ("decode",),
     "coreg.data.sources": ("open_images",),
     "coreg.learn.coreg": ("CoRegBatch", "CoRegLearner", "WarmUpBatch"),
@@ -24,7 +24,7 @@ _HOMES = {
     "coreg.learn.options": ("CoRegOptions",),
     "coreg.learn.pseudo": ("rescale",),
     "coreg.nets.model": ("CoRegNet", "create_backbone"),
-    "coreg.predict": ("Classifier", "load_classifier"),
+    "coreg.export.predict": ("Classifier", "load_classifier"),
     "coreg.run.batches": ("TrainingImages", "Verdict", "co_train_batch"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from coreg.config import SAFE_CSV, SEEDS, option
-from coreg.data.operations import RANDAUGMENT
 from coreg.errors import UserError
 from coreg.learn.options import CoRegOptions
+from coreg.views.operations import RANDAUGMENT
 
 if TYPE_CHECKING:
-    from coreg.data.augment import Augmentation
+    from coreg.views.augment import Augmentation
 
 # accelerate's trackers and the packages of which each needs one
 TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX")} | {
@@ -112,7 +112,7 @@ class ImageConfig:
     def augmentation(self) -> Augmentation:
         """The views these settings describe; `check_look` has said what is wrong with them."""
         # here and not above: whatever can be said about settings is said before PyTorch is imported
-        from coreg.data.augment import Augmentation
+        from coreg.views.augment import Augmentation
 
         return Augmentation(
             size=self.image_size,

@@ -3,7 +3,7 @@
 import pytest
 
 from coreg.annotate.answers import AnswerParser, plain
-from coreg.annotate.blocks import pack_answers, unpack_answers
+from coreg.store.blocks import pack_answers, unpack_answers
 
 NAMES = ["cat", "dog", "fire truck", "truck", "T-shirt/top", "lawn_mower", "number 1", "number 10", "猫", "apple"]
 

@@ -26,8 +26,8 @@ from annotate_vlm import main
 from coreg.annotate.annotators import load_annotator
 from coreg.annotate.chat import CHAT_TEMPLATES, ChatAnnotator, questions
 from coreg.annotate.models import ModelSpec, resolve
-from coreg.annotate.store import AnnotationStore
 from coreg.errors import UserError
+from coreg.store.store import AnnotationStore
 
 NAMES = ["red thing", "green thing", "blue sky", "cat"]
 CONVERSATION = (  # LLaVA-1.5's

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from coreg.annotate.candidates import candidate_sets, partial_accuracy, zero_shot_accuracy
 from coreg.annotate.health import examine, write_report
-from coreg.annotate.store import AnnotationStore, StoreWriter, make_manifest
 from coreg.annotate.tools import main
 from coreg.data.images import ImageList, Paths
+from coreg.store.store import AnnotationStore, StoreWriter, make_manifest
+from coreg.weak.rules import candidate_sets, partial_accuracy, zero_shot_accuracy
 
 NAMES = ["cat", "dog", "cow"]
 

@@ -13,8 +13,8 @@ from PIL import Image, features
 from test_annotate_annotators import save_tiny_clip
 
 from annotate_vlm import main
-from coreg.annotate.candidates import candidate_sets
-from coreg.annotate.store import AnnotationStore
+from coreg.store.store import AnnotationStore
+from coreg.weak.rules import candidate_sets
 
 NAMES = ["red thing", "green thing", "blue thing"]
 GENERATOR = np.random.default_rng(0)

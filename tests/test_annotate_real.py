@@ -11,10 +11,10 @@ from test_annotate_chat import save_tiny_llava
 
 import annotate_vlm
 import train_coreg
-from coreg.annotate.candidates import zero_shot_accuracy
 from coreg.annotate.chat import CHAT_TEMPLATES, ChatAnnotator
 from coreg.annotate.models import resolve
-from coreg.annotate.store import AnnotationStore
+from coreg.store.store import AnnotationStore
+from coreg.weak.rules import zero_shot_accuracy
 
 NAMES = ["zero", "one", "two", "three"]
 TRAIN = (

@@ -14,13 +14,13 @@ from test_annotate_view import WORDS, photos
 
 import annotate_vlm
 import train_coreg
-from coreg.annotate.candidates import candidate_sets
 from coreg.annotate.refined import votes_of
-from coreg.annotate.store import AnnotationStore
 from coreg.annotate.tools import main
 from coreg.annotate.view import View, views_of
 from coreg.errors import UserError
+from coreg.store.store import AnnotationStore
 from coreg.weak.refine import refine
+from coreg.weak.rules import candidate_sets
 
 
 @pytest.fixture(scope="module")

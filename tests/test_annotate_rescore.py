@@ -8,7 +8,7 @@ from PIL import Image
 from test_annotate_annotators import save_tiny_clip
 
 from annotate_vlm import main
-from coreg.annotate.store import AnnotationStore, StoreWriter
+from coreg.store.store import AnnotationStore, StoreWriter
 
 NAMES = ["red thing", "green thing", "blue thing"]
 OTHERS = ["Green_thing", "stone", "red thing", "cloud"]

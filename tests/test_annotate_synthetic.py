@@ -8,12 +8,13 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from coreg.annotate import noise, synthetic
-from coreg.annotate.candidates import candidate_sets
-from coreg.annotate.noise import flip, hierarchical, instance, noise_report, pico, uniform, uniforms
-from coreg.annotate.store import AnnotationStore
+from coreg.annotate import synthetic
 from coreg.annotate.synthetic import main
 from coreg.errors import UserError
+from coreg.store.store import AnnotationStore
+from coreg.weak import noise
+from coreg.weak.noise import flip, hierarchical, instance, noise_report, pico, uniform, uniforms
+from coreg.weak.rules import candidate_sets
 
 LABELS = np.random.default_rng(5).integers(0, 7, 60)
 SUPERCLASS_OF = np.array([0, 0, 0, 1, 1, 2, 1])  # class 5 is alone in its super-class

@@ -138,7 +138,7 @@ def test_prompts_that_are_the_same_to_the_model_are_not_tuned():
             return {"input_ids": torch.tensor([row + [0] * (12 - len(row)) for row in rows])}
 
     coop = script("coop")
-    from coreg.adapt.prompts import lay_out
+    from coreg.nets.tuners.prompts import lay_out
 
     prompts = lay_out(Same(), ["cat", "Cat", "dog"], 2, "end")
     assert "'cat' and 'Cat'" in refused(

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from coreg.annotate.blocks import pack_answers
-from coreg.annotate.candidates import candidate_sets
-from coreg.annotate.store import AnnotationStore, StoreWriter, make_manifest
 from coreg.annotate.tools import main
 from coreg.data.sources import open_images
+from coreg.store.blocks import pack_answers
+from coreg.store.store import AnnotationStore, StoreWriter, make_manifest
+from coreg.weak.rules import candidate_sets
 
 NAMES = ["cat", "dog", "ca/rs"]
 
@@ -85,9 +85,7 @@ def test_info_and_verify_of_a_whole_store(place, capsys):
         assert words in text
     assert main(["verify", str(root)]) == 0
     assert f"is whole: 3 blocks, 11 images, sha256 {AnnotationStore.open(root).hash}" in capsys.readouterr().out
-    done = subprocess.run(
-        [sys.executable, "-m", "coreg.annotate.store", "verify", str(root)], capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-m", "coreg.annotate", "verify", str(root)], capture_output=True, text=True)
     assert done.returncode == 0 and "is whole" in done.stdout and done.stderr == ""
 
 
@@ -112,7 +110,7 @@ def test_a_damaged_store_names_the_command_that_made_it(place, capsys):
     write_store(root / "parts", more)
     write_store(root / "n", images, spec="n")
     write_store(root / "synthetic", images, spec="synthetic:flip(q=0.1,seed=0)", features=None)
-    merge = "delete it and run the same python -m coreg.annotate.store merge command again"
+    merge = "delete it and run the same python -m coreg.annotate merge command again"
     for store, parts, again in (
         ("images", ("ann", "parts"), merge),
         ("annotators", ("ann", "n"), merge),

@@ -24,8 +24,8 @@ from transformers import (
 from annotate_vlm import main
 from coreg.annotate.annotators import load_annotator
 from coreg.annotate.models import resolve
-from coreg.annotate.store import AnnotationStore
 from coreg.errors import UserError
+from coreg.store.store import AnnotationStore
 
 NAMES, TEMPLATES = ["cat", "dog", "blue whale"], ["a photo of a {}", "the {}", "{} at night"]
 SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -17,13 +17,13 @@ from runs import refused
 
 from coreg.annotate import view as module
 from coreg.annotate.settings import ViewConfig
-from coreg.annotate.store import AnnotationStore, StoreWriter, make_manifest
 from coreg.annotate.view import View, main, make_view, pixels_of, views_of
 from coreg.config import recipe_path
 from coreg.data.decode import decode
 from coreg.data.sources import open_images
 from coreg.errors import UserError
 from coreg.nets.model import create_backbone
+from coreg.store.store import AnnotationStore, StoreWriter, make_manifest
 
 NAMES = ["cat", "dog"]
 TINY = {
@@ -224,7 +224,7 @@ def test_two_processes_make_the_view_and_the_refined_store_that_one_makes(digits
         shutil.copytree(digits.root, tmp_path / name)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     for name, start in (("one", [sys.executable]), ("two", launch)):
-        command = [*start, "-m", "coreg.annotate.store", "refine", str(tmp_path / name), *words]
+        command = [*start, "-m", "coreg.annotate", "refine", str(tmp_path / name), *words]
         done = subprocess.run(
             [*command, "--output_dir", str(tmp_path / f"refined-{name}")], capture_output=True, text=True, timeout=300
         )

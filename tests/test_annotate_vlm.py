@@ -16,8 +16,8 @@ import annotate_vlm
 from annotate_vlm import AnnotateConfig, annotate, main
 from coreg import files
 from coreg.annotate.prompts import TEMPLATES
-from coreg.annotate.store import AnnotationStore
 from coreg.errors import UserError
+from coreg.store.store import AnnotationStore
 
 NAMES = ["red thing", "green thing", "blue thing"]
 

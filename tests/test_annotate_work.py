@@ -17,11 +17,11 @@ from test_annotate_annotators import save_tiny_clip
 import annotate_vlm
 from annotate_vlm import main
 from coreg.annotate import work as loop
-from coreg.annotate.claims import BlockQueue
-from coreg.annotate.store import AnnotationStore, StoreWriter, make_manifest
 from coreg.annotate.work import Progress, annotate_images, work
 from coreg.data.sources import open_images
 from coreg.errors import UserError
+from coreg.store.claims import BlockQueue
+from coreg.store.store import AnnotationStore, StoreWriter, make_manifest
 
 NAMES = ["red thing", "green thing", "blue thing"]
 
@@ -149,7 +149,7 @@ def test_progress_counts_the_blocks_of_all_processes(folder, tmp_path, capfd):
 # annotate_vlm.py whose processes are killed when they have written some blocks: the one with rank r after its r-th number.
 DIES = """
 import os, sys
-from coreg.annotate import blocks
+from coreg.store import blocks
 import annotate_vlm
 left = [int(number) for number in sys.argv[1].split(",")]
 rank, real = int(os.environ.get("RANK", "0")), blocks.write_block

@@ -14,11 +14,11 @@ from safetensors import safe_open
 from test_annotate_annotators import save_tiny_clip
 from test_annotate_chat import save_tiny_llava
 
-from coreg.adapt.prompts import PromptLearner, lay_out, token_embedding
 from coreg.annotate.annotators import open_clip_towers
 from coreg.annotate.models import resolve
-from coreg.annotate.store import AnnotationStore
 from coreg.data.labels import few_shot_draw, read_labels
+from coreg.nets.tuners.prompts import PromptLearner, lay_out, token_embedding
+from coreg.store.store import AnnotationStore
 
 ROOT = Path(__file__).parents[1]
 SHORT = ["--epochs", "3", "--workers", "0", "--report_to", "none"]

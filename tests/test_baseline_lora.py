@@ -20,7 +20,7 @@ from test_annotate_transformers import save_tiny
 from coreg.annotate.annotators import ClipAnnotator
 from coreg.annotate.chat import CHAT_TEMPLATES, ChatAnnotator
 from coreg.annotate.models import resolve
-from coreg.annotate.store import AnnotationStore
+from coreg.store.store import AnnotationStore
 
 ROOT = Path(__file__).parents[1]
 SHORT = ["--workers", "0", "--report_to", "none"]

@@ -13,10 +13,10 @@ import pytest
 import torch
 from runs import final_state, script
 
-from coreg.annotate.store import AnnotationStore
 from coreg.learn.partial import METHODS
 from coreg.run.training import Training
 from coreg.run.watch import EXIT_INTERRUPTED
+from coreg.store.store import AnnotationStore
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "baselines" / "pll.py"

@@ -15,12 +15,12 @@ from scipy.optimize import minimize
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
-from coreg.annotate.store import AnnotationStore
 from coreg.annotate.textual import averaged_embedding_classes
 from coreg.annotate.view import main as make_view
-from coreg.export import load_export
+from coreg.export.ensemble import load_export
 from coreg.learn.probe import cosine_loss, fit_cosine, fit_probe, probe_loss
 from coreg.report.compare import read_run
+from coreg.store.store import AnnotationStore
 
 probe = script("probe")
 ROOT = Path(__file__).parents[1]

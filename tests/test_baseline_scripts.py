@@ -14,15 +14,15 @@ import torch
 from runs import killed_at, refused, script
 
 import train_coreg
-from coreg.annotate.candidates import zero_shot_accuracy
-from coreg.annotate.store import AnnotationStore
 from coreg.annotate.textual import averaged_embedding_classes, single_template_probabilities, text_side
-from coreg.data.augment import Augmentation
 from coreg.demo.annotator import local_dir
 from coreg.errors import UserError
 from coreg.report.compare import read_run
 from coreg.run import checkpoint
 from coreg.run.batches import Verdict, co_train_batch
+from coreg.store.store import AnnotationStore
+from coreg.views.augment import Augmentation
+from coreg.weak.rules import zero_shot_accuracy
 
 ROOT = Path(__file__).parents[1]
 # 97 images of three classes in batches of 13

@@ -20,15 +20,15 @@ from benchmarks.turns import in_turns, ratio
 from coreg.annotate.annotators import ClipAnnotator
 from coreg.annotate.models import resolve
 from coreg.annotate.prompts import TEMPLATES
-from coreg.data.augment import Augmentation
 from coreg.data.sources import open_images
 from coreg.learn.coreg import CoRegBatch, CoRegLearner
 from coreg.learn.memory import Prototypes
 from coreg.learn.options import CoRegOptions
 from coreg.nets.model import CoRegNet
 from coreg.nets.preact import PreActResNet
-from coreg.run.process import build_accelerator
+from coreg.process import build_accelerator
 from coreg.settings import JobConfig
+from coreg.views.augment import Augmentation
 
 C, D, QUEUE = 5, 8, 23
 

@@ -20,10 +20,11 @@ from test_annotate_transformers import save_tiny
 
 import annotate_vlm
 import train_coreg
-from coreg import export, predict
 from coreg.annotate import tools
-from coreg.annotate.store import AnnotationStore
+from coreg.export import ensemble as export
+from coreg.export import predict
 from coreg.report import compare
+from coreg.store.store import AnnotationStore
 
 zero_shot = script("zero_shot")
 

@@ -15,10 +15,10 @@ from runs import final_state, refused, same_curves, script
 
 import train_coreg
 from coreg.annotate import synthetic
-from coreg.annotate.store import AnnotationStore
 from coreg.learn.division import Division
 from coreg.learn.partial import METHODS
 from coreg.run import checkpoint
+from coreg.store.store import AnnotationStore
 
 ROOT = Path(__file__).parents[1]
 

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import InterpolationMode
 
+from coreg.data.digits import DIGIT_NAMES, load_digits_images
 from coreg.demo.annotator import (
     COMPACT_FILE,
     CONFIG_FILE,
@@ -23,7 +24,6 @@ from coreg.demo.annotator import (
     local_dir,
     save_compact,
 )
-from coreg.demo.digits import DIGIT_NAMES, load_digits_images
 from coreg.demo.glyphs import SOURCES
 from coreg.demo.pretrain import CONFIG, CompactTokenizer, compact_model
 from coreg.errors import UserError

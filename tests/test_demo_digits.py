@@ -3,7 +3,7 @@
 import numpy as np
 from sklearn.datasets import load_digits
 
-from coreg.demo.digits import DIGIT_NAMES, load_digits_images
+from coreg.data.digits import DIGIT_NAMES, load_digits_images
 
 
 def test_images_are_the_scans_in_bytes():

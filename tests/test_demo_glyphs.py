@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from coreg.demo.digits import DIGIT_NAMES
+from coreg.data.digits import DIGIT_NAMES
 from coreg.demo.glyphs import SOURCES, GlyphStream, all_captions, font_bank
 from coreg.errors import UserError
 

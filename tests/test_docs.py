@@ -18,7 +18,11 @@ import coreg.config
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 TEXT = {page.relative_to(ROOT).as_posix(): page.read_text(encoding="utf-8") for page in PAGES}
-ENTRIES = {"coreg-predict": "coreg.predict", "coreg-export": "coreg.export", "coreg-report": "coreg.report.compare"}
+ENTRIES = {
+    "coreg-predict": "coreg.export.predict",
+    "coreg-export": "coreg.export.ensemble",
+    "coreg-report": "coreg.report.compare",
+}
 COMMAND = re.compile(
     r"((accelerate launch|torchrun|python|sbatch) (.*\.(py|sh)\b|-m |.* -m )|coreg-\w+ \S|\S+\.(py|sh) --\w+ \S|make \w).*"
 )
@@ -133,7 +137,7 @@ def options_of(program, typed, capsys):
     """What `--help` of a program lists."""
     if program.endswith(".sh"):
         return set(re.findall(r"--[a-z_]+", (ROOT / program).read_text()))
-    for command in (["merge"], ["export"], ["refine"]) if program == "coreg.annotate.store" else ([],):
+    for command in (["merge"], ["export"], ["refine"]) if program == "coreg.annotate" else ([],):
         with contextlib.suppress(SystemExit):
             typed(program, [*command, "--help"])
     return set(re.findall(r"--[a-z_]+", capsys.readouterr().out))

@@ -34,7 +34,7 @@ ELSEWHERE = {
     "benchmarks.annotate": "test_benchmarks.py",
     "benchmarks.tiny_clip": "test_benchmarks.py",
 }
-# test_export.py and test_adapt_lora.py have stand-ins for the hub and for a chat model
+# test_export.py and test_tuners_lora.py have stand-ins for the hub and for a chat model
 OUT_OF_REACH = ("--push_to_hub", "chat:llava-1.5-7b-hf")
 
 

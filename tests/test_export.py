@@ -15,13 +15,13 @@ from scipy.optimize import minimize_scalar
 from sklearn.datasets import load_digits
 
 import train_coreg
-from coreg import export as exporting
-from coreg import predict
 from coreg.errors import UserError
-from coreg.export import Ensemble, agreement
-from coreg.exported import load_export
-from coreg.report.calibration import fit_temperature, fit_to_agreement, fit_to_labels, negative_log_likelihood
-from coreg.report.card import escaped, model_card, public_name
+from coreg.export import ensemble as exporting
+from coreg.export import predict
+from coreg.export.calibration import fit_temperature, fit_to_agreement, fit_to_labels, negative_log_likelihood
+from coreg.export.card import escaped, model_card, public_name
+from coreg.export.ensemble import Ensemble, agreement
+from coreg.export.folder import load_export
 
 SHORT = "--recipe digits --refine none --epochs 3 --warmup_epochs 3 --queue_size 256 --workers 0 --report_to none --lr 0.1"
 NAMES = "zero one two three four five six seven eight nine".split()

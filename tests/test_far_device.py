@@ -21,12 +21,12 @@ import annotate_vlm
 import train_coreg
 from benchmarks.sides import Bench, Case
 from benchmarks.step import parts_of_a_step
-from coreg.annotate.store import AnnotationStore
 from coreg.learn.partial.learner import PartialLearner
+from coreg.process import build_accelerator
 from coreg.run import checkpoint
-from coreg.run.process import build_accelerator
 from coreg.run.training import Training
 from coreg.settings import JobConfig
+from coreg.store.store import AnnotationStore
 
 # ---- the device itself -----------------------------------------------------------------------------------------------
 

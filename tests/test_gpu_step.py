@@ -5,13 +5,13 @@ import pytest
 import torch
 
 from benchmarks.augment import MEAN, STD, waves
-from coreg.data.augment import Augmentation
 from coreg.learn.coreg import CoRegLearner
 from coreg.learn.memory import Prototypes
 from coreg.learn.options import CoRegOptions
 from coreg.nets.model import CoRegNet
 from coreg.nets.preact import PreActResNet
 from coreg.run.batches import TrainingImages, Verdict, co_train_batch
+from coreg.views.augment import Augmentation
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 C, D, N, B = 5, 16, 40, 8

@@ -84,7 +84,7 @@ PROBE = """
 import sys
 sys.path.insert(0, sys.argv[1])
 import torch.distributed as dist
-from coreg.run.process import build_accelerator
+from coreg.process import build_accelerator
 accelerator = build_accelerator()
 backend = dist.get_backend() if dist.is_initialized() else "none"
 # one write, so that the processes' lines do not run into each other

@@ -16,8 +16,8 @@ from torch import nn
 
 import train_coreg
 from coreg.errors import UserError
-from coreg.export import export
-from coreg.exported import load_export
+from coreg.export.ensemble import export
+from coreg.export.folder import load_export
 from coreg.nets.model import (
     CoRegNet,
     check_backbone,

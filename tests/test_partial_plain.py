@@ -6,10 +6,10 @@ import typing
 import pytest
 import torch
 
-from coreg.data.augment import VIEWS
 from coreg.learn.partial import METHODS
 from coreg.learn.partial.method import Outputs, PartialMethod, Step, within
 from coreg.learn.partial_options import OFFICIAL, Name, PartialOptions, View
+from coreg.views.augment import VIEWS
 
 N, C = 7, 4
 INDEX = torch.tensor([5, 0, 3])  # a batch of three of seven images

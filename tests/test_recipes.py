@@ -13,7 +13,6 @@ from annotate_vlm import AnnotateConfig
 from coreg.annotate.prompts import read_class_names
 from coreg.annotate.synthetic import SyntheticConfig, read_superclasses
 from coreg.config import parse, read_recipe
-from coreg.data.augment import RANDAUGMENT
 from coreg.data.sources import TORCHVISION
 from coreg.errors import UserError
 from coreg.learn.dividemix_options import DivideMixOptions
@@ -22,6 +21,7 @@ from coreg.nets.model import CoRegNet, create_backbone, parse_backbone_args
 from coreg.recipes import FOLDER, listing
 from coreg.recipes.__main__ import main
 from coreg.settings import ImageConfig, JobConfig, check, check_coreg
+from coreg.views.augment import RANDAUGMENT
 
 NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
 OTHERS = (JobConfig, ImageConfig, CoRegOptions)

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from coreg.data.augment import Augmentation
-from coreg.data.order import ShuffledRows
 from coreg.nets.model import CoRegNet, create_backbone
 from coreg.run.batches import TrainingImages
 from coreg.run.epoch import count_statistics, train_epoch
 from coreg.run.training import Training
+from coreg.views.augment import Augmentation
+from coreg.views.order import ShuffledRows
 
 
 @pytest.mark.parametrize("n", [21, 5])

@@ -15,13 +15,13 @@ from conftest import SMALL_JOB
 from runs import final_state, killed_at, refused
 
 import train_coreg
-from coreg.annotate.store import AnnotationStore, StoreWriter
 from coreg.annotate.view import View, views_of
-from coreg.data.order import drawn_part
 from coreg.run import checkpoint
 from coreg.run.training import Training, build_optimizer
 from coreg.run.watch import EXIT_INTERRUPTED
 from coreg.settings import JobConfig
+from coreg.store.store import AnnotationStore, StoreWriter
+from coreg.views.order import drawn_part
 from coreg.weak.refine import refine
 
 SHORT = ["--epochs", "4", "--warmup_epochs", "1", "--contrast_after", "0", "--queue_size", "256", "--workers", "0"]

@@ -15,8 +15,8 @@ from coreg.adapt.views import Photos, RandomView
 from coreg.annotate.chat import ChatAnnotator
 from coreg.errors import UserError
 from coreg.learn.collective import gather_rows, share
+from coreg.process import all_or_none
 from coreg.run.job import Run
-from coreg.run.process import all_or_none
 
 
 def join(items: Sequence[dict[str, Any]], answers: Sequence[list[int]]) -> tuple[dict[str, Tensor], Tensor]:

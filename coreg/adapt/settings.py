@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from coreg.annotate.manifest import read_manifest
 from coreg.annotate.settings import GLYPH_CLIP
 from coreg.config import SAFE_CSV, SEEDS, option
-from coreg.demo.digits import DIGIT_NAMES
+from coreg.data.digits import DIGIT_NAMES
+from coreg.store.manifest import read_manifest
 
 
 @dataclass

@@ -19,21 +19,21 @@ from coreg.adapt.settings import TuningJob, ViewOptions
 from coreg.adapt.views import Photos, RandomView
 from coreg.annotate import annotators
 from coreg.annotate.annotators import Towers
-from coreg.annotate.candidates import candidate_sets
 from coreg.annotate.models import ModelSpec, resolve
 from coreg.data.decode import decode_annotated
-from coreg.data.order import ShuffledRows
 from coreg.errors import UserError
 from coreg.learn.collective import gather_rows, share
-from coreg.report.board import flush_curves
+from coreg.process import all_or_none, main_process_decides
 from coreg.report.metrics import collapse_warnings
 from coreg.report.page import write_page
 from coreg.report.page_record import RunRecord, Split
 from coreg.report.record import write_report
 from coreg.report.report import build_report, without_labels, write_labels
+from coreg.run.board import flush_curves
 from coreg.run.job import Run
-from coreg.run.process import all_or_none, main_process_decides
 from coreg.run.training import Batch, Training
+from coreg.views.order import ShuffledRows
+from coreg.weak.rules import candidate_sets
 
 SPLITS = ("train", "test")
 SHOWN = 64  # side in pixels of the images on a run's page

@@ -12,14 +12,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from coreg.annotate.models import ModelSpec, load_open_clip, loading, one_line
+from coreg.annotate.models import PRECISIONS, ModelSpec, load_open_clip, loading, one_line
 from coreg.annotate.prompts import prompts
 from coreg.annotate.texts import compare_texts
 from coreg.errors import UserError
 
 SCORES_AT_ONCE = 1 << 24  # logits of a batch that are held at the same time: 64 MB of float32
 SAME = {torch.float32: 1e-6, torch.bfloat16: 1e-3, torch.float16: 1e-3}  # features of length 1 that differ by rounding
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Annotator(Protocol):

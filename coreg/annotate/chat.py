@@ -13,9 +13,8 @@ from typing import Any, ClassVar
 import torch
 from PIL import Image
 
-from coreg.annotate.annotators import PRECISIONS
 from coreg.annotate.answers import AnswerParser
-from coreg.annotate.models import ModelSpec, loading, one_line
+from coreg.annotate.models import PRECISIONS, ModelSpec, loading, one_line
 from coreg.annotate.texts import refuse_same, same_rows
 from coreg.data.keyed import keyed_generator
 from coreg.errors import UserError

@@ -1,6 +1,6 @@
 """Is this annotation store fit to be trained on? What can be said without labels, and more where there are some.
 
-    python -m coreg.annotate.store health ann
+    python -m coreg.annotate health ann
 
 writes ann/report.html (one file, nothing is loaded from elsewhere) and ann/report.txt; annotate_vlm.py does so at its end.
 """
@@ -16,15 +16,15 @@ from typing import Any
 
 import numpy as np
 
-from coreg.annotate.candidates import candidates_of, vote_counts
 from coreg.annotate.changes import before_and_after
 from coreg.annotate.health_html import page
-from coreg.annotate.store import AnnotationStore
 from coreg.data.folders import counts_line, labelled_counts, unmatched_folders
 from coreg.data.images import ImageList
 from coreg.errors import UserError
 from coreg.files import write_atomically
 from coreg.plaintext import printable
+from coreg.store.store import AnnotationStore
+from coreg.weak.rules import candidates_of, vote_counts
 
 FEW_IMAGES = 50  # per class; below this a prototype and a class's share of a batch are mostly noise (rule of thumb)
 NEARLY_ALWAYS = 0.95
@@ -308,9 +308,3 @@ def report(folder: str, place: str | None = None, data_root: str | None = None) 
         images = None
     print(printable(as_text(store, write_report(store, images)), lines=True), end="")
     print(printable(store.root / "report.html"))
-
-
-if __name__ == "__main__":
-    from coreg.annotate.tools import main
-
-    raise SystemExit(main(["health", *sys.argv[1:]]))

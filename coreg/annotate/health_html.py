@@ -12,8 +12,8 @@ from coreg.webpage import bar, document, percent, picture, table, text
 
 if TYPE_CHECKING:
     from coreg.annotate.health import Health
-    from coreg.annotate.store import AnnotationStore
     from coreg.data.images import ImageList
+    from coreg.store.store import AnnotationStore
 
 SHOWN_TEMPLATES = 40  # a larger agreement matrix is no longer read by anybody
 

@@ -18,13 +18,14 @@ import torch
 import transformers
 from PIL import Image
 
-from coreg.annotate.manifest import REFINED
 from coreg.annotate.settings import GLYPH_CLIP
 from coreg.errors import UserError
 from coreg.hub import cache_only, hub_answers, without_foreign_code
 from coreg.records import Maybe, Number, RecordError, read_record
+from coreg.store.manifest import REFINED
 
 SPELLINGS = "NAME/TAG such as ViT-B-32/openai, local-dir:FOLDER, hf-hub:ORG/NAME, transformers:FOLDER or chat:FOLDER"
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 WEIGHT_FILES = (".safetensors", ".bin", ".pth")
 # parts of an open_clip configuration that name a model for transformers to load
 OPEN_CLIP_TEXT = {"hf_model_name": Maybe(str), "hf_tokenizer_name": Maybe(str)}

@@ -1,7 +1,7 @@
 """A store made from a store: the annotator's evidence mended by the features of its images (`coreg.weak.refine`).
 
-    python -m coreg.annotate.store refine ann --output_dir ann2                 # the features of a view
-    python -m coreg.annotate.store refine ann --features own --output_dir ann2  # the annotator's own features
+    python -m coreg.annotate refine ann --output_dir ann2                 # the features of a view
+    python -m coreg.annotate refine ann --features own --output_dir ann2  # the annotator's own features
 
 The new store has two templates: the best class, and the second best where it has at least 0.3 of the best's probability,
 otherwise the best again. Candidate rules and everything else work on it as on any store. Test images are judged by their
@@ -18,17 +18,17 @@ import numpy as np
 from accelerate import Accelerator
 
 import coreg
-from coreg.annotate.candidates import candidates_of
 from coreg.annotate.health import write_report
-from coreg.annotate.manifest import REFINED, make_manifest
 from coreg.annotate.settings import RefineConfig, ViewConfig
-from coreg.annotate.store import AnnotationStore
 from coreg.annotate.view import View, make_view
-from coreg.annotate.writer import StoreWriter, continued
 from coreg.data.images import ImageList
 from coreg.errors import UserError
-from coreg.run.process import main_process_decides
+from coreg.process import main_process_decides
+from coreg.store.manifest import REFINED, make_manifest
+from coreg.store.store import AnnotationStore
+from coreg.store.writer import StoreWriter, continued
 from coreg.weak.refine import Refinement, refine
+from coreg.weak.rules import candidates_of
 
 TEMPLATES = ("refined: best class", "refined: second class, or the best again")
 _ENTRIES = 1 << 22  # of (n, C), in a block

@@ -9,8 +9,8 @@ import numpy as np
 
 from coreg.annotate.changes import before_and_after
 from coreg.annotate.health import examine
-from coreg.annotate.store import AnnotationStore
 from coreg.plaintext import printable
+from coreg.store.store import AnnotationStore
 
 
 def summary(store: AnnotationStore) -> str:

@@ -26,14 +26,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 import coreg
-from coreg.annotate.noise import flip, hierarchical, instance, noise_report, pico, uniform, uniforms
 from coreg.annotate.prompts import read_class_names
-from coreg.annotate.store import AnnotationStore, StoreWriter, make_manifest
 from coreg.config import SEEDS, option, parse
 from coreg.data.images import absolute_path
 from coreg.data.sources import open_images
 from coreg.errors import UserError, exits_with_one_line
 from coreg.plaintext import printable
+from coreg.store.store import AnnotationStore, StoreWriter, make_manifest
+from coreg.weak.noise import flip, hierarchical, instance, noise_report, pico, uniform, uniforms
 
 BLOCK_SIZE = 16_384  # rows a block of the store
 # rule -> the options that it takes, with their defaults

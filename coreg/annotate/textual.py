@@ -9,8 +9,8 @@ import torch
 
 from coreg.annotate.annotators import ClipAnnotator
 from coreg.annotate.models import resolve
-from coreg.annotate.store import AnnotationStore
 from coreg.errors import UserError
+from coreg.store.store import AnnotationStore
 
 
 def text_side(store: AnnotationStore, templates: Sequence[str], device: torch.device | str = "cpu") -> ClipAnnotator:

@@ -1,11 +1,11 @@
 """Tools for annotation stores: look into one, check it, take its evidence elsewhere, make one of several.
 
-python -m coreg.annotate.store info ann
-python -m coreg.annotate.store verify ann
-python -m coreg.annotate.store health ann
-python -m coreg.annotate.store export ann --output candidates.csv
-python -m coreg.annotate.store merge ann1 ann2 --output_dir ann
-python -m coreg.annotate.store refine ann --output_dir ann2
+python -m coreg.annotate info ann
+python -m coreg.annotate verify ann
+python -m coreg.annotate health ann
+python -m coreg.annotate export ann --output candidates.csv
+python -m coreg.annotate merge ann1 ann2 --output_dir ann
+python -m coreg.annotate refine ann --output_dir ann2
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from typing import Any
 
 import numpy as np
 
-from coreg.annotate.candidates import candidate_sets
 from coreg.annotate.health import report
-from coreg.annotate.manifest import block_files, read_manifest, same_command
-from coreg.annotate.merge import merge
 from coreg.annotate.settings import RefineConfig, ViewConfig, check_refine, check_view
-from coreg.annotate.store import AnnotationStore
 from coreg.annotate.summary import summary
-from coreg.annotate.writer import StoreWriter
 from coreg.config import SAFE_CSV, option, parse
 from coreg.data.decode import UnreadableImage
 from coreg.errors import UserError, exits_with_one_line
 from coreg.files import check_writable, file_name, making_folder, place_below, write_atomically
 from coreg.plaintext import csv_rows, printable
+from coreg.store.manifest import block_files, read_manifest, same_command
+from coreg.store.merge import merge
+from coreg.store.store import AnnotationStore
+from coreg.store.writer import StoreWriter
+from coreg.weak.rules import candidate_sets
 
 SPLITS = ("train", "test", "val")
 
@@ -214,7 +214,7 @@ class MergeConfig:
 
 
 def _merge(folders: list[str], options: list[str]) -> int:
-    (config,) = parse(MergeConfig, argv=options, prog="python -m coreg.annotate.store merge")
+    (config,) = parse(MergeConfig, argv=options, prog="python -m coreg.annotate merge")
     if config.output_dir is None:
         raise UserError("--output_dir is missing; write: merge ann1 ann2 --output_dir ann")
     root, done = merge(folders, config.output_dir)
@@ -223,13 +223,13 @@ def _merge(folders: list[str], options: list[str]) -> int:
 
 
 def _export(folders: list[str], options: list[str]) -> int:
-    config, place = parse(ExportConfig, PlaceConfig, argv=options, prog="python -m coreg.annotate.store export")
+    config, place = parse(ExportConfig, PlaceConfig, argv=options, prog="python -m coreg.annotate export")
     print(printable(export(_only(folders), config, place), lines=True))
     return 0
 
 
 def _health(folders: list[str], options: list[str]) -> int:
-    (place,) = parse(PlaceConfig, argv=options, prog="python -m coreg.annotate.store health")
+    (place,) = parse(PlaceConfig, argv=options, prog="python -m coreg.annotate health")
     report(_only(folders), place.images, place.data_root)
     return 0
 
@@ -252,12 +252,12 @@ def _only(folders: list[str]) -> str:
 
 
 def _refine(folders: list[str], options: list[str]) -> int:
-    config, view = parse(RefineConfig, ViewConfig, argv=options, prog="python -m coreg.annotate.store refine")
+    config, view = parse(RefineConfig, ViewConfig, argv=options, prog="python -m coreg.annotate refine")
     check_refine(config)
     check_view(view)
     # here, not above: the other tools need no networks
     from coreg.annotate.refined import refine_store
-    from coreg.run.process import all_or_none, build_accelerator
+    from coreg.process import all_or_none, build_accelerator
 
     accelerator = build_accelerator(timeout_minutes=60)
     source = all_or_none(accelerator, lambda: AnnotationStore.open(_only(folders)))
@@ -279,7 +279,7 @@ COMMANDS: dict[str, Callable[[list[str], list[str]], int]] = {
 
 @exits_with_one_line
 def main(argv: Sequence[str] | None = None) -> int:
-    """`python -m coreg.annotate.store COMMAND DIR ...`; the exit code of `verify` is 1 for a store that is not whole."""
+    """`python -m coreg.annotate COMMAND DIR ...`; the exit code of `verify` is 1 for a store that is not whole."""
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help"):
         print(__doc__)

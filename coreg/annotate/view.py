@@ -30,12 +30,8 @@ from accelerate import Accelerator
 from PIL import Image
 
 import coreg.nets
-from coreg.annotate.blocks import DamagedBlockError, read_block, stacked
-from coreg.annotate.manifest import block_files
 from coreg.annotate.settings import ViewConfig, check_view
-from coreg.annotate.store import AnnotationStore
 from coreg.annotate.work import annotate_images, every_block
-from coreg.annotate.writer import BlockWriter, difference
 from coreg.config import parse
 from coreg.data.images import ImageList
 from coreg.data.sources import require_readable
@@ -43,8 +39,12 @@ from coreg.errors import UserError, exits_with_one_line
 from coreg.files import write_atomically
 from coreg.nets.model import check_backbone, check_weights, create_backbone, parse_backbone_args, trained_with
 from coreg.plaintext import printable
+from coreg.process import all_or_none, build_accelerator, main_process_decides
 from coreg.records import Number, RecordError, read_record
-from coreg.run.process import all_or_none, build_accelerator, main_process_decides
+from coreg.store.blocks import DamagedBlockError, read_block, stacked
+from coreg.store.manifest import block_files
+from coreg.store.store import AnnotationStore
+from coreg.store.writer import BlockWriter, difference
 
 SCHEMA, VERSION = "coreg-view", 1
 JOB = ("network", "pixels", "images", "block_size")  # the manifest's entries that make two views differ

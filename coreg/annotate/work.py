@@ -19,15 +19,15 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from coreg.annotate.annotators import Annotator, ClipAnnotator
-from coreg.annotate.blocks import DamagedBlockError, pack_answers, read_block
-from coreg.annotate.claims import BlockQueue
-from coreg.annotate.manifest import block_files, job_hash, same_command
-from coreg.annotate.writer import BlockWriter, StoreWriter
 from coreg.data.decode import UnreadableImage
 from coreg.data.eight_bit import USES_FEW_BITS
 from coreg.data.images import ImageList
 from coreg.errors import UserError
 from coreg.progress import seconds_between_lines
+from coreg.store.blocks import DamagedBlockError, pack_answers, read_block
+from coreg.store.claims import BlockQueue
+from coreg.store.manifest import block_files, job_hash, same_command
+from coreg.store.writer import BlockWriter, StoreWriter
 
 POLL_SECONDS = 0.5
 
@@ -127,7 +127,7 @@ def check_errors(writer: BlockWriter, images: ImageList, most: int | None) -> No
         row = min(bad)
         raise UserError(
             f"{len(bad)} images cannot be read and --max_errors is {most} (the first, {images.paths[row]!r}: {bad[row]}); "
-            f"see python -m coreg.annotate.store info {writer.root}, then raise --max_errors and run the same command again"
+            f"see python -m coreg.annotate info {writer.root}, then raise --max_errors and run the same command again"
         )
 
 

@@ -200,7 +200,7 @@ class _Array:
 
 
 def _digits(class_names: Sequence[str] | None) -> ImageList:
-    from coreg.demo.digits import DIGIT_NAMES, load_digits_images
+    from coreg.data.digits import DIGIT_NAMES, load_digits_images
 
     images, labels, split = load_digits_images()
     paths = Paths([b"%04d" % row for row in range(len(images))])

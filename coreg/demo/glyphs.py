@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
-from coreg.demo.digits import DIGIT_NAMES
+from coreg.data.digits import DIGIT_NAMES
 from coreg.demo.strokes import ORNATE, PLAIN, SEGMENTS, Alphabet, StrokeBank, draw_strokes, stroke_bank
 from coreg.errors import UserError
 

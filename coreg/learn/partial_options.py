@@ -8,7 +8,7 @@ from typing import Any, Literal
 Name = Literal[
     "cc", "rc", "proden", "lws", "lwc", "cr_dpll", "pico", "pico_plus", "irnet", "alim_onehot", "alim_scale", "supervised"
 ]
-# of `coreg.data.augment.VIEWS`
+# of `coreg.views.augment.VIEWS`
 View = Literal["plain", "weak", "strong", "pico_weak", "pico_strong", "cr_weak", "cr_strong", "cr_strong_svhn"]
 
 

@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from coreg.annotate.candidates import candidate_sets, mean_candidates, partial_accuracy
-from coreg.annotate.store import AnnotationStore
 from coreg.data.folders import unmatched_folders
 from coreg.files import replacing
 from coreg.plaintext import csv_rows, printable
 from coreg.report.metrics import accuracy, label_free_scores, per_class_accuracy, wilson_interval
 from coreg.report.record import SCHEMA
+from coreg.store.store import AnnotationStore
+from coreg.weak.rules import candidate_sets, mean_candidates, partial_accuracy
 
 PACKAGES = (
     "coreg",

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from coreg.data.augment import Augmentation
 from coreg.data.keyed import keyed_generator
 from coreg.learn.collective import rank_and_world, share
 from coreg.learn.coreg import CoRegBatch, Guess, WarmUpBatch
+from coreg.views.augment import Augmentation
 
 
 @dataclass
@@ -40,7 +40,7 @@ class TrainingImages:
         return self.images.index_select(0, where).to(self.device, non_blocking=True)
 
     def view(self, kind: str, rows: np.ndarray, key: tuple[int | str, ...], pixels: Tensor | None = None) -> Tensor:
-        """A view of one of `coreg.data.augment.VIEWS`, (n, c, H, W), normalised, in channels_last format."""
+        """A view of one of `coreg.views.augment.VIEWS`, (n, c, H, W), normalised, in channels_last format."""
         pixels = self.pixels(rows) if pixels is None else pixels
         samples = self.samples[torch.from_numpy(rows)]
         view = self.augmentation.view(kind, pixels, samples, (self.seed, *key), self.dtype)

@@ -10,13 +10,13 @@ import torch
 from timm.utils import distribute_bn
 from torch.optim.swa_utils import update_bn
 
-from coreg.data.order import ShuffledRows
 from coreg.learn.collective import share
-from coreg.report.board import show_epoch
+from coreg.process import main_process_decides
 from coreg.report.metrics import accuracy
-from coreg.run.process import main_process_decides
+from coreg.run.board import show_epoch
 from coreg.run.task import Task, predict
 from coreg.run.training import Batch, Training
+from coreg.views.order import ShuffledRows
 
 # the steps of the present network's epoch, and how to make each one's batch
 Steps = tuple[int, Callable[[int], Batch]]

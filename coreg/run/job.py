@@ -16,29 +16,29 @@ import numpy as np
 from accelerate import Accelerator
 from accelerate.utils import tqdm
 
-from coreg.annotate.candidates import parse_rule
 from coreg.annotate.changes import before_and_after
 from coreg.annotate.refined import refine_store
 from coreg.annotate.settings import RefineConfig, ViewConfig
-from coreg.annotate.store import AnnotationStore
 from coreg.config import as_settings, as_yaml, check_bounds
 from coreg.errors import UserError
 from coreg.files import write_atomically
 from coreg.nets.model import check_backbone, check_network, check_weights, parse_backbone_args, trained_with
 from coreg.plaintext import printable
+from coreg.process import all_or_none, build_accelerator, follow_launcher, main_process_decides
 from coreg.progress import seconds_between_lines
 from coreg.records import RecordError
-from coreg.report.board import silent_thread, writing_curves
 from coreg.report.record import TRAINED, read_report
 from coreg.report.report import summary, write_known_labels
 from coreg.run import checkpoint
+from coreg.run.board import silent_thread, writing_curves
 from coreg.run.folder import RunFolder
-from coreg.run.process import all_or_none, build_accelerator, follow_launcher, main_process_decides
 from coreg.run.state import take_state
 from coreg.run.task import known_labels, training_rows
 from coreg.run.training import Training
 from coreg.run.watch import EXIT_INTERRUPTED, GOES_ON, STOP, Watch
 from coreg.settings import ImageConfig, JobConfig, check_look, check_tracker
+from coreg.store.store import AnnotationStore
+from coreg.weak.rules import parse_rule
 
 # settings that may change between two starts of the same job; what the store holds is compared by its hash
 NOT_THE_JOB = (
@@ -180,7 +180,7 @@ class Run:
                 save()
 
     def _begin_curves(self) -> None:
-        # TensorBoard gets the settings at the end, beside what they led to (`coreg.report.board.show_end`)
+        # TensorBoard gets the settings at the end, beside what they led to (`coreg.run.board.show_end`)
         told = None if self.job.report_to == "tensorboard" else {k: str(v) for k, v in self.identity.items()}
         begin = writing_curves()(lambda: self.accelerator.init_trackers("tensorboard", config=told))
         main_process_decides(self.accelerator, begin)

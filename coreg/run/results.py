@@ -12,25 +12,25 @@ from typing import Any
 import numpy as np
 from scipy.special import log_softmax
 
-from coreg.annotate.candidates import candidate_sets, mean_candidates, partial_accuracy
 from coreg.data.images import TRAIN
-from coreg.export import export, spread_rows
+from coreg.export.calibration import fit_to_agreement
+from coreg.export.card import model_card
+from coreg.export.ensemble import export, spread_rows
 from coreg.files import write_atomically
 from coreg.learn.division import smoothed
 from coreg.nets.model import parse_backbone_args
-from coreg.report.board import show_end
-from coreg.report.calibration import fit_to_agreement
-from coreg.report.card import model_card
+from coreg.process import main_process_decides
 from coreg.report.metrics import accuracy, collapse_warnings, consensus, few_shot_warnings
 from coreg.report.page import write_page
 from coreg.report.page_record import RunRecord, Split
 from coreg.report.record import write_report
 from coreg.report.report import accuracies, build_report, per_class, without_labels, without_missing, write_labels
 from coreg.run.batches import TrainingImages
+from coreg.run.board import show_end
 from coreg.run.job import Run
-from coreg.run.process import main_process_decides
 from coreg.run.task import Task, predict
 from coreg.run.training import Training
+from coreg.weak.rules import candidate_sets, mean_candidates, partial_accuracy
 
 
 def logits_of(task: Task, training: Training, images: TrainingImages | None) -> dict[str, np.ndarray]:

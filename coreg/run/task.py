@@ -10,18 +10,18 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from coreg.annotate.candidates import candidate_sets
-from coreg.annotate.store import AnnotationStore
 from coreg.data.decode import decode, no_longer_readable
 from coreg.data.images import TRAIN
 from coreg.data.labels import few_shot_draw, read_labels
-from coreg.data.order import drawn_part
 from coreg.errors import UserError
 from coreg.learn.collective import gather_rows, share
 from coreg.nets.model import CoRegNet
+from coreg.process import all_or_none
 from coreg.run.batches import TrainingImages
-from coreg.run.process import all_or_none
 from coreg.settings import ImageConfig, JobConfig
+from coreg.store.store import AnnotationStore
+from coreg.views.order import drawn_part
+from coreg.weak.rules import candidate_sets
 
 if TYPE_CHECKING:
     from coreg.run.job import Run

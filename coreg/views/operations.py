@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-# RandomAugment's fourteen operations, their code is in `coreg.data.augment_ops`: lowest and highest magnitude of the
+# RandomAugment's fourteen operations, their code is in `coreg.views.augment_ops`: lowest and highest magnitude of the
 # uniform draw. Posterize keeps int(magnitude) bits, 4 to 7. Operations without a magnitude have None.
 RANDAUGMENT: dict[str, tuple[float, float] | None] = {
     "auto_contrast": None,

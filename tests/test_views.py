@@ -10,13 +10,13 @@ from PIL import Image
 from scipy import stats
 from torchvision.transforms import AutoAugment, AutoAugmentPolicy, InterpolationMode, RandomResizedCrop
 
-from coreg.data.augment import RESIZED_VIEWS, VIEWS, Augmentation
-from coreg.data.augment_geometry import RESIZED_CROP_DRAWS, random_boxes, resized_crop
-from coreg.data.augment_ops import PIXEL_OPS
 from coreg.data.keyed import keyed_uniform
-from coreg.data.operations import RANDAUGMENT
-from coreg.data.policies import auto_augment
 from coreg.run.batches import TrainingImages
+from coreg.views.augment import RESIZED_VIEWS, VIEWS, Augmentation
+from coreg.views.augment_geometry import RESIZED_CROP_DRAWS, random_boxes, resized_crop
+from coreg.views.augment_ops import PIXEL_OPS
+from coreg.views.operations import RANDAUGMENT
+from coreg.views.policies import auto_augment
 
 MODES = {"bilinear": InterpolationMode.BILINEAR, "bicubic": InterpolationMode.BICUBIC}
 # Everything below is exact, but for blends: a compiler may fuse Pillow's float multiply and add, which moves one pixel
@@ -335,9 +335,9 @@ def test_empty_batches_and_tiny_images(kind, size, n):
 def test_nothing_is_mirrored_without_flip(kind, monkeypatch):
     ramp = torch.arange(0, 240, 15, dtype=torch.uint8).expand(400, 3, 16, 16)
     fields = {"strong_ops": ("identity",), "cutout": 0.0}
-    monkeypatch.setattr("coreg.data.augment.auto_augment", lambda images, draws, policy: images)
-    monkeypatch.setattr("coreg.data.augment.colour_jitter", lambda images, draws: images)
-    monkeypatch.setattr("coreg.data.augment.cut_out_square", lambda images, draws, side: images)
+    monkeypatch.setattr("coreg.views.augment.auto_augment", lambda images, draws, policy: images)
+    monkeypatch.setattr("coreg.views.augment.colour_jitter", lambda images, draws: images)
+    monkeypatch.setattr("coreg.views.augment.cut_out_square", lambda images, draws, side: images)
     for flip in (False, True):
         view = _view(_look(16, 3, 2, flip, **fields), kind, ramp, torch.arange(400), (0,)).int()
         mirrored = view[:, 0, 8, 5] > view[:, 0, 8, 10]

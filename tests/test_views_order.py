@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from coreg.data.keyed import keyed_uniform
-from coreg.data.order import ShuffledRows, drawn_part, n_batches
+from coreg.views.order import ShuffledRows, drawn_part, n_batches
 
 
 @pytest.mark.parametrize(("n", "size", "smallest"), [(11, 3, 2), (9, 3, 2), (4, 4, 2), (10, 3, 1), (5, 1, 1), (1, 4, 1)])

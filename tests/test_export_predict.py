@@ -13,9 +13,8 @@ import timm
 import torch
 from PIL import Image
 
-from coreg import predict
-from coreg.export import ensemble_logits, export
-from coreg.exported import load_export, write_settings
+from coreg.export import ensemble_logits, export, predict
+from coreg.export.folder import load_export, write_settings
 from coreg.nets.model import create_backbone
 
 NAMES = ["ant", "bee", "<b>cat</b>"]
@@ -124,7 +123,7 @@ def test_predictions_go_through_links_and_into_devices(exported, photos, tmp_pat
 @pytest.mark.multiprocess
 def test_two_at_once_and_one_that_writes_to_its_output(exported, photos, tmp_path):
     """The same output from two processes is one whole file; /dev/stdout is where the shell leads it."""
-    words = [sys.executable, "-m", "coreg.predict", "--model", str(exported[0]), "--images", str(photos), "--output"]
+    words = [sys.executable, "-m", "coreg.export.predict", "--model", str(exported[0]), "--images", str(photos), "--output"]
     both = [subprocess.Popen([*words, "same.csv"], cwd=tmp_path, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     errors = [process.communicate(timeout=300)[1] for process in both]
     assert [process.returncode for process in both] == [0, 0], errors

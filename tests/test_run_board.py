@@ -13,9 +13,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams import plugin_data_pb2
 
 import train_coreg
-from coreg.annotate.store import AnnotationStore
 from coreg.data.decode import decode
 from coreg.run import checkpoint
+from coreg.store.store import AnnotationStore
 
 
 def run(store, output, *more):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from coreg.errors import UserError
-from coreg.exported import ABOUT, check_about
+from coreg.export.folder import ABOUT, check_about
 from coreg.records import RecordError, parse_record
 
 Kind = Literal["onnx", "torch_export"]

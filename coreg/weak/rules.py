@@ -10,7 +10,7 @@ import numpy as np
 from coreg.errors import UserError
 
 if TYPE_CHECKING:  # a rule's spelling is checked before the store's packages are imported
-    from coreg.annotate.store import AnnotationStore
+    from coreg.store.store import AnnotationStore
 
 _ROWS = 1 << 14  # judged at a time: ranks and sums of a million rows would need ten times the memory of their evidence
 

@@ -29,13 +29,13 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import load, load_file
 
-from coreg.annotate.blocks import BadEvidenceError, DamagedBlockError, check_evidence, read_block, stacked, unpack_answers
-from coreg.annotate.manifest import block_files, job_hash, make_manifest, moved, read_manifest, same_command
-from coreg.annotate.writer import CHECKSUMS, StoreWriter, continued, describe, errors_csv
 from coreg.data.images import HELD_OUT, ImageList, Paths, absolute_path, list_hash, unescape
 from coreg.data.sources import open_images
 from coreg.errors import UserError
 from coreg.records import RecordError, read_file, read_record
+from coreg.store.blocks import BadEvidenceError, DamagedBlockError, check_evidence, read_block, stacked, unpack_answers
+from coreg.store.manifest import block_files, job_hash, make_manifest, moved, read_manifest, same_command
+from coreg.store.writer import CHECKSUMS, StoreWriter, continued, describe, errors_csv
 
 __all__ = ["AnnotationStore", "StoreWriter", "continued", "make_manifest", "read_manifest"]
 
@@ -238,9 +238,3 @@ def _has_content(file: Path, contents: list[bytes]) -> bool:
 def paths_of_lines(lines: Sequence[bytes]) -> Paths:
     """The paths of the lines of images.txt."""
     return Paths([os.fsencode(unescape(os.fsdecode(line))) if b"\\" in line else line for line in lines])
-
-
-if __name__ == "__main__":
-    from coreg.annotate.tools import main
-
-    raise SystemExit(main())

@@ -39,11 +39,11 @@ from coreg.data.decode import decode
 from coreg.data.images import ImageList
 from coreg.data.sources import open_images, require_readable
 from coreg.errors import UserError, exits_with_one_line
-from coreg.exported import SCHEMA, SETTINGS, export_folder, files_of, load_export, write_settings
+from coreg.export.calibration import fit_to_labels
+from coreg.export.folder import SCHEMA, SETTINGS, export_folder, files_of, load_export, write_settings
+from coreg.export.programs import as_program
 from coreg.files import making_folder
 from coreg.plaintext import printable
-from coreg.programs import as_program
-from coreg.report.calibration import fit_to_labels
 
 PROGRAMS = {"onnx": "model.onnx", "torch_export": "model.pt2"}
 # what a file's logits may differ from the trained networks', as a share of the largest logit: float32 sums in another order

@@ -13,10 +13,10 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from coreg import files
-from coreg.annotate.blocks import DamagedBlockError, read_block, write_block
-from coreg.annotate.store import AnnotationStore, StoreWriter, continued, make_manifest
 from coreg.data.images import ImageList
 from coreg.errors import UserError
+from coreg.store.blocks import DamagedBlockError, read_block, write_block
+from coreg.store.store import AnnotationStore, StoreWriter, continued, make_manifest
 
 NAMES, TEMPLATES = ["cat", "dog", "猫"], ["a {}", "the {}"]
 

@@ -14,7 +14,11 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save
 
-from coreg.annotate.blocks import (
+from coreg.data.images import ImageList, escape
+from coreg.errors import UserError
+from coreg.files import making_folder, write_atomically
+from coreg.plaintext import csv_rows
+from coreg.store.blocks import (
     REMEDY,
     BadEvidenceError,
     DamagedBlockError,
@@ -24,11 +28,7 @@ from coreg.annotate.blocks import (
     read_job,
     write_block,
 )
-from coreg.annotate.manifest import JOB, DamagedManifestError, block_files, job_hash, moved, read_manifest, set_name
-from coreg.data.images import ImageList, escape
-from coreg.errors import UserError
-from coreg.files import making_folder, write_atomically
-from coreg.plaintext import csv_rows
+from coreg.store.manifest import JOB, DamagedManifestError, block_files, job_hash, moved, read_manifest, set_name
 
 CHECKSUMS = "checksums.json"  # {"samples.safetensors": sha256}; not in that file, whose bytes the store's hash covers
 

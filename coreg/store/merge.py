@@ -11,14 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from coreg.annotate.blocks import DamagedBlockError, pack_answers, read_block, unpack_answers
-from coreg.annotate.manifest import block_files, job_hash, make_manifest, read_manifest, set_name
-from coreg.annotate.store import AnnotationStore, read_samples
-from coreg.annotate.writer import StoreWriter
 from coreg.data.images import ImageList, Paths
 from coreg.data.joined import joined_paths, joined_spec
 from coreg.errors import UserError
 from coreg.files import making_folder
+from coreg.store.blocks import DamagedBlockError, pack_answers, read_block, unpack_answers
+from coreg.store.manifest import block_files, job_hash, make_manifest, read_manifest, set_name
+from coreg.store.store import AnnotationStore, read_samples
+from coreg.store.writer import StoreWriter
 
 REMEDY = "nothing is kept: free some space, or give another --output_dir"
 
@@ -40,7 +40,7 @@ def merge(folders: Sequence[str], output: str) -> tuple[Path, str]:
     """
     root = Path(output)
     if len(folders) < 2:
-        raise UserError("merge needs at least two stores: python -m coreg.annotate.store merge ann1 ann2 --output_dir ann")
+        raise UserError("merge needs at least two stores: python -m coreg.annotate merge ann1 ann2 --output_dir ann")
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
         raise UserError(f"{root} is there already; give a new --output_dir")
     manifests = [read_manifest(Path(folder)) for folder in folders]

@@ -13,17 +13,17 @@ from dataclasses import KW_ONLY, dataclass
 import torch
 from torch import Tensor
 
-from coreg.data.augment_geometry import (
+from coreg.data.keyed import keyed_uniform
+from coreg.views.augment_geometry import (
     RESIZED_CROP_DRAWS,
     crop_and_flip,
     cut_out_square,
     draw_boxes,
     random_resized_crop,
 )
-from coreg.data.augment_ops import send
-from coreg.data.keyed import keyed_uniform
-from coreg.data.operations import RANDAUGMENT
-from coreg.data.policies import AUTO_AUGMENT_DRAWS, COLOUR_JITTER_DRAWS, auto_augment, colour_jitter, random_augment
+from coreg.views.augment_ops import send
+from coreg.views.operations import RANDAUGMENT
+from coreg.views.policies import AUTO_AUGMENT_DRAWS, COLOUR_JITTER_DRAWS, auto_augment, colour_jitter, random_augment
 
 _CUTOUT_COLOUR = (125, 123, 114)
 _CUTOUT_GREY = (123,)  # the luma of that colour

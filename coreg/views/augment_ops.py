@@ -1,7 +1,7 @@
 """Operations on batches of uint8 images, every row with its own magnitude.
 
 They reproduce Pillow's arithmetic: ImageOps, ImageEnhance, the HSV mode and nearest-neighbour affine transforms. What is
-random about them is drawn elsewhere (`coreg.data.policies`).
+random about them is drawn elsewhere (`coreg.views.policies`).
 """
 
 from __future__ import annotations

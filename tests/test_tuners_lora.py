@@ -11,7 +11,11 @@ from test_annotate_annotators import save_tiny_clip
 from test_annotate_chat import save_tiny_llava
 from test_annotate_transformers import save_tiny
 
-from coreg.adapt.lora import (
+from coreg.annotate.annotators import open_clip_towers, transformers_towers
+from coreg.annotate.chat import load_chat
+from coreg.annotate.models import resolve
+from coreg.errors import UserError
+from coreg.nets.tuners.lora import (
     attach,
     attention_targets,
     dead_parameters,
@@ -19,10 +23,6 @@ from coreg.adapt.lora import (
     refuse_dead,
     save_adapter,
 )
-from coreg.annotate.annotators import open_clip_towers, transformers_towers
-from coreg.annotate.chat import load_chat
-from coreg.annotate.models import resolve
-from coreg.errors import UserError
 
 CPU, TEXTS = torch.device("cpu"), ["a cat", "the dog", "my blue whale"]
 TIMM = {"image_size": 160, "timm_model_name": "test_vit", "timm_model_pretrained": False, "timm_pool": "token"}

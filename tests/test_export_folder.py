@@ -15,10 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from coreg.errors import UserError
-from coreg.export import export, make_program
-from coreg.exported import load_export, write_settings
+from coreg.export.ensemble import export, make_program
+from coreg.export.folder import load_export, write_settings
+from coreg.export.predict import load_classifier
 from coreg.nets.model import create_backbone
-from coreg.predict import load_classifier
 
 NAMES = ["ant", "bee", "cat"]
 SETTINGS = {"class_names": NAMES, "image_size": 16, "channels": 3, "mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.4)}
@@ -313,7 +313,7 @@ def test_a_program_that_does_not_fit_on_the_disk_is_one_line(whole, tmp_path, ki
 def test_an_export_that_does_not_fit_on_the_disk_is_one_line(tmp_path):
     code = (
         "import torch, sys; from pathlib import Path; sys.path[:0] = ['.']\n"
-        "from coreg.errors import exits_with_one_line; from coreg.export import export\n"
+        "from coreg.errors import exits_with_one_line; from coreg.export.ensemble import export\n"
         "from coreg.nets.model import create_backbone\n"
         f"nets = [create_backbone('preact_resnet_tiny', 3, 3, {SMALL}, pretrained=False).eval()]\n"
         f"exits_with_one_line(export)(Path({str(tmp_path / 'export')!r}), nets, 'preact_resnet_tiny', {SMALL}, "

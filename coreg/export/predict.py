@@ -23,11 +23,11 @@ from coreg.data.decode import SUFFIXES, decode, read_image
 from coreg.data.images import ImageList
 from coreg.data.sources import open_images
 from coreg.errors import UserError, exits_with_one_line
-from coreg.export import Ensemble
-from coreg.exported import ABOUT, REMEDY, load_export
+from coreg.export.ensemble import Ensemble
+from coreg.export.folder import ABOUT, REMEDY, load_export
+from coreg.export.programs import open_onnx
 from coreg.files import check_writable, replacing
 from coreg.plaintext import csv_rows, printable
-from coreg.programs import open_onnx
 from coreg.progress import seconds_between_lines
 from coreg.records import RecordError, read_file
 

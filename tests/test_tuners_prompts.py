@@ -9,10 +9,10 @@ from test_annotate_annotators import save_tiny_clip
 from test_annotate_transformers import save_tiny
 from tokenizers import Tokenizer, processors
 
-from coreg.adapt.prompts import PromptLearner, lay_out, prompt_texts, random_context, text_ids, token_embedding
 from coreg.annotate.annotators import open_clip_towers, transformers_towers
 from coreg.annotate.models import resolve
 from coreg.errors import UserError
+from coreg.nets.tuners.prompts import PromptLearner, lay_out, prompt_texts, random_context, text_ids, token_embedding
 
 NAMES = ["cat", "blue whale", "x_ray"]
 CPU = torch.device("cpu")

@@ -15,8 +15,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from coreg.data.augment_ops import apply_ops
-from coreg.data.operations import RANDAUGMENT
+from coreg.views.augment_ops import apply_ops
+from coreg.views.operations import RANDAUGMENT
 
 _JITTER = {"brightness": (0.6, 1.4), "contrast": (0.6, 1.4), "color": (0.6, 1.4), "hue": (-0.1, 0.1)}
 _JITTER_CHANCE, _GREY_CHANCE = 0.8, 0.2

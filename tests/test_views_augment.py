@@ -8,11 +8,11 @@ import torch
 from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 from scipy import stats
 
-from coreg.data.augment import Augmentation
-from coreg.data.augment_geometry import draw_boxes
-from coreg.data.augment_ops import AFFINE_OPS, PIXEL_OPS, affine
 from coreg.data.keyed import keyed_uniform
-from coreg.data.operations import RANDAUGMENT
+from coreg.views.augment import Augmentation
+from coreg.views.augment_geometry import draw_boxes
+from coreg.views.augment_ops import AFFINE_OPS, PIXEL_OPS, affine
+from coreg.views.operations import RANDAUGMENT
 
 
 def _affine(*coefficients):

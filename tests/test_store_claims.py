@@ -8,9 +8,9 @@ import time
 
 import pytest
 
-from coreg.annotate import claims
-from coreg.annotate.claims import BlockQueue
 from coreg.errors import UserError
+from coreg.store import claims
+from coreg.store.claims import BlockQueue
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def test_many_processes_at_once_take_every_block_once(tmp_path):
 def test_a_block_of_a_killed_process_is_free_at_once(store):
     root, files = store
     program = (
-        "import os, sys; from pathlib import Path; from coreg.annotate.claims import BlockQueue\n"
+        "import os, sys; from pathlib import Path; from coreg.store.claims import BlockQueue\n"
         "files = [Path(name) for name in sys.argv[2:]]\n"
         "queue = BlockQueue(Path(sys.argv[1]), files).__enter__()\n"
         "print(queue.claim(), queue.claim(), flush=True)\n"

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from coreg.data.augment_ops import send
+from coreg.views.augment_ops import send
 
 _TRIES = 10  # of a random crop that has to fit into the image, as torchvision
 RESIZED_CROP_DRAWS = 2 * _TRIES + 3  # area and shape of every try, place, flip

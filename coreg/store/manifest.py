@@ -116,9 +116,9 @@ def same_command(manifest: dict[str, Any]) -> str:
     """What to type where a store is unfinished or damaged: what made it, once more."""
     spec, images = manifest["model"]["spec"], manifest["images"]["spec"]
     if manifest.get("refined"):
-        return "run the same python -m coreg.annotate.store refine command again"
+        return "run the same python -m coreg.annotate refine command again"
     if " + " in spec or images.startswith(PREFIX):
-        return "delete it and run the same python -m coreg.annotate.store merge command again"
+        return "delete it and run the same python -m coreg.annotate merge command again"
     script = "python -m coreg.annotate.synthetic" if spec.startswith("synthetic:") else "annotate_vlm.py"
     return f"run the same {script} command again"
 

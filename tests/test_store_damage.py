@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from PIL import Image
 from safetensors.numpy import save_file
-from test_annotate_store import NAMES, evidence, image_list, manifest, refused, write_store
+from test_store import NAMES, evidence, image_list, manifest, refused, write_store
 
-from coreg.annotate.blocks import read_block, write_block
-from coreg.annotate.manifest import set_name
-from coreg.annotate.store import AnnotationStore, StoreWriter
 from coreg.annotate.tools import info, verify
 from coreg.data.sources import open_images
+from coreg.store.blocks import read_block, write_block
+from coreg.store.manifest import set_name
+from coreg.store.store import AnnotationStore, StoreWriter
 
 # ---- where the images are -------------------------------------------------------------------------------------------
 

@@ -3,14 +3,14 @@
 import numpy as np
 import pytest
 
-from coreg.annotate.candidates import (
+from coreg.errors import UserError
+from coreg.weak.rules import (
     candidate_sets,
     mean_candidates,
     partial_accuracy,
     vote_counts,
     zero_shot_accuracy,
 )
-from coreg.errors import UserError
 
 
 class Evidence:
