@@ -1,7 +1,8 @@
 #!/bin/bash
-# A Slurm job that goes on until it is finished, however often it is interrupted. From the repository's folder:
+# A Slurm job that goes on until it is finished, however often it is interrupted:
 #   sbatch --nodes=2 accelerate_configs/slurm.sh --annotations ann --recipe cifar100 --output_dir runs/a
-# Words behind the file's name go to train_coreg.py; sbatch's own options before it win over those below.
+# Words after the file's name go to train_coreg.py; sbatch's own options before it win over those below. Where the package is
+# installed without a checkout, `python -m coreg.scripts slurm.sh` prints the place of this file.
 #SBATCH --job-name=coreg
 #SBATCH --nodes=1
 # a task for each GPU; all tasks of a node see all of its GPUs and take the one of their local rank
@@ -26,7 +27,7 @@ export MASTER_ADDR MASTER_PORT WORLD_SIZE
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
 # Slurm starts the processes itself: a launcher in between would swallow the signal and the exit code
-srun --kill-on-bad-exit=0 --wait=60 bash -c 'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID exec "$@"' task "${PYTHON:-python}" train_coreg.py "$@"
+srun --kill-on-bad-exit=0 --wait=60 bash -c 'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID exec "$@"' task "${PYTHON:-python}" -m train_coreg "$@"
 code=$?
 if [ "$code" -eq "$interrupted" ]; then
     echo "interrupted with a checkpoint; back into the queue"

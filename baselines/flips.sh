@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Co-Reg, partial cross-entropy and Co-Reg without its parts on a folder of labelled images whose candidate sets are drawn:
-# each wrong class is a candidate with chance Q, and ETA of the sets lack the truth.
+# Co-Reg, partial cross-entropy and Co-Reg without its parts on labelled images whose candidate sets are drawn by chance.
+#
+# Each wrong class is a candidate with chance Q, and ETA of the sets lack the truth.
 #
 #   baselines/flips.sh --images eurosat --classes classes.txt --backbone local-dir:efficientnet --output_dir runs/flips
 #
@@ -16,7 +17,6 @@
 #
 # The run folder is the job: what is finished is skipped, what was stopped goes on.
 set -u
-cd "$(dirname "$0")/.."
 
 OUT=runs/flips IMAGES="" CLASSES="" BACKBONE="" PER_CLASS=100 SIZE=48 Q=0.1 ETA=0.2 EPOCHS=20 SEEDS="0 1 2" JOBS=1
 while (($#)); do
@@ -32,11 +32,11 @@ while (($#)); do
     shift 2
 done
 for needed in IMAGES CLASSES BACKBONE; do
-    [ -n "${!needed}" ] || { echo "error: --${needed,,} is missing; baselines/flips.sh --help shows an example" >&2 && exit 2; }
+    [ -n "${!needed}" ] || { echo "error: --${needed,,} is missing; --help shows an example" >&2 && exit 2; }
 done
 [ -d "$IMAGES/train" ] && [ -d "$IMAGES/test" ] || { echo "error: $IMAGES has no folders train/ and test/" >&2 && exit 2; }
 
-source baselines/jobs.sh
+source "$(dirname "$0")/jobs.sh"
 
 # a folder of so many training images a class, and all test images
 if [ ! -d "$OUT/images" ]; then
@@ -56,23 +56,23 @@ done
 look=(--recipe folder --backbone "$BACKBONE" --image_size "$SIZE" --padding $((SIZE / 8)) --workers 0)
 for seed in $SEEDS; do
     job=("${look[@]}" --annotations "$OUT/store-$seed" --seed "$seed")
-    start "coreg-$seed" train_coreg.py "${job[@]}" --epochs "$EPOCHS"
-    start "partial-$seed" train_coreg.py "${job[@]}" --epochs "$EPOCHS" --warmup_epochs "$EPOCHS"
-    start "supervised-$seed" baselines/pll.py --method supervised "${job[@]}" --epochs "$EPOCHS"
+    start "coreg-$seed" train_coreg "${job[@]}" --epochs "$EPOCHS"
+    start "partial-$seed" train_coreg "${job[@]}" --epochs "$EPOCHS" --warmup_epochs "$EPOCHS"
+    start "supervised-$seed" coreg.baselines.pll --method supervised "${job[@]}" --epochs "$EPOCHS"
 done
 # about as many passes as Co-Reg's
 for seed in $SEEDS; do
-    start "partial_longer-$seed" train_coreg.py "${look[@]}" --annotations "$OUT/store-$seed" --seed "$seed" \
+    start "partial_longer-$seed" train_coreg "${look[@]}" --annotations "$OUT/store-$seed" --seed "$seed" \
         --epochs $((5 * EPOCHS)) --warmup_epochs $((5 * EPOCHS))
 done
 first=${SEEDS%% *}
 job=("${look[@]}" --annotations "$OUT/store-$first" --seed "$first" --epochs "$EPOCHS")
-start "without_co-$first" train_coreg.py "${job[@]}" --co_pseudo_labels false
-start "without_u-$first" train_coreg.py "${job[@]}" --use_unlabeled false
-start "without_contrast-$first" train_coreg.py "${job[@]}" --contrast_weight 0
-start "supervised_contrast-$first" train_coreg.py "${job[@]}" --contrast supervised
-start "without_prototypes-$first" train_coreg.py "${job[@]}" --prototype_weight 0
-start "without_alignment-$first" train_coreg.py "${job[@]}" --alignment none
-start "with_mixup-$first" train_coreg.py "${job[@]}" --mixup_alpha 4
-start "fast-$first" train_coreg.py "${job[@]}" --preset fast
+start "without_co-$first" train_coreg "${job[@]}" --co_pseudo_labels false
+start "without_u-$first" train_coreg "${job[@]}" --use_unlabeled false
+start "without_contrast-$first" train_coreg "${job[@]}" --contrast_weight 0
+start "supervised_contrast-$first" train_coreg "${job[@]}" --contrast supervised
+start "without_prototypes-$first" train_coreg "${job[@]}" --prototype_weight 0
+start "without_alignment-$first" train_coreg "${job[@]}" --alignment none
+start "with_mixup-$first" train_coreg "${job[@]}" --mixup_alpha 4
+start "fast-$first" train_coreg "${job[@]}" --preset fast
 show_table

@@ -1,6 +1,7 @@
 # Sourced by run_all.sh and flips.sh, not run: several jobs at a time, each with a folder below $OUT and a log in $OUT/logs.
 
-PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python)}
+VENV=$(dirname "${BASH_SOURCE[0]}")/../.venv
+PYTHON=${PYTHON:-$([ -x "$VENV/bin/python" ] && echo "$VENV/bin/python" || echo python)}
 # one thread a run: the last digits of sums depend on the number of threads, and threads of several runs get in each other's way
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 mkdir -p "$OUT/logs" || exit 2
@@ -11,13 +12,13 @@ trap 'kill $(jobs -p) 2>/dev/null; wait; exit 130' INT TERM
 # zero_shot has a report for each of its variants
 finished() { [ -f "$OUT/$1/report.json" ] || [ -f "$OUT/$1/averaged/report.json" ]; }
 
-# start NAME SCRIPT OPTIONS...: start it in the background as soon as fewer than JOBS are running, unless it is finished
+# start NAME MODULE OPTIONS...: start it in the background as soon as fewer than JOBS are running, unless it is finished
 start() {
     local name=$1 && shift
     finished "$name" && return
     while (($(jobs -rp | wc -l) >= JOBS)); do wait -n; done
     echo "$(date +%T) $name"
-    "$PYTHON" "$@" --output_dir "$OUT/$name" >"$OUT/logs/$name.log" 2>&1 &
+    "$PYTHON" -m "$@" --output_dir "$OUT/$name" >"$OUT/logs/$name.log" 2>&1 &
     STARTED+=("$name")
 }
 

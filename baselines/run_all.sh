@@ -17,7 +17,6 @@
 # The run folder is the job: what is finished is skipped, what was stopped goes on. A run that fails is named at the end, and
 # its output lies in OUTPUT_DIR/logs.
 set -u
-cd "$(dirname "$0")/.."
 
 OUT=runs/compare RECIPE=digits ANNOTATIONS="" JOBS=1 SEEDS="0 1 2" SHOTS="1 4 16" MATCHED=0 EPOCHS="" REFINE=none ONLY="" TUNING="" FOUND=""
 while (($#)); do
@@ -39,9 +38,9 @@ for evidence in $REFINE; do
     [[ $evidence =~ ^(none|own|view)$ ]] || { echo "error: --refine is $evidence; write none, own or view" >&2 && exit 2; }
 done
 
-source baselines/jobs.sh
+source "$(dirname "$0")/jobs.sh"
 
-# run NAME SCRIPT OPTIONS...: start it if it is wanted
+# run NAME MODULE OPTIONS...: start it if it is wanted
 run() {
     local prefix wanted=""
     for prefix in ${ONLY:-""}; do [[ $1 == "$prefix"* ]] && wanted=yes; done
@@ -53,13 +52,13 @@ student=(--recipe "$RECIPE" --workers 0 ${EPOCHS:+--epochs "$EPOCHS"})
 tuning=(--workers 0)
 if [ -z "$ANNOTATIONS" ]; then
     ANNOTATIONS=$OUT/annotations
-    "$PYTHON" annotate_vlm.py --workers 0 --output_dir "$ANNOTATIONS" >"$OUT/logs/annotate.log" 2>&1 ||
+    "$PYTHON" -m annotate_vlm --workers 0 --output_dir "$ANNOTATIONS" >"$OUT/logs/annotate.log" 2>&1 ||
         { tail -n 5 "$OUT/logs/annotate.log" >&2 && exit 1; }
     tuning+=(--preset digits)
 fi
 read -ra more <<<"$TUNING"
 tuning+=("${more[@]}")
-EPOCHS=${EPOCHS:-$("$PYTHON" train_coreg.py --recipe "$RECIPE" --print_config | sed -n 's/^epochs: //p')}
+EPOCHS=${EPOCHS:-$("$PYTHON" -m train_coreg --recipe "$RECIPE" --print_config | sed -n 's/^epochs: //p')}
 
 # methods that learn without labels, and the passes through a network that each image costs them in an epoch, a backward pass
 # counted as two; those of Co-Reg and DivideMix, which depend on the schedule and on the division, were counted on the digits
@@ -71,29 +70,29 @@ declare -A PASSES=([kd_single]=3 [kd_averaged]=3 [dividemix_single]=25 [dividemi
 learn() {
     local method=$1 seed=$2 command=()
     case $method in
-    kd_*) command=(baselines/distill.py --teacher "${method#kd_}") ;;
-    dividemix_*) command=(baselines/dividemix.py --labels_from "${method#dividemix_}") ;;
-    *) command=(baselines/pll.py --method "$method") ;;
+    kd_*) command=(coreg.baselines.distill --teacher "${method#kd_}") ;;
+    dividemix_*) command=(coreg.baselines.dividemix --labels_from "${method#dividemix_}") ;;
+    *) command=(coreg.baselines.pll --method "$method") ;;
     esac
     run "$method${3:-}-$seed$mark" "${command[@]}" "${student[@]}" --refine "$evidence" --seed "$seed" "${@:4}"
 }
 
-run zero_shot baselines/zero_shot.py
+run zero_shot coreg.baselines.zero_shot
 for seed in $SEEDS; do
     for shots in $SHOTS; do
-        run "coop_$shots-$seed" baselines/coop.py "${tuning[@]}" --seed "$seed" --shots "$shots"
-        run "lora_$shots-$seed" baselines/lora.py "${tuning[@]}" --seed "$seed" --shots "$shots"
+        run "coop_$shots-$seed" coreg.baselines.coop "${tuning[@]}" --seed "$seed" --shots "$shots"
+        run "lora_$shots-$seed" coreg.baselines.lora "${tuning[@]}" --seed "$seed" --shots "$shots"
     done
     evidence=none mark="" learn supervised "$seed" # true labels are not refined
     for evidence in $REFINE; do
         mark=$([ "$evidence" = none ] || echo "-$evidence")
         told=("${student[@]}" --refine "$evidence" --seed "$seed")
-        run "coreg-$seed$mark" train_coreg.py "${told[@]}"
+        run "coreg-$seed$mark" train_coreg "${told[@]}"
         for targets in probabilities sets; do
-            run "probe_$targets-$seed$mark" baselines/probe.py "${told[@]}" --targets "$targets"
+            run "probe_$targets-$seed$mark" coreg.baselines.probe "${told[@]}" --targets "$targets"
         done
         for method in "${!PASSES[@]}"; do learn "$method" "$seed"; done
-        for shots in $SHOTS; do run "coreg_$shots-$seed$mark" train_coreg.py "${told[@]}" --few_shot "$shots"; done
+        for shots in $SHOTS; do run "coreg_$shots-$seed$mark" train_coreg "${told[@]}" --few_shot "$shots"; done
         if ((MATCHED)); then
             for method in "${!PASSES[@]}"; do
                 learn "$method" "$seed" -matched --epochs $((EPOCHS * COREG / PASSES[$method]))
@@ -101,5 +100,5 @@ for seed in $SEEDS; do
         fi
     done
 done
-[ -n "$FOUND" ] || { echo "error: no run's name begins like one of --only \"$ONLY\"; see $0 --help" >&2 && exit 2; }
+[ -n "$FOUND" ] || { echo "error: no run's name begins like one of --only \"$ONLY\"; --help shows them" >&2 && exit 2; }
 show_table

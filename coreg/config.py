@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import yaml
 
+from coreg import scripts
 from coreg.errors import UserError
 from coreg.records import RecordError
 
@@ -81,6 +82,7 @@ def _shown(default: Any) -> str:
 
 def _build_parser(groups: Sequence[type], default_recipe: str | None, prog: str | None, description: str | None) -> _Parser:
     """A parser with one heading for each dataclass that names one, and every field's default in its help."""
+    prog = scripts.command or prog
     parser = _Parser(
         prog=prog,
         usage=f"{prog or Path(sys.argv[0]).name} [options]",

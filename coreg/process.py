@@ -18,6 +18,7 @@ from accelerate.utils import (
 )
 
 from coreg.errors import UserError
+from coreg.scripts import configurations
 from coreg.settings import JobConfig
 
 T = TypeVar("T")
@@ -74,7 +75,7 @@ def build_accelerator(
     if accelerator.num_processes != launched:
         raise UserError(
             f"the launcher started {launched} processes but this one sees {accelerator.num_processes}; start it with "
-            f"accelerate launch --config_file accelerate_configs/cpu.yaml --num_processes {launched}, or with torchrun"
+            f"accelerate launch --config_file {configurations()['cpu.yaml']} --num_processes {launched}, or with torchrun"
         )
     return accelerator
 

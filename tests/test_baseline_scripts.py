@@ -266,7 +266,7 @@ esac
 
 
 def run_all(tmp_path, *options, broken="nothing", script="run_all.sh"):
-    """Exit code, what was said on stderr, and the commands that were started."""
+    """Exit code, what was said on stderr, and the modules that were started, with their arguments."""
     python, commands = tmp_path / "python", tmp_path / "commands"
     python.write_text(STAND_IN)
     python.chmod(0o755)
@@ -276,7 +276,9 @@ def run_all(tmp_path, *options, broken="nothing", script="run_all.sh"):
         [str(ROOT / "baselines" / script), "--output_dir", str(tmp_path / "out"), *options],
         env=environment, capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
-    return done.returncode, done.stderr, [shlex.split(line) for line in commands.read_text().splitlines()]
+    started = [shlex.split(line) for line in commands.read_text().splitlines()]
+    assert all(words[0] == "-m" for words in started)
+    return done.returncode, done.stderr, [words[1:] for words in started]
 
 
 def test_run_all_starts_every_method_once_and_skips_what_is_finished(tmp_path):
@@ -287,17 +289,17 @@ def test_run_all_starts_every_method_once_and_skips_what_is_finished(tmp_path):
     assert len(set(folders)) == len(folders) == 2 * (15 + 15 + 2 + 2 + 3)
     started = {(words[0], words[words.index("--epochs") + 1]) for words in jobs if "--epochs" in words}
     # as many passes as 30 epochs of Co-Reg: 360 of one network that goes forth and back
-    assert ("baselines/distill.py", "360") in started and ("baselines/dividemix.py", "43") in started
+    assert ("coreg.baselines.distill", "360") in started and ("coreg.baselines.dividemix", "43") in started
     methods = {words[words.index("--method") + 1] for words in jobs if "--method" in words}
     assert methods == set(pll.NAMES)
     # every command is one that its script understands
     for words in jobs:
         own = [word for word in words[1:] if word != "--print_config"]
-        if words[0] == "baselines/pll.py":
+        if words[0] == "coreg.baselines.pll":
             pll.read_settings(own)
-        elif words[0] == "baselines/dividemix.py":
+        elif words[0] == "coreg.baselines.dividemix":
             dividemix.read_settings(own)
-        elif words[0] == "baselines/probe.py":
+        elif words[0] == "coreg.baselines.probe":
             probe.read_settings(own)
     code, said, again = run_all(tmp_path, "--seeds", "0 1", "--shots", "4", "--compute_matched")
     assert code == 0 and not [words for words in again if "--seed" in words]
@@ -358,7 +360,7 @@ def test_flips_trains_co_reg_its_parts_and_partial_cross_entropy(tmp_path):
     assert [words[words.index("--seed") + 1] for words in stores] == ["4", "5"]
     jobs = {}
     for words in commands:
-        if words[0] in ("train_coreg.py", "baselines/pll.py"):
+        if words[0] in ("train_coreg", "coreg.baselines.pll"):
             read = (pll if "pll" in words[0] else train_coreg).read_settings(words[1:])
             jobs[Path(read[0].output_dir).name] = read
     parts = "co u contrast prototypes alignment".split()
@@ -374,5 +376,5 @@ def test_flips_trains_co_reg_its_parts_and_partial_cross_entropy(tmp_path):
     for part in [*(f"without_{part}" for part in parts), "with_mixup", "supervised_contrast", "fast"]:
         assert method[f"{part}-4"] != method["coreg-4"], part
     assert run_all(tmp_path, "--images", "x", "--classes", "y", script="flips.sh")[:2] == (
-        2, "error: --backbone is missing; baselines/flips.sh --help shows an example\n",
+        2, "error: --backbone is missing; --help shows an example\n",
     )  # fmt: skip

@@ -217,7 +217,7 @@ def test_only_an_interrupted_job_goes_back_into_the_queue(slurm, tmp_path, code,
     assert calls[1:] == (["scontrol requeue 123456"] if requeued else [])
     said = sorted(line for line in done.stdout.splitlines() if line.startswith("RANK"))
     assert said == [
-        f"RANK={rank} LOCAL_RANK={rank} WORLD_SIZE=3 train_coreg.py --output_dir runs/with a blank" for rank in range(3)
+        f"RANK={rank} LOCAL_RANK={rank} WORLD_SIZE=3 -m train_coreg --output_dir runs/with a blank" for rank in range(3)
     ]
 
 
@@ -228,7 +228,7 @@ def test_a_slurm_job_is_warned_goes_back_into_the_queue_and_ends(slurm, small_st
     plan = {"signal": "SIGUSR1", "at": 9, "once": str(tmp_path / "warned")}
     python = tmp_path / "python"
     python.write_text(
-        f"#!/bin/bash\nshift\nexec '{sys.executable}' '{ROOT / 'tests' / 'signalled_job.py'}' '{json.dumps(plan)}' \"$@\"\n"
+        f"#!/bin/bash\nshift 2\nexec '{sys.executable}' '{ROOT}/tests/signalled_job.py' '{json.dumps(plan)}' \"$@\"\n"
     )
     python.chmod(0o755)
     arguments = ["--annotations", str(small_store), "--output_dir", str(tmp_path / "run"), *SMALL_JOB]

@@ -23,6 +23,7 @@ from coreg.data.images import ImageList
 from coreg.errors import UserError
 from coreg.files import write_atomically
 from coreg.plaintext import printable
+from coreg.scripts import launched
 from coreg.store.store import AnnotationStore
 from coreg.weak.rules import candidates_of, vote_counts
 
@@ -232,7 +233,7 @@ def _some(names: Sequence[str], chosen: np.ndarray) -> str:
 
 def next_command(store: AnnotationStore) -> str:
     """What to type to train on the store."""
-    return f"accelerate launch train_coreg.py --annotations {shlex.quote(str(store.root))} --output_dir runs/mine"
+    return f"{launched('train_coreg.py')} --annotations {shlex.quote(str(store.root))} --output_dir runs/mine"
 
 
 def as_text(store: AnnotationStore, health: Health) -> str:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 
 import numpy as np
 
 from coreg.annotate.changes import before_and_after
-from coreg.annotate.health import examine
+from coreg.annotate.health import examine, next_command
 from coreg.plaintext import printable
 from coreg.store.store import AnnotationStore
 
@@ -37,9 +36,7 @@ def summary(store: AnnotationStore) -> str:
     lines += [f"  {line}" for line in before_and_after(store.manifest)]
     if (store.root / "report.html").exists():
         lines.append(f"  more                   {store.root / 'report.html'}")
-    lines.append(
-        f"next: accelerate launch train_coreg.py --annotations {shlex.quote(str(store.root))} --output_dir runs/mine"
-    )
+    lines.append(f"next: {next_command(store)}")
     return printable("\n".join(lines), lines=True)
 
 

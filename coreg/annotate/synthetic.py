@@ -14,7 +14,6 @@ from __future__ import annotations
 import csv
 import difflib
 import hashlib
-import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 import coreg
+from coreg.annotate.health import next_command
 from coreg.annotate.prompts import read_class_names
 from coreg.config import SEEDS, option, parse
 from coreg.data.images import absolute_path
@@ -216,8 +216,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         rows = np.flatnonzero(store.split == index)
         if len(rows):
             print(f"  {split:5} {noise_report(candidates[rows], store.labels[rows])}")
-    place = printable(shlex.quote(str(store.root)))
-    print(f"next: accelerate launch train_coreg.py --annotations {place} --output_dir runs/mine")
+    print(printable(f"next: {next_command(store)}"))
 
 
 if __name__ == "__main__":

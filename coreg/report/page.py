@@ -25,6 +25,7 @@ from coreg.report.page_images import (
     write_label_next,
 )
 from coreg.report.page_record import RunRecord, Split
+from coreg.scripts import launched
 from coreg.webpage import document, percent, table, text
 
 STYLE = """
@@ -249,13 +250,13 @@ def _unsure(record: RunRecord) -> str:
     }
     # labels that were drawn stand in the file, too
     told |= {"few_shot": 0} if record.settings.get("few_shot") else {}
-    script = shlex.split(record.report.get("command", ""))[:1]
-    command = [*script, *(word for name, value in told.items() for word in (f"--{name}", str(value)))]
+    script = next(iter(shlex.split(record.report.get("command", ""))), "train_coreg.py")
+    options = shlex.join(word for name, value in told.items() for word in (f"--{name}", str(value)))
     return (
         "<h2>Label these next</h2><p>The images whose label would tell most: those it is least sure of, each class in "
         f"turn. <code>{text(folder / 'label_next.csv')}</code> lists {min(LABEL_NEXT, len(rows))} of them with an empty "
         "column for the label; rows that stay empty do not count. Fill in some and train again:</p>"
-        f"<pre>accelerate launch {text(shlex.join(command))}</pre>" + unsure_gallery(record, rows[:SHOWN])
+        f"<pre>{text(f'{launched(script)} {options}')}</pre>" + unsure_gallery(record, rows[:SHOWN])
     )
 
 
