@@ -22,7 +22,7 @@ LINE = "Stopped by Ctrl-C; the same command goes on."
 # a launcher passes on what the terminal has sent already: signals so close together are one press of the keys
 SAME_PRESS_SECONDS = 1.0
 
-_ROOT = Path(__file__).resolve().parents[1]
+_PACKAGE = Path(__file__).resolve().parent
 _program: int | None = None  # process number of the program that is answered for
 _works = 0  # functions within each other that tidy up when they are interrupted
 _pressed: float | None = None
@@ -55,8 +55,9 @@ def _is_ours() -> bool:
     script = Path(getattr(sys.modules["__main__"], "__file__", None) or "-")
     if script.name.startswith("coreg-"):
         return True
-    names = ("train_coreg.py", "annotate_vlm.py")
-    return script.resolve().parent == _ROOT / "baselines" or script.resolve() in [_ROOT / name for name in names]
+    # in a checkout coreg/baselines is a link to the folder beside the package
+    baselines, beside = (_PACKAGE / "baselines").resolve(), ("train_coreg.py", "annotate_vlm.py")
+    return script.resolve().parent == baselines or script.resolve() in [_PACKAGE.parent / name for name in beside]
 
 
 def _answer(number: int, frame: FrameType | None) -> None:

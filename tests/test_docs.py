@@ -19,6 +19,8 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 TEXT = {page.relative_to(ROOT).as_posix(): page.read_text(encoding="utf-8") for page in PAGES}
 ENTRIES = {
+    "coreg-train": "train_coreg.py",
+    "coreg-annotate": "annotate_vlm.py",
     "coreg-predict": "coreg.export.predict",
     "coreg-export": "coreg.export.ensemble",
     "coreg-report": "coreg.report.compare",
@@ -57,12 +59,16 @@ def commands(text):
 
 def program_of(line):
     """The program behind any launcher (a module, or a path in the repository) and its own arguments."""
-    words = shlex.split(line)
+    words = shlex.split(re.sub(r"\$\(.*?\)", "what-a-command-prints", line))
+    if words[0] == "coreg-baseline":
+        (script,) = (ROOT / "baselines").glob(f"{words[1]}.*")
+        return f"baselines/{script.name}", words[2:]
     for place, word in enumerate(words):
         if word in ENTRIES or word.endswith((".py", ".sh")):
             return ENTRIES.get(word, word), words[place + 1 :]
         if word == "-m":
-            return words[place + 1], words[place + 2 :]
+            script = words[place + 1].removeprefix("coreg.").replace("baselines.", "baselines/") + ".py"
+            return script if (ROOT / script).exists() else words[place + 1], words[place + 2 :]
     raise AssertionError(f"no program in {line}")
 
 

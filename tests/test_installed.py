@@ -40,12 +40,20 @@ def packed(source, folder):
     return wheel
 
 
-def empty_environment(folder, *installed):
-    """A new environment with one thing installed that shares the packages of the running one; its folder of programs."""
+def backend(kind, tree, folder):
+    """What setuptools makes of a source tree: `sdist` or `editable`."""
+    code = f"import sys; from setuptools import build_meta; build_meta.build_{kind}(sys.argv[1])"
+    done(sys.executable, "-c", code, folder, cwd=tree)
+    (made,) = folder.iterdir()
+    return made
+
+
+def empty_environment(folder, wheel):
+    """A new environment with one wheel installed that shares the packages of the running one; its folder of programs."""
     venv.create(folder, with_pip=False)
     python = folder / "bin" / "python"
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", python, "install", "--quiet"]
-    done(*pip, "--no-index", "--no-deps", "--no-build-isolation", *installed, cwd=folder)
+    done(*pip, "--no-index", "--no-deps", wheel, cwd=folder)
     (packages,) = folder.glob("lib/*/site-packages")
     shared = [path for path in sys.path if path.endswith("site-packages")]
     (packages / "shared.pth").write_text("".join(f"{path}\n" for path in shared))
@@ -103,12 +111,11 @@ def test_the_wheel_has_every_file(wheel):
 
 @pytest.mark.slow
 def test_a_source_archive_makes_the_same_wheel(tree, wheel, tmp_path):
-    build = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
-    done(sys.executable, "-c", build, tmp_path, cwd=tree)
-    (archive,) = tmp_path.glob("*.tar.gz")
+    for name in ("archive", "wheel"):
+        (tmp_path / name).mkdir()
+    archive = backend("sdist", tree, tmp_path / "archive")
     with tarfile.open(archive) as packed_sources:
         assert not [member.name for member in packed_sources if member.issym() or member.islnk()]
-    (tmp_path / "wheel").mkdir()
     again = packed(archive, tmp_path / "wheel")
     with zipfile.ZipFile(wheel) as ours, zipfile.ZipFile(again) as theirs:
         for name in ours.namelist():
@@ -171,6 +178,16 @@ def test_files_for_launchers_have_places(programs, tmp_path):
         assert Path(place).is_relative_to(programs.parent) and place in listed
 
 
+def test_ctrl_c_is_answered_for_a_script_that_is_started_by_its_file(programs, tmp_path):
+    (baselines,) = programs.parent.glob("lib/*/site-packages/coreg/baselines")
+    for folder, answered in ((baselines, "coreg.interrupt"), (tmp_path, "_signal")):
+        script = folder / "asks.py"
+        script.write_text("import coreg, signal\nprint(getattr(signal.getsignal(signal.SIGINT), '__module__', None))\n")
+        printed = done(programs / "python", script, cwd=tmp_path)
+        script.unlink()
+        assert printed == f"{answered}\n"
+
+
 @pytest.mark.slow
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("module", ["train_coreg", "coreg.baselines.pll"])
@@ -207,7 +224,8 @@ def test_every_method_in_one_table(trained, programs):
 
 @pytest.mark.slow
 def test_an_editable_installation_has_the_same_commands(tree, tmp_path):
-    programs = empty_environment(tmp_path / "environment", "--editable", tree)
+    (tmp_path / "wheel").mkdir()
+    programs = empty_environment(tmp_path / "environment", backend("editable", tree, tmp_path / "wheel"))
     assert done(programs / "coreg-baseline", "pll", "--help", cwd=tmp_path).startswith(
         "usage: coreg-baseline pll [options]\n"
     )

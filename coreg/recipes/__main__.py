@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from coreg.recipes import listing
+from coreg.scripts import launched
 
 
 def main() -> None:
@@ -11,9 +12,9 @@ def main() -> None:
     width = max(map(len, recipes))
     for name, description in recipes.items():
         print(f"{name:{width}}  {description}")
-    print("\naccelerate launch train_coreg.py --recipe NAME --annotations FOLDER --output_dir FOLDER")
+    print(f"\n{launched('train_coreg.py')} --recipe NAME --annotations FOLDER --output_dir FOLDER")
     print(
-        "train_coreg.py --recipe NAME --print_config shows all settings of a recipe; a copy of the file is one's own recipe"
+        "coreg-train --recipe NAME --print_config > mine.yaml writes all settings of a recipe: the beginning of one's own"
     )
 
 
