@@ -96,7 +96,7 @@ def _text(file: Path) -> str:
 
 def _summary(file: Path) -> str:
     """The first line of a file's docstring, or its first comment."""
-    lines = (line.strip('"# ') for line in _text(file).split("\n") if not line.startswith(("#!/", "#SBATCH")))
+    lines = (line.strip('"# ') for line in _text(file).split("\n") if not line.startswith("#!"))
     return next(line for line in lines if line)
 
 

@@ -6,11 +6,15 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from conftest import SMALL_JOB
+
+from coreg import process
+from coreg.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "accelerate_configs"
@@ -33,6 +37,15 @@ def launch(name, *more, script=None, arguments=()):
 
 def test_all_promised_configurations_are_there():
     assert set(NAMES) == {"cpu", "single_gpu", "multi_gpu", "multi_node", "bf16", "compile"}
+
+
+def test_processes_that_do_not_see_each_other_are_one_line_that_can_be_followed(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(process, "Accelerator", lambda **options: SimpleNamespace(num_processes=1))
+    with pytest.raises(UserError, match="2 processes but this one sees 1") as refused:
+        process.build_accelerator()
+    words = str(refused.value).split()
+    assert Path(words[words.index("--config_file") + 1]).samefile(CONFIGS / "cpu.yaml")
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -21,7 +21,7 @@ ROOMS = """
     store
     views
     data
-    config webpage progress hub records files errors plaintext interrupt
+    config scripts webpage progress hub records files errors plaintext interrupt
 """
 LEVELS = {room: level for level, line in enumerate(reversed(ROOMS.split("\n"))) for room in line.split()}
 

@@ -12,6 +12,7 @@ from coreg.data.images import ImageList, list_hash
 from coreg.data.joined import PREFIX, joined_spec
 from coreg.errors import UserError
 from coreg.records import Maybe, Number, RecordError, check_record, parse_record, read_record
+from coreg.scripts import launched
 
 SCHEMA = "coreg-annotations"
 VERSION = 2  # in stores of version 1 the place of the images is part of the job
@@ -79,7 +80,8 @@ def read_manifest(root: Path) -> dict[str, Any]:
         UserError: the folder is missing, holds no manifest, a damaged one, or one of another schema.
     """
     if not root.is_dir():
-        raise UserError(f"annotation store {root} does not exist; make it with annotate_vlm.py --output_dir {root}")
+        command = f"{launched('annotate_vlm.py')} --output_dir {root}"
+        raise UserError(f"annotation store {root} does not exist; make it with {command}")
     if not any((root / name).exists() for name in ("manifest.json", "blocks", "samples.safetensors")):
         raise UserError(f"{root} is not an annotation store: no manifest.json; give annotate_vlm.py's --output_dir")
     try:
