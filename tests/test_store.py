@@ -297,7 +297,7 @@ def test_a_writer_that_is_killed_leaves_only_whole_blocks(tmp_path):
     file = tmp_path / "00000.safetensors"
     program = (
         "import os, sys, numpy as np\nfrom pathlib import Path\n"
-        "from coreg import files\nfrom coreg.annotate import blocks\n"
+        "from coreg import files\nfrom coreg.store import blocks\n"
         "files.os.fsync = lambda descriptor: os.kill(os.getpid(), 9)\n"
         "blocks.write_block(Path(sys.argv[1]), 0, 'job', {'votes': np.zeros((2, 2), np.int16)}, {})"
     )
