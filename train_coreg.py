@@ -10,11 +10,10 @@ The run folder is the job: the same command again goes on where it stopped, and 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 
 from coreg.config import parse
-from coreg.errors import UserError, exits_with_one_line
+from coreg.errors import exits_with_one_line
 from coreg.learn.options import PRESETS, CoRegOptions
 from coreg.settings import ImageConfig, JobConfig, check, check_coreg, check_look
 from coreg.weak.rules import parse_rule
@@ -48,43 +47,39 @@ import numpy as np
 import torch
 
 from annotate_vlm import annotate_digits
-from coreg.learn.coreg import CoRegBatch, CoRegLearner, WarmUpBatch, cosine_lr, ramp
+from coreg.learn.coreg import CoRegLearner, cosine_lr, ramp
 from coreg.learn.division import Division, align, divide, division_loss
 from coreg.learn.memory import Prototypes
 from coreg.learn.pseudo import rescale
+from coreg.learn.two_nets import Divisions, Verdict, co_train_batch, warm_up_batch
 from coreg.process import main_process_decides
 from coreg.report.metrics import consensus, division_health
 from coreg.report.report import summary
-from coreg.run.batches import Verdict, co_train_batch, warm_up_batch
-from coreg.run.epoch import train_epoch
+from coreg.run.epoch import count_statistics, judge
 from coreg.run.job import open_run
-from coreg.run.results import finish
-from coreg.run.task import Task, predict, prepare
-from coreg.run.training import Training, assemble, build_networks
+from coreg.run.loop import Run
+from coreg.run.results import finish_networks
+from coreg.run.task import Task, finite, predict, prepare
+from coreg.run.training import Training, build_networks, build_optimizer, placed
 from coreg.views.order import ShuffledRows, n_batches
 
 
-def divide_by(task: Task[CoRegOptions], training: Training, number: int) -> tuple[Division, Verdict, np.ndarray]:
+def divide_by(
+    task: Task[CoRegOptions], divisions: Divisions, epoch: int, number: int
+) -> tuple[Division, Verdict, np.ndarray]:
     """Let network `number` (0 or 1) split the training set; also gives its (N, C) log probabilities before alignment."""
     method = task.method
-    net, size = training.nets[number], 4 * task.job.batch_size
-    logits, features = predict(net, task.data, method.division_view, ("division", training.epoch, number), size)
-    log_p = torch.log_softmax(logits.double(), dim=1).cpu().numpy()
-    if not np.isfinite(log_p).all():
-        raise UserError(
-            f"network {number + 1} predicts no numbers any more in epoch {training.epoch + 1}; start anew in another "
-            f"--output_dir with a smaller --lr (now {task.job.lr}); the checkpoints before it are kept",
-            told=not task.accelerator.is_main_process,
-        )
+    net, size = divisions.nets[number], 4 * task.job.batch_size
+    logits, features = predict(net, task.data, method.division_view, ("division", epoch, number), size)
+    log_p = finite(task, logits, number, epoch)
     aligned = log_p if method.alignment == "none" else align(log_p, task.prior)
-    history = [*training.losses[number], division_loss(aligned, task.candidates)][-method.history :]
-    training.losses[number] = history
+    history = divisions.remember(number, division_loss(aligned, task.candidates), method.history)
     smallest = min(task.job.batch_size, len(task.usable))
     fitted = task.usable & (task.known < 0)
     # fitted on one process and sent to the others: two fits might differ in the last bit, and then in a whole image
     division = main_process_decides(
         task.accelerator,
-        lambda: divide(np.stack(history), fitted, task.job.seed, method.threshold, smallest, method.monotone),
+        lambda: divide(history, fitted, task.job.seed, method.threshold, smallest, method.monotone),
     )
     # a person's labels are trusted whatever their loss
     division.weight[task.known >= 0], division.trusted[task.known >= 0] = 1.0, True
@@ -92,58 +87,9 @@ def divide_by(task: Task[CoRegOptions], training: Training, number: int) -> tupl
     like = {"device": task.accelerator.device, "dtype": task.data.dtype}
     verdict = Verdict(torch.from_numpy(division.weight).to(**like), targets.to(**like), division.trusted)
     if method.guesses == "epoch":
-        again, _ = predict(net, task.data, "weak", ("guess", training.epoch, number), size)
+        again, _ = predict(net, task.data, "weak", ("guess", epoch, number), size)
         verdict.guess, verdict.features = (logits.softmax(1) + again.softmax(1)) / 2, features
     return division, verdict, log_p
-
-
-def warm_up(task: Task[CoRegOptions], training: Training) -> tuple[int, Callable[[int], WarmUpBatch]]:
-    """Steps of the present network's warm-up epoch and how to make each one's batch.
-
-    Images that no template could name teach nothing and are left out.
-    """
-    key = (training.epoch, training.number)
-    rows = ShuffledRows(np.flatnonzero(task.usable), 2 * task.job.batch_size, (task.job.seed, "warm-up", *key))
-    full = task.candidates.all(axis=1) & task.method.skip_full_sets
-
-    def batch(step: int) -> WarmUpBatch:
-        chosen = rows.batch(step)
-        informative = int((~full[chosen]).sum())
-        return warm_up_batch(task.data, chosen, task.table, key, task.method.warmup_view, informative)
-
-    return rows.per_round, batch
-
-
-def co_train(task: Task[CoRegOptions], training: Training) -> tuple[int, Callable[[int], CoRegBatch]]:
-    """Steps of the present network's epoch on the split that the other one made, and how to make each one's batch."""
-    epoch, number, job, method = training.epoch, training.number, task.job, task.method
-    own, verdict = training.verdicts[number], training.verdicts[1 - number if method.co_pseudo_labels else number]
-    key = (job.seed, epoch, number)
-    trusted = np.concatenate([np.flatnonzero(verdict.trusted), task.repeated])
-    x = ShuffledRows(trusted, job.batch_size, ("P", *key))
-    u = ShuffledRows(np.flatnonzero(~verdict.trusted & method.use_unlabeled), job.batch_size, ("U", *key))
-    labelled = ShuffledRows(task.extra, job.batch_size, ("labelled", *key))
-    gate_epoch = method.warmup_epochs + method.contrast_after + 1
-    # keys made long before the gate opens will have left the queue by then
-    fill_queue = epoch >= gate_epoch - n_batches(method.queue_size, len(x.rows))
-
-    def batch(step: int) -> CoRegBatch:
-        extra = labelled.batch(step)
-        return co_train_batch(
-            task.data,
-            x.batch(step),
-            u.batch(step),
-            verdict,
-            key=(epoch, number, step),
-            mixup_alpha=method.mixup_alpha,
-            ramp=ramp(epoch - method.warmup_epochs + step / x.per_round, method.rampup_epochs),
-            gate=epoch >= gate_epoch,
-            fill_queue=fill_queue,
-            own=own if method.guesses == "epoch" else None,
-            labelled=(extra, task.known[extra]) if len(extra) else None,
-        )
-
-    return x.per_round, batch
 
 
 def divide_training_set(task: Task[CoRegOptions], training: Training) -> None:
@@ -151,40 +97,59 @@ def divide_training_set(task: Task[CoRegOptions], training: Training) -> None:
     if task.method.key_reset == "epoch":
         for learner in training.learners:
             learner.reset_keys()
-    divisions, verdicts, log_ps = zip(*(divide_by(task, training, number) for number in (0, 1)))
-    training.verdicts, training.weights = list(verdicts), [division.weight for division in divisions]
+    epoch, divisions = training.epoch, training.divisions
+    found, verdicts, log_ps = zip(*(divide_by(task, divisions, epoch, number) for number in (0, 1)))
     names = task.store.class_names
-    training.partial = division_health(divisions, log_ps, task.candidates, task.zero_shot, task.labels, names)
-    training.consider(consensus(log_ps))
+    health = division_health(found, log_ps, task.candidates, task.zero_shot, task.labels, names)
+    divisions.begin_epoch(found, verdicts, health)
+    divisions.consider(epoch, consensus(log_ps))
 
 
-def one_epoch(
-    task: Task[CoRegOptions], training: Training, at_boundary: Callable[[], None], advance: Callable[[float], None]
-) -> dict[str, float]:
-    """The rest of the present epoch: warm up, or divide and co-train, then agree on statistics and test.
+def warm_up(run: Run, task: Task[CoRegOptions], training: Training, lr: float) -> None:
+    """Train the present network for an epoch on candidate sets.
 
-    Gives the epoch's curves. `at_boundary` is called between steps; whatever it saves, this function can go on from.
+    Images that no template could name teach nothing and are left out.
     """
-    job = task.job
-    rate = cosine_lr(training.epoch, job.lr, job.lr_floor, job.lr_horizon or job.epochs)
-    warming_up = training.epoch < task.method.warmup_epochs
-    if not warming_up and not training.verdicts:
-        divide_training_set(task, training)
-    steps = partial(warm_up if warming_up else co_train, task, training)
-    # guesses made once an epoch take with them the passes that showed batch normalisation unmixed images
-    mixed_alone = not warming_up and task.method.guesses == "epoch" and task.method.mixup_alpha > 0
-    return train_epoch(task, training, rate, steps, at_boundary, advance, renew_statistics=mixed_alone)
+    key = (training.epoch, training.number)
+    order = ShuffledRows(np.flatnonzero(task.usable), 2 * task.job.batch_size, (task.job.seed, "warm-up", *key))
+    full = task.candidates.all(axis=1) & task.method.skip_full_sets
+    for step in run.steps(training, order.per_round):
+        rows = order.batch(step)
+        informative = int((~full[rows]).sum())
+        training.learn(warm_up_batch(task.data, rows, task.table, key, task.method.warmup_view, informative), lr)
 
 
-def build_training(task: Task[CoRegOptions]) -> Training:
-    """Two networks of one architecture with different initialisation, which share prototypes, and what trains them."""
+def co_train(run: Run, task: Task[CoRegOptions], training: Training, lr: float) -> None:
+    """Train the present network for an epoch on the split that the other one made."""
+    epoch, number, job, method = training.epoch, training.number, task.job, task.method
+    own, verdict = (training.divisions.verdicts[of] for of in (number, 1 - number if method.co_pseudo_labels else number))
+    key = (job.seed, epoch, number)
+    trusted = np.concatenate([np.flatnonzero(verdict.trusted), task.repeated])
+    x = ShuffledRows(trusted, job.batch_size, ("P", *key))
+    u = ShuffledRows(np.flatnonzero(~verdict.trusted & method.use_unlabeled), job.batch_size, ("U", *key))
+    labelled = ShuffledRows(task.extra, job.batch_size, ("labelled", *key))
+    gate_epoch = method.warmup_epochs + method.contrast_after + 1
+    for step in run.steps(training, x.per_round):
+        at = (epoch, number, step)
+        guessed = own if method.guesses == "epoch" else None
+        batch = co_train_batch(task.data, x.batch(step), u.batch(step), verdict, at, method.mixup_alpha, own=guessed)
+        batch.labelled, batch.n_labelled = task.labelled(labelled.batch(step), "weak", at)
+        batch.ramp = ramp(epoch - method.warmup_epochs + step / x.per_round, method.rampup_epochs)
+        batch.gate = epoch >= gate_epoch
+        # keys made long before the gate opens will have left the queue by then
+        batch.fill_queue = epoch >= gate_epoch - n_batches(method.queue_size, len(x.rows))
+        training.learn(batch, lr)
+
+
+def build_learners(task: Task[CoRegOptions]) -> list[CoRegLearner]:
+    """Two networks of one architecture with different initialisation, which share prototypes and learn from each other."""
     method, n_classes = task.method, len(task.store.class_names)
     nets = build_networks(task.accelerator, task.job, task.look, n_classes, method.projection_dim, count=2)
     prototypes = Prototypes(n_classes, method.projection_dim)
     learners = [CoRegLearner(net, prototypes, method) for net in nets]
     for learner, peer in zip(learners, reversed(nets)):
         learner.set_peer(peer)
-    return assemble(task.accelerator, task.job, nets, learners)
+    return [placed(learner, task.accelerator, task.job) for learner in learners]
 
 
 @exits_with_one_line
@@ -196,10 +161,27 @@ def main(argv: Sequence[str] | None = None) -> None:
         if run is None:
             return
         task = prepare(run, method, method.alignment)
-        training = build_training(task)
-        run.begin(training)
-        run.train(training, partial(one_epoch, task, training), "Co-Reg")
-        report = finish(run, task, training, "Co-Reg", preset=method.preset)
+        learners = build_learners(task)
+        nets = [learner.net for learner in learners]
+        divisions = Divisions(nets, len(task.data.samples))
+        training = run.begin(learners, [build_optimizer(net, job) for net in nets], divisions)
+
+        for epoch in run.epochs(training, "Co-Reg"):
+            lr = cosine_lr(epoch, job.lr, job.lr_floor, job.lr_horizon or job.epochs)
+            if epoch < method.warmup_epochs:
+                for _ in training.turns():
+                    warm_up(run, task, training, lr)
+            else:
+                if not divisions.verdicts:  # a job that goes on within an epoch has them
+                    divide_training_set(task, training)
+                for _ in training.turns():
+                    co_train(run, task, training, lr)
+                if method.guesses == "epoch" and method.mixup_alpha > 0:
+                    # without passes that show batch normalisation unmixed images
+                    count_statistics(task, nets, epoch)
+            run.log(training, divisions.finish_epoch() | {"lr": lr} | judge(task, training))
+
+        report = finish_networks(run, task, training, nets, "Co-Reg", preset=method.preset)
         run.accelerator.print(summary(report, run.folder.root))
 
 

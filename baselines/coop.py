@@ -78,23 +78,27 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import save
 
 from annotate_vlm import annotate_digits
 from coreg.adapt.learner import ClipLearner
-from coreg.adapt.tuning import ClipImages, Labelled, begin, finish, judge, load_towers, tuning_epoch
+from coreg.adapt.tuning import ClipImages, Labelled, judge, load_towers
 from coreg.annotate.annotators import Towers
 from coreg.annotate.texts import refuse_same, same_rows
 from coreg.files import making_folder
 from coreg.nets.tuners.prompts import PromptLearner, lay_out, random_context, text_ids, token_embedding
 from coreg.process import main_process_decides
 from coreg.report.report import summary
-from coreg.run.job import Run, open_run
+from coreg.run.job import open_run
+from coreg.run.loop import Run
+from coreg.run.results import finish
+from coreg.views.order import ShuffledRows
 
 
 def rate(job: TuningJob, method: CoOpOptions, epochs: float) -> float:
-    """Learning rate behind so many epochs: constant while warming up, then a cosine, both changed once an epoch."""
+    """Learning rate after so many epochs: constant while warming up, then a cosine, both changed once an epoch."""
     epoch = int(epochs)
     if epoch < method.warmup_epochs:
         return method.warmup_lr
@@ -144,9 +148,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         prompts = build_prompts(run, method, towers)
         learner = ClipLearner(prompts, prompts, towers.image, towers.scale)
         sgd = torch.optim.SGD(prompts.parameters(), job.lr, method.momentum, weight_decay=job.weight_decay)
-        training = begin(run, learner, sgd)
-        epoch = partial(tuning_epoch, run, training, images.batch, len(labelled.rows), partial(rate, job, method))
-        run.train(training, epoch, "CoOp")
+        training = run.begin([learner], [sgd])
+
+        for epoch in run.epochs(training, "CoOp"):
+            # a frozen model normalises with running statistics, so that a batch may be one image
+            places = np.arange(len(labelled.rows))
+            order = ShuffledRows(places, job.batch_size, (job.seed, "labelled", epoch), smallest=1)
+            for step in run.steps(training, order.per_round):
+                lr = rate(job, method, epoch + step / order.per_round)
+                training.learn(images.batch(order.batch(step), epoch), lr)
+            run.log(training, {"lr": rate(job, method, epoch)})
+
         logits = judge(learner, images, labelled)
         told = {
             "model": labelled.model.spec,
@@ -157,11 +169,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         main_process_decides(run.accelerator, lambda: save_prompts(run.folder.root / "prompt", prompts, told))
         report = finish(
             run,
-            labelled,
             training,
             labelled.method("CoOp", job),
-            logits,
-            {split: rows.argmax(axis=1) for split, rows in logits.items()},
+            labelled.predictions(run, logits),
+            tuned_model=labelled.model.spec,
+            trainable_parameters=prompts.context.numel(),
             parameters=sum(weight.numel() for weight in towers.network.parameters()) + prompts.context.numel(),
             context=method.context,
             context_tokens=prompts.context.shape[-2],

@@ -9,9 +9,8 @@ The run folder is the job: the same command again goes on where it stopped, and 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal
 
 from coreg.config import option, parse
@@ -73,11 +72,11 @@ from coreg.learn.distill import DistillBatch, DistillLearner
 from coreg.plaintext import printable
 from coreg.process import main_process_decides
 from coreg.report.report import summary
-from coreg.run.epoch import Steps, train_epoch
+from coreg.run.epoch import judge
 from coreg.run.job import open_run
-from coreg.run.results import finish
+from coreg.run.results import finish_networks
 from coreg.run.task import Task, prepare
-from coreg.run.training import Training, assemble, build_networks
+from coreg.run.training import build_networks, build_optimizer, placed
 from coreg.views.order import ShuffledRows
 
 
@@ -105,32 +104,11 @@ def teacher_of(task: Task[DistillOptions]) -> tuple[np.ndarray, str]:
     return probs, told
 
 
-def steps_of(task: Task[DistillOptions], training: Training, teacher: Tensor) -> Steps:
-    """Steps of the present epoch and how to make each one's batch."""
-    key = (training.epoch, training.number)
-    taught = np.concatenate([np.flatnonzero(task.usable), task.repeated])
-    rows = ShuffledRows(taught, task.job.batch_size, (task.job.seed, "distill", *key))
-
-    def batch(step: int) -> DistillBatch:
-        chosen = rows.batch(step)
-        mine = chosen[share(len(chosen))]
-        where = torch.from_numpy(mine).to(teacher.device, non_blocking=True)
-        return DistillBatch(task.data.view(task.method.view, mine, ("distill", *key)), teacher[where], len(chosen))
-
-    return rows.per_round, batch
-
-
-def one_epoch(
-    task: Task[DistillOptions],
-    training: Training,
-    teacher: Tensor,
-    at_boundary: Callable[[], None],
-    advance: Callable[[float], None],
-) -> dict[str, float]:
-    """The rest of the present epoch; gives its curves."""
-    job = task.job
-    rate = cosine_lr(training.epoch, job.lr, job.lr_floor, job.lr_horizon or job.epochs)
-    return train_epoch(task, training, rate, lambda: steps_of(task, training, teacher), at_boundary, advance)
+def make_batch(task: Task[DistillOptions], teacher: Tensor, rows: np.ndarray, epoch: int) -> DistillBatch:
+    """This process's share of the global batch `rows`, as the images are seen in an epoch."""
+    mine = rows[share(len(rows))]
+    images = task.data.view(task.method.view, mine, ("distill", epoch, 0))
+    return DistillBatch(images, teacher[task.data.places(mine)], len(rows))
 
 
 @exits_with_one_line
@@ -144,11 +122,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         task = prepare(run, method)
         probs, told = main_process_decides(run.accelerator, lambda: teacher_of(task))
         teacher = torch.from_numpy(probs).to(run.accelerator.device, task.data.dtype)
+        taught = np.concatenate([np.flatnonzero(task.usable), task.repeated])
         nets = build_networks(run.accelerator, job, look, len(run.store.class_names), projection_dim=1, count=1)
-        training = assemble(run.accelerator, job, nets, [DistillLearner(nets[0], method.kd_temperature)])
-        run.begin(training)
-        run.train(training, partial(one_epoch, task, training, teacher), "distillation")
-        report = finish(run, task, training, NAMES[method.teacher], teacher=told)
+        learner = placed(DistillLearner(nets[0], method.kd_temperature), run.accelerator, job)
+        training = run.begin([learner], [build_optimizer(nets[0], job)])
+
+        for epoch in run.epochs(training, "distillation"):
+            lr = cosine_lr(epoch, job.lr, job.lr_floor, job.lr_horizon or job.epochs)
+            order = ShuffledRows(taught, job.batch_size, (job.seed, "distill", epoch, 0))
+            for step in run.steps(training, order.per_round):
+                training.learn(make_batch(task, teacher, order.batch(step), epoch), lr)
+            run.log(training, {"lr": lr} | judge(task, training))
+
+        report = finish_networks(run, task, training, nets, NAMES[method.teacher], teacher=told)
         run.accelerator.print(f"Teacher: {printable(told)}.", summary(report, run.folder.root), sep="\n")
 
 

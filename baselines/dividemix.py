@@ -9,7 +9,7 @@ The run folder is the job: the same command again goes on where it stopped, and 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 from coreg.config import parse
@@ -57,18 +57,19 @@ import torch
 from torch import Tensor
 
 from annotate_vlm import annotate_digits
-from coreg.learn.coreg import CoRegBatch, WarmUpBatch, cosine_lr, ramp
+from coreg.learn.coreg import cosine_lr, ramp
 from coreg.learn.dividemix import DivideMixLearner
 from coreg.learn.division import Division, divide, division_loss
+from coreg.learn.two_nets import Divisions, Verdict, co_train_batch, warm_up_batch
 from coreg.process import main_process_decides
 from coreg.report.metrics import division_health
 from coreg.report.report import summary
-from coreg.run.batches import TrainingImages, Verdict, co_train_batch, warm_up_batch
-from coreg.run.epoch import Steps, train_epoch
+from coreg.run.epoch import judge
 from coreg.run.job import open_run
-from coreg.run.results import finish
-from coreg.run.task import Task, predict, prepare
-from coreg.run.training import Training, assemble, build_networks
+from coreg.run.loop import Run
+from coreg.run.results import finish_networks
+from coreg.run.task import Task, finite, predict, prepare
+from coreg.run.training import Training, build_networks, build_optimizer, placed
 from coreg.views.order import ShuffledRows
 
 
@@ -85,15 +86,6 @@ class NoisyLabels:
     usable: np.ndarray
 
 
-class WeakViews(TrainingImages):
-    """Training images whose strong views are the weak ones of the same number: trained on is what was guessed from."""
-
-    def view(self, kind: str, rows: np.ndarray, key: tuple[int | str, ...], pixels: Tensor | None = None) -> Tensor:
-        if kind == "strong":
-            kind, key = "weak", (key[0].replace("-s", "-w"), *key[1:])
-        return super().view(kind, rows, key, pixels)
-
-
 def noisy_labels(task: Task[DivideMixOptions]) -> NoisyLabels:
     """What the annotator names under its first template or on average; a label that a person gave stands in for it."""
     rows = task.data.samples.numpy()
@@ -104,25 +96,16 @@ def noisy_labels(task: Task[DivideMixOptions]) -> NoisyLabels:
 
 
 def divide_by(
-    task: Task[DivideMixOptions], training: Training, labels: NoisyLabels, number: int
+    task: Task[DivideMixOptions], divisions: Divisions, labels: NoisyLabels, epoch: int, number: int
 ) -> tuple[Division, Verdict, np.ndarray]:
     """Let network `number` (0 or 1) split the training set; also gives its (N, C) log probabilities."""
     method, job = task.method, task.job
-    logits, _ = predict(training.nets[number], task.data, "plain", (), 4 * job.batch_size)
-    log_p = torch.log_softmax(logits.double(), dim=1).cpu().numpy()
-    if not np.isfinite(log_p).all():
-        raise UserError(
-            f"network {number + 1} predicts no numbers any more in epoch {training.epoch + 1}; start anew in another "
-            f"--output_dir with a smaller --lr (now {job.lr}); the checkpoints before it are kept",
-            told=not task.accelerator.is_main_process,
-        )
-    history = [*training.losses[number], division_loss(log_p, labels.table)][-method.history :]
-    training.losses[number] = history
+    logits, _ = predict(divisions.nets[number], task.data, "plain", (), 4 * job.batch_size)
+    log_p = finite(task, logits, number, epoch)
+    history = divisions.remember(number, division_loss(log_p, labels.table), method.history)
     fitted, smallest = labels.usable & (task.known < 0), min(job.batch_size, len(labels.usable))
     # fitted on one process and sent to the others: two fits might differ in the last bit, and then in a whole image
-    division = main_process_decides(
-        task.accelerator, lambda: divide(np.stack(history), fitted, job.seed, method.threshold, smallest)
-    )
+    division = main_process_decides(task.accelerator, lambda: divide(history, fitted, job.seed, method.threshold, smallest))
     # a person's labels are trusted whatever their loss
     division.weight[task.known >= 0], division.trusted[task.known >= 0] = 1.0, True
     weight = torch.from_numpy(division.weight).to(task.accelerator.device, task.data.dtype)
@@ -131,77 +114,51 @@ def divide_by(
 
 def divide_training_set(task: Task[DivideMixOptions], training: Training, labels: NoisyLabels) -> None:
     """Both networks divide before either of them trains."""
-    divisions, verdicts, log_ps = zip(*(divide_by(task, training, labels, number) for number in (0, 1)))
-    training.verdicts, training.weights = list(verdicts), [division.weight for division in divisions]
+    epoch, divisions = training.epoch, training.divisions
+    found, verdicts, log_ps = zip(*(divide_by(task, divisions, labels, epoch, number) for number in (0, 1)))
     names = task.store.class_names
-    training.partial = division_health(divisions, log_ps, labels.table, task.zero_shot, task.labels, names)
+    health = division_health(found, log_ps, labels.table, task.zero_shot, task.labels, names)
+    divisions.begin_epoch(found, verdicts, health)
 
 
-def warm_up(task: Task[DivideMixOptions], training: Training, labels: NoisyLabels) -> Steps:
-    """Steps of the present network's warm-up epoch and how to make each one's batch; images without a label are no part."""
+def warm_up(run: Run, task: Task[DivideMixOptions], training: Training, labels: NoisyLabels, lr: float) -> None:
+    """Train the present network for an epoch on the labels as they are; images without one are no part."""
     key, view = (training.epoch, training.number), task.method.train_view
-    rows = ShuffledRows(np.flatnonzero(labels.usable), 2 * task.job.batch_size, (task.job.seed, "warm-up", *key))
-
-    def batch(step: int) -> WarmUpBatch:
-        chosen = rows.batch(step)
-        return warm_up_batch(task.data, chosen, labels.device_table, key, view, len(chosen))
-
-    return rows.per_round, batch
+    order = ShuffledRows(np.flatnonzero(labels.usable), 2 * task.job.batch_size, (task.job.seed, "warm-up", *key))
+    for step in run.steps(training, order.per_round):
+        rows = order.batch(step)
+        training.learn(warm_up_batch(task.data, rows, labels.device_table, key, view, len(rows)), lr)
 
 
-def co_train(task: Task[DivideMixOptions], training: Training) -> Steps:
-    """Steps of the present network's epoch on the split that the other one made, and how to make each one's batch."""
+def co_train(run: Run, task: Task[DivideMixOptions], training: Training, lr: float) -> None:
+    """Train the present network for an epoch on the split that the other one made."""
     epoch, number, job, method = training.epoch, training.number, task.job, task.method
-    verdict, key = training.verdicts[1 - number], (job.seed, epoch, number)
+    verdict, key = training.divisions.verdicts[1 - number], (job.seed, epoch, number)
     x = ShuffledRows(np.concatenate([np.flatnonzero(verdict.trusted), task.repeated]), job.batch_size, ("P", *key))
     u = ShuffledRows(np.flatnonzero(~verdict.trusted), job.batch_size, ("U", *key))
     labelled = ShuffledRows(task.extra, job.batch_size, ("labelled", *key))
-
-    def batch(step: int) -> CoRegBatch:
-        extra = labelled.batch(step)
-        return co_train_batch(
-            task.data,
-            x.batch(step),
-            u.batch(step),
-            verdict,
-            key=(epoch, number, step),
-            mixup_alpha=method.mixup_alpha,
-            ramp=ramp(epoch - method.warmup_epochs + step / x.per_round, method.rampup_epochs),
-            gate=False,
-            fill_queue=False,
-            labelled=(extra, task.known[extra]) if len(extra) else None,
-        )
-
-    return x.per_round, batch
+    for step in run.steps(training, x.per_round):
+        at = (epoch, number, step)
+        batch = co_train_batch(task.data, x.batch(step), u.batch(step), verdict, at, method.mixup_alpha, method.train_view)
+        batch.labelled, batch.n_labelled = task.labelled(labelled.batch(step), "weak", at)
+        batch.ramp = ramp(epoch - method.warmup_epochs + step / x.per_round, method.rampup_epochs)
+        training.learn(batch, lr)
 
 
-def one_epoch(
-    task: Task[DivideMixOptions],
-    training: Training,
-    labels: NoisyLabels,
-    at_boundary: Callable[[], None],
-    advance: Callable[[float], None],
-) -> dict[str, float]:
-    """The rest of the present epoch: warm up, or divide and co-train; gives its curves."""
-    job, method, epoch = task.job, task.method, training.epoch
-    if method.lr_schedule == "cosine":
-        rate = cosine_lr(epoch, job.lr, job.lr_floor, job.lr_horizon or job.epochs)
-    else:
-        rate = job.lr * (0.1 if 2 * epoch >= job.epochs else 1.0)
-    warming_up = epoch < method.warmup_epochs
-    if not warming_up and not training.verdicts:
-        divide_training_set(task, training, labels)
-    steps = partial(warm_up, task, training, labels) if warming_up else partial(co_train, task, training)
-    return train_epoch(task, training, rate, steps, at_boundary, advance)
+def learning_rate(job: JobConfig, schedule: str, epoch: int) -> float:
+    """Of an epoch: `cosine` to the floor, or `step`: a tenth in the second half."""
+    if schedule == "cosine":
+        return cosine_lr(epoch, job.lr, job.lr_floor, job.lr_horizon or job.epochs)
+    return job.lr * (0.1 if 2 * epoch >= job.epochs else 1.0)
 
 
-def build_training(task: Task[DivideMixOptions]) -> Training:
-    """Two networks of one architecture with different initialisation, and what trains them."""
+def build_learners(task: Task[DivideMixOptions]) -> list[DivideMixLearner]:
+    """Two networks of one architecture with different initialisation, which learn from each other."""
     nets = build_networks(task.accelerator, task.job, task.look, len(task.store.class_names), projection_dim=1, count=2)
     learners = [DivideMixLearner(net, task.method) for net in nets]
     for learner, peer in zip(learners, reversed(nets)):
         learner.set_peer(peer)
-    return assemble(task.accelerator, task.job, nets, learners)
+    return [placed(learner, task.accelerator, task.job) for learner in learners]
 
 
 @exits_with_one_line
@@ -218,16 +175,28 @@ def main(argv: Sequence[str] | None = None) -> None:
         if method.preset == "official" and note:
             run.accelerator.print(note)
         task = prepare(run, method)
-        if method.train_view == "weak":
-            task.data = WeakViews(**vars(task.data))
         labels = noisy_labels(task)
-        training = build_training(task)
-        run.begin(training)
-        run.train(training, partial(one_epoch, task, training, labels), "DivideMix")
+        learners = build_learners(task)
+        nets = [learner.net for learner in learners]
+        divisions = Divisions(nets, len(task.data.samples))
+        training = run.begin(learners, [build_optimizer(net, job) for net in nets], divisions)
+
+        for epoch in run.epochs(training, "DivideMix"):
+            lr = learning_rate(job, method.lr_schedule, epoch)
+            warming_up = epoch < method.warmup_epochs
+            if not warming_up and not divisions.verdicts:  # a job that goes on within an epoch has them
+                divide_training_set(task, training, labels)
+            for _ in training.turns():
+                if warming_up:
+                    warm_up(run, task, training, labels, lr)
+                else:
+                    co_train(run, task, training, lr)
+            run.log(training, divisions.finish_epoch() | {"lr": lr} | judge(task, training))
+
         told = {"preset": method.preset}
         if method.preset == "official":
             told["official_for"], _ = official(OFFICIAL, job.dataset)
-        report = finish(run, task, training, NAMES[method.labels_from], **told)
+        report = finish_networks(run, task, training, nets, NAMES[method.labels_from], **told)
         run.accelerator.print(summary(report, run.folder.root))
 
 

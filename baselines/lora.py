@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -107,8 +107,8 @@ from torch import nn
 
 from annotate_vlm import annotate_digits
 from coreg.adapt.chat import ChatImages
-from coreg.adapt.learner import ChatLearner, ClipLearner, Learner
-from coreg.adapt.tuning import ClipImages, Labelled, begin, finish, judge, load_towers, tuning_epoch
+from coreg.adapt.learner import ChatLearner, ClipLearner
+from coreg.adapt.tuning import ClipImages, Labelled, judge, load_towers
 from coreg.adapt.views import RandomView
 from coreg.annotate.chat import CHAT_TEMPLATES, ChatAnnotator
 from coreg.annotate.prompts import TEMPLATES, prompts
@@ -118,14 +118,16 @@ from coreg.learn.collective import rank_and_world
 from coreg.nets.tuners.lora import attach, attention_targets, decoder_targets, refuse_dead, save_adapter
 from coreg.process import main_process_decides
 from coreg.report.report import summary
-from coreg.run.job import Run, open_run
-from coreg.run.training import Batch, Training
+from coreg.run.job import open_run
+from coreg.run.loop import Run
+from coreg.run.results import finish
+from coreg.views.order import ShuffledRows
 
 PROBED = 8  # images on which adapters are proven to act
 
 
 def rate(job: TuningJob, method: LoraOptions, epochs: float) -> float:
-    """Learning rate behind so many epochs: a line up to the peak, then a cosine down to the floor, changed every step."""
+    """Learning rate after so many epochs: a line up to the peak, then a cosine down to the floor, changed every step."""
     done, risen = epochs / job.epochs, method.warmup
     if done < risen:
         return job.lr * done / risen
@@ -206,26 +208,10 @@ def chat_learner(run: Run, labelled: Labelled, view: ViewOptions, method: LoraOp
     return learner, images
 
 
-def seeded(run: Run, make: Callable[[np.ndarray, int], Batch]) -> Callable[[np.ndarray, int], Batch]:
-    """`make`, and dropout of the step that follows drawn from a generator that the step's own images seed."""
-
-    def batch(places: np.ndarray, epoch: int) -> Batch:
-        key = (run.job.seed, "dropout", rank_and_world()[0], epoch, *places[:1].tolist())
-        torch.manual_seed(int(keyed_generator(*key).integers(1 << 62)))
-        return make(places, epoch)
-
-    return batch
-
-
-def train(run: Run, learner: Learner, images: ClipImages | ChatImages, count: int, method: LoraOptions) -> Training:
-    """All epochs; gives the finished training."""
-    job = run.job
-    adam = torch.optim.AdamW(learner.trainable().values(), job.lr, weight_decay=job.weight_decay)
-    training = begin(run, learner, adam)
-    make = seeded(run, images.batch) if method.dropout else images.batch
-    run.train(training, partial(tuning_epoch, run, training, make, count, partial(rate, job, method)), "LoRA")
-    learner.train(False)
-    return training
+def seed_dropout(run: Run, places: np.ndarray, epoch: int) -> None:
+    """Let dropout of a step be drawn from a generator that the step's own images seed."""
+    key = (run.job.seed, "dropout", rank_and_world()[0], epoch, *places[:1].tolist())
+    torch.manual_seed(int(keyed_generator(*key).integers(1 << 62)))
 
 
 @exits_with_one_line
@@ -237,20 +223,35 @@ def main(argv: Sequence[str] | None = None) -> None:
         if run is None:
             return
         labelled = Labelled.of(run)
-        if labelled.model.kind == "chat":
-            learner, images = chat_learner(run, labelled, view, method)
-            training = train(run, learner, images, len(labelled.rows), method)
-            logits, named = images.judge()
-        else:
-            learner, images = clip_learner(run, labelled, view, method)
-            training = train(run, learner, images, len(labelled.rows), method)
-            logits = judge(learner, images, labelled)
-            named = {split: rows.argmax(axis=1) for split, rows in logits.items()}
+        chat = labelled.model.kind == "chat"
+        learner, images = (chat_learner if chat else clip_learner)(run, labelled, view, method)
+        adam = torch.optim.AdamW(learner.trainable().values(), job.lr, weight_decay=job.weight_decay)
+        training = run.begin([learner], [adam])
+
+        for epoch in run.epochs(training, "LoRA"):
+            # a frozen model normalises with running statistics, so that a batch may be one image
+            order = ShuffledRows(np.arange(len(labelled.rows)), job.batch_size, (job.seed, "labelled", epoch), smallest=1)
+            for step in run.steps(training, order.per_round):
+                places, lr = order.batch(step), rate(job, method, epoch + step / order.per_round)
+                if method.dropout:
+                    seed_dropout(run, places, epoch)
+                training.learn(images.batch(places, epoch), lr)
+            run.log(training, {"lr": rate(job, method, epoch)})
+
+        learner.train(False)
+        logits, classes = images.judge() if chat else (judge(learner, images, labelled), None)
         folder = run.folder.root / "adapter"
         main_process_decides(run.accelerator, lambda: save_adapter(learner.trained, folder))
-        total = sum(weight.numel() for weight in learner.trained.parameters())
-        name = labelled.method("LoRA", job)
-        report = finish(run, labelled, training, name, logits, named, parameters=total, rank=method.rank)
+        report = finish(
+            run,
+            training,
+            labelled.method("LoRA", job),
+            labelled.predictions(run, logits, classes),
+            tuned_model=labelled.model.spec,
+            trainable_parameters=sum(weight.numel() for weight in learner.trainable().values()),
+            parameters=sum(weight.numel() for weight in learner.trained.parameters()),
+            rank=method.rank,
+        )
         run.accelerator.print(summary(report, run.folder.root))
 
 

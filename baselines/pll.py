@@ -10,8 +10,7 @@ The run folder is the job: the same command again goes on where it stopped, and 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 from coreg.config import parse
@@ -91,19 +90,19 @@ import torch
 from torch import Tensor
 
 from annotate_vlm import annotate_digits
-from coreg.data.keyed import keyed_generator
-from coreg.learn.collective import rank_and_world, share
+from coreg.learn.collective import share
 from coreg.learn.coreg import cosine_lr
 from coreg.learn.partial import METHODS
 from coreg.learn.partial.learner import PartialBatch, PartialLearner
-from coreg.learn.partial.method import PartialMethod, Step
-from coreg.learn.pseudo import mix
+from coreg.learn.partial.method import PartialMethod, Passes, Step
+from coreg.learn.pseudo import draw_mixup, mix
 from coreg.report.report import summary
-from coreg.run.epoch import train_epoch
+from coreg.run.epoch import judge
 from coreg.run.job import open_run
-from coreg.run.results import finish
+from coreg.run.loop import Run
+from coreg.run.results import finish_networks
 from coreg.run.task import Task, prepare
-from coreg.run.training import Training, assemble, build_networks
+from coreg.run.training import Training, build_networks, build_optimizer, placed
 from coreg.views.order import ShuffledRows
 from coreg.weak.rules import candidate_sets, partial_accuracy
 
@@ -147,134 +146,101 @@ def build_method(task: Task[PartialOptions]) -> tuple[PartialMethod, dict[str, A
     return method, told
 
 
-def mix_views(
-    task: Task[PartialOptions], kind: str, first: Tensor, rows: np.ndarray, others: np.ndarray, key: tuple[int, int]
-) -> dict[str, Any]:
-    """The fields of a batch about MixUp: this process's share of the first views, mixed with partners.
-
-    Lambda and partners are drawn for the global batch; the view of a partner that another process holds is made again here
-    from its key.
+def make_batch(
+    task: Task[PartialOptions], rows: np.ndarray, passes: Passes, now: Step, at: tuple[int, int]
+) -> PartialBatch:
+    """This process's share of the global batch `rows`, with the views that the method's `passes` ask for.
 
     Args:
-        kind: `batch` or `epoch`, as in `Passes`. first: (l, c, H, W). rows: the global batch. others: as many rows of a
-            second pass over the training set.
+        at: epoch and step, which name the views.
     """
-    draw, alpha, data = keyed_generator(task.job.seed, "mixup", *key), task.method.mixup_alpha, task.data
-    kept = float(draw.beta(alpha, alpha)) if alpha else 1.0
-    kept = max(kept, 1 - kept)
-    partner = (others if kind == "epoch" else draw.permutation(len(rows)))[share(len(rows))]
-    where = torch.from_numpy(partner).to(data.device, non_blocking=True)
+    data, kinds = task.data, {"weak": task.method.weak_view, "strong": task.method.strong_view}
+    mine = rows[share(len(rows))]
+    pixels = data.pixels(mine)
+
+    def view(name: str, kind: str) -> Tensor:
+        return data.view(kinds[kind], mine, (name, *at), pixels)
+
+    return PartialBatch(
+        index=data.places(rows),
+        step=now,
+        views=tuple(view(str(number), kind) for number, kind in enumerate(passes.views)),
+        key=view("key", passes.key) if passes.key else None,
+        glance=view("glance", passes.glance) if passes.glance else None,
+    )
+
+
+def mix_first_view(
+    task: Task[PartialOptions], batch: PartialBatch, kind: str, rows: np.ndarray, others: np.ndarray, at: tuple[int, int]
+) -> None:
+    """Add the first view mixed with partners to a batch; lambda and partners are drawn for the global one.
+
+    Args:
+        kind: `batch` or `epoch`, as in `Passes`. rows: the global batch. others: as many rows of a second pass over the
+            training set.
+    """
+    data, view, mine = task.data, task.method.weak_view, share(len(rows))
+    kept, order = draw_mixup(task.method.mixup_alpha, len(rows), (task.job.seed, "mixup", *at))
     if kind == "epoch":
-        views = data.view(task.method.weak_view, partner, ("partner", *key))
-    elif rank_and_world()[1] == 1:
-        views = first[where]
+        partner = others[mine]
+        views = data.view(view, partner, ("partner", *at))
     else:
-        views = data.view(task.method.weak_view, rows[partner], ("0", *key))
-    return {"mixed": mix(first, views, kept), "partner": where, "share_kept": kept}
+        partner = order[mine]
+        views = data.partners(batch.views[0], [(view, rows, ("0", *at))], partner)
+    batch.mixed, batch.partner, batch.share_kept = mix(batch.views[0], views, kept), data.places(partner), kept
 
 
-def steps_of(task: Task[PartialOptions], training: Training) -> tuple[int, Callable[[int], PartialBatch]]:
-    """Steps of the present epoch and how to make each one's batch.
-
-    Images that no template could name teach nothing and are left out; so are, in supervised training, those without label.
-    """
-    job, options, data, method = task.job, task.method, task.data, training.learners[0].method
-    usable = task.labels >= 0 if options.method == "supervised" else task.usable
-    order = np.concatenate([np.flatnonzero(usable), task.repeated])
-    key = (job.seed, training.epoch)
-    rows, others = (ShuffledRows(order, job.batch_size, (name, *key)) for name in ("train", "partner"))
-    labelled = ShuffledRows(task.extra, job.batch_size, ("labelled", *key))
-    now = Step(training.epoch, job.epochs)
-    passes, kinds = method.passes(now), {"weak": options.weak_view, "strong": options.strong_view}
-
-    def batch(step: int) -> PartialBatch:
-        chosen, extra, at = rows.batch(step), labelled.batch(step), (training.epoch, step)
-        mine = chosen[share(len(chosen))]
-        pixels = data.pixels(mine)
-
-        def view(name: str, kind: str) -> Tensor:
-            return data.view(kinds[kind], mine, (name, *at), pixels)
-
-        made = PartialBatch(
-            index=torch.from_numpy(chosen).to(data.device, non_blocking=True),
-            step=now,
-            views=tuple(view(str(number), kind) for number, kind in enumerate(passes.views)),
-            key=view("key", passes.key) if passes.key else None,
-            glance=view("glance", passes.glance) if passes.glance else None,
-        )
+def train(run: Run, task: Task[PartialOptions], training: Training, lr: float) -> None:
+    """Train for an epoch; images that no template could name teach nothing and are left out."""
+    job, options, learner, epoch = task.job, task.method, training.learners[0], training.epoch
+    everyone = np.concatenate([np.flatnonzero(task.usable), task.repeated])
+    order, others = (ShuffledRows(everyone, job.batch_size, (name, job.seed, epoch)) for name in ("train", "partner"))
+    labelled = ShuffledRows(task.extra, job.batch_size, ("labelled", job.seed, epoch))
+    now = Step(epoch, job.epochs)
+    passes = learner.method.passes(now)
+    for step in run.steps(training, order.per_round):
+        rows, at = order.batch(step), (epoch, step)
+        batch = make_batch(task, rows, passes, now, at)
         if passes.mixup != "none":
-            mixed = mix_views(task, passes.mixup, made.views[0], chosen, others.batch(step), at)
-            made = dataclasses.replace(made, **mixed)
-        if len(extra):
-            held = extra[share(len(extra))]
-            made.labelled = (
-                data.view(options.weak_view, held, ("labelled", *at)),
-                torch.from_numpy(task.known[held]).to(data.device, non_blocking=True),
-            )
-            made.n_labelled = len(extra)
-        return made
-
-    return rows.per_round, batch
-
-
-def one_epoch(
-    task: Task[PartialOptions], training: Training, at_boundary: Callable[[], None], advance: Callable[[float], None]
-) -> dict[str, float]:
-    """The rest of the present epoch; gives its curves.
-
-    Methods that read a batch again do so once the weights have moved, before anything is saved.
-    """
-    now, learner = Step(training.epoch, task.job.epochs), training.learners[0]
-    waiting: list[PartialBatch] = []
-
-    def steps() -> tuple[int, Callable[[int], PartialBatch]]:
-        count, make = steps_of(task, training)
-
-        def batch(step: int) -> PartialBatch:
-            waiting.append(make(step))
-            return waiting[-1]
-
-        return count, batch
-
-    def behind_step() -> None:
-        with task.accelerator.autocast():
-            for batch in waiting:
-                learner.after_step(batch)
-        waiting.clear()
-        at_boundary()
-
-    rate = learning_rate(task.job, task.method.schedule, training.epoch)
-    curves = train_epoch(task, training, rate, steps, behind_step, advance)
-    curves |= {f"method/{name}": value for name, value in learner.method.finish_epoch(now).items()}
-    return curves
+            mix_first_view(task, batch, passes.mixup, rows, others.batch(step), at)
+        batch.labelled, batch.n_labelled = task.labelled(labelled.batch(step), options.weak_view, at)
+        training.learn(batch, lr)
+        with run.accelerator.autocast():
+            learner.after_step(batch, training.moves)
 
 
 @exits_with_one_line
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse, check, annotate where there is no store yet, train, report."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    job, look, method = read_settings(argv)
-    with open_run("baselines/pll.py", argv, (job, look, method), annotate_digits, f"runs/{method.method}") as run:
+    job, look, options = read_settings(argv)
+    with open_run("baselines/pll.py", argv, (job, look, options), annotate_digits, f"runs/{options.method}") as run:
         if run is None:
             return
-        if method.preset == "official" and (
-            note := lacks_official(OFFICIAL[method.method], job.dataset, NAMES[method.method])
-        ):
+        name = NAMES[options.method]
+        if options.preset == "official" and (note := lacks_official(OFFICIAL[options.method], job.dataset, name)):
             run.accelerator.print(note)
-        task = prepare(run, method)
-        if method.method == "supervised":
+        task = prepare(run, options)
+        if options.method == "supervised":
             if (task.labels < 0).all():
                 raise UserError(
                     f"supervised training needs true labels, and the store {run.store.root} has none",
                     told=not run.accelerator.is_main_process,
                 )
-            task = dataclasses.replace(task, known=task.labels)
-        state, told = build_method(task)
-        nets = build_networks(run.accelerator, job, look, len(run.store.class_names), method.projection_dim, count=1)
-        training = assemble(run.accelerator, job, nets, [PartialLearner(nets[0], state)])
-        run.begin(training)
-        run.train(training, partial(one_epoch, task, training), NAMES[method.method])
-        report = finish(run, task, training, NAMES[method.method], **told)
+            task = dataclasses.replace(task, known=task.labels, usable=task.labels >= 0)
+        method, told = build_method(task)
+        nets = build_networks(run.accelerator, job, look, len(run.store.class_names), options.projection_dim, count=1)
+        learner = placed(PartialLearner(nets[0], method), run.accelerator, job)
+        training = run.begin([learner], [build_optimizer(nets[0], job)])
+
+        for epoch in run.epochs(training, name):
+            lr = learning_rate(job, options.schedule, epoch)
+            train(run, task, training, lr)
+            curves = {"lr": lr} | judge(task, training)
+            drawn = method.finish_epoch(Step(epoch, job.epochs))
+            run.log(training, curves | {f"method/{key}": value for key, value in drawn.items()})
+
+        report = finish_networks(run, task, training, nets, name, **told)
         run.accelerator.print(summary(report, run.folder.root))
 
 

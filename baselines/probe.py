@@ -76,7 +76,7 @@ import time
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from annotate_vlm import annotate_digits
 from coreg.annotate.textual import class_embeddings, text_side
@@ -86,12 +86,13 @@ from coreg.learn.probe import SCALE, fit_cosine, fit_probe
 from coreg.nets.model import CoRegNet
 from coreg.process import main_process_decides
 from coreg.report.report import summary
-from coreg.run.batches import TrainingImages
-from coreg.run.job import Run, open_run
-from coreg.run.results import finish
+from coreg.run.job import open_run
+from coreg.run.loop import Run
+from coreg.run.results import finish, finish_networks, predictions
 from coreg.run.task import Task, prepare
 from coreg.run.training import Training, build_networks
 from coreg.store.store import AnnotationStore
+from coreg.views.resident import TrainingImages
 
 
 @torch.no_grad()
@@ -189,23 +190,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not nets[0].linear_head or classifier.bias is None:
             raise UserError(f"backbone {look.backbone} has no single linear classifier with a bias; choose another one")
         nets[0].to(run.accelerator.device, task.data.dtype)
-        training = Training(nets, nets, nets, [])  # nothing trains
         stored = None if method.features == "student" else stored_features(run, method.features)
-        run.begin(training)
+        training = run.begin([], [])  # nothing is trained step by step
         started = time.perf_counter()
         if method.head == "linear" and stored is None:
-            report = _network(run, task, training, classifier, started)
+            report = _network(run, task, training, nets[0], started)
         else:
-            report = _head(run, task, training, stored, started)
+            report = _head(run, task, training, nets[0], stored, started)
         run.accelerator.print(summary(report, run.folder.root))
 
 
-def _network(
-    run: Run, task: Task[ProbeOptions], training: Training, classifier: nn.Linear, started: float
-) -> dict[str, Any]:
+def _network(run: Run, task: Task[ProbeOptions], training: Training, net: CoRegNet, started: float) -> dict[str, Any]:
     """Fit the student's own classifier; gives the report."""
-    method = task.method
-    features = frozen_features(task, training.nets[0])
+    method, classifier = task.method, net.backbone.get_classifier()
+    features = frozen_features(task, net)
     targets = targets_of(task).repeat(len(features) // int(task.usable.sum()), 1)
     weight, bias, loss = main_process_decides(
         run.accelerator, lambda: tuple(fit_probe(features.cpu(), targets, method.penalty))
@@ -215,13 +213,14 @@ def _network(
         classifier.bias.copy_(bias)
     training.seconds, training.images_seen = time.perf_counter() - started, len(features)
     training.curves = [{"loss/net1/total": loss}]
-    return finish(run, task, training, NAMES[method.targets])
+    return finish_networks(run, task, training, [net], NAMES[method.targets])
 
 
 def _head(
     run: Run,
     task: Task[ProbeOptions],
     training: Training,
+    net: CoRegNet,
     stored: tuple[Tensor, np.ndarray] | None,
     started: float,
 ) -> dict[str, Any]:
@@ -229,9 +228,9 @@ def _head(
     method, usable = task.method, np.flatnonzero(task.usable)
     splits = {"train": task.data} | ({} if task.test is None else {"test": task.test})
     if stored is None:
-        features = frozen_features(task, training.nets[0]).cpu()
+        features = frozen_features(task, net).cpu()
         every = {
-            split: encoded(task, training.nets[0], images, np.arange(len(images.samples)), False).cpu()
+            split: encoded(task, net, images, np.arange(len(images.samples)), False).cpu()
             for split, images in splits.items()
         }
     else:
@@ -258,10 +257,10 @@ def _head(
     what = {"student": "", "own": ", own features"}.get(method.features, f", {method.features}")
     name = NAMES[method.targets] + (", cosine" if method.head == "cosine" else "") + what
     run.accelerator.print("There is no export: this head reads features of another network, or is no layer of one.")
-    judged = {split: {"ensemble": logits[split]} if split in logits else {} for split in ("train", "test")}
+    judged = {split: {"ensemble": rows} for split, rows in logits.items()}
     begun = "texts" if start is not None else "class means"
     more = {"began_with": begun} if method.head == "cosine" else {}
-    return finish(run, task, training, name, judged, parameters, **more)
+    return finish(run, training, name, predictions(task, judged), parameters=parameters, temperature=1.0, **more)
 
 
 if __name__ == "__main__":

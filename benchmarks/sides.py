@@ -19,10 +19,11 @@ from benchmarks.plain import PlainCoReg
 from coreg.learn.coreg import CoRegBatch, CoRegLearner
 from coreg.learn.memory import Prototypes
 from coreg.learn.options import PRESETS, CoRegOptions
-from coreg.run.batches import TrainingImages, Verdict, co_train_batch
-from coreg.run.training import Training, assemble, build_networks
+from coreg.learn.two_nets import Verdict, co_train_batch
+from coreg.run.training import Training, build_networks, build_optimizer, placed
 from coreg.settings import ImageConfig, JobConfig
 from coreg.views.augment import Augmentation
+from coreg.views.resident import TrainingImages
 
 STORED = 4  # batches of images that are there to choose from
 
@@ -86,25 +87,27 @@ class Bench:
         return x, u
 
     def training(self, preset: str) -> Training:
-        """What `train_coreg.py` trains with, behind the gate and with a full queue."""
+        """What `train_coreg.py` trains with, after the gate has opened and with a full queue."""
         options = CoRegOptions(queue_size=self.case.queue, **PRESETS[preset])
         prototypes, nets = Prototypes(self.case.classes, 128), self.networks(2)
         learners = [CoRegLearner(net, prototypes, options) for net in nets]
         for learner, peer in zip(learners, reversed(nets)):
             learner.set_peer(peer)
-        training = assemble(self.accelerator, self.job, nets, learners)
+        learners = [placed(learner, self.accelerator, self.job) for learner in learners]
         for learner in learners:
             learner.queue.enqueue(*self.queue_rows)
-        return training
+        return Training(self.accelerator, learners, [build_optimizer(net, self.job) for net in nets])
 
     def made(self, preset: str, step: int) -> CoRegBatch:
         x, u = self.rows(step)
         own = self.verdict if preset == "fast" else None
-        return co_train_batch(self.data, x, u, self.verdict, (0, 0, step), 4.0, 1.0, gate=True, fill_queue=True, own=own)
+        batch = co_train_batch(self.data, x, u, self.verdict, (0, 0, step), 4.0, own=own)
+        batch.gate = batch.fill_queue = True
+        return batch
 
     def ours(self, preset: str) -> Callable[[int], None]:
         training = self.training(preset)
-        return lambda step: training.optimise(self.accelerator, self.made(preset, step), True, 1)
+        return lambda step: training.learn(self.made(preset, step), self.job.lr)
 
     def plain_learner(self) -> PlainCoReg:
         case, device = self.case, self.accelerator.device

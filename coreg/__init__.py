@@ -25,7 +25,8 @@ _HOMES = {
     "coreg.learn.pseudo": ("rescale",),
     "coreg.nets.model": ("CoRegNet", "create_backbone"),
     "coreg.export.predict": ("Classifier", "load_classifier"),
-    "coreg.run.batches": ("TrainingImages", "Verdict", "co_train_batch"),
+    "coreg.learn.two_nets": ("Verdict", "co_train_batch"),
+    "coreg.views.resident": ("TrainingImages",),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 

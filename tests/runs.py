@@ -2,10 +2,13 @@
 
 import contextlib
 import importlib.util
+import os
+import signal
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from coreg.run import checkpoint
 
@@ -61,3 +64,19 @@ def killed_at(monkeypatch, epoch, step=0):
         patched.setattr(checkpoint, "save", save_then_die)
         with pytest.raises(Killed):
             yield
+
+
+@contextlib.contextmanager
+def signalled_after(monkeypatch, steps, number=signal.SIGTERM):
+    """A run inside gets a signal in the middle of its step of this number, counted by passes backward."""
+    backward, left = torch.Tensor.backward, [steps]
+
+    def backward_then_signal(*args, **kwargs):
+        backward(*args, **kwargs)
+        left[0] -= 1
+        if left[0] == 0:
+            os.kill(os.getpid(), number)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.Tensor, "backward", backward_then_signal)
+        yield

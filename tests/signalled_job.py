@@ -4,7 +4,7 @@
     python signalled_job.py --several             a line of JSON {"plan", "arguments", "log"} on stdin for each job, one
                                                   after the other, forked from one process that has imported torch
 
-Events are counted from 1: `warm-up` and `training` behind every step, `division` behind every division, `save` when the
+Events are counted from 1: `warm-up` and `training` after every step, `division` after every division, `save` when the
 file of a checkpoint is written but not yet in place, `saved` when it is. With --several one line is printed for each job:
 its exit code, or minus the number of the signal that ended or stopped it. The line `null` lets the job that was stopped go
 on; the answer is its exit code.
@@ -84,8 +84,8 @@ def follow(plan: dict[str, Any]) -> None:
 
         return wrapped
 
-    Training.optimise = then(
-        Training.optimise, lambda _, __, batch, *more: "warm-up" if isinstance(batch, WarmUpBatch) else "training"
+    Training.learn = then(
+        Training.learn, lambda _, batch, *more: "warm-up" if isinstance(batch, WarmUpBatch) else "training"
     )
     train_coreg.divide_by = then(train_coreg.divide_by, lambda *_: "division")
     checkpoint.save = then(checkpoint.save, lambda *_: "saved")

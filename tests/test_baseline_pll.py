@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,10 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from runs import final_state, script
+from runs import final_state, script, signalled_after
 
 from coreg.learn.partial import METHODS
-from coreg.run.training import Training
 from coreg.run.watch import EXIT_INTERRUPTED
 from coreg.store.store import AnnotationStore
 
@@ -90,20 +88,11 @@ def test_the_authors_settings_train_too(small_store, tmp_path, method):
 )
 def test_stopped_at_any_step_it_goes_on_bit_for_bit(small_store, tmp_path, monkeypatch, capsys, switch):
     whole, _ = small_run(small_store, tmp_path / "whole", *switch)
-    optimise, countdown = Training.optimise, [0]
-
-    def optimise_then_signal(self, *arguments):
-        optimise(self, *arguments)
-        countdown[0] -= 1
-        if countdown[0] == 0:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(Training, "optimise", optimise_then_signal)
     steps, stops = iter([3, 8, 2, 1000, 1000]), 0
     while not (tmp_path / "run" / "report.json").exists():
-        countdown[0] = next(steps)
         try:
-            state, _ = small_run(small_store, tmp_path / "run", *switch)
+            with signalled_after(monkeypatch, next(steps)):
+                state, _ = small_run(small_store, tmp_path / "run", *switch)
         except SystemExit as stopped:
             assert stopped.code == EXIT_INTERRUPTED
             stops += 1

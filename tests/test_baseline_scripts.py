@@ -17,11 +17,12 @@ import train_coreg
 from coreg.annotate.textual import averaged_embedding_classes, single_template_probabilities, text_side
 from coreg.demo.annotator import local_dir
 from coreg.errors import UserError
+from coreg.learn.two_nets import Verdict, co_train_batch
 from coreg.report.compare import read_run
 from coreg.run import checkpoint
-from coreg.run.batches import Verdict, co_train_batch
 from coreg.store.store import AnnotationStore
 from coreg.views.augment import Augmentation
+from coreg.views.resident import TrainingImages
 from coreg.weak.rules import zero_shot_accuracy
 
 ROOT = Path(__file__).parents[1]
@@ -192,7 +193,7 @@ def test_dividemix_runs_to_its_report(small_store, tmp_path, switch):
     assert report["method"] == dividemix.NAMES["single" if "single" in switch else "averaged"]
     assert report["labels_used"] == (6 if "--few_shot" in switch else 0)
     assert set(report["accuracy"]["test"]) == {"ensemble", "net1", "net2", "n", "interval"}
-    assert len(state["weights"]) == (0 if switch[-2:] == ("--warmup_epochs", "2") else 2)
+    assert len(state["divisions"]["weights"]) == (0 if switch[-2:] == ("--warmup_epochs", "2") else 2)
 
 
 def test_dividemix_on_the_digits(digits, tmp_path):
@@ -226,10 +227,9 @@ def test_official_settings_win_over_the_recipe_and_the_command_line_over_both(ca
 def test_weak_views_train_on_what_was_guessed_from():
     images = torch.randint(0, 256, (9, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     look = Augmentation(8, 2, False, mean=(0.5,), std=(0.5,))
-    data = dividemix.WeakViews(images, torch.arange(9), look, torch.device("cpu"), seed=0)
+    data = TrainingImages(images, torch.arange(9), look, torch.device("cpu"), seed=0)
     verdict = Verdict(torch.ones(9), torch.eye(3)[torch.arange(9) % 3], np.arange(9) < 6)
-    shared = {"mixup_alpha": 4.0, "ramp": 1.0, "gate": False, "fill_queue": False}
-    made = co_train_batch(data, np.arange(6), np.arange(6, 9), verdict, key=(1, 0, 2), **shared)
+    made = co_train_batch(data, np.arange(6), np.arange(6, 9), verdict, (1, 0, 2), mixup_alpha=4.0, view="weak")
     assert torch.equal(made.strong, torch.cat([*made.x_weak, *made.u_weak]))
     assert not torch.equal(made.x_weak[0], made.x_weak[1])
 

@@ -21,10 +21,9 @@ import annotate_vlm
 import train_coreg
 from benchmarks.sides import Bench, Case
 from benchmarks.step import parts_of_a_step
-from coreg.learn.partial.learner import PartialLearner
 from coreg.process import build_accelerator
 from coreg.run import checkpoint
-from coreg.run.training import Training
+from coreg.run.loop import Run
 from coreg.settings import JobConfig
 from coreg.store.store import AnnotationStore
 
@@ -99,22 +98,18 @@ def brought_here(value):
 
 
 def trained_far_away(main, arguments, monkeypatch):
-    """Run a script with the far device for its own; making a batch and training on it must not wait."""
+    """Run a script with the far device for its own; nothing in the loop over steps may wait."""
     with far_device() as mode, monkeypatch.context() as patched:
+        steps = Run.steps
 
-        def strict(method):
-            def wrapped(owner, *args, **kwargs):
-                weights = (owner.learners[0] if isinstance(owner, Training) else owner).parameters()
-                assert all(isinstance(weight, FarTensor) for weight in weights)
+        def strict_steps(run, training, count):
+            assert all(isinstance(weight, FarTensor) for weight in training.learners[0].parameters())
+            for step in steps(run, training, count):
                 with strictly(mode):
-                    return method(owner, *args, **kwargs)
-
-            return wrapped
+                    yield step
 
         patched.setattr(Accelerator, "device", property(lambda accelerator: FAR))
-        patched.setattr(Training, "optimise", strict(Training.optimise))
-        patched.setattr(Training, "timed", strict(Training.timed))
-        patched.setattr(PartialLearner, "after_step", strict(PartialLearner.after_step))
+        patched.setattr(Run, "steps", strict_steps)
         # a checkpoint is read with map_location="cpu"
         save = checkpoint.save
         patched.setattr(

@@ -8,10 +8,11 @@ from benchmarks.augment import MEAN, STD, waves
 from coreg.learn.coreg import CoRegLearner
 from coreg.learn.memory import Prototypes
 from coreg.learn.options import CoRegOptions
+from coreg.learn.two_nets import Verdict, co_train_batch
 from coreg.nets.model import CoRegNet
 from coreg.nets.preact import PreActResNet
-from coreg.run.batches import TrainingImages, Verdict, co_train_batch
 from coreg.views.augment import Augmentation
+from coreg.views.resident import TrainingImages
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 C, D, N, B = 5, 16, 40, 8
@@ -37,8 +38,9 @@ class Side:
     def step(self, number):
         rows = np.random.default_rng(number).permutation(N)
         x, u = rows[:B], rows[B : 2 * B - 3]
-        labelled = (rows[-4:], rows[-4:] % C)
-        batch = co_train_batch(self.data, x, u, self.verdict, (0, 0, number), 4.0, 0.5, True, True, labelled=labelled)
+        batch = co_train_batch(self.data, x, u, self.verdict, (0, 0, number), 4.0)
+        batch.ramp, batch.gate, batch.fill_queue, batch.n_labelled = 0.5, True, True, 4
+        batch.labelled = self.data.view("weak", rows[-4:], ("labelled", number)), self.data.places(rows[-4:] % C)
         self.optimizer.zero_grad(set_to_none=True)
         parts = self.learner(batch)
         parts["loss"].backward()

@@ -51,8 +51,8 @@ def test_losses_and_weights_of_every_division_are_spread_out(finished):
     _, state, events = finished
     for number in (1, 2):
         for name, values in (
-            ("loss", state["losses"][number - 1][-1].numpy()),
-            ("weight", state["weights"][number - 1].numpy()),
+            ("loss", state["divisions"]["losses"][number - 1][-1].numpy()),
+            ("weight", state["divisions"]["weights"][number - 1].numpy()),
         ):
             found = {e.step: e.histogram_value for e in events.Histograms(f"division/{name}_net{number}")}
             assert set(found) == {2, 3}  # the first epoch is warm-up

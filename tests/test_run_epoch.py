@@ -5,13 +5,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 
 from coreg.nets.model import CoRegNet, create_backbone
-from coreg.run.batches import TrainingImages
-from coreg.run.epoch import count_statistics, train_epoch
+from coreg.run.epoch import count_statistics
 from coreg.run.training import Training
 from coreg.views.augment import Augmentation
 from coreg.views.order import ShuffledRows
+from coreg.views.resident import TrainingImages
 
 
 @pytest.mark.parametrize("n", [21, 5])
@@ -23,7 +24,7 @@ def test_batch_statistics_are_means_over_one_weak_view_of_every_whole_batch(n):
     torch.manual_seed(0)
     nets = [CoRegNet(create_backbone("preact_resnet_tiny", 3, 1, {}, False), 8).double() for _ in range(2)]
     before = [net.state_dict()["backbone.conv1.weight"].clone() for net in nets]
-    count_statistics(task, Training(nets, [], [], [], epoch=7))
+    count_statistics(task, nets, epoch=7)
     for number, net in enumerate(nets):
         order = ShuffledRows(np.arange(n), 8, (3, "statistics", 7, number))
         whole = [order.batch(step) for step in range(max(n // 8, 1))]
@@ -36,17 +37,24 @@ def test_batch_statistics_are_means_over_one_weak_view_of_every_whole_batch(n):
 
 
 def test_weights_with_a_learning_rate_of_their_own_keep_their_share_of_it():
-    """The schedule goes from 0.1 to 0.03 to 0.05; a group that began with a fifth of the peak stays at a fifth."""
-    whole, fifth = torch.zeros(1, requires_grad=True), torch.zeros(1, requires_grad=True)
-    groups = [{"params": [whole]}, {"params": [fifth], "lr": 0.02}]
-    task = SimpleNamespace(
-        accelerator=SimpleNamespace(num_processes=1, is_main_process=False),
-        job=SimpleNamespace(gradient_accumulation_steps=1, lr=0.1, epochs=3),
-        data=None,
-        test=None,
-    )
-    training = Training([], [], [], [torch.optim.SGD(groups, lr=0.1)])
+    """The schedule goes from 0.1 to 0.03 to 0.05; a group that began with a fifth of the peak moves a fifth as far."""
+
+    class Sum(torch.nn.Module):
+        """The gradient of both weights is one, whatever the batch."""
+
+        def __init__(self):
+            super().__init__()
+            self.whole, self.fifth = (torch.nn.Parameter(torch.zeros((), dtype=torch.float64)) for _ in range(2))
+
+        def forward(self, batch):
+            return {"loss": self.whole + self.fifth}
+
+    learner = Sum()
+    groups = [{"params": [learner.whole]}, {"params": [learner.fifth], "lr": 0.02}]
+    training = Training(Accelerator(cpu=True), [learner], [torch.optim.SGD(groups, lr=0.1)])
+    moved = 0.0
     for rate in (0.1, 0.03, 0.05):
-        curves = train_epoch(task, training, rate, None, None, None)
-        rates = [group["lr"] for group in training.optimizers[0].param_groups]
-        assert curves["lr"] == rates[0] == rate and rates[1] == pytest.approx(rate / 5, rel=1e-12)
+        training.learn(SimpleNamespace(size=1), rate)
+        moved -= rate
+        assert learner.whole.item() == pytest.approx(moved, rel=1e-12)
+        assert learner.fifth.item() == pytest.approx(moved / 5, rel=1e-12)

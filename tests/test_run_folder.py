@@ -12,12 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 
 from coreg.errors import UserError
 from coreg.files import write_atomically
+from coreg.learn.two_nets import Divisions, Verdict
 from coreg.records import RecordError
 from coreg.run import checkpoint
-from coreg.run.batches import Verdict
 from coreg.run.folder import RunFolder
 from coreg.run.state import take_state
 from coreg.run.training import Training
@@ -190,31 +191,38 @@ def training():
     """Two networks in the middle of an epoch that have divided 5 images of 3 classes, and what a checkpoint holds of it."""
     torch.manual_seed(0)
     nets = [torch.nn.Linear(2, 3) for _ in range(2)]
+    divisions = Divisions(nets, 5)
     optimizers = [torch.optim.SGD(net.parameters(), 0.1, 0.9) for net in nets]
-    made = Training(nets, nets, nets, optimizers)
+    made = Training(Accelerator(cpu=True), nets, optimizers, divisions)
     for net, optimizer in zip(nets, optimizers):
         net(torch.ones(1, 2)).sum().backward()
         optimizer.step()
-    made.losses = [[np.zeros(5)], [np.ones(5)]]
-    made.weights = [np.zeros(5), np.ones(5)]
-    made.verdicts = [Verdict(torch.ones(5), torch.ones(5, 3), np.ones(5, bool)) for _ in nets]
+    divisions.losses = [[np.zeros(5)], [np.ones(5)]]
+    divisions.weights = [np.zeros(5), np.ones(5)]
+    divisions.verdicts = [Verdict(torch.ones(5), torch.ones(5, 3), np.ones(5, bool)) for _ in nets]
+    divisions.health = {"division/trusted": 0.5}
     made.epoch, made.curves, made.step = 1, [{"lr": 0.1}], 2
-    made.consider(0.5)
+    divisions.consider(1, 0.5)
     return made
 
 
 def test_a_state_comes_back_as_it_was():
     state, new = training().state_dict(), training()
-    new.epoch, new.weights = 0, []
-    take_state(new, state, 5, torch.device("cpu"))
-    assert new.epoch == 1 and (new.weights[1] == 1).all() and new.verdicts[0].trusted.all()
+    new.epoch, new.divisions.weights = 0, []
+    take_state(new, state)
+    assert new.epoch == 1 and (new.divisions.weights[1] == 1).all() and new.divisions.verdicts[0].trusted.all()
+    assert new.divisions.health == {"division/trusted": 0.5} and new.divisions.chosen["score"] == 0.5
 
 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda s: s.pop("weights"), "no 'weights'"),
-        (lambda s: s["weights"].__setitem__(0, torch.zeros(4)), r"weights\[0\] has the shape \(4,\), expected 5 images"),
+        (lambda s: s.pop("divisions"), "no 'divisions'"),
+        (lambda s: s["divisions"].pop("weights"), "divisions has no 'weights'"),
+        (
+            lambda s: s["divisions"]["weights"].__setitem__(0, torch.zeros(4)),
+            r"weights\[0\] has the shape \(4,\), expected 5 images",
+        ),
         (lambda s: s.__setitem__("epoch", -1), "epoch is -1"),
         (lambda s: s.__setitem__("curves", []), "curves has 0 entries, expected 1"),
         (lambda s: s["learners"].pop(), "learners has 1 entries, expected 2"),
@@ -224,14 +232,17 @@ def test_a_state_comes_back_as_it_was():
             lambda s: s["optimizers"][1]["state"][0].__setitem__("momentum_buffer", torch.zeros(9)),
             "momentum_buffer has the",
         ),
-        (lambda s: s["verdicts"][0].__setitem__("targets", torch.zeros(4, 3)), r"verdicts\[0\].targets has the shape"),
+        (
+            lambda s: s["divisions"]["verdicts"][0].__setitem__("targets", torch.zeros(4, 3)),
+            r"verdicts\[0\].targets has the shape",
+        ),
     ],
 )
 def test_a_state_of_another_training_is_named(change, said):
     state = training().state_dict()
     change(state)
     with pytest.raises(RecordError, match=said):
-        take_state(training(), state, 5, torch.device("cpu"))
+        take_state(training(), state)
 
 
 def test_whatever_stands_in_a_checkpoint_with_a_right_hash_is_one_line_or_taken(tmp_path):
@@ -240,7 +251,7 @@ def test_whatever_stands_in_a_checkpoint_with_a_right_hash_is_one_line_or_taken(
         state = mutated(training().state_dict(), rng)
         checkpoint.save(tmp_path, number, state)
         try:
-            take_state(training(), checkpoint.load(tmp_path, number), 5, torch.device("cpu"))
+            take_state(training(), checkpoint.load(tmp_path, number))
         except RecordError as error:
             refused += 1
             assert "\n" not in str(error)

@@ -96,7 +96,7 @@ def same(ours, theirs, limit=1e-10):
                 assert (a[name] - b[name]).abs().max() <= limit * a[name].abs().max().clamp_min(1e-3), name
             else:
                 assert torch.equal(a[name], b[name]), name
-    for a, b in zip(ours["weights"], theirs["weights"]):
+    for a, b in zip(ours["divisions"]["weights"], theirs["divisions"]["weights"]):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
 
 

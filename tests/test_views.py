@@ -11,12 +11,12 @@ from scipy import stats
 from torchvision.transforms import AutoAugment, AutoAugmentPolicy, InterpolationMode, RandomResizedCrop
 
 from coreg.data.keyed import keyed_uniform
-from coreg.run.batches import TrainingImages
 from coreg.views.augment import RESIZED_VIEWS, VIEWS, Augmentation
 from coreg.views.augment_geometry import RESIZED_CROP_DRAWS, random_boxes, resized_crop
 from coreg.views.augment_ops import PIXEL_OPS
 from coreg.views.operations import RANDAUGMENT
 from coreg.views.policies import auto_augment
+from coreg.views.resident import TrainingImages
 
 MODES = {"bilinear": InterpolationMode.BILINEAR, "bicubic": InterpolationMode.BICUBIC}
 # Everything below is exact, but for blends: a compiler may fuse Pillow's float multiply and add, which moves one pixel

@@ -16,7 +16,7 @@ from coreg.annotate.chat import ChatAnnotator
 from coreg.errors import UserError
 from coreg.learn.collective import gather_rows, share
 from coreg.process import all_or_none
-from coreg.run.job import Run
+from coreg.run.loop import Run
 
 
 def join(items: Sequence[dict[str, Any]], answers: Sequence[list[int]]) -> tuple[dict[str, Tensor], Tensor]:
@@ -70,11 +70,14 @@ class ChatImages:
         if not len(mine):
             labels.fill_(IGNORED)
         tokens = sum(len(self.answers[index]) for index in self.labelled.classes[places])
-        return ChatBatch(self._send(told), labels.to(self.annotator.device), len(places), tokens)
+        return ChatBatch(self._send(told), labels.to(self.annotator.device, non_blocking=True), len(places), tokens)
 
     def _send(self, told: dict[str, Tensor]) -> dict[str, Tensor]:
         device, dtype = self.annotator.device, self.annotator.dtype
-        return {name: value.to(device, dtype if value.is_floating_point() else None) for name, value in told.items()}
+        return {
+            name: value.to(device, dtype if value.is_floating_point() else None, non_blocking=True)
+            for name, value in told.items()
+        }
 
     def judge(self) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
         """Log probabilities (n, C) and named classes int64 (n,), -1 for none, of every split that has images."""

@@ -1,12 +1,9 @@
-"""What the tuning scripts have in common: labelled images and their features, rounds over them, the report."""
+"""What the tuning scripts have in common: labelled images, their features, and what is predicted of all images."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +11,7 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
 
-from coreg.adapt.learner import IGNORED, ClipBatch, ClipLearner, Learner
+from coreg.adapt.learner import IGNORED, ClipBatch, ClipLearner
 from coreg.adapt.settings import TuningJob, ViewOptions
 from coreg.adapt.views import Photos, RandomView
 from coreg.annotate import annotators
@@ -24,15 +21,8 @@ from coreg.data.decode import decode_annotated
 from coreg.errors import UserError
 from coreg.learn.collective import gather_rows, share
 from coreg.process import all_or_none, main_process_decides
-from coreg.report.metrics import collapse_warnings
-from coreg.report.page import write_page
-from coreg.report.page_record import RunRecord, Split
-from coreg.report.record import write_report
-from coreg.report.report import build_report, without_labels, write_labels
-from coreg.run.board import flush_curves
-from coreg.run.job import Run
-from coreg.run.training import Batch, Training
-from coreg.views.order import ShuffledRows
+from coreg.run.loop import Run
+from coreg.run.results import Predictions
 from coreg.weak.rules import candidate_sets
 
 SPLITS = ("train", "test")
@@ -78,6 +68,25 @@ class Labelled:
         }
         same = (model.spec, model.weights) == (told["spec"], told["weights"])
         return cls(rows, run.known[rows], samples, model, same)
+
+    def predictions(
+        self, run: Run, logits: dict[str, np.ndarray], classes: dict[str, np.ndarray] | None = None
+    ) -> Predictions:
+        """What a tuned model predicts, for `coreg.run.results.finish`.
+
+        Args:
+            logits: (n, C) of each split that has images. classes: int64 (n,), -1 for none, where they are not the largest.
+        """
+        store, train = run.store, self.samples["train"]
+        images = store.images()
+        return Predictions(
+            samples=self.samples,
+            logits={split: {"ensemble": rows} for split, rows in logits.items()},
+            known=run.known[train],
+            candidates=candidate_sets(store, run.job.candidates)[train],
+            pixels=lambda rows: decode_annotated(images, train[rows], SHOWN, 3, run.job.workers).numpy(),
+            classes=classes or {},
+        )
 
     def method(self, name: str, job: TuningJob) -> str:
         """What the report calls the method."""
@@ -150,10 +159,10 @@ class ClipImages:
         if not len(mine):
             mine, classes = places[:1], np.array([IGNORED])
         if self.kept:
-            images = self.kept[epoch % len(self.kept)][torch.from_numpy(mine).to(self.device)]
+            images = self.kept[epoch % len(self.kept)][torch.from_numpy(mine).to(self.device, non_blocking=True)]
         else:
             images = self._pixels(self.photos.views(self.labelled.rows[mine], epoch))
-        return ClipBatch(images, bool(self.kept), torch.from_numpy(classes).to(self.device), len(places))
+        return ClipBatch(images, bool(self.kept), torch.from_numpy(classes).to(self.device, non_blocking=True), len(places))
 
     def features(self, rows: np.ndarray) -> Tensor:
         """Features (n, E) of length 1 of whole images, on every process."""
@@ -173,7 +182,7 @@ class ClipImages:
         return self._open()
 
     def _pixels(self, prepared: list[Tensor]) -> Tensor:
-        return torch.stack(prepared).to(self.device, self.read_as)
+        return torch.stack(prepared).to(self.device, self.read_as, non_blocking=True)
 
     @torch.no_grad()
     def _encode(self, rows: np.ndarray, number: int | None) -> Tensor:
@@ -205,124 +214,3 @@ def judge(learner: ClipLearner, images: ClipImages, labelled: Labelled) -> dict[
     learner.train(False)
     samples = {split: rows for split, rows in labelled.samples.items() if len(rows)}
     return {split: learner.logits(images.features(rows), encoded=True).cpu().numpy() for split, rows in samples.items()}
-
-
-def tuning_epoch(
-    run: Run,
-    training: Training,
-    batch: Callable[[np.ndarray, int], Batch],
-    count: int,
-    rate: Callable[[float], float],
-    at_boundary: Callable[[], None],
-    advance: Callable[[float], None],
-) -> dict[str, float]:
-    """The rest of the present round over `count` labelled images; gives its curves.
-
-    Args:
-        batch: places int64 (n,) of the global batch, epoch -> this process's share.
-        rate: learning rate after so many epochs.
-        at_boundary, advance: see `Run.train`.
-    """
-    job = run.job
-    # a frozen model normalises with running statistics, so that a batch may be one image
-    rows = ShuffledRows(np.arange(count), job.batch_size, (job.seed, "labelled", training.epoch), smallest=1)
-    while training.step < rows.per_round:
-        step, accumulated = training.step, job.gradient_accumulation_steps
-        training.set_rate(rate(training.epoch + step / rows.per_round), job.lr)
-        made = batch(rows.batch(step), training.epoch)
-        update = (step + 1) % accumulated == 0 or step + 1 == rows.per_round
-        training.optimise(run.accelerator, made, update, accumulated)
-        training.images_seen += made.size
-        advance(1 / rows.per_round)
-        if update:
-            at_boundary()
-    training.finish_network()
-    return training.finish_epoch({"lr": rate(training.epoch)})
-
-
-def begin(run: Run, learner: Learner, optimizer: torch.optim.Optimizer) -> Training:
-    """Training of one learner, from the run folder's newest checkpoint if there is one."""
-    training = Training([learner], [learner], [run.accelerator.prepare_model(learner)], [optimizer])
-    run.begin(training)
-    return training
-
-
-def _record(
-    run: Run, labelled: Labelled, training: Training, report: dict[str, Any], logits: dict[str, np.ndarray]
-) -> RunRecord:
-    """What the page shows of the run."""
-    store, train = run.store, labelled.samples["train"]
-    images, truth, zero_shot = store.images(), store.labels, store.probs().argmax(axis=1)
-
-    def split(name: str) -> Split:
-        rows = labelled.samples[name]
-        labels = np.full(len(rows), -1) if truth is None else truth[rows]
-        return Split({"ensemble": logits[name]}, zero_shot[rows], labels)
-
-    return RunRecord(
-        report=report,
-        settings=run.settings,
-        curves=training.curves,
-        folder=str(run.folder.root),
-        annotations=str(store.root),
-        class_names=store.class_names,
-        paths=[store.paths[row] for row in train.tolist()],
-        pixels=lambda rows: decode_annotated(images, train[rows], SHOWN, 3, run.job.workers).numpy(),
-        train=split("train"),
-        test=split("test") if "test" in logits else None,
-        known=run.known[train],
-    )
-
-
-def finish(
-    run: Run,
-    labelled: Labelled,
-    training: Training,
-    method: str,
-    logits: dict[str, np.ndarray],
-    named: dict[str, np.ndarray],
-    **more: Any,
-) -> dict[str, Any]:
-    """Purified labels, the page and the report, written by the main process; gives the report.
-
-    Args:
-        method: its name in the report. more: further fields.
-        logits: (n, C) for each split that has images. named: int64 (n,), the predicted classes, -1 for none.
-    """
-    job, store, folder, learner = run.job, run.store, run.folder, training.learners[0]
-    train = labelled.samples["train"]
-
-    def write() -> dict[str, Any]:
-        annotator = store.probs()[train].argmax(axis=1)
-        paths = [store.paths[row] for row in train.tolist()]
-        on_train = {"ensemble": logits["train"]}
-        needs_review = write_labels(
-            folder.root / "labels.csv", store.class_names, paths, on_train, [], annotator, safe_csv=job.safe_csv
-        )
-        report = build_report(
-            method=method,
-            store=store,
-            seed=job.seed,
-            candidates=candidate_sets(store, job.candidates)[train],
-            samples=labelled.samples,
-            predictions={split: {"ensemble": classes} for split, classes in named.items()},
-            label_free=without_labels(store, job.candidates, labelled.samples, named, logits),
-            labels_used=len(labelled.rows),
-            needs_review=needs_review,
-            warnings=collapse_warnings(named["train"][named["train"] >= 0], store.class_names),
-            last_epoch=training.curves[-1],
-            tuned_model=labelled.model.spec,
-            trainable_parameters=sum(weight.numel() for weight in learner.trainable().values()),
-            images_per_second=training.images_seen / training.seconds,
-            training_seconds=training.seconds,
-            wall_seconds=time.perf_counter() - run.started,
-            processes=run.accelerator.num_processes,
-            command=run.command,
-            **more,
-        )
-        flush_curves(run.accelerator)
-        write_page(folder.root, _record(run, labelled, training, report, logits))
-        write_report(folder.report, report)
-        return report
-
-    return main_process_decides(run.accelerator, write)

@@ -93,9 +93,9 @@ class CoRegBatch:
     n_x: int
     n_u: int
     share_kept: float
-    ramp: float
-    gate: bool
-    fill_queue: bool
+    ramp: float = 1.0
+    gate: bool = False
+    fill_queue: bool = False
     guess: Guess | None = None
     labelled: tuple[Tensor, Tensor] | None = None
     n_labelled: int = 0

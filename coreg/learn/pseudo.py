@@ -5,8 +5,11 @@ Shapes: n rows, C classes. Everything here is without gradient by nature: target
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from coreg.data.keyed import keyed_generator
 
 
 def rescale(probabilities: Tensor, candidates: Tensor) -> Tensor:
@@ -45,3 +48,17 @@ def fuse_trusted(peer: Tensor, own: Tensor, weight: Tensor) -> Tensor:
 def mix(values: Tensor, partners: Tensor, share: float) -> Tensor:
     """MixUp: lambda values + (1 - lambda) partners, the same for inputs (n, ...) and targets (n, C)."""
     return share * values + (1 - share) * partners
+
+
+def draw_mixup(alpha: float, n: int, key: tuple[int | str, ...]) -> tuple[float, np.ndarray]:
+    """MixUp's lambda and partners for n rows, a function of the key (Berthelot et al., "MixMatch", 2019, eq. 8-9).
+
+    Returns:
+        lambda of Beta(alpha, alpha), at least 1/2, so that a mixed row is nearer to its own than to its partner; and a
+        permutation int64 (n,). With alpha 0 nothing is mixed: 1, and every row is its own partner.
+    """
+    if not alpha:
+        return 1.0, np.arange(n)
+    draw = keyed_generator(*key)
+    kept = float(draw.beta(alpha, alpha))
+    return max(kept, 1 - kept), draw.permutation(n)

@@ -19,9 +19,9 @@ from torch.nn import functional as F
 
 from coreg.errors import UserError
 from coreg.files import reason_of
-from coreg.report.page_record import RunRecord
-from coreg.run.batches import TrainingImages
+from coreg.nets.model import CoRegNet
 from coreg.run.training import Training
+from coreg.views.resident import TrainingImages
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -79,21 +79,9 @@ def silent_thread() -> Iterator[None]:
         threading.excepthook = before
 
 
-def flush_curves(accelerator: Accelerator) -> None:
-    """Wait until everything is in TensorBoard's files.
-
-    Raises:
-        UserError: it cannot be written.
-    """
-    writer = writer_of(accelerator)
-    if writer is not None:
-        with writing_curves():
-            writer.flush()
-
-
 @writing_curves()
 def show_epoch(accelerator: Accelerator, data: TrainingImages, training: Training, epochs: int) -> None:
-    """Behind an epoch: what views look like (in epochs 1, 2, 4, 8, …), and how losses and weights w are spread.
+    """After an epoch's steps: what views look like (in epochs 1, 2, 4, 8, …), and how losses and weights w are spread.
 
     Args:
         epochs: of the whole run; at most 50 of them get histograms.
@@ -109,8 +97,9 @@ def show_epoch(accelerator: Accelerator, data: TrainingImages, training: Trainin
         writer.add_custom_scalars({"all": {title: ["Multiline", tags] for title, tags in TOGETHER.items()}})
     if epoch & (epoch - 1) == 0:
         writer.add_image(f"views/{', '.join(VIEWS)}", example_grid(data, epoch), epoch)
-    if epoch == epochs or epoch % max(1, epochs // MOST_DIVISIONS) == 0:
-        for number, (history, weight) in enumerate(zip(training.losses, training.weights), start=1):
+    divisions = training.divisions
+    if divisions and (epoch == epochs or epoch % max(1, epochs // MOST_DIVISIONS) == 0):
+        for number, (history, weight) in enumerate(zip(divisions.losses, divisions.weights), start=1):
             writer.add_histogram(f"division/loss_net{number}", history[-1], epoch)
             writer.add_histogram(f"division/weight_net{number}", weight, epoch)
 
@@ -138,14 +127,45 @@ def _pictures(views: Tensor, data: TrainingImages) -> Tensor:
 
 @writing_curves()
 @torch.no_grad()
-def show_end(
+def show_features(
     accelerator: Accelerator,
     data: TrainingImages,
-    training: Training,
-    record: RunRecord,
-    identity: dict[str, Any],
+    net: CoRegNet,
+    class_names: list[str],
+    classes: dict[str, np.ndarray],
+    epoch: int,
 ) -> None:
-    """At the end: features of a few hundred training images as a map with pictures, settings beside the final numbers.
+    """At the end: features of a few hundred training images as a map with pictures.
+
+    Args:
+        classes: int64 (N,), -1 unknown, by what gave them to the training images.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    writer = writer_of(accelerator)
+    if writer is None:
+        return
+    rows = np.unique(np.linspace(0, len(data.samples) - 1, POINTS).astype(np.int64))
+    net.eval()
+    features, pictures = [], []
+    for views in data.in_batches("plain", rows, 64, ()):
+        features.append(net(views)[1].float().cpu())
+        pictures.append(F.interpolate(_pictures(views, data), size=SPRITE, mode="area"))
+    names = [" ".join(name.encode("utf-8", "replace").decode().split()) for name in class_names]
+    writer.add_embedding(
+        torch.cat(features),
+        metadata=[[names[column[row]] if column[row] >= 0 else "?" for column in classes.values()] for row in rows],
+        metadata_header=list(classes),
+        label_img=torch.cat(pictures),
+        global_step=epoch,
+        tag="features",
+    )
+
+
+@writing_curves()
+def show_numbers(accelerator: Accelerator, report: dict[str, Any], identity: dict[str, Any], epoch: int) -> None:
+    """At the end: settings beside the final numbers.
 
     Args:
         identity: the settings that make the run what it is, by name.
@@ -159,29 +179,13 @@ def show_end(
     # TensorBoard takes a moment to import
     from torch.utils.tensorboard.summary import hparams
 
-    rows = np.unique(np.linspace(0, len(data.samples) - 1, POINTS).astype(np.int64))
-    net, features, pictures = training.nets[0].eval(), [], []
-    for views in data.in_batches("plain", rows, 64, ()):
-        features.append(net(views)[1].float().cpu())
-        pictures.append(F.interpolate(_pictures(views, data), size=SPRITE, mode="area"))
-    train = record.train
-    names = [" ".join(name.encode("utf-8", "replace").decode().split()) for name in record.class_names]
-    told = {"label": train.predicted, "annotator": train.annotator} | ({"truth": train.labels} if train.known else {})
-    writer.add_embedding(
-        torch.cat(features),
-        metadata=[[names[column[row]] if column[row] >= 0 else "?" for column in told.values()] for row in rows],
-        metadata_header=list(told),
-        label_img=torch.cat(pictures),
-        global_step=training.epoch,
-        tag="features",
-    )
-    measured = final_numbers(record.report)
+    measured = final_numbers(report)
     plain = {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in identity.items() if v is not None}
     for summary in hparams(plain, measured):
         writer.file_writer.add_summary(summary)
     for name, value in measured.items():
-        writer.add_scalar(name, value, training.epoch)
-    flush_curves(accelerator)
+        writer.add_scalar(name, value, epoch)
+    writer.flush()
 
 
 def final_numbers(report: dict[str, Any]) -> dict[str, float]:

@@ -1,8 +1,8 @@
-"""One epoch of any method that trains networks in turn: steps, statistics agreed on, test accuracy."""
+"""What follows the steps of an epoch: batch statistics, what TensorBoard shows, accuracy on the test images."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,68 +11,38 @@ from timm.utils import distribute_bn
 from torch.optim.swa_utils import update_bn
 
 from coreg.learn.collective import share
+from coreg.nets.model import CoRegNet
 from coreg.process import main_process_decides
 from coreg.report.metrics import accuracy
 from coreg.run.board import show_epoch
 from coreg.run.task import Task, predict
-from coreg.run.training import Batch, Training
+from coreg.run.training import Training
 from coreg.views.order import ShuffledRows
 
-# the steps of the present network's epoch, and how to make each one's batch
-Steps = tuple[int, Callable[[int], Batch]]
 
-
-def train_epoch(
-    task: Task[Any],
-    training: Training,
-    rate: float,
-    steps: Callable[[], Steps],
-    at_boundary: Callable[[], None],
-    advance: Callable[[float], None],
-    renew_statistics: bool = False,
-) -> dict[str, float]:
-    """The rest of the present epoch, from the step where `training` stands; gives its curves.
-
-    Args:
-        rate: learning rate of this epoch.
-        steps: asked anew for every network, `training.number` says which.
-        at_boundary: called after every step; whatever it saves, this function can go on from.
-        advance: moves the progress bar by a share of an epoch.
-        renew_statistics: count batch statistics anew at the end, on weak views: for a method that trains on mixed images
-            alone, whose statistics are not those of images.
-    """
-    accelerator, accumulated = task.accelerator, task.job.gradient_accumulation_steps
-    training.set_rate(rate, task.job.lr)
-    while training.number < len(training.nets):
-        count, batch = steps()
-        while training.step < count:
-            update = (training.step + 1) % accumulated == 0 or training.step + 1 == count
-            made = training.timed(batch, training.step)
-            training.optimise(accelerator, made, update, accumulated)
-            training.images_seen += made.size
-            advance(1 / count / len(training.nets))
-            if update:
-                at_boundary()
-        training.finish_network()
-    if renew_statistics:
-        count_statistics(task, training)
+def judge(task: Task[Any], training: Training) -> dict[str, float]:
+    """Let all processes agree on batch statistics, show the epoch, and test; gives accuracies as `accuracy_on_test`."""
+    accelerator = task.accelerator
     if accelerator.num_processes > 1:
         # without SyncBatchNorm, processes have seen different rows: agree on the mean statistics
         for net in training.nets:
             distribute_bn(net, accelerator.num_processes, reduce=True)
     main_process_decides(accelerator, lambda: show_epoch(accelerator, task.data, training, task.job.epochs))
-    return training.finish_epoch({"lr": rate} | accuracy_on_test(task, training))
+    return accuracy_on_test(task, training)
 
 
 @torch.no_grad()
-def count_statistics(task: Task[Any], training: Training) -> None:
-    """Batch normalisation's running means and variances anew, as averages over one weak view of every training image."""
+def count_statistics(task: Task[Any], nets: Sequence[CoRegNet], epoch: int) -> None:
+    """Batch normalisation's running means and variances anew, as averages over one weak view of every training image.
+
+    For a method that trains on mixed images alone, whose statistics are not those of images.
+    """
     size, n = 2 * task.job.batch_size, len(task.data.samples)
-    for number, net in enumerate(training.nets):
-        order = ShuffledRows(np.arange(n), size, (task.job.seed, "statistics", training.epoch, number))
+    for number, net in enumerate(nets):
+        order = ShuffledRows(np.arange(n), size, (task.job.seed, "statistics", epoch, number))
         # every batch counts alike, so a small last one is left out
         batches = [order.batch(step) for step in range(max(n // size, 1))]
-        key = ("statistics", training.epoch, number)
+        key = ("statistics", epoch, number)
         update_bn((task.data.view("weak", rows[share(len(rows))], key) for rows in batches), net)
 
 

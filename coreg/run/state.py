@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from coreg.learn.two_nets import Divisions
 from coreg.records import Each, Maybe, Number, RecordError, check_record
 from coreg.run.training import Training
 
@@ -13,67 +14,76 @@ _NUMBER = Number(whole=False)
 _TIME = Number(0, whole=False)
 
 
-def take_state(training: Training, state: Any, images: int, device: torch.device) -> None:
+def take_state(training: Training, state: Any) -> None:
     """Let `training` go on from `state`, checked.
 
     Args:
         training: as it begins, with networks and optimisers of its own. state: what a checkpoint held.
-        images: number of training images, N.
 
     Raises:
         RecordError: it is not what a training like this one saves; `training` may hold parts of it then.
     """
-    _check(state, training, images)
+    _check(state, training)
     own = [[{**group} for group in optimizer.param_groups] for optimizer in training.optimizers]
     try:
-        training.load_state_dict(state, device)
+        training.load_state_dict(state)
     except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
         raise RecordError(" ".join(str(error).split())) from None
     for number, (optimizer, groups) in enumerate(zip(training.optimizers, own)):
         _check_optimizer(optimizer, groups, f"optimizers[{number}]")
 
 
-def _check(state: Any, training: Training, images: int) -> None:
-    nets = len(training.nets)
+def _check(state: Any, training: Training) -> None:
+    learners = len(training.learners)
     kind = {
         "learners": [Each(torch.Tensor)],
         "optimizers": [dict],
-        "losses": [Maybe(torch.Tensor)],
-        "weights": [torch.Tensor],
-        "verdicts": [dict],
         "sums": Each(torch.Tensor),
         "epoch": Number(0),
-        "number": Number(0, nets),
+        "number": Number(0, learners),
         "step": Number(0),
-        "partial": Each((float, int)),
+        "means": Each((float, int)),
         "curves": [Each(_NUMBER)],
-        "chosen": Maybe({"epoch": Number(0), "score": _NUMBER, "nets": [Each(torch.Tensor)]}),
         "seconds": _TIME,
         "making_seconds": _TIME,
         "images_seen": Number(0),
         "updates": Number(0),
     }
     check_record(state, kind)
-    _check_count(state["learners"], nets, "learners")
-    _check_count(state["optimizers"], nets, "optimizers")
+    _check_count(state["learners"], learners, "learners")
+    _check_count(state["optimizers"], learners, "optimizers")
     _check_count(state["curves"], state["epoch"], "curves")
     for number, (saved, learner) in enumerate(zip(state["learners"], training.learners)):
         _check_like(saved, learner.state_dict(), f"learners[{number}]")
+    if training.divisions is not None:
+        check_record(state, {"divisions": dict})
+        _check_divisions(state["divisions"], training.divisions)
+
+
+def _check_divisions(state: dict[str, Any], divisions: Divisions) -> None:
+    verdict = dict.fromkeys(("weight", "targets", "trusted"), torch.Tensor)
+    verdict |= dict.fromkeys(("guess", "features"), Maybe(torch.Tensor))
+    kind = {
+        "losses": [Maybe(torch.Tensor)],
+        "verdicts": [verdict],
+        "health": Each((float, int)),
+        "weights": [torch.Tensor],
+        "chosen": Maybe({"epoch": Number(0), "score": _NUMBER, "nets": [Each(torch.Tensor)]}),
+    }
+    check_record(state, kind, "divisions")
     if state.get("chosen") is not None:
-        _check_count(state["chosen"]["nets"], nets, "chosen.nets")
-        for number, (saved, net) in enumerate(zip(state["chosen"]["nets"], training.nets)):
+        _check_count(state["chosen"]["nets"], len(divisions.nets), "chosen.nets")
+        for number, (saved, net) in enumerate(zip(state["chosen"]["nets"], divisions.nets)):
             _check_like(saved, net.state_dict(), f"chosen.nets[{number}]")
     for number, history in enumerate(state["losses"]):
         if history is not None:
-            _check_rows(history, images, f"losses[{number}]", dimension=1)
+            _check_rows(history, divisions.count, f"losses[{number}]", dimension=1)
     for number, weight in enumerate(state["weights"]):
-        _check_rows(weight, images, f"weights[{number}]")
-    for number, verdict in enumerate(state["verdicts"]):
-        tensors = dict.fromkeys(("weight", "targets", "trusted"), torch.Tensor)
-        check_record(verdict, tensors | dict.fromkeys(("guess", "features"), Maybe(torch.Tensor)), f"verdicts[{number}]")
-        for name, value in verdict.items():
-            if value is not None:
-                _check_rows(value, images, f"verdicts[{number}].{name}")
+        _check_rows(weight, divisions.count, f"weights[{number}]")
+    for number, saved in enumerate(state["verdicts"]):
+        for name in verdict:
+            if saved.get(name) is not None:
+                _check_rows(saved[name], divisions.count, f"verdicts[{number}].{name}")
 
 
 def _check_count(values: list[Any], count: int, where: str) -> None:
@@ -105,6 +115,8 @@ def _check_optimizer(optimizer: torch.optim.Optimizer, own: list[dict[str, Any]]
             if group[name] != mine[name]:
                 raise RecordError(f"{where}.{name} is {str(group[name])[:40]}, expected {mine[name]}")
         for weight in group["params"]:
-            for name, value in optimizer.state.get(weight, {}).items():
+            averages = optimizer.state.get(weight, {})
+            check_record(averages, dict, f"{where}.state")
+            for name, value in averages.items():
                 if isinstance(value, torch.Tensor) and value.shape not in (weight.shape, torch.Size([])):
                     raise RecordError(f"{where}: {name} has the shape {tuple(value.shape)}, expected {tuple(weight.shape)}")

@@ -17,14 +17,14 @@ from coreg.errors import UserError
 from coreg.learn.collective import gather_rows, share
 from coreg.nets.model import CoRegNet
 from coreg.process import all_or_none
-from coreg.run.batches import TrainingImages
 from coreg.settings import ImageConfig, JobConfig
 from coreg.store.store import AnnotationStore
 from coreg.views.order import drawn_part
+from coreg.views.resident import TrainingImages
 from coreg.weak.rules import candidate_sets
 
 if TYPE_CHECKING:
-    from coreg.run.job import Run
+    from coreg.run.loop import Run
 
 Options = TypeVar("Options")
 
@@ -61,6 +61,18 @@ class Task(Generic[Options]):
     extra: np.ndarray
     test: TrainingImages | None
     test_labels: np.ndarray
+
+    def labelled(self, rows: np.ndarray, view: str, key: tuple[int | str, ...]) -> tuple[tuple[Tensor, Tensor] | None, int]:
+        """This process's share of a step's labelled images and their classes, and how many there are in all.
+
+        Args:
+            rows: int64 (n,), of the global batch; none where there is no supervised term. view, key: see
+                `TrainingImages.view`.
+        """
+        if not len(rows):
+            return None, 0
+        mine = rows[share(len(rows))]
+        return (self.data.view(view, mine, ("labelled", *key)), self.data.places(self.known[mine])), len(rows)
 
 
 def training_rows(job: JobConfig, store: AnnotationStore) -> np.ndarray:
@@ -115,42 +127,17 @@ def prepare(run: Run, method: Options, alignment: str = "uniform") -> Task[Optio
             when they were annotated.
     """
     accelerator, job, look, store = run.accelerator, run.job, run.look, run.store
-    images = store.images()
-    candidates, unreadable = candidate_sets(store, job.candidates), store.unreadable
     labels = np.full(len(store.paths), -1) if store.labels is None else store.labels
-    augmentation = look.augmentation()
-
     train = training_rows(job, store)
-    test = np.flatnonzero((store.split == 1) & ~unreadable)
-    others = not accelerator.is_main_process  # all find the same, and the main process says it
-    if len(train) < 2:
-        raise UserError(f"the store {store.root} has {len(train)} readable training images; give at least 2", told=others)
+    test = np.flatnonzero((store.split == 1) & ~store.unreadable)
     known = run.known[train]
-    usable = (store.votes()[train] >= 0).any(axis=1) | (known >= 0)
-    if not usable.any():
-        raise UserError(
-            f"no template names a class of any training image in {store.root}; annotate with other class names or another "
-            f"--vlm, or give labels with --labels FILE",
-            told=others,
-        )
+    usable = _usable(run, train)
     given, n_classes = np.flatnonzero(known >= 0), len(store.class_names)
-    candidates = candidates[train]
+    candidates = candidate_sets(store, job.candidates)[train]
     candidates[given] = np.arange(n_classes) == known[given, None]
     # so often that labelled images make up 5 % of an epoch's draws, once at least
     times = -(-len(train) // (20 * max(len(given), 1))) - 1
-
-    def read() -> list[Tensor]:
-        failed: dict[int, str] = {}
-        pixels = [decode(images, rows, look.image_size, look.channels, job.workers, failed) for rows in (train, test)]
-        if failed:
-            raise no_longer_readable(images, failed)
-        return pixels
-
-    def on_device(pixels: Tensor, rows: np.ndarray) -> TrainingImages:
-        device, dtype = accelerator.device, getattr(torch, job.dtype)
-        return TrainingImages(pixels.to(device), torch.from_numpy(rows), augmentation, device, job.seed, dtype)
-
-    train_pixels, test_pixels = all_or_none(accelerator, read)
+    train_images, test_images = _images(run, train, test)
     probs = store.probs()[train].astype(np.float64)
     best = probs.argmax(axis=1)
     prior = probs.mean(axis=0) if alignment == "annotator" else np.full(n_classes, 1 / n_classes)
@@ -161,7 +148,7 @@ def prepare(run: Run, method: Options, alignment: str = "uniform") -> Task[Optio
         method=method,
         store=store,
         annotated=run.annotated,
-        data=on_device(train_pixels, train),
+        data=train_images,
         candidates=candidates,
         table=torch.from_numpy(candidates).to(accelerator.device),
         usable=usable,
@@ -172,9 +159,50 @@ def prepare(run: Run, method: Options, alignment: str = "uniform") -> Task[Optio
         known=known,
         repeated=np.tile(given, max(times, 0) if job.label_mode == "replace+repeat" else 0),
         extra=given if job.label_mode == "extra_ce" else given[:0],
-        test=on_device(test_pixels, test) if len(test) else None,
+        test=test_images if len(test) else None,
         test_labels=labels[test],
     )
+
+
+def _usable(run: Run, train: np.ndarray) -> np.ndarray:
+    """Which training images have a label or a template that names a class, bool (N,).
+
+    Raises:
+        UserError: there are too few images, or none of them has.
+    """
+    store, others = run.store, not run.accelerator.is_main_process  # all find the same, and the main process says it
+    if len(train) < 2:
+        raise UserError(f"the store {store.root} has {len(train)} readable training images; give at least 2", told=others)
+    usable = (store.votes()[train] >= 0).any(axis=1) | (run.known[train] >= 0)
+    if not usable.any():
+        raise UserError(
+            f"no template names a class of any training image in {store.root}; annotate with other class names or another "
+            f"--vlm, or give labels with --labels FILE",
+            told=others,
+        )
+    return usable
+
+
+def _images(run: Run, *splits: np.ndarray) -> list[TrainingImages]:
+    """The images at these rows of the store, decoded and on the device.
+
+    Raises:
+        UserError: some cannot be read any more; on every process.
+    """
+    images, job, look, device = run.store.images(), run.job, run.look, run.accelerator.device
+
+    def read() -> list[Tensor]:
+        failed: dict[int, str] = {}
+        pixels = [decode(images, rows, look.image_size, look.channels, job.workers, failed) for rows in splits]
+        if failed:
+            raise no_longer_readable(images, failed)
+        return pixels
+
+    augmentation, dtype = look.augmentation(), getattr(torch, job.dtype)
+    return [
+        TrainingImages(pixels.to(device), torch.from_numpy(rows), augmentation, device, job.seed, dtype)
+        for pixels, rows in zip(all_or_none(run.accelerator, read), splits)
+    ]
 
 
 @torch.no_grad()
@@ -189,3 +217,19 @@ def predict(
     batches = images.in_batches(view, rows, batch_size, key) if len(rows) else [images.view(view, rows, key)]
     logits, features = zip(*(net(batch) for batch in batches))
     return gather_rows(torch.cat(logits).to(images.dtype), n), gather_rows(torch.cat(features), n)
+
+
+def finite(task: Task, logits: Tensor, number: int, epoch: int) -> np.ndarray:
+    """Log probabilities (N, C) in float64 of the logits of network `number` (0 or 1) before its epoch `epoch`.
+
+    Raises:
+        UserError: some are no numbers.
+    """
+    log_p = torch.log_softmax(logits.double(), dim=1).cpu().numpy()
+    if not np.isfinite(log_p).all():
+        raise UserError(
+            f"network {number + 1} predicts no numbers any more in epoch {epoch + 1}; start anew in another --output_dir "
+            f"with a smaller --lr (now {task.job.lr}); the checkpoints before it are kept",
+            told=not task.accelerator.is_main_process,
+        )
+    return log_p

@@ -1,25 +1,22 @@
-"""Everything that changes while networks train, in one object: what a checkpoint holds, and nothing else."""
+"""Networks, what trains them, and how far they are, down to the step: what a checkpoint holds."""
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 
 from coreg.learn.collective import gather_rows, rank_and_world
+from coreg.learn.two_nets import Divisions
 from coreg.nets.model import CoRegNet, create_backbone, evaluate_lone_values, parse_backbone_args
-from coreg.run.batches import Verdict
 from coreg.settings import ImageConfig, JobConfig
-
-T = TypeVar("T")
 
 
 class Batch(Protocol):
@@ -31,84 +28,84 @@ class Batch(Protocol):
 
 @dataclass
 class Training:
-    """One or two networks, their learners and optimisers, and how far they are, down to the step.
+    """One or two learners with their optimisers, and how far they are.
 
-    nets: [net1, net2], or one alone. learners: their training steps, modules whose forward takes a batch and returns the
-    `loss` with gradient beside its detached parts, and whose buffers are their state. Each of these scalars is this
-    process's share: added up over all processes it is that of the global batch. steps: the learners wrapped for data
-    parallelism.
-    losses: for each network the division losses (N,) of the last epochs, oldest first.
-    weights: w (N,) of both networks' last division; empty before the first.
-    epoch: finished epochs; number, step: network (0 or 1) and step to go on with in the present one.
-    verdicts: of this epoch's division; sums: this process's shares of the loss parts, added up over this network's steps
-    so far; partial: curves of this epoch so far.
-    curves: one mapping of scalars for each finished epoch. chosen: of the networks that looked best without labels so
-    far, the number of finished epochs, the score and the weights.
-    seconds, making_seconds: spent training, and on making batches within that, over all restarts.
+    learners: modules whose forward takes a batch and returns the `loss` with gradient beside its detached parts; their
+    state_dict is what is trained and what they remember. Each of these scalars is this process's share: added up over all
+    processes it is that of the global batch. A learner without an optimiser is not trained.
+    divisions: what two networks remember of their divisions, where they divide. accumulated: number of batches whose
+    gradients are averaged before the weights move.
+    epoch: finished epochs; number, step: network (0 or 1) and step to go on with in the present one; count: its steps.
+    sums: this process's shares of the loss parts, added up over this network's steps so far; means: of the networks that
+    are through with this epoch. curves: one mapping of scalars for each finished epoch.
+    seconds, making_seconds: spent training, and on making batches within that, over all restarts; images_seen, updates:
+    images and batches trained on.
     """
 
-    nets: list[CoRegNet]
+    accelerator: Accelerator
     learners: list[nn.Module]
-    steps: list[nn.Module]
     optimizers: list[torch.optim.Optimizer]
-    losses: list[list[np.ndarray]] = field(default_factory=lambda: [[], []])
-    weights: list[np.ndarray] = field(default_factory=list)
+    divisions: Divisions | None = None
+    accumulated: int = 1
     epoch: int = 0
     number: int = 0
     step: int = 0
-    verdicts: list[Verdict] = field(default_factory=list)
+    count: int = 0
     sums: dict[str, Tensor] = field(default_factory=dict)
-    partial: dict[str, float] = field(default_factory=dict)
+    means: dict[str, float] = field(default_factory=dict)
     curves: list[dict[str, float]] = field(default_factory=list)
-    chosen: dict[str, Any] | None = None
     seconds: float = 0.0
     making_seconds: float = 0.0
     images_seen: int = 0
     updates: int = 0
 
     def __post_init__(self) -> None:
+        # wrapped for data parallelism
+        self.steps = [self.accelerator.prepare_model(learner) for learner, _ in zip(self.learners, self.optimizers)]
         self.first_rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
+        self.began = time.perf_counter()
 
-    def set_rate(self, rate: float, peak: float) -> None:
-        """The learning rate of weights that began with `peak`; those that began with another one get it in proportion."""
-        for optimizer, first in zip(self.optimizers, self.first_rates):
-            for group, own in zip(optimizer.param_groups, first):
-                group["lr"] = rate * (own / peak)
+    @property
+    def nets(self) -> list[CoRegNet]:
+        """The networks of the learners."""
+        return [learner.net for learner in self.learners]
 
-    def optimise(self, accelerator: Accelerator, batch: Batch, update: bool, accumulated: int) -> None:
-        """Train the present network on one batch; loss parts are summed on the device, without waiting for it.
+    @property
+    def moves(self) -> bool:
+        """Whether the weights move in this step, or gradients go on adding up."""
+        return (self.step + 1) % self.accumulated == 0 or self.step + 1 == self.count
+
+    def turns(self) -> Iterator[int]:
+        """The networks that have yet to train in this epoch, one after the other."""
+        while self.number < len(self.learners):
+            yield self.number
+
+    def learn(self, batch: Batch, lr: float) -> None:
+        """Train the present network on one batch: forward, backward, and the optimiser's step where it is due.
+
+        Loss parts are summed on the device, without waiting for it.
 
         Args:
-            update: whether the weights move now, or gradients go on adding up.
-            accumulated: number of batches whose gradients are averaged.
+            lr: the learning rate of weights whose optimiser began with its own `lr`; weights that began with another one
+                get it in proportion.
         """
-        for number, net in enumerate(self.nets):
-            net.train(number == self.number)
-        module = self.steps[self.number]
-        with contextlib.nullcontext() if update else accelerator.no_sync(module):
+        self.making_seconds += time.perf_counter() - self.began
+        for number, learner in enumerate(self.learners):
+            learner.train(number == self.number)
+        module, optimizer = self.steps[self.number], self.optimizers[self.number]
+        with contextlib.nullcontext() if self.moves else self.accelerator.no_sync(module):
             parts = module(batch)
             # gradients are averaged over processes, and the shares of a loss add up
-            accelerator.backward(parts["loss"] * accelerator.num_processes / accumulated)
-        if update:
-            self.optimizers[self.number].step()
-            self.optimizers[self.number].zero_grad(set_to_none=True)
+            self.accelerator.backward(parts["loss"] * self.accelerator.num_processes / self.accumulated)
+        if self.moves:
+            for group, first in zip(optimizer.param_groups, self.first_rates[self.number]):
+                group["lr"] = lr * (first / optimizer.defaults["lr"])
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         for name, part in parts.items():
             self.sums[name] = self.sums.get(name, 0) + part.detach()
-        self.step += 1
+        self.images_seen += batch.size
         self.updates += 1
-
-    def timed(self, make: Callable[[int], T], step: int) -> T:
-        """The batch that `make` gives for a step; the time that it takes is added up."""
-        started = time.perf_counter()
-        made = make(step)
-        self.making_seconds += time.perf_counter() - started
-        return made
-
-    def consider(self, score: float) -> None:
-        """Remember the networks as they are now if no epoch before had a larger score."""
-        if self.chosen is None or score > self.chosen["score"]:
-            weights = [{k: v.detach().clone() for k, v in net.state_dict().items()} for net in self.nets]
-            self.chosen = {"epoch": self.epoch, "score": score, "nets": weights}
 
     def shares(self) -> dict[str, Tensor]:
         """The sums of all W processes, (W,) for each loss part, the same on every process; all have to call it."""
@@ -123,14 +120,14 @@ class Training:
         """Turn the sums of all processes into means of the present network's epoch, and go on with the next network."""
         for name, shares in self.shares().items():
             part = "total" if name == "loss" else name
-            self.partial[f"loss/net{self.number + 1}/{part}"] = float(shares.double().sum()) / self.step
+            self.means[f"loss/net{self.number + 1}/{part}"] = float(shares.double().sum()) / self.step
         self.sums, self.step, self.number = {}, 0, self.number + 1
 
     def finish_epoch(self, more: dict[str, float]) -> dict[str, float]:
         """Close the epoch; gives its curves."""
-        curves = self.partial | more
+        curves = self.means | more
         self.curves.append(curves)
-        self.partial, self.verdicts, self.number = {}, [], 0
+        self.means, self.number = {}, 0
         self.epoch += 1
         return curves
 
@@ -144,27 +141,28 @@ class Training:
         return {
             "learners": [learner.state_dict() for learner in self.learners],
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-            "losses": [torch.from_numpy(np.stack(rows)) if rows else None for rows in self.losses],
-            "weights": [torch.from_numpy(weight) for weight in self.weights],
-            "verdicts": [verdict.state_dict() for verdict in self.verdicts],
+            "divisions": None if self.divisions is None else self.divisions.state_dict(),
             "sums": self.shares(),
         } | {name: getattr(self, name) for name in PLAIN}
 
-    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take what `state_dict` gave.
 
         A process goes on with its own sums; where the number of processes is another one, the first has those of all.
         """
+        device = self.accelerator.device
         for learner, saved in zip(self.learners, state["learners"]):
             learner.load_state_dict(saved)
         for optimizer, saved in zip(self.optimizers, state["optimizers"]):
             optimizer.load_state_dict(saved)
-        self.losses = [[] if rows is None else list(rows.numpy()) for rows in state["losses"]]
-        self.weights = [weight.numpy() for weight in state["weights"]]
-        self.verdicts = [Verdict.from_state(saved, device) for saved in state["verdicts"]]
+        if self.divisions is not None:
+            self.divisions.load_state_dict(state["divisions"], device)
         self.sums = {name: _own(shares).to(device) for name, shares in state["sums"].items()}
         for name in PLAIN:
             setattr(self, name, state[name])
+
+
+PLAIN = ("epoch", "number", "step", "means", "curves", "seconds", "making_seconds", "images_seen", "updates")
 
 
 def _own(shares: Tensor) -> Tensor:
@@ -173,20 +171,6 @@ def _own(shares: Tensor) -> Tensor:
     if len(shares) == world:
         return shares[rank]
     return shares.sum() if rank == 0 else shares.new_zeros(())
-
-
-PLAIN = (
-    "epoch",
-    "number",
-    "step",
-    "partial",
-    "curves",
-    "chosen",
-    "seconds",
-    "making_seconds",
-    "images_seen",
-    "updates",
-)
 
 
 def build_networks(
@@ -214,16 +198,10 @@ def build_optimizer(net: nn.Module, job: JobConfig) -> torch.optim.Optimizer:
     return torch.optim.SGD(net.parameters(), lr=job.lr, momentum=job.momentum, weight_decay=job.weight_decay)
 
 
-def assemble(accelerator: Accelerator, job: JobConfig, nets: list[CoRegNet], learners: Sequence[nn.Module]) -> Training:
-    """Learners on the device, compiled where that is asked for, each with its optimiser.
-
-    Args:
-        learners: one for each network, which it holds as `net` (and its momentum encoder, if any, as `key_net`).
-    """
-    learners = [learner.to(accelerator.device, getattr(torch, job.dtype)) for learner in learners]
-    for learner in learners if job.compile else ():
-        for name in ("net", "key_net"):
-            if hasattr(learner, name):
-                getattr(learner, name).compile()
-    optimizers = [build_optimizer(learner.net, job) for learner in learners]
-    return Training(nets, list(learners), [accelerator.prepare_model(learner) for learner in learners], optimizers)
+def placed(learner: nn.Module, accelerator: Accelerator, job: JobConfig) -> nn.Module:
+    """The learner on the device, its network `net` and its momentum encoder `key_net`, if any, compiled where asked for."""
+    learner = learner.to(accelerator.device, getattr(torch, job.dtype))
+    for name in ("net", "key_net") if job.compile else ():
+        if hasattr(learner, name):
+            getattr(learner, name).compile()
+    return learner

@@ -50,6 +50,7 @@ class PartialLearner(nn.Module):
         if method.passes(Step(0, 1)).key is not None:
             self.key_net = copy.deepcopy(net).requires_grad_(False)
         self._average = get_ema_multi_avg_fn(method.options.key_momentum)
+        self._unread: list[PartialBatch] = []
 
     def forward(self, batch: PartialBatch) -> dict[str, Tensor]:
         """The step's `loss` (with gradient) and its parts (without), each a scalar and this process's share.
@@ -69,10 +70,18 @@ class PartialLearner(nn.Module):
         return {name: part.detach() for name, part in parts.items()} | {"loss": parts["loss"]}
 
     @torch.no_grad()
-    def after_step(self, batch: PartialBatch) -> None:
-        """To be called when the weights have moved: a method that wants to reads the same batch again."""
+    def after_step(self, batch: PartialBatch, moved: bool = True) -> None:
+        """To be called after every batch: a method that wants to reads those again by which the weights have moved.
+
+        Args:
+            moved: whether they have, or this batch's gradients wait for those of others.
+        """
         if self.method.reads_again:
-            self.method.update(self._look(batch), batch.index, batch.step)
+            self._unread.append(batch)
+            for one in self._unread if moved else ():
+                self.method.update(self._look(one), one.index, one.step)
+            if moved:
+                self._unread.clear()
 
     def _look(self, batch: PartialBatch) -> Outputs:
         """Every view is a batch of its own to the network's batch statistics."""

@@ -1,0 +1,179 @@
+"""Two networks that divide the training set for each other: what they remember of it, and the batches that they train on.
+
+Co-Reg and DivideMix share it. Positions 0 .. N-1 number the training images; a batch holds this process's share of the
+global one (see `coreg.learn.collective.share`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from coreg.learn.collective import share
+from coreg.learn.coreg import CoRegBatch, Guess, WarmUpBatch
+from coreg.learn.division import Division
+from coreg.learn.pseudo import draw_mixup
+from coreg.views.resident import TrainingImages
+
+
+@dataclass
+class Verdict:
+    """What one network's division says about the training set; the other network trains on it.
+
+    weight: (N,) w. targets: (N, C), p, predictions rescaled to the candidate sets. trusted: bool (N,), P.
+    guess, features: (N, C) and (N, D), mean prediction of two weak views and features of the first, where they are made
+    once an epoch.
+    """
+
+    weight: Tensor
+    targets: Tensor
+    trusted: np.ndarray
+    guess: Tensor | None = None
+    features: Tensor | None = None
+
+    def state_dict(self) -> dict[str, Tensor | None]:
+        return vars(self) | {"trusted": torch.from_numpy(self.trusted)}
+
+    @classmethod
+    def from_state(cls, state: dict[str, Tensor | None], device: torch.device) -> Verdict:
+        moved = {name: None if value is None else value.to(device) for name, value in state.items() if name != "trusted"}
+        return cls(**moved, trusted=state["trusted"].numpy())
+
+
+class Divisions:
+    """What two networks remember of their divisions.
+
+    nets: both of them. count: N. losses: for each network the division losses (N,) of the last epochs, oldest first.
+    verdicts: of this epoch's division, none before it; health: curves of it. weights: w (N,) of both networks' last
+    division; none before the first. chosen: of the networks that looked best without labels so far, the number of finished
+    epochs, the score and the weights.
+    """
+
+    def __init__(self, nets: Sequence[nn.Module], count: int) -> None:
+        self.nets, self.count = nets, count
+        self.losses: list[list[np.ndarray]] = [[] for _ in nets]
+        self.verdicts: list[Verdict] = []
+        self.health: dict[str, float] = {}
+        self.weights: list[np.ndarray] = []
+        self.chosen: dict[str, Any] | None = None
+
+    def remember(self, number: int, losses: np.ndarray, epochs: int) -> np.ndarray:
+        """Division losses (K, N) of network `number` in the last `epochs` epochs, these (N,) the newest."""
+        self.losses[number] = [*self.losses[number], losses][-epochs:]
+        return np.stack(self.losses[number])
+
+    def begin_epoch(self, divisions: Sequence[Division], verdicts: Sequence[Verdict], health: dict[str, float]) -> None:
+        """Both networks have divided."""
+        self.verdicts, self.weights = list(verdicts), [division.weight for division in divisions]
+        self.health = health
+
+    def finish_epoch(self) -> dict[str, float]:
+        """Forget this epoch's verdicts; gives the curves of its division."""
+        curves, self.verdicts, self.health = self.health, [], {}
+        return curves
+
+    def consider(self, epoch: int, score: float) -> None:
+        """Remember the networks as they are now, after `epoch` epochs, if no epoch before had a larger score."""
+        if self.chosen is None or score > self.chosen["score"]:
+            weights = [{k: v.detach().clone() for k, v in net.state_dict().items()} for net in self.nets]
+            self.chosen = {"epoch": epoch, "score": score, "nets": weights}
+
+    def state_dict(self) -> dict[str, Any]:
+        """All of it."""
+        return {
+            "losses": [torch.from_numpy(np.stack(rows)) if rows else None for rows in self.losses],
+            "verdicts": [verdict.state_dict() for verdict in self.verdicts],
+            "health": self.health,
+            "weights": [torch.from_numpy(weight) for weight in self.weights],
+            "chosen": self.chosen,
+        }
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        """Take what `state_dict` gave."""
+        self.losses = [[] if rows is None else list(rows.numpy()) for rows in state["losses"]]
+        self.verdicts = [Verdict.from_state(saved, device) for saved in state["verdicts"]]
+        self.weights = [weight.numpy() for weight in state["weights"]]
+        self.health, self.chosen = state["health"], state["chosen"]
+
+
+def warm_up_batch(
+    data: TrainingImages,
+    rows: np.ndarray,
+    candidates: Tensor,
+    key: tuple[int | str, ...],
+    view: str,
+    n_informative: int,
+) -> WarmUpBatch:
+    """This process's share of the global batch `rows`.
+
+    Args:
+        rows: int64 (n,), the global batch. candidates: bool (N, C) on the training device.
+        key: (epoch, network), names the views. view: `strong` as in the reference, or `weak`.
+        n_informative: rows of the global batch over which the partial loss is averaged.
+    """
+    mine = rows[share(len(rows))]
+    images = data.view(view, mine, ("warm-up", *key))
+    return WarmUpBatch(images, candidates[data.places(mine)], len(rows), n_informative)
+
+
+def co_train_batch(
+    data: TrainingImages,
+    x: np.ndarray,
+    u: np.ndarray,
+    verdict: Verdict,
+    key: tuple[int | str, ...],
+    mixup_alpha: float,
+    view: str = "strong",
+    own: Verdict | None = None,
+) -> CoRegBatch:
+    """This process's share of a co-training step on the global batches x of P and u of U.
+
+    MixUp's lambda and permutation are drawn over the global rows [x_1; x_2; u_1; u_2] of the views that are trained on.
+
+    Args:
+        x, u: int64 (n_x,), (n_u,). verdict: of the peer's division, on the training device.
+        key: (epoch, network, step). `mixup_alpha`: 0 means no MixUp.
+        view: what is trained on: `strong`, or `weak` for the very views that are predicted.
+        own: the own network's verdict, where weak views were predicted once for the epoch.
+    """
+    lengths = (len(x), len(x), len(u), len(u))
+    x_mine, u_mine = x[share(len(x))], u[share(len(u))]
+    each = ((x, x_mine, data.pixels(x_mine), "x"), (u, u_mine, data.pixels(u_mine), "u"))
+
+    def views(kind: str) -> list[Tensor]:
+        return [
+            data.view(kind, mine, (f"{split}-{kind[0]}{number}", *key), pixels)
+            for _, mine, pixels, split in each
+            for number in (1, 2)
+        ]
+
+    weak = views("weak") if own is None or view == "weak" else []
+    trained = torch.cat(weak if view == "weak" else views(view))
+    kept, order = draw_mixup(mixup_alpha, sum(lengths), (data.seed, "mixup", *key))
+    starts = np.cumsum((0, *lengths[:-1]))
+    position = np.concatenate([start + np.arange(n)[share(n)] for start, n in zip(starts, lengths)])
+    blocks = [(view, rows, (f"{split}-{view[0]}{number}", *key)) for rows, _, _, split in each for number in (1, 2)]
+    where, where_u = data.places(x_mine), data.places(u_mine)
+    guess = None
+    if own is not None:
+        both = (own.guess[where_u] + verdict.guess[where_u]) / 2
+        guess = Guess(own.guess[where], both, own.features[where], own.features[where_u])
+    return CoRegBatch(
+        x_weak=tuple(weak[:2]) if own is None else (),
+        u_weak=tuple(weak[2:]) if own is None else (),
+        strong=trained,
+        partners=data.partners(trained, blocks, order[position]) if mixup_alpha else trained,
+        position=data.places(position),
+        partner_position=data.places(order[position]),
+        x_targets=verdict.targets[where],
+        x_weight=verdict.weight[where],
+        n_x=len(x),
+        n_u=len(u),
+        share_kept=kept,
+        guess=guess,
+    )

@@ -1,0 +1,210 @@
+"""A job that holds its run folder: begun or gone on with, looped over, checkpointed, interrupted between two steps."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import tqdm
+from torch import nn
+
+from coreg.config import as_yaml
+from coreg.errors import UserError
+from coreg.files import write_atomically
+from coreg.learn.two_nets import Divisions
+from coreg.plaintext import printable
+from coreg.process import main_process_decides
+from coreg.progress import seconds_between_lines
+from coreg.records import RecordError
+from coreg.report.report import write_known_labels
+from coreg.run import checkpoint
+from coreg.run.board import writing_curves
+from coreg.run.folder import RunFolder
+from coreg.run.state import take_state
+from coreg.run.training import Training
+from coreg.run.watch import EXIT_INTERRUPTED, GOES_ON, STOP, Watch
+from coreg.settings import ImageConfig, JobConfig
+from coreg.store.store import AnnotationStore
+
+BAR = "{desc} {percentage:3.0f}%|{bar}| epoch {n:.1f}/{total} [{elapsed}<{remaining}{postfix}]"
+
+
+@dataclass
+class Run:
+    """A job that holds its run folder.
+
+    store: what is trained on; annotated: the same before `--refine`.
+    known: int64 over all rows of the store, classes that a person gave, -1 elsewhere. command: as it was typed.
+    identity: what makes the job what it is, plain values. settings: every option. held: locks, let go of at the end.
+    started: when the process began, on the clock of `time.perf_counter`. watch, bar, saved_at, epoch_began, made_before:
+    of the loop, from its first epoch on.
+    """
+
+    accelerator: Accelerator
+    folder: RunFolder
+    store: AnnotationStore
+    annotated: AnnotationStore
+    known: np.ndarray
+    job: JobConfig
+    look: ImageConfig | None
+    identity: dict[str, Any]
+    settings: dict[str, Any]
+    command: str
+    started: float
+    held: contextlib.ExitStack
+    watch: Watch = field(init=False)
+    bar: tqdm = field(init=False)
+    saved_at: float = field(init=False)
+    epoch_began: float = field(init=False)
+    made_before: float = field(init=False)
+
+    def begin(
+        self,
+        learners: Sequence[nn.Module],
+        optimizers: Sequence[torch.optim.Optimizer],
+        divisions: Divisions | None = None,
+    ) -> Training:
+        """Take the run folder, now that everything is known to be there, and go on from its newest good checkpoint.
+
+        Args:
+            learners, optimizers, divisions: see `Training`.
+
+        Raises:
+            UserError: the folder belongs to another job, another process holds it, or all its checkpoints are damaged.
+        """
+        accumulated = self.job.gradient_accumulation_steps
+        training = Training(self.accelerator, list(learners), list(optimizers), divisions, accumulated)
+        main_process_decides(self.accelerator, self._claim)
+        newest = main_process_decides(self.accelerator, lambda: checkpoint.latest(self.folder.checkpoints))
+        if newest is not None:
+            self._go_on(training, newest)
+            place = printable(self.folder.root)
+            self.accelerator.print(f"Going on with {place} after epoch {training.epoch} of {self.job.epochs}.")
+        # the report counts the time before an interruption too
+        self.started -= training.seconds
+        return training
+
+    def _claim(self) -> None:
+        # those that annotate or refine on the way hold it already
+        if self.job.annotations and self.store is self.annotated:
+            self.held.enter_context(self.folder.locked())
+        self.folder.claim(self.identity)
+        write_atomically(self.folder.root / "config.yaml", as_yaml(self.settings))
+        if (self.known >= 0).any():
+            write_known_labels(self.folder.root / "known_labels.csv", self.store, self.known)
+
+    def _go_on(self, training: Training, number: int) -> None:
+        """From checkpoint `number`; every process reads it, and one says what is wrong with it."""
+        try:
+            take_state(training, checkpoint.load(self.folder.checkpoints, number))
+        except RecordError as error:
+            path = self.folder.checkpoints / f"{number:08d}"
+            raise UserError(
+                f"checkpoint {path} does not hold this training ({str(error)[:150]}); delete it to go on from the one "
+                f"before it, or delete {path.parent} to start the training anew",
+                told=not self.accelerator.is_main_process,
+            ) from None
+
+    def epochs(self, training: Training, name: str) -> Iterator[int]:
+        """Epochs from where `training` stands, each to be closed with `log`; a checkpoint is written after each.
+
+        Args:
+            name: of the method, for the progress bar.
+        """
+        self._begin_curves()
+        self.watch = Watch(self.accelerator, self.job.checkpoint_minutes, self.job.timeout_minutes)
+        self.saved_at = time.perf_counter()
+        # what leaves the loop by an exception does not pass here, but through what the run holds
+        loop = self.held.enter_context(contextlib.ExitStack())
+        loop.enter_context(self.watch.listening())
+        loop.enter_context(self.watch.naming_the_lost())
+        total, pause = self.job.epochs, seconds_between_lines()
+        bar = tqdm(total=total, initial=training.epoch, desc=name, bar_format=BAR, mininterval=pause)
+        self.bar = loop.enter_context(bar)
+        while training.epoch < total:
+            self.epoch_began, self.made_before = time.perf_counter(), training.making_seconds
+            yield training.epoch
+            self._advance(training.epoch - self.bar.n)
+            self._save(training)
+        loop.close()
+
+    def steps(self, training: Training, count: int) -> Iterator[int]:
+        """Steps of the present network's epoch of `count` from where it stands; each trains with `training.learn`.
+
+        Between two steps, when the weights have moved and whatever follows `learn` is done, checkpoints are written that
+        are due. At the end the network's mean losses are taken.
+
+        Raises:
+            SystemExit: a signal came; a checkpoint was written.
+        """
+        training.count = count
+        while training.step < count:
+            training.began = time.perf_counter()
+            yield training.step
+            moved = training.moves
+            training.step += 1
+            self._advance(1 / count / len(training.learners))
+            if moved:
+                self._between_steps(training)
+        training.finish_network()
+
+    def log(self, training: Training, curves: dict[str, float]) -> None:
+        """Close the epoch: `curves` and the mean losses go to the tracker and into the checkpoint.
+
+        Raises:
+            UserError: one of them is no number any more; the last good checkpoint stays.
+        """
+        curves = training.finish_epoch(curves)
+        self._refuse_nan(curves, training.epoch)
+        spent = time.perf_counter() - self.epoch_began
+        times = {"time/epoch": spent, "time/making_batches": (training.making_seconds - self.made_before) / spent}
+        log = writing_curves()(lambda: self.accelerator.log(curves | times, step=training.epoch))
+        main_process_decides(self.accelerator, log)
+        shown = {"P": curves.get("division/trusted"), "test": curves.get("accuracy/test/ensemble")}
+        self.bar.set_postfix_str(", ".join(f"{k} {value:.1%}" for k, value in shown.items() if value is not None))
+
+    def _advance(self, epochs: float) -> None:
+        # never past its end by a rounding error, about which tqdm would complain
+        self.bar.update(min(epochs, self.bar.total - self.bar.n))
+
+    def _between_steps(self, training: Training) -> None:
+        due = self.watch.due()
+        if due != GOES_ON:
+            self._save(training)
+        if due == STOP:
+            self.accelerator.print(
+                f"\nStopped by a signal in epoch {training.epoch + 1}; the same command goes on from here."
+            )
+            raise SystemExit(EXIT_INTERRUPTED)
+
+    def _save(self, training: Training) -> None:
+        now = time.perf_counter()
+        training.seconds, self.saved_at = training.seconds + now - self.saved_at, now
+        state = training.state_dict()
+        main_process_decides(self.accelerator, lambda: checkpoint.save(self.folder.checkpoints, training.serial, state))
+        self.watch.saved()
+
+    def _begin_curves(self) -> None:
+        # TensorBoard gets the settings at the end, beside what they led to (`coreg.run.board.show_numbers`)
+        told = None if self.job.report_to == "tensorboard" else {k: str(v) for k, v in self.identity.items()}
+        begin = writing_curves()(lambda: self.accelerator.init_trackers("tensorboard", config=told))
+        main_process_decides(self.accelerator, begin)
+        if not self.accelerator.is_main_process:
+            begin()
+
+    def _refuse_nan(self, curves: dict[str, float], epoch: int) -> None:
+        """Curves are the same on every process, and so all of them leave."""
+        broken = [name for name, value in curves.items() if not math.isfinite(value)]
+        if broken:
+            raise UserError(
+                f"{broken[0]} became {curves[broken[0]]} in epoch {epoch}; the checkpoints before it are kept in "
+                f"{self.folder.checkpoints}: start anew in another --output_dir with a smaller --lr (now {self.job.lr})",
+                told=not self.accelerator.is_main_process,
+            )

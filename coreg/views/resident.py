@@ -1,0 +1,76 @@
+"""The training images in memory, and their views by key.
+
+Positions 0 .. N-1 number the training images; `samples` gives each its row in the annotation store, which keys the
+augmentation. A view is a pure function of (seed, purpose, epoch, network, step, sample).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from coreg.views.augment import Augmentation
+
+
+@dataclass
+class TrainingImages:
+    """The training images and how their views are made.
+
+    images: uint8 (N, c, H, W), on the training device when it fits there. samples: int64 (N,) on the CPU.
+    device: the training device. seed: of all keys. dtype: of the views.
+    """
+
+    images: Tensor
+    samples: Tensor
+    augmentation: Augmentation
+    device: torch.device
+    seed: int
+    dtype: torch.dtype = torch.float32
+
+    def places(self, rows: np.ndarray) -> Tensor:
+        """Row numbers, or other int64 (n,), on the training device, without waiting for it."""
+        return torch.from_numpy(rows).to(self.device, non_blocking=True)
+
+    def pixels(self, rows: np.ndarray) -> Tensor:
+        """uint8 (n, c, H, W) on the training device."""
+        where = torch.from_numpy(rows).to(self.images.device, non_blocking=True)
+        return self.images.index_select(0, where).to(self.device, non_blocking=True)
+
+    def view(self, kind: str, rows: np.ndarray, key: tuple[int | str, ...], pixels: Tensor | None = None) -> Tensor:
+        """A view of one of `coreg.views.augment.VIEWS`, (n, c, H, W), normalised, in channels_last format."""
+        pixels = self.pixels(rows) if pixels is None else pixels
+        samples = self.samples[torch.from_numpy(rows)]
+        view = self.augmentation.view(kind, pixels, samples, (self.seed, *key), self.dtype)
+        return view.contiguous(memory_format=torch.channels_last)
+
+    def in_batches(self, kind: str, rows: np.ndarray, batch_size: int, key: tuple[int | str, ...]) -> Iterator[Tensor]:
+        """Views of many rows in order, for passes without gradient."""
+        for start in range(0, len(rows), batch_size):
+            yield self.view(kind, rows[start : start + batch_size], key)
+
+    def partners(
+        self,
+        views: Tensor,
+        blocks: Sequence[tuple[str, np.ndarray, tuple[int | str, ...]]],
+        partner: np.ndarray,
+    ) -> Tensor:
+        """The views that a process mixes its own ones with, (l, c, H, W).
+
+        A partner that another process holds is made again here from its key: it costs augmentation, and no images travel.
+
+        Args:
+            views: (l, c, H, W), this process's. blocks: kind, rows and key of all processes' views, block after block.
+            partner: int64 (l,), places in these blocks.
+        """
+        if len(views) == sum(len(rows) for _, rows, _ in blocks):
+            return views.index_select(0, self.places(partner))
+        partners, start = torch.empty_like(views), 0
+        for kind, rows, key in blocks:
+            here = np.flatnonzero((partner >= start) & (partner < start + len(rows)))
+            partners[self.places(here)] = self.view(kind, rows[partner[here] - start], key)
+            start += len(rows)
+        return partners
