@@ -99,9 +99,9 @@ def divide_training_set(task: Task[CoRegOptions], training: Training) -> None:
             learner.reset_keys()
     epoch, divisions = training.epoch, training.divisions
     found, verdicts, log_ps = zip(*(divide_by(task, divisions, epoch, number) for number in (0, 1)))
+    divisions.verdicts, divisions.weights = list(verdicts), [division.weight for division in found]
     names = task.store.class_names
-    health = division_health(found, log_ps, task.candidates, task.zero_shot, task.labels, names)
-    divisions.begin_epoch(found, verdicts, health)
+    divisions.health = division_health(found, log_ps, task.candidates, task.zero_shot, task.labels, names)
     divisions.consider(epoch, consensus(log_ps))
 
 

@@ -50,11 +50,10 @@ def read_settings(argv: Sequence[str]) -> tuple[JobConfig, ImageConfig, DivideMi
 if __name__ == "__main__":
     read_settings(sys.argv[1:])  # what is wrong with them is told before the imports below, which take seconds
 
-from dataclasses import dataclass
+import dataclasses
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from annotate_vlm import annotate_digits
 from coreg.learn.coreg import cosine_lr, ramp
@@ -73,61 +72,52 @@ from coreg.run.training import Training, build_networks, build_optimizer, placed
 from coreg.views.order import ShuffledRows
 
 
-@dataclass
-class NoisyLabels:
-    """One label for each training image.
+def one_label_each(task: Task[DivideMixOptions]) -> Task[DivideMixOptions]:
+    """The task with one label an image for a candidate set, or none: images without one are no part of warm-up.
 
-    table: bool (N, C), one True a row, or none where there is no label; device_table: the same on the device.
-    usable: bool (N,), False where the annotator named no class.
+    It is what the annotator names under its first template or on average; a label that a person gave stands in for it.
     """
-
-    table: np.ndarray
-    device_table: Tensor
-    usable: np.ndarray
-
-
-def noisy_labels(task: Task[DivideMixOptions]) -> NoisyLabels:
-    """What the annotator names under its first template or on average; a label that a person gave stands in for it."""
     rows = task.data.samples.numpy()
     named = task.store.votes()[rows, 0].astype(np.int64) if task.method.labels_from == "single" else task.annotator
     named = np.where(task.known >= 0, task.known, np.where(task.usable, named, -1))
-    table = named[:, None] == np.arange(len(task.store.class_names))
-    return NoisyLabels(table, torch.from_numpy(table).to(task.accelerator.device), named >= 0)
+    labels = named[:, None] == np.arange(len(task.store.class_names))
+    table = torch.from_numpy(labels).to(task.accelerator.device)
+    return dataclasses.replace(task, candidates=labels, table=table, usable=named >= 0)
 
 
 def divide_by(
-    task: Task[DivideMixOptions], divisions: Divisions, labels: NoisyLabels, epoch: int, number: int
+    task: Task[DivideMixOptions], divisions: Divisions, epoch: int, number: int
 ) -> tuple[Division, Verdict, np.ndarray]:
     """Let network `number` (0 or 1) split the training set; also gives its (N, C) log probabilities."""
     method, job = task.method, task.job
     logits, _ = predict(divisions.nets[number], task.data, "plain", (), 4 * job.batch_size)
     log_p = finite(task, logits, number, epoch)
-    history = divisions.remember(number, division_loss(log_p, labels.table), method.history)
-    fitted, smallest = labels.usable & (task.known < 0), min(job.batch_size, len(labels.usable))
+    history = divisions.remember(number, division_loss(log_p, task.candidates), method.history)
+    fitted, smallest = task.usable & (task.known < 0), min(job.batch_size, len(task.usable))
     # fitted on one process and sent to the others: two fits might differ in the last bit, and then in a whole image
     division = main_process_decides(task.accelerator, lambda: divide(history, fitted, job.seed, method.threshold, smallest))
     # a person's labels are trusted whatever their loss
     division.weight[task.known >= 0], division.trusted[task.known >= 0] = 1.0, True
     weight = torch.from_numpy(division.weight).to(task.accelerator.device, task.data.dtype)
-    return division, Verdict(weight, labels.device_table.to(task.data.dtype), division.trusted), log_p
+    return division, Verdict(weight, task.table.to(task.data.dtype), division.trusted), log_p
 
 
-def divide_training_set(task: Task[DivideMixOptions], training: Training, labels: NoisyLabels) -> None:
+def divide_training_set(task: Task[DivideMixOptions], training: Training) -> None:
     """Both networks divide before either of them trains."""
     epoch, divisions = training.epoch, training.divisions
-    found, verdicts, log_ps = zip(*(divide_by(task, divisions, labels, epoch, number) for number in (0, 1)))
+    found, verdicts, log_ps = zip(*(divide_by(task, divisions, epoch, number) for number in (0, 1)))
+    divisions.verdicts, divisions.weights = list(verdicts), [division.weight for division in found]
     names = task.store.class_names
-    health = division_health(found, log_ps, labels.table, task.zero_shot, task.labels, names)
-    divisions.begin_epoch(found, verdicts, health)
+    divisions.health = division_health(found, log_ps, task.candidates, task.zero_shot, task.labels, names)
 
 
-def warm_up(run: Run, task: Task[DivideMixOptions], training: Training, labels: NoisyLabels, lr: float) -> None:
-    """Train the present network for an epoch on the labels as they are; images without one are no part."""
+def warm_up(run: Run, task: Task[DivideMixOptions], training: Training, lr: float) -> None:
+    """Train the present network for an epoch on the labels as they are."""
     key, view = (training.epoch, training.number), task.method.train_view
-    order = ShuffledRows(np.flatnonzero(labels.usable), 2 * task.job.batch_size, (task.job.seed, "warm-up", *key))
+    order = ShuffledRows(np.flatnonzero(task.usable), 2 * task.job.batch_size, (task.job.seed, "warm-up", *key))
     for step in run.steps(training, order.per_round):
         rows = order.batch(step)
-        training.learn(warm_up_batch(task.data, rows, labels.device_table, key, view, len(rows)), lr)
+        training.learn(warm_up_batch(task.data, rows, task.table, key, view, len(rows)), lr)
 
 
 def co_train(run: Run, task: Task[DivideMixOptions], training: Training, lr: float) -> None:
@@ -175,7 +165,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if method.preset == "official" and note:
             run.accelerator.print(note)
         task = prepare(run, method)
-        labels = noisy_labels(task)
+        noisy = one_label_each(task)
         learners = build_learners(task)
         nets = [learner.net for learner in learners]
         divisions = Divisions(nets, len(task.data.samples))
@@ -185,18 +175,15 @@ def main(argv: Sequence[str] | None = None) -> None:
             lr = learning_rate(job, method.lr_schedule, epoch)
             warming_up = epoch < method.warmup_epochs
             if not warming_up and not divisions.verdicts:  # a job that goes on within an epoch has them
-                divide_training_set(task, training, labels)
+                divide_training_set(noisy, training)
             for _ in training.turns():
-                if warming_up:
-                    warm_up(run, task, training, labels, lr)
-                else:
-                    co_train(run, task, training, lr)
+                (warm_up if warming_up else co_train)(run, noisy, training, lr)
             run.log(training, divisions.finish_epoch() | {"lr": lr} | judge(task, training))
 
-        told = {"preset": method.preset}
-        if method.preset == "official":
-            told["official_for"], _ = official(OFFICIAL, job.dataset)
-        report = finish_networks(run, task, training, nets, NAMES[method.labels_from], **told)
+        authors = official(OFFICIAL, job.dataset)[0] if method.preset == "official" else None
+        report = finish_networks(
+            run, task, training, nets, NAMES[method.labels_from], preset=method.preset, official_for=authors
+        )
         run.accelerator.print(summary(report, run.folder.root))
 
 

@@ -146,8 +146,10 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, capsys,
 
 def test_exploding_losses_stop_with_a_message_and_keep_the_last_checkpoint(annotations, tmp_path, capsys):
     arguments = ["--annotations", str(annotations), "--recipe", "digits", "--output_dir", str(tmp_path / "run"), *SHORT]
+    answer_before = signal.getsignal(signal.SIGINT)
     message = refused(capsys, train_coreg.main, *arguments, "--lr", "1e6")
     assert "smaller --lr" in message
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL and signal.getsignal(signal.SIGINT) == answer_before
 
 
 def test_a_tracker_that_is_missing_is_an_error_before_anything_is_written(small_store, tmp_path, monkeypatch, capsys):
@@ -206,6 +208,18 @@ def test_stopped_at_any_step_by_a_signal_it_goes_on_bit_for_bit(small_store, tmp
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert whole["curves"] == state["curves"]
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_checkpoint_of_another_layout_is_one_line(small_store, tmp_path, monkeypatch, capsys):
+    """As earlier versions wrote them, with what divisions remember among the rest."""
+    with killed_at(monkeypatch, 1):
+        small_run(small_store, tmp_path / "run")
+    folder = tmp_path / "run" / "checkpoints"
+    for number in sorted(int(path.name) for path in folder.iterdir()):
+        state = checkpoint.load(folder, number)
+        checkpoint.save(folder, number, state | state.pop("divisions"))
+    line = refused(capsys, train_coreg.main, "--annotations", small_store, "--output_dir", tmp_path / "run", *SMALL_JOB)
+    assert "does not hold this training (there is no 'divisions')" in line and "start the training anew" in line
 
 
 def test_optimizers_take_the_first_step_that_their_equations_say():

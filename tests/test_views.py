@@ -396,3 +396,16 @@ def test_same_pixels_on_a_gpu_without_waiting_for_it(kind):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(view.cpu().round(), look.view(kind, images, samples, (0,)).round())
+
+
+def test_partners_that_another_process_holds_are_the_views_that_it_makes():
+    """A process that holds a part of two blocks of views mixes with the same as one that holds all."""
+    data = TrainingImages(_pictures(20, 3, 16), torch.arange(100, 120), _look(16, 3, 2), torch.device("cpu"), seed=4)
+    x, u = np.array([7, 3, 3, 19, 0]), np.array([1, 18, 4])
+    blocks = [("weak", x, ("x", 1)), ("strong", u, ("u", 1))]
+    whole = torch.cat([data.view(*block) for block in blocks])
+    partner = np.random.default_rng(0).permutation(8)
+    assert torch.equal(data.partners(whole, blocks, partner), whole[partner])
+    mine = [0, 1, 5]
+    assert torch.equal(data.partners(whole[mine], blocks, partner[mine]), whole[partner[mine]])
+    assert data.partners(whole[:0], blocks, partner[:0]).shape == (0, 3, 16, 16)

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from coreg.learn.collective import share
 from coreg.learn.coreg import CoRegBatch, Guess, WarmUpBatch
-from coreg.learn.division import Division
 from coreg.learn.pseudo import draw_mixup
 from coreg.views.resident import TrainingImages
 
@@ -66,11 +65,6 @@ class Divisions:
         """Division losses (K, N) of network `number` in the last `epochs` epochs, these (N,) the newest."""
         self.losses[number] = [*self.losses[number], losses][-epochs:]
         return np.stack(self.losses[number])
-
-    def begin_epoch(self, divisions: Sequence[Division], verdicts: Sequence[Verdict], health: dict[str, float]) -> None:
-        """Both networks have divided."""
-        self.verdicts, self.weights = list(verdicts), [division.weight for division in divisions]
-        self.health = health
 
     def finish_epoch(self) -> dict[str, float]:
         """Forget this epoch's verdicts; gives the curves of its division."""

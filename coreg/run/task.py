@@ -165,11 +165,7 @@ def prepare(run: Run, method: Options, alignment: str = "uniform") -> Task[Optio
 
 
 def _usable(run: Run, train: np.ndarray) -> np.ndarray:
-    """Which training images have a label or a template that names a class, bool (N,).
-
-    Raises:
-        UserError: there are too few images, or none of them has.
-    """
+    """Which training images have a label or a template that names a class, bool (N,); a UserError where none has."""
     store, others = run.store, not run.accelerator.is_main_process  # all find the same, and the main process says it
     if len(train) < 2:
         raise UserError(f"the store {store.root} has {len(train)} readable training images; give at least 2", told=others)
@@ -184,11 +180,7 @@ def _usable(run: Run, train: np.ndarray) -> np.ndarray:
 
 
 def _images(run: Run, *splits: np.ndarray) -> list[TrainingImages]:
-    """The images at these rows of the store, decoded and on the device.
-
-    Raises:
-        UserError: some cannot be read any more; on every process.
-    """
+    """The images at these rows of the store on the device; on every process a UserError where some cannot be read."""
     images, job, look, device = run.store.images(), run.job, run.look, run.accelerator.device
 
     def read() -> list[Tensor]:
