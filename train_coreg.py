@@ -12,31 +12,18 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from coreg.config import parse
 from coreg.errors import exits_with_one_line
 from coreg.learn.options import PRESETS, CoRegOptions
-from coreg.settings import ImageConfig, JobConfig, check, check_coreg, check_look
-from coreg.weak.rules import parse_rule
+from coreg.settings import ImageConfig, JobConfig, check_warm_up, read_student
 
 
 @exits_with_one_line
 def read_settings(argv: Sequence[str]) -> tuple[JobConfig, ImageConfig, CoRegOptions]:
-    """What the recipe and the command line say, checked."""
-    own_images = any(word.split("=")[0] == "--annotations" for word in argv)
-    job, look, method = parse(
-        JobConfig,
-        ImageConfig,
-        CoRegOptions,
-        argv=argv,
-        default_recipe="folder" if own_images else "digits",
-        presets=PRESETS,
-        prog="train_coreg.py",
-        description=__doc__,
+    """Preset, recipe and command line, checked."""
+    job, look, method = read_student(
+        argv, "train_coreg.py", __doc__, CoRegOptions, preset=lambda job, look, method: PRESETS[method.preset]
     )
-    check(job)
-    check_look(look)
-    check_coreg(method, job.epochs)
-    parse_rule(job.candidates)
+    check_warm_up(method.warmup_epochs, job.epochs)
     return job, look, method
 
 

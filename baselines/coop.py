@@ -13,15 +13,13 @@ The run folder is the job: the same command again goes on where it stopped, and 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal
 
-from coreg.adapt.settings import Outlook, TuningJob, ViewOptions
-from coreg.config import option, parse
+from coreg.adapt.settings import Outlook, TuningJob, ViewOptions, read_tuning
+from coreg.config import option
 from coreg.errors import exits_with_one_line
-from coreg.weak.rules import parse_rule
 
 # digits must not be mirrored, and most of one has to be seen; the tiny CLIP reads 16 tokens in all
 PRESETS = {"paper": {}, "digits": {"crop": 0.7, "flip": False, "context_tokens": 4}}
@@ -29,12 +27,10 @@ PRESETS = {"paper": {}, "digits": {"crop": 0.7, "flip": False, "context_tokens":
 
 @dataclass
 class CoOpOptions:
-    """The prompt and how it is trained."""
+    """CoOp: the prompt and how it is trained."""
 
-    _argument_group_name = "CoOp"
-
-    preset: Literal["paper", "digits"] = option(
-        "paper", "named defaults; digits are those of the built-in data (default: paper, or digits for the built-in digits)"
+    preset: Literal["paper", "digits"] | None = option(
+        None, "named defaults; digits are those of the built-in data (default: paper, or digits for the built-in digits)"
     )
     context: Literal["shared", "per_class"] = option("shared", "one context for all classes, or one for each")
     context_tokens: int = option(16, "M, context vectors in a prompt", (1, 10_000))
@@ -44,7 +40,7 @@ class CoOpOptions:
     class_position: Literal["end", "middle", "front"] = option("end", "where the class name stands")
     warmup_epochs: int = option(1, "epochs with --warmup_lr before the cosine schedule", (0, 1_000_000))
     warmup_lr: float = option(1e-5, "learning rate while warming up", (0, 1e6))
-    momentum: float = option(0.9, "of SGD", (0, 0.999999))
+    momentum: float = option(0.9, "SGD momentum", (0, 0.999999))
 
 
 def epochs_of(shots: int) -> int:
@@ -52,22 +48,17 @@ def epochs_of(shots: int) -> int:
     return 50 if shots == 1 else 100 if shots <= 4 else 200
 
 
+def preset_of(job: TuningJob, view: ViewOptions, method: CoOpOptions) -> Mapping[str, Any]:
+    """The named defaults, of the images where no others are asked for."""
+    name = method.preset or ("digits" if Outlook.of(job).digits else "paper")
+    return {"preset": name} | PRESETS[name]
+
+
 @exits_with_one_line
 def read_settings(argv: Sequence[str]) -> tuple[TuningJob, ViewOptions, CoOpOptions]:
-    """The options, with the preset that fits the data, checked."""
-    read = partial(
-        parse,
-        TuningJob,
-        ViewOptions,
-        CoOpOptions,
-        presets=PRESETS,
-        prog="baselines/coop.py",
-        description=__doc__,
-    )
-    preset = "digits" if Outlook.of(read(argv=argv)[0]).digits else "paper"
-    job, view, method = read(argv=[f"--preset={preset}", *argv])
+    """Preset, recipe and command line, checked."""
+    job, view, method = read_tuning(argv, "baselines/coop.py", __doc__, CoOpOptions, preset_of)
     job.epochs = job.epochs or epochs_of(job.shots)
-    parse_rule(job.candidates)
     return job, view, method
 
 

@@ -13,20 +13,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from coreg.config import option, parse
+from coreg.config import option
 from coreg.errors import UserError, exits_with_one_line
-from coreg.learn.options import CoRegOptions
-from coreg.settings import ImageConfig, JobConfig, check, check_look
-from coreg.weak.rules import parse_rule
+from coreg.settings import ImageConfig, JobConfig, read_student
 
 NAMES = {"single": "KD, single template", "averaged": "KD, averaged"}
 
 
 @dataclass
 class DistillOptions:
-    """What the network learns from, and how."""
-
-    _argument_group_name = "distillation"
+    """distillation: what the network learns from, and how."""
 
     teacher: Literal["single", "averaged"] = option(
         "averaged", "the annotator's probabilities under its first template, or their mean over all templates"
@@ -39,22 +35,8 @@ class DistillOptions:
 
 @exits_with_one_line
 def read_settings(argv: Sequence[str]) -> tuple[JobConfig, ImageConfig, DistillOptions]:
-    """What the recipe and the command line say, checked."""
-    own_images = any(word.split("=")[0] == "--annotations" for word in argv)
-    job, look, method = parse(
-        JobConfig,
-        ImageConfig,
-        DistillOptions,
-        argv=argv,
-        default_recipe="folder" if own_images else "digits",
-        others=(CoRegOptions,),
-        prog="baselines/distill.py",
-        description=__doc__,
-    )
-    check(job)
-    check_look(look)
-    parse_rule(job.candidates)
-    return job, look, method
+    """Recipe and command line, checked."""
+    return read_student(argv, "baselines/distill.py", __doc__, DistillOptions)
 
 
 if __name__ == "__main__":

@@ -10,40 +10,25 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from functools import partial
 
-from coreg.config import parse
-from coreg.errors import UserError, exits_with_one_line
+from coreg.errors import exits_with_one_line
 from coreg.learn.dividemix_options import OFFICIAL, DivideMixOptions
-from coreg.learn.options import CoRegOptions
-from coreg.settings import ImageConfig, JobConfig, check, check_look, lacks_official, official
-from coreg.weak.rules import parse_rule
+from coreg.settings import ImageConfig, JobConfig, check_warm_up, lacks_official, official, read_student
 
 NAMES = {"single": "DivideMix, single template", "averaged": "DivideMix, averaged"}
 
 
 @exits_with_one_line
 def read_settings(argv: Sequence[str]) -> tuple[JobConfig, ImageConfig, DivideMixOptions]:
-    """Recipe, then the official preset where it is asked for, then the command line, checked."""
-    own_images = any(word.split("=")[0] == "--annotations" for word in argv)
-    read = partial(
-        parse,
-        JobConfig,
-        ImageConfig,
+    """Preset, recipe and command line, checked."""
+    job, look, method = read_student(
+        argv,
+        "baselines/dividemix.py",
+        __doc__,
         DivideMixOptions,
-        default_recipe="folder" if own_images else "digits",
-        others=(CoRegOptions,),
-        prog="baselines/dividemix.py",
-        description=__doc__,
+        preset=lambda job, look, method: official(OFFICIAL, job.dataset, method.preset)[1],
     )
-    job, look, method = read(argv=argv)
-    if method.preset == "official":
-        job, look, method = read(argv=[*official(OFFICIAL, job.dataset)[1], *argv])
-    check(job)
-    check_look(look)
-    if method.warmup_epochs > job.epochs:
-        raise UserError(f"--warmup_epochs is {method.warmup_epochs}, of {job.epochs} --epochs in all; give at most as many")
-    parse_rule(job.candidates)
+    check_warm_up(method.warmup_epochs, job.epochs)
     return job, look, method
 
 

@@ -15,15 +15,13 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
-from coreg.adapt.settings import Outlook, TuningJob, ViewOptions
-from coreg.config import option, parse
+from coreg.adapt.settings import Outlook, TuningJob, ViewOptions, read_tuning
+from coreg.config import option
 from coreg.errors import UserError, exits_with_one_line
-from coreg.weak.rules import parse_rule
 
 CLIP = {"lr": 2e-4, "weight_decay": 1e-2}
 CHAT = {
@@ -48,19 +46,17 @@ PRESETS = {"clip": CLIP, "chat": CHAT, "digits": DIGITS}
 
 @dataclass
 class LoraOptions:
-    """The adapters and how they are trained."""
+    """LoRA: the adapters and how they are trained."""
 
-    _argument_group_name = "LoRA"
-
-    preset: Literal["clip", "chat", "digits"] = option(
-        "clip", "named defaults (default: by the kind of model; digits for the built-in digits)"
+    preset: Literal["clip", "chat", "digits"] | None = option(
+        None, "named defaults (default: by the kind of model; digits for the built-in digits)"
     )
     towers: Literal["both", "image", "text"] = option("both", "CLIP models: where adapters are put")
-    rank: int = option(2, "of the adapters", (1, 65_536))
+    rank: int = option(2, "rank of the adapters", (1, 65_536))
     alpha: float = option(1.0, "the adapters' outputs are multiplied by alpha / sqrt(rank), or alpha / rank", (1e-6, 1e6))
     rslora: bool = option(True, "alpha / sqrt(rank) instead of alpha / rank")
     dropout: float = option(
-        0.0, "of the adapters' inputs, where attention keeps queries, keys and values apart", (0, 0.999999)
+        0.0, "dropout of the adapters' inputs, where attention keeps queries, keys and values apart", (0, 0.999999)
     )
     template: str | None = option(None, "text or question with one {}; default: the first of the annotation")
     steps_per_shot: int = option(
@@ -68,7 +64,7 @@ class LoraOptions:
     )
     warmup: float = option(0.0, "share of all steps in which the learning rate rises", (0, 0.999999))
     lr_floor: float = option(1e-6, "learning rate at the end of the cosine schedule", (0, 1e6))
-    precision: Literal["fp32", "bf16"] = option("fp32", "of the frozen weights")
+    precision: Literal["fp32", "bf16"] = option("fp32", "type of the frozen weights")
     chat_mode: Literal["likelihood", "generate"] = option(
         "likelihood", "chat models are judged by the likelihood of every class name, or by their answers in words"
     )
@@ -80,19 +76,20 @@ def check_lora(method: LoraOptions) -> None:
         raise UserError(f"--template {method.template!r} needs exactly one {{}}, such as: a photo of a {{}}")
 
 
+def preset_of(job: TuningJob, view: ViewOptions, method: LoraOptions) -> Mapping[str, Any]:
+    """The named defaults, of the kind of model or of the digits where no others are asked for."""
+    outlook = Outlook.of(job)
+    name = method.preset or ("chat" if outlook.spec.startswith("chat:") else "digits" if outlook.digits else "clip")
+    return {"preset": name} | PRESETS[name]
+
+
 @exits_with_one_line
 def read_settings(argv: Sequence[str]) -> tuple[TuningJob, ViewOptions, LoraOptions]:
-    """The options, with the preset that fits model and data, checked."""
-    read = partial(
-        parse, TuningJob, ViewOptions, LoraOptions, presets=PRESETS, prog="baselines/lora.py", description=__doc__
-    )
-    outlook = Outlook.of(read(argv=argv)[0])
-    preset = "chat" if outlook.spec.startswith("chat:") else "digits" if outlook.digits else "clip"
-    job, view, method = read(argv=[f"--preset={preset}", *argv])
-    steps = math.ceil(job.shots * outlook.classes / job.batch_size)
+    """Preset, recipe and command line, checked."""
+    job, view, method = read_tuning(argv, "baselines/lora.py", __doc__, LoraOptions, preset_of)
+    steps = math.ceil(job.shots * Outlook.of(job).classes / job.batch_size)
     job.epochs = job.epochs or math.ceil(method.steps_per_shot * job.shots / steps)
     check_lora(method)
-    parse_rule(job.candidates)
     return job, view, method
 
 

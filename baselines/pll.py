@@ -13,70 +13,24 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from coreg.config import parse
 from coreg.errors import UserError, exits_with_one_line
-from coreg.learn.options import CoRegOptions
-from coreg.learn.partial_options import OFFICIAL, PartialOptions
-from coreg.settings import ImageConfig, JobConfig, check, check_look, lacks_official, official
-from coreg.weak.rules import parse_rule
-
-NAMES = {
-    "cc": "CC",
-    "rc": "RC",
-    "proden": "PRODEN",
-    "lws": "LWS",
-    "lwc": "LWC",
-    "cr_dpll": "CR-DPLL",
-    "pico": "PiCO",
-    "pico_plus": "PiCO+",
-    "irnet": "IRNet",
-    "alim_onehot": "ALIM-Onehot",
-    "alim_scale": "ALIM-Scale",
-    "supervised": "Supervised",
-}
-
-
-def check_partial(method: PartialOptions) -> None:
-    """Refuse hyper-parameters that the methods cannot be trained with.
-
-    Raises:
-        UserError: the first one found.
-    """
-    momenta = method.confidence_momentum
-    if len(momenta) != 2:
-        raise UserError(f"--confidence_momentum is {' '.join(map(str, momenta))}; give two numbers: first and last")
+from coreg.learn.partial_options import NAMES, OFFICIAL, OPTIONS, PartialOptions
+from coreg.settings import ImageConfig, JobConfig, lacks_official, official, read_student
 
 
 @exits_with_one_line
 def read_settings(argv: Sequence[str]) -> tuple[JobConfig, ImageConfig, PartialOptions]:
-    """The settings of the recipe, of the method's authors with `--preset official`, and of the command line, in this order.
-
-    Which of the authors' settings depends on the data set that the recipe names. A recipe holds Co-Reg's optimiser and
-    schedule beside what belongs to the data; the authors' settings replace those.
-    """
-    own_images = any(word.split("=")[0] == "--annotations" for word in argv)
-
-    def fill(arguments: Sequence[str]) -> tuple[Any, ...]:
-        return parse(
-            JobConfig,
-            ImageConfig,
-            PartialOptions,
-            argv=arguments,
-            default_recipe="folder" if own_images else "digits",
-            others=(CoRegOptions,),
-            prog="baselines/pll.py",
-            description=__doc__,
-        )
-
-    settings = fill(argv)
-    if settings[2].preset == "official":
-        _, values = official(OFFICIAL[settings[2].method], settings[0].dataset)
-        settings = fill([*values, *argv])
-    job, look, method = settings
-    check(job)
-    check_look(look)
-    check_partial(method)
-    parse_rule(job.candidates)
+    """Preset, recipe and command line, checked; the options are those of the method."""
+    job, look, method = read_student(
+        argv,
+        "baselines/pll.py",
+        __doc__,
+        preset=lambda job, look, method: official(OFFICIAL[method.method], job.dataset, method.preset)[1],
+        kinds=("method", OPTIONS),
+    )
+    momenta = getattr(method, "confidence_momentum", [0, 0])
+    if len(momenta) != 2:
+        raise UserError(f"--confidence_momentum is {' '.join(map(str, momenta))}; give two numbers: first and last")
     return job, look, method
 
 

@@ -17,20 +17,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from coreg.config import option, parse
+from coreg.config import option
 from coreg.errors import UserError, exits_with_one_line
-from coreg.learn.options import CoRegOptions
-from coreg.settings import ImageConfig, JobConfig, check, check_look
-from coreg.weak.rules import parse_rule
+from coreg.settings import ImageConfig, JobConfig, read_student
 
 NAMES = {"probabilities": "Probe, soft labels", "sets": "Probe, candidate sets"}
 
 
 @dataclass
 class ProbeOptions:
-    """What the classifier learns from."""
-
-    _argument_group_name = "probe"
+    """probe: what the classifier learns from."""
 
     head: Literal["linear", "cosine"] = option(
         "linear", "logits linear in the features, or a scale times the cosine to one vector a class"
@@ -51,22 +47,8 @@ class ProbeOptions:
 
 @exits_with_one_line
 def read_settings(argv: Sequence[str]) -> tuple[JobConfig, ImageConfig, ProbeOptions]:
-    """What the recipe and the command line say, checked."""
-    own_images = any(word.split("=")[0] == "--annotations" for word in argv)
-    job, look, method = parse(
-        JobConfig,
-        ImageConfig,
-        ProbeOptions,
-        argv=argv,
-        default_recipe="folder" if own_images else "digits",
-        others=(CoRegOptions,),
-        prog="baselines/probe.py",
-        description=__doc__,
-    )
-    check(job)
-    check_look(look)
-    parse_rule(job.candidates)
-    return job, look, method
+    """Recipe and command line, checked."""
+    return read_student(argv, "baselines/probe.py", __doc__, ProbeOptions)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,12 @@
-"""One dataclass per group of settings, filled from a recipe file first and the command line second.
+"""One dataclass per group of settings, filled in layers: what stands later in this list wins.
 
-The parser checks both in the same way, because a recipe's keys are put in front of the typed arguments as if they had
-been typed: unknown keys, wrong types and wrong choices are found wherever they were written, and the command line wins.
+    1. defaults: of the dataclasses, then those that a recipe has below `defaults:`
+    2. the preset
+    3. the recipe
+    4. the command line
+
+One parser reads them all, as if every layer had been typed: unknown keys, wrong types and wrong choices are found wherever
+they were written.
 """
 
 from __future__ import annotations
@@ -9,10 +14,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import functools
+import inspect
 import sys
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,32 +30,53 @@ from coreg.errors import UserError
 from coreg.records import RecordError
 
 RECIPES = Path(__file__).parent / "recipes"
-# a recipe may hold settings of one of them alone, below its name
+# below these words a recipe holds what presets win over, and settings of one script alone
+DEFAULTS = "defaults"
 SCRIPTS = ("train_coreg.py", "baselines/distill.py", "baselines/dividemix.py", "baselines/pll.py", "baselines/probe.py")
 # bounds of a seed: network k of a training is seeded with 1000 * seed + k, which has to fit into 32 bits
 SEEDS = (0, 4_294_966)
 SAFE_CSV = "CSV files: an apostrophe before texts that a spreadsheet would take for a formula"
+SHOWN = 25  # options of which `--help` shows all
 LARGEST_YAML = 1 << 20
 _METAVAR = {int: "N", float: "X", str: "TEXT"}
 
 
-def option(default: Any, text: str, bounds: tuple[float, float] | None = None) -> Any:
+def option(
+    default: Any, text: str, bounds: tuple[float, float] | None = None, *, job: bool = True, advanced: bool = False
+) -> Any:
     """A dataclass field with a default (copied when it is a list) and its help text.
 
     Args:
         bounds: smallest and largest value of an option that is a number, or a list of numbers.
+        job: whether another value makes another job; False for places, and for how a job is watched.
+        advanced: whether `--help_all` alone lists it.
     """
-    metadata = {"help": text, "bounds": bounds}
+    metadata = {"help": text, "bounds": bounds, "job": job, "advanced": advanced}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
 
+# an option that `--help_all` alone lists
+advanced = functools.partial(option, advanced=True)
+
+
 class _Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose complaints are one line on stderr and exit code 2."""
+    """An ArgumentParser whose complaints are one line on stderr and exit code 2, and which gives what was typed alone."""
 
     def error(self, message: str) -> None:
         raise UserError(f"{message} ({self.prog} --help lists the options)")
+
+    @property
+    def words(self) -> list[str]:
+        return [word for action in self._actions for word in action.option_strings]
+
+    def layer(self, words: Sequence[str]) -> dict[str, Any]:
+        """Name -> value of the options that were typed."""
+        typed, unknown = self.parse_known_args(words)
+        if unknown:
+            raise UserError(f"unknown option {unknown[0]}{_near(unknown[0].split('=')[0], self.words)}")
+        return vars(typed)
 
 
 def _truth(word: str) -> bool:
@@ -80,32 +108,55 @@ def _shown(default: Any) -> str:
     return str(default).lower() if isinstance(default, bool) else str(default)
 
 
-def _build_parser(groups: Sequence[type], default_recipe: str | None, prog: str | None, description: str | None) -> _Parser:
-    """A parser with one heading for each dataclass that names one, and every field's default in its help."""
+def _build_parser(
+    groups: Sequence[type], default_recipe: str | None, prog: str | None, description: str | None, everything: bool = True
+) -> _Parser:
+    """A parser with one heading for each class whose docstring begins with one, and every field's default in its help.
+
+    Args:
+        groups: a field that several of them have is one option. everything: list the advanced options too, as is done
+            where there are few.
+    """
     prog = scripts.command or prog
     parser = _Parser(
         prog=prog,
         usage=f"{prog or Path(sys.argv[0]).name} [options]",
         description=description,
         allow_abbrev=False,
+        add_help=False,
+        argument_default=argparse.SUPPRESS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("-h", "--help", action="store_true", help="show this help and stop")
+    parser.add_argument("--help_all", action="store_true", help="show all options and stop")
     shown = f" (default: {default_recipe})" if default_recipe else ""
     text = f"built-in recipe or .yaml file, whose values replace the defaults below; the command line wins over it{shown}"
     parser.add_argument("--recipe", metavar="NAME", help=text)
+    fields: dict[str, tuple[type, dataclasses.Field, Any]] = {}
     for group in groups:
-        title = getattr(group, "_argument_group_name", None)
-        section = parser.add_argument_group(title, (group.__doc__ or "").split("\n")[0]) if title else parser
-        kinds = typing.get_type_hints(group)
+        types_of = typing.get_type_hints(group)
         for field in dataclasses.fields(group):
-            made = field.default_factory is not dataclasses.MISSING
-            default = field.default_factory() if made else field.default
-            text = field.metadata["help"]
-            if default is not None and "default" not in text:
-                text += f" (default: {_shown(default)})"
-            section.add_argument(
-                f"--{field.name}", default=default, help=text.replace("%", "%%"), **_accepted(kinds[field.name])
-            )
+            fields.setdefault(field.name, (group, field, types_of[field.name]))
+    sections: dict[str | None, argparse._ActionsContainer] = {None: parser}
+    everything, hidden = everything or len(fields) <= SHOWN, {}
+    for name, (group, field, kind) in fields.items():
+        # a group may be made of others: what counts is the first that has the field
+        part = next(part for part in reversed(group.__mro__) if name in inspect.get_annotations(part))
+        title, colon, about = part.__doc__.split("\n")[0].partition(": ")
+        title = title if colon else None
+        if title not in sections:
+            sections[title] = parser.add_argument_group(title)
+        if title:
+            sections[title].description = about
+        made = field.default_factory is not dataclasses.MISSING
+        default, text = field.default_factory() if made else field.default, field.metadata["help"]
+        if default is not None and "default" not in text:
+            text += f" (default: {_shown(default)})"
+        if field.metadata["advanced"] and not everything:
+            hidden[title], text = hidden.get(title, 0) + 1, argparse.SUPPRESS
+        sections[title].add_argument(f"--{name}", help=text.replace("%", "%%"), **_accepted(kind))
+    for title, count in hidden.items():
+        sections[title].description += f" ({count} more: --help_all)"
     return parser
 
 
@@ -127,11 +178,11 @@ def recipe_path(name: str) -> Path:
     raise UserError(f"unknown recipe {name}{hint} (there are: {', '.join(built_in)}; or give a .yaml file)")
 
 
-def read_recipe(name: str, script: str | None = None) -> dict[str, Any]:
-    """The settings of a recipe as a flat mapping from option name to value.
+def read_recipe(name: str, script: str | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The settings of a recipe, from option name to value: those that presets win over, and those that win over presets.
 
     Args:
-        name: of the recipe, or its file. script: whose own settings, which the recipe holds under its name, count too.
+        name: of the recipe, or its file. script: whose own settings, which the recipe holds below its name, count too.
 
     Raises:
         UserError: the file is missing, is not YAML, or is not a mapping of options to plain values.
@@ -144,19 +195,19 @@ def read_recipe(name: str, script: str | None = None) -> dict[str, Any]:
     settings = {} if settings is None else settings
     if not isinstance(settings, dict):
         raise UserError(f"{path} holds a {type(settings).__name__}; write one `option: value` a line")
-    sections = {key: settings.pop(key) for key in SCRIPTS if key in settings}
+    sections = {key: settings.pop(key) for key in (DEFAULTS, *SCRIPTS) if key in settings}
     for key, section in sections.items():
         if not isinstance(section, dict):
             raise UserError(
                 f"{path} gives {key} a {type(section).__name__}; write `option: value` lines, indented, below it"
             )
-    settings |= sections.get(script, {})
-    for key, value in settings.items():
+    parts = sections.get(DEFAULTS, {}), settings | sections.get(script, {})
+    for key, value in [pair for part in parts for pair in part.items()]:
         if not isinstance(key, str):
             raise UserError(f"{path} has an option that is no text, {str(key)[:40]}; write one `option: value` a line")
         if not all(isinstance(part, (str, int, float)) for part in (value if isinstance(value, list) else [value])):
             raise UserError(f"{path} gives {key} no plain value; write `{key}: VALUE` or delete the line")
-    return settings
+    return parts
 
 
 class _PlainLoader(yaml.SafeLoader):
@@ -205,72 +256,75 @@ def _underscored(word: str) -> str:
     return name.replace("-", "_").replace("__", "--", 1) + equals + value if name.startswith("--") else word
 
 
-def _pop(option_name: str, argv: list[str]) -> str | None:
-    """Take `--NAME value` or `--NAME=value` out of `argv`; the last one counts."""
-    name, flag = None, f"--{option_name}"
-    while True:
-        place = next((i for i, word in enumerate(argv) if word == flag or word.startswith(f"{flag}=")), None)
-        if place is None:
-            return name
-        if "=" in argv[place]:
-            name = argv.pop(place).split("=", 1)[1]
-        elif place + 1 < len(argv):
-            name = argv[place + 1]
-            del argv[place : place + 2]
-        else:
-            raise UserError(f"{flag} needs a value behind it")
-
-
-def _preset_arguments(name: str | None, presets: Mapping[str, Mapping[str, Any]] | None) -> list[str]:
-    # an unknown name goes to the parser, which names the choices
-    return [] if name is None else [f"--preset={name}", *_as_arguments(dict((presets or {}).get(name, {})))]
+def names_of(*groups: type) -> set[str]:
+    """Names of the options of dataclasses."""
+    return {field.name for group in groups for field in dataclasses.fields(group)}
 
 
 def parse(
     *groups: type,
     argv: Sequence[str] | None = None,
-    default_recipe: str | None = None,
-    presets: Mapping[str, Mapping[str, Any]] | None = None,
+    default_recipe: Callable[[Mapping[str, Any]], str] | None = None,
+    preset: Callable[..., Mapping[str, Any]] | None = None,
+    kinds: tuple[str, Mapping[str, type]] | None = None,
     others: Sequence[type] = (),
     prog: str | None = None,
     description: str | None = None,
 ) -> tuple[Any, ...]:
-    """Fill each dataclass of `groups` from `--preset`, then `--recipe` (or `default_recipe`), and then from `argv`.
+    """Fill each dataclass of `groups`: defaults, then the preset, then the recipe, then what was typed.
 
     Args:
         groups: dataclasses whose fields were made by `option`; no field name occurs twice.
-        argv: the arguments without the program's name; None means `sys.argv[1:]`.
-        default_recipe: the recipe used where `argv` names none; None means the dataclasses' own defaults.
-        presets: named settings that `--preset` (an option of one of `groups`) puts in front of the recipe.
-        others: dataclasses of other methods, whose settings a recipe may hold too; they are passed over.
-        prog: the program's name in messages.
-        description: the help's opening text; its layout is kept.
+        argv: the arguments without the program's name, by default `sys.argv[1:]`.
+        default_recipe: names the recipe where `argv` names none, from what was typed.
+        preset: the preset's settings, from the filled dataclasses as they are without it.
+        kinds: an option and, for each of its values, one more dataclass to fill; all have the option and its default.
+        others: dataclasses of other scripts, whose settings a recipe may hold too; they are passed over.
+        prog: the program's name in messages. description: the help's opening text; its layout is kept.
 
     Returns:
-        One instance for each of `groups`.
+        One instance for each of `groups`, and one of the kind that was chosen.
 
     Raises:
-        UserError: an unknown option, a value of the wrong type or outside the choices or bounds, or an unreadable recipe.
+        UserError: an unknown option, a value of the wrong type or outside the choices or bounds, an option of another
+            kind, or an unreadable recipe.
     """
-    parser = _build_parser(groups, default_recipe, prog, description)
-    arguments = [_underscored(word) for word in (sys.argv[1:] if argv is None else argv)]
-    name = _pop("recipe", arguments) or default_recipe
-    recipe = read_recipe(name, prog) if name else {}
-    preset = _pop("preset", arguments) or recipe.pop("preset", None) if presets else None
-    known = [word for action in parser._actions for word in action.option_strings]
-    theirs = {field.name for group in others for field in dataclasses.fields(group)}
-    recipe = {key: value for key, value in recipe.items() if f"--{key}" in known or key not in theirs}
-    for key in recipe:
-        if f"--{key}" not in known or key in ("help", "recipe"):
-            raise UserError(f"recipe {name} has an unknown key {key}{_near('--' + str(key), known)}")
-    found, unknown = parser.parse_known_args([*_preset_arguments(preset, presets), *_as_arguments(recipe), *arguments])
-    if unknown:
-        raise UserError(f"unknown option {unknown[0]}{_near(unknown[0].split('=')[0], known)}")
-    filled = tuple(
-        group(**{field.name: getattr(found, field.name) for field in dataclasses.fields(group)}) for group in groups
-    )
-    check_bounds(*filled)
-    return filled
+    option_name, by_kind = kinds or ("", {})
+    everything = list(dict.fromkeys([*groups, *by_kind.values()]))
+    parser = _build_parser(everything, None, prog, description)
+    typed = parser.layer([_underscored(word) for word in (sys.argv[1:] if argv is None else argv)])
+    usual = default_recipe(typed) if default_recipe else None
+    name = typed.pop("recipe", None) or usual
+    wants_help = [typed.pop(word, False) for word in ("help", "help_all")]
+    ours, theirs = names_of(*everything), names_of(*others)
+
+    def known(settings: dict[str, Any]) -> dict[str, Any]:
+        unknown = [key for key in settings if key not in ours | theirs]
+        if unknown:
+            raise UserError(f"recipe {name} has an unknown key {unknown[0]}{_near('--' + unknown[0], parser.words)}")
+        return parser.layer(_as_arguments({key: value for key, value in settings.items() if key in ours}))
+
+    below, recipe = map(known, read_recipe(name, prog)) if name else ({}, {})
+    if by_kind:
+        chosen = (below | recipe | typed).get(option_name, getattr(everything[-1], option_name))
+        groups = (*groups, by_kind[chosen])
+    if any(wants_help):
+        _build_parser(groups, usual, prog, description, everything=wants_help[1]).print_help()
+        raise SystemExit(0)
+    strange = [key for key in typed if key not in names_of(*groups)]
+    if strange:
+        having = ", ".join(kind for kind, group in by_kind.items() if strange[0] in names_of(group))
+        raise UserError(f"--{strange[0]} is no option of --{option_name} {chosen}; these have it: {having}")
+
+    def filled(*layers: dict[str, Any]) -> tuple[Any, ...]:
+        values = {key: value for layer in layers for key, value in layer.items()}
+        return tuple(group(**{key: values[key] for key in values.keys() & names_of(group)}) for group in groups)
+
+    found = filled(below, recipe, typed)
+    if preset:
+        found = filled(below, parser.layer(_as_arguments(preset(*found))), recipe, typed)
+    check_bounds(*found)
+    return found
 
 
 def check_bounds(*configs: Any) -> None:
@@ -296,6 +350,11 @@ def check_bounds(*configs: Any) -> None:
 def _near(word: str, known: list[str]) -> str:
     near = difflib.get_close_matches(word, known, n=1)
     return f", did you mean {near[0]}?" if near else " (--help lists the options)"
+
+
+def beside_the_job(*groups: Any) -> set[str]:
+    """Names of the options that may change between two starts of the same job; of dataclasses or their instances."""
+    return {field.name for group in groups for field in dataclasses.fields(group) if not field.metadata["job"]}
 
 
 def as_settings(*configs: Any) -> dict[str, Any]:

@@ -1,16 +1,21 @@
-"""What `train_coreg.py` can be told besides the method's own hyper-parameters (`coreg.learn.options.CoRegOptions`)."""
+"""The option groups that scripts combine, besides a method's own, and what is wrong with settings.
+
+Scripts that train networks of our own take `JobConfig` and `ImageConfig`, which are all of them; the others derive from the
+groups they need.
+"""
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from coreg.config import SAFE_CSV, SEEDS, option
+from coreg.config import SAFE_CSV, SEEDS, advanced, option, parse
 from coreg.errors import UserError
 from coreg.learn.options import CoRegOptions
 from coreg.views.operations import RANDAUGMENT
+from coreg.weak.rules import parse_rule
 
 if TYPE_CHECKING:
     from coreg.views.augment import Augmentation
@@ -22,42 +27,81 @@ TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX")} | {
 
 
 @dataclass
-class JobConfig:
-    """Where things are and how long it runs."""
+class Place:
+    """job: where the images are, if not where they were annotated."""
 
-    _argument_group_name = "job"
+    images: str | None = advanced(
+        None, "where the images of the store are now; default: where they were annotated", job=False
+    )
+    data_root: str | None = advanced(
+        None, "where torchvision data sets are now; default: where they were annotated", job=False
+    )
+
+
+@dataclass
+class Job(Place):
+    """job: where things are and how a job runs."""
 
     annotations: str | None = option(
-        None, "annotation store made by annotate_vlm.py; without it the built-in digits are used"
+        None, "annotation store made by annotate_vlm.py; without it the built-in digits are used", job=False
     )
-    images: str | None = option(None, "where the images of the store are now; default: where they were annotated")
-    data_root: str | None = option(None, "where torchvision data sets are now; default: where they were annotated")
     output_dir: str | None = option(
         None,
         "the run folder (runs/demo, or runs/METHOD for a baseline); the same command again goes on where it stopped",
+        job=False,
     )
-    dataset: str | None = option(
-        None, "public data set that the images are, as recipes name it; --preset official of a baseline goes by it"
+    seed: int = option(0, "seed of everything random", SEEDS)
+    mixed_precision: Literal["no", "bf16"] = option("no", "16-bit arithmetic where it is safe (autocast)")
+    print_config: bool = option(False, "print the resolved settings as a recipe and stop", job=False)
+    dtype: Literal["float32", "float64"] = advanced(
+        "float32", "type of weights and arithmetic; float64 to compare runs exactly"
     )
-    seed: int = option(0, "of everything random", SEEDS)
+    workers: int = advanced(2, "processes that decode images", (0, 1024), job=False)
+    checkpoint_minutes: float = advanced(
+        10.0, "a checkpoint is written every epoch, and after so many minutes within one", (0, 1_000_000), job=False
+    )
+    timeout_minutes: float = advanced(
+        10.0, "a job ends when a process does not answer for so long", (0.001, 100_000), job=False
+    )
+    report_to: str = advanced(
+        "tensorboard", "where curves go: tensorboard, another of accelerate's trackers, or none", job=False
+    )
+    safe_csv: bool = advanced(False, SAFE_CSV, job=False)
+
+
+@dataclass
+class Labels:
+    """labels: what the labels come from, and how many images are trained on."""
+
+    candidates: str = option("union", "candidate rule: union, votes:V, topk:K, prob:P, ratio:R or cumulative:P")
+    refine: Literal["none", "own", "view"] = option(
+        "none",
+        "mend the annotator's evidence before training, by its own features or by a view, those of the backbone's "
+        "starting weights; the refined store lies in the run folder",
+    )
+    few_shot: int = option(0, "true labels a class to train with, drawn from the store's own labels", (0, 1_000_000))
+    labels: str | None = option(None, "CSV file (path,label) of images that a person labelled", job=False)
+    label_mode: Literal["replace", "replace+repeat", "extra_ce"] = advanced(
+        "replace+repeat",
+        "known labels replace candidate sets; +repeat draws them in at least 5 % of P; extra_ce adds a supervised loss",
+    )
     share: float = option(
         1.0,
         "train on a part of the training images, drawn by the seed, a smaller part within a larger one: a share, or, from "
         "2 on, a number of images; test images stay",
         (1e-9, 1e9),
     )
-    few_shot: int = option(0, "true labels a class to train with, drawn from the store's own labels", (0, 1_000_000))
-    labels: str | None = option(None, "CSV file (path,label) of images that a person labelled")
-    label_mode: Literal["replace", "replace+repeat", "extra_ce"] = option(
-        "replace+repeat",
-        "known labels replace candidate sets; +repeat draws them in at least 5 % of P; extra_ce adds a supervised loss",
+    dataset: str | None = advanced(
+        None,
+        "public data set that the images are, as recipes name it; --preset official of a baseline goes by it",
+        job=False,
     )
-    refine: Literal["none", "own", "view"] = option(
-        "none",
-        "mend the annotator's evidence before training, by its own features or by a view, those of the backbone's "
-        "starting weights; the refined store lies in the run folder",
-    )
-    candidates: str = option("union", "candidate rule: union, votes:V, topk:K, prob:P, ratio:R or cumulative:P")
+
+
+@dataclass
+class Steps:
+    """optimiser: how the weights move."""
+
     epochs: int = option(100, "epochs in all, warm-up included", (1, 1_000_000))
     batch_size: int = option(
         256,
@@ -65,49 +109,65 @@ class JobConfig:
         "needs 2 at least",
         (2, 1_000_000),
     )
-    optimizer: Literal["sgd", "adamw"] = option(
-        "sgd", "the papers' SGD, or AdamW, which many pretrained backbones want (with an --lr near 0.001)"
-    )
-    lr: float = option(0.01, "learning rate of the optimiser", (1e-30, 1e6))
-    lr_floor: float = option(1e-5, "learning rate at the horizon of the cosine schedule", (0, 1e6))
-    lr_horizon: int = option(0, "epochs of the cosine schedule; 0 for --epochs", (0, 1_000_000))
-    momentum: float = option(0.9, "of SGD", (0, 0.999999))
-    weight_decay: float = option(5e-4, "of the optimiser (AdamW's is decoupled from the gradient)", (0, 1e6))
-    gradient_accumulation_steps: int = option(
+    lr: float = option(0.01, "learning rate at the start", (1e-30, 1e6))
+    weight_decay: float = option(5e-4, "weight decay (AdamW's is decoupled from the gradient)", (0, 1e6))
+    gradient_accumulation_steps: int = advanced(
         1, "steps whose gradients are averaged before the weights move", (1, 1_000_000)
     )
-    mixed_precision: Literal["no", "bf16"] = option("no", "autocast")
-    compile: bool = option(False, "compile the networks with torch.compile")
-    checkpoint_minutes: float = option(
-        10.0, "a checkpoint is written every epoch, and after so many minutes within one", (0, 1_000_000)
-    )
-    timeout_minutes: float = option(10.0, "a job ends when a process does not answer for so long", (0.001, 100_000))
-    dtype: Literal["float32", "float64"] = option("float32", "of weights and arithmetic; float64 to compare runs exactly")
-    workers: int = option(2, "processes that decode images", (0, 1024))
-    print_config: bool = option(False, "print the resolved settings as a recipe and stop")
-    report_to: str = option("tensorboard", "where curves go: tensorboard, another of accelerate's trackers, or none")
-    safe_csv: bool = option(False, SAFE_CSV)
 
 
 @dataclass
-class ImageConfig:
-    """What the networks look like and what they see."""
+class Optimiser(Steps):
+    """optimiser: how the weights move, and by which schedule."""
 
-    _argument_group_name = "images and backbone"
+    optimizer: Literal["sgd", "adamw"] = option(
+        "sgd", "the papers' SGD, or AdamW, which many pretrained backbones want (with an --lr near 0.001)"
+    )
+    lr_floor: float = advanced(1e-5, "learning rate at the horizon of the cosine schedule", (0, 1e6))
+    lr_horizon: int = advanced(0, "epochs of the cosine schedule; 0 for --epochs", (0, 1_000_000))
+    momentum: float = advanced(0.9, "SGD momentum", (0, 0.999999))
+    compile: bool = advanced(False, "compile the networks with torch.compile")
+
+
+@dataclass
+class JobConfig(Optimiser, Labels, Job):
+    """What every script that trains networks of our own is run with."""
+
+
+@dataclass
+class Network:
+    """backbone: what the networks are."""
 
     backbone: str = option("preact_resnet18", "any timm model, preact_resnet18, or local-dir:FOLDER")
-    backbone_args: str = option("{}", "further arguments of the backbone, as JSON")
     pretrained: bool = option(False, "start from timm's pretrained weights")
+    backbone_args: str = advanced("{}", "further arguments of the backbone, as JSON")
+
+
+@dataclass
+class Pixels:
+    """images: what a network gets of an image."""
+
     image_size: int = option(32, "side in pixels to which images are resized", (1, 8192))
     channels: int = option(3, "1 for grey images, 3 for RGB", (1, 3))
-    mean: list[float] = option([0.5], "of the pixels in 0..1, one number or one a channel", (0, 1))
-    std: list[float] = option([0.5], "of the pixels in 0..1, one number or one a channel", (0.001, 10))
-    padding: int = option(4, "weak view: random crop with this zero padding", (0, 8192))
+    mean: list[float] = advanced([0.5], "mean of the pixels in 0..1, one number or one a channel", (0, 1))
+    std: list[float] = advanced([0.5], "standard deviation of the pixels in 0..1, one number or one a channel", (0.001, 10))
+
+
+@dataclass
+class Views:
+    """views: how images are changed at random."""
+
     flip: bool = option(True, "weak view: random horizontal flip")
-    strong_ops: list[str] = option(list(RANDAUGMENT), "strong view: operations to draw from")
-    strong_count: int = option(1, "strong view: operations a view", (0, 100))
-    cutout: float = option(0.5, "strong view: largest side of the cut out square, as a share of the image", (0, 1))
-    cutout_fixed: int = option(0, "strong view: side in pixels of one square set to 0", (0, 8192))
+    padding: int = advanced(4, "weak view: random crop with this zero padding", (0, 8192))
+    strong_ops: list[str] = advanced(list(RANDAUGMENT), "strong view: operations to draw from")
+    strong_count: int = advanced(1, "strong view: operations a view", (0, 100))
+    cutout: float = advanced(0.5, "strong view: largest side of the cut out square, as a share of the image", (0, 1))
+    cutout_fixed: int = advanced(0, "strong view: side in pixels of one square set to 0", (0, 8192))
+
+
+@dataclass
+class ImageConfig(Views, Pixels, Network):
+    """What the networks are and what they see."""
 
     def augmentation(self) -> Augmentation:
         """The views these settings describe; `check_look` has said what is wrong with them."""
@@ -148,30 +208,29 @@ def check_look(look: ImageConfig) -> None:
         UserError: the first thing that is wrong.
     """
     unknown = [name for name in look.strong_ops if name not in RANDAUGMENT]
-    lengths = {name: len(getattr(look, name)) for name in ("mean", "std")}
-    refuse(
-        [
-            (not unknown, f"unknown --strong_ops {' '.join(unknown)} (there are: {', '.join(RANDAUGMENT)})"),
-            (look.channels in (1, 3), f"--channels is {look.channels}; write 1 for grey or 3 for RGB images"),
-            *(
-                (
-                    count in (1, look.channels),
-                    f"--{name} has {count} numbers for {look.channels} channels; give one or one each",
-                )
-                for name, count in lengths.items()
-            ),
-        ]
-    )
+    if unknown:
+        raise UserError(f"unknown --strong_ops {' '.join(unknown)} (there are: {', '.join(RANDAUGMENT)})")
+    check_pixels(look)
 
 
-def check_coreg(method: CoRegOptions, epochs: int) -> None:
-    """Refuse hyper-parameters that Co-Reg cannot be trained with for `epochs` epochs.
+def check_pixels(pixels: Pixels) -> None:
+    """Refuse other than grey or RGB images, and numbers that are neither one nor one a channel.
 
     Raises:
-        UserError: the first one found.
+        UserError: the first thing that is wrong.
     """
-    if method.warmup_epochs > epochs:
-        raise UserError(f"--warmup_epochs is {method.warmup_epochs} of {epochs} --epochs in all; give at most as many")
+    if pixels.channels not in (1, 3):
+        raise UserError(f"--channels is {pixels.channels}; write 1 for grey or 3 for RGB images")
+    for name in ("mean", "std"):
+        values = getattr(pixels, name)
+        if values is not None and len(values) not in (1, pixels.channels):
+            raise UserError(f"--{name} has {len(values)} numbers for {pixels.channels} channels; give one or one each")
+
+
+def check_warm_up(warmup_epochs: int, epochs: int) -> None:
+    """Refuse a warm-up that is longer than the training, by a UserError."""
+    if warmup_epochs > epochs:
+        raise UserError(f"--warmup_epochs is {warmup_epochs}, of {epochs} --epochs in all; give at most as many")
 
 
 def check_tracker(name: str) -> None:
@@ -192,21 +251,52 @@ def check_tracker(name: str) -> None:
         )
 
 
-def refuse(rules: list[tuple[bool, str]]) -> None:
-    """Raise a UserError with the message of the first rule that does not hold."""
-    for holds, message in rules:
-        if not holds:
-            raise UserError(message)
+def read_student(
+    argv: Sequence[str],
+    script: str,
+    description: str | None,
+    *groups: type,
+    preset: Callable[..., Mapping[str, Any]] | None = None,
+    kinds: tuple[str, Mapping[str, type]] | None = None,
+) -> tuple[Any, ...]:
+    """Job, images and method of a script that trains a network of its own, checked, but for the method's.
+
+    Without `--recipe` it is that of one's own images, or of the digits where there is no `--annotations`.
+
+    Args:
+        groups: the method's options. preset, kinds: see `coreg.config.parse`.
+
+    Raises:
+        UserError: the first thing that is wrong.
+    """
+    job, look, method = parse(
+        JobConfig,
+        ImageConfig,
+        *groups,
+        argv=argv,
+        default_recipe=lambda typed: "folder" if "annotations" in typed else "digits",
+        preset=preset,
+        kinds=kinds,
+        others=(CoRegOptions,),
+        prog=script,
+        description=description,
+    )
+    check(job)
+    check_look(look)
+    parse_rule(job.candidates)
+    return job, look, method
 
 
-def official(values: Mapping[str, Mapping[str, Any]], dataset: str | None) -> tuple[str, list[str]]:
-    """Which data set's values of a method's authors are taken, and the values as arguments for `parse`.
+def official(
+    values: Mapping[str, Mapping[str, Any]], dataset: str | None, preset: str = "official"
+) -> tuple[str, Mapping[str, Any]]:
+    """Which data set's values of a method's authors are taken, and the values; none where another preset is asked for.
 
     Args:
         values: by data set; the first are taken where there are none for `dataset`.
     """
     chosen = dataset if dataset in values else next(iter(values))
-    return chosen, [f"--{name}={value}" for name, value in values[chosen].items()]
+    return chosen, values[chosen] if preset == "official" else {}
 
 
 def lacks_official(values: Mapping[str, Mapping[str, Any]], dataset: str | None, name: str) -> str | None:

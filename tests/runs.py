@@ -1,6 +1,7 @@
 """Runs of the scripts, as tests start, kill and read them; it holds no test."""
 
 import contextlib
+import dataclasses
 import importlib.util
 import os
 import signal
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from coreg.learn.partial_options import OPTIONS
 from coreg.run import checkpoint
 
 ROOT = Path(__file__).parents[1]
@@ -22,6 +24,12 @@ def script(name):
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
+
+
+def with_method(method, **values):
+    """`--method` and those of the options that it has, as arguments of baselines/pll.py."""
+    has = {field.name for field in dataclasses.fields(OPTIONS[method])}
+    return ["--method", method, *(word for key in values if key in has for word in (f"--{key}", str(values[key])))]
 
 
 def final_state(output):

@@ -126,6 +126,14 @@ def test_rows_are_told_apart_by_settings_and_labels_but_not_by_places(tmp_path, 
     }  # fmt: skip
 
 
+def test_a_run_of_an_older_version_with_the_options_of_all_methods_stands_in_the_row_of_a_new_one(tmp_path, capsys):
+    same = {"method": "cc", "schedule": "cosine", "epochs": 3}
+    write(tmp_path / "old", report("CC", seed=0), **same, seed=0, leverage=1.0, pure_ratio=0.6, projection_dim=128)
+    write(tmp_path / "new", report("CC", seed=1), **same, seed=1)
+    (row,) = (row for row in rows_of(printed(capsys, tmp_path)[0]) if row[0].startswith("CC"))
+    assert row[0] == "CC" and row[6] == "2"
+
+
 def test_a_run_given_twice_counts_once_and_a_repeated_seed_is_left_out(tmp_path, capsys):
     write(tmp_path / "a", report())
     write(tmp_path / "b", report())

@@ -2,8 +2,10 @@
 
 import dataclasses
 import importlib
+import itertools
 import math
 import random
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_type_hints
@@ -11,12 +13,15 @@ from typing import Literal, get_type_hints
 import pytest
 import yaml
 
-from coreg.config import RECIPES, as_settings, as_yaml, check_bounds, option, parse, read_recipe
+from coreg.config import RECIPES, advanced, as_settings, as_yaml, beside_the_job, check_bounds, option, parse, read_recipe
 from coreg.errors import UserError
+from coreg.settings import ImageConfig, JobConfig
 
 
 @dataclass
 class First:
+    """What comes first."""
+
     rate: float = option(0.1, "a rate of 5%")
     names: list[str] = option(["a", "b"], "a list")
     mode: Literal["slow", "fast"] = option("slow", "a choice")
@@ -25,6 +30,8 @@ class First:
 
 @dataclass
 class Second:
+    """What comes second."""
+
     count: int = option(3, "a count")
     on: bool = option(True, "a switch")
     path: str | None = option(None, "an optional path")
@@ -43,15 +50,36 @@ def test_defaults_are_fresh_copies():
 
 
 def test_the_command_line_wins_over_the_recipe_and_the_recipe_over_the_preset(tmp_path):
-    presets = {"plain": {}, "odd": {"rate": 7, "count": 7, "mode": "fast"}}
     argv = [*recipe(tmp_path, rate=-0.5, count=5, on=False), "--preset", "odd", "--count=6"]
-    first, second = parse(First, Second, argv=argv, presets=presets)
+    first, second = parse(First, Second, argv=argv, preset=preset)
     assert (first.rate, first.mode, second.count, second.on, first.preset) == (-0.5, "fast", 6, False, "odd")
 
 
+def preset(first, second):
+    return {"rate": 7, "count": 7, "mode": "fast"} if first.preset == "odd" else {}
+
+
 def test_a_recipe_can_name_the_preset(tmp_path):
-    first, _ = parse(First, Second, argv=recipe(tmp_path, preset="odd"), presets={"odd": {"rate": 7}})
+    first, _ = parse(First, Second, argv=recipe(tmp_path, preset="odd"), preset=preset)
     assert (first.rate, first.preset) == (7.0, "odd")
+
+
+def test_every_layer_wins_over_those_before_it(tmp_path):
+    """Every choice of layers that set `count`: the last of them has its value, whatever the others do."""
+    layers = ("defaults", "preset", "recipe", "command line")
+    for chosen in itertools.product((False, True), repeat=4):
+        below, named, above, typed = chosen
+        argv = recipe(tmp_path, **({"defaults": {"count": 10}} if below else {}), **({"count": 30} if above else {}))
+        argv += ["--count=40"] if typed else []
+        _, second = parse(First, Second, argv=argv, preset=lambda *_, named=named: {"count": 20} if named else {})
+        assert second.count == max([3, *(10 * (place + 1) for place in range(4) if chosen[place])]), (layers, chosen)
+
+
+def test_a_preset_goes_by_what_recipe_and_command_line_say(tmp_path):
+    seen = []
+    argv = [*recipe(tmp_path, count=5, defaults={"rate": 2}), "--mode", "fast"]
+    parse(First, Second, argv=argv, preset=lambda first, second: seen.append((first, second)) or {})
+    assert seen == [(First(rate=2, mode="fast"), Second(count=5))]
 
 
 def test_a_recipe_can_tell_one_script_alone(tmp_path):
@@ -77,13 +105,13 @@ def test_a_recipe_can_tell_one_script_alone(tmp_path):
         (["--preset", "strange"], "invalid choice: 'strange'"),
         (["--recipe", "nothing"], "unknown recipe nothing"),
         (["--recipe", "missing.yaml"], "missing.yaml does not exist"),
-        (["--recipe"], "--recipe needs a value"),
+        (["--recipe"], "argument --recipe: expected one argument"),
         (["stray"], "unknown option stray"),
     ],
 )
 def test_bad_arguments(argv, said):
     with pytest.raises(UserError, match=said.replace("?", r"\?")):
-        parse(First, Second, argv=argv, presets={"plain": {}})
+        parse(First, Second, argv=argv, preset=preset)
 
 
 @pytest.mark.parametrize(
@@ -95,6 +123,9 @@ def test_bad_arguments(argv, said):
         ({"help": 1}, "unknown key help"),
         ({"train_coreg": {"rate": 1}}, "gives train_coreg no plain value"),
         ({"train_coreg.py": 1}, "gives train_coreg.py a int; write"),
+        ({"defaults": 1}, "gives defaults a int; write"),
+        ({"defaults": {"ratee": 1}}, "unknown key ratee, did you mean --rate"),
+        ({"defaults": {"rate": "much"}}, "invalid float"),
         ({"train_coreg.py": {"rate": None}}, "gives rate no plain value"),
         ({"train_coreg.py": {"ratee": 1}}, "unknown key ratee, did you mean --rate"),
         ({"rate": "much"}, "invalid float"),
@@ -144,13 +175,69 @@ def test_help_shows_defaults(capsys):
 
 
 @dataclass
+class Round:
+    """What is round."""
+
+    shape: Literal["round", "square"] = option("round", "a shape")
+    radius: int = option(1, "a radius", (0, 9))
+
+
+@dataclass
+class Square:
+    """What is square."""
+
+    shape: Literal["round", "square"] = option("round", "a shape")
+    side: int = option(1, "a side", (0, 9))
+
+
+def test_the_value_of_one_option_decides_which_others_there_are(tmp_path, capsys):
+    kinds = ("shape", {"round": Round, "square": Square})
+    assert parse(Second, argv=["--radius", "3"], kinds=kinds) == (Second(), Round("round", 3))
+    assert parse(Second, argv=["--side", "3", "--shape", "square"], kinds=kinds) == (Second(), Square("square", 3))
+    # a recipe may hold what belongs to another kind, and may choose
+    chosen = recipe(tmp_path, shape="square", radius=2, side=4)
+    assert parse(Second, argv=chosen, kinds=kinds) == (Second(), Square("square", 4))
+    assert parse(Second, argv=[*chosen, "--shape", "round"], kinds=kinds) == (Second(), Round("round", 2))
+    with pytest.raises(UserError, match=r"^--side is no option of --shape round; these have it: square$"):
+        parse(Second, argv=["--side", "3"], kinds=kinds)
+    with pytest.raises(UserError, match="invalid choice: 'oval'"):
+        parse(Second, argv=["--shape", "oval"], kinds=kinds)
+    with pytest.raises(SystemExit):
+        parse(Second, argv=[*chosen, "--help"], kinds=kinds)
+    shown = capsys.readouterr().out
+    assert "--side" in shown and "--radius" not in shown
+
+
+def test_help_of_many_options_leaves_out_the_advanced_ones_and_says_how_many(capsys):
+    fields = [(f"plain{n}", int, option(n, "a number", (0, 99))) for n in range(20)]
+    fields += [(f"odd{n}", int, advanced(n, "a number", (0, 99))) for n in range(6)]
+    many = dataclasses.make_dataclass("Many", fields, namespace={"__doc__": "many: so many."})
+    for word, advanced_too in (("--help", False), ("--help_all", True)):
+        with pytest.raises(SystemExit) as stopped:
+            parse(many, argv=[word])
+        shown = capsys.readouterr().out
+        assert stopped.value.code == 0 and shown.count("--plain") == 20
+        assert shown.count("--odd") == 6 * advanced_too and ("so many. (6 more: --help_all)" in shown) != advanced_too
+    assert parse(many, argv=["--odd3", "5"])[0].odd3 == 5
+
+
+def test_what_is_beside_the_job_is_said_at_the_option():
+    @dataclass
+    class Placed:
+        folder: str = option("", "a folder", job=False)
+        rate: float = option(0.1, "a rate")
+
+    assert beside_the_job(Placed, First()) == {"folder"}
+    changes = {name for group in (JobConfig, ImageConfig) for name in beside_the_job(group)}
+    assert {"output_dir", "workers", "labels", "print_config"} <= changes and not changes & {"seed", "lr", "share"}
+
+
+@dataclass
 class Grouped:
-    """What is grouped.
+    """a group: what is grouped.
 
     And more about it.
     """
-
-    _argument_group_name = "a group"
 
     sizes: list[int] = option([1, 2], "some sizes")
     off: bool = option(False, "another switch")
@@ -160,12 +247,12 @@ def test_help_is_grouped_and_writes_defaults_as_one_types_them(capsys, tmp_path,
     (tmp_path / "mine.yaml").write_text("count: 4\n")
     monkeypatch.setattr("coreg.config.RECIPES", tmp_path)
     with pytest.raises(SystemExit):
-        parse(Second, Grouped, argv=["--help"], default_recipe="mine")
+        parse(Second, Grouped, argv=["--help"], default_recipe=lambda typed: "mine")
     shown = capsys.readouterr().out
     first, second = (" ".join(part.split()) for part in shown.split("\na group:\n"))
     assert "--count" in first and "--sizes" not in first and "--sizes" in second
     assert "(default: mine)" in first and "(default: true)" in first and "(default: None)" not in shown
-    assert "What is grouped." in second and "And more" not in shown
+    assert "what is grouped." in second and "And more" not in shown
     assert "(default: 1 2)" in second and "(default: false)" in second
 
 
@@ -192,6 +279,8 @@ def test_a_switch_that_is_neither_on_nor_off():
 def test_dashes_are_underscores_in_names_and_nowhere_else():
     @dataclass
     class Dashed:
+        """What has dashes."""
+
         some_path: str = option("", "a path")
         wide: list[float] = option([0.0], "numbers")
 
@@ -203,7 +292,8 @@ def option_groups():
     """Every dataclass of the package and its scripts whose fields are options."""
     root = Path(__file__).parent.parent
     files = [*root.glob("*.py"), *root.glob("baselines/*.py"), *root.glob("coreg/**/*.py")]
-    names = [".".join(file.relative_to(root).with_suffix("").parts) for file in files if "option(" in file.read_text()]
+    files = [file for file in files if re.search("(option|advanced)[(]", file.read_text())]
+    names = [".".join(file.relative_to(root).with_suffix("").parts) for file in files]
     modules = [importlib.import_module(name) for name in names]
     groups = {group for module in modules for group in vars(module).values() if dataclasses.is_dataclass(group)}
     return sorted((group for group in groups if any("help" in f.metadata for f in dataclasses.fields(group))), key=str)
@@ -244,6 +334,8 @@ def test_every_number_has_bounds_that_the_command_line_and_recipes_keep(tmp_path
 def test_bounds_hold_for_settings_made_in_python_and_for_every_number_of_a_list():
     @dataclass
     class Few:
+        """Numbers."""
+
         shares: list[float] = option([0.5], "shares", (0, 1))
         limit: int | None = option(None, "a limit", (0, 9))
 
@@ -277,8 +369,8 @@ def test_a_damaged_recipe_is_one_line_or_settings(tmp_path):
         contents = [damaged, damaged[: rng.randrange(len(damaged))], rng.choice(odd).encode(), b"\xff" + whole]
         file.write_bytes(contents[number % 4])
         try:
-            settings = read_recipe(str(file), "train_coreg.py")
-            assert all(isinstance(name, str) for name in settings)
+            below, above = read_recipe(str(file), "train_coreg.py")
+            assert all(isinstance(name, str) for name in (*below, *above))
         except UserError as error:
             refused += 1
             assert "\n" not in str(error) and str(file) in str(error)

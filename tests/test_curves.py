@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import SMALL_JOB
-from runs import final_state, same_curves
+from runs import final_state, same_curves, with_method
 from test_annotate_annotators import save_tiny_clip
 
 from coreg.learn.partial import METHODS
@@ -45,7 +45,7 @@ JOBS = {
     "coop": [*TUNED, "--context_tokens", "2"],
     "lora": TUNED,
     **{
-        method: ["--method", method, *NET, *CONTRAST, "--correction_margin", "0", "--noise_rate", "0.2"]
+        method: [*NET, *with_method(method, queue_size=50, projection_dim=8, correction_margin=0, noise_rate=0.2)]
         for method in METHODS
     },
 }

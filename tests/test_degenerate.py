@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from conftest import SMALL_JOB
 from PIL import Image
-from runs import final_state, refused, same_curves, script
+from runs import final_state, refused, same_curves, script, with_method
 
 import train_coreg
 from coreg.annotate import synthetic
@@ -121,9 +121,9 @@ def divided_by_hand(monkeypatch, module, n_trusted):
 @pytest.mark.parametrize(
     ("name", "more"),
     [
-        ("dividemix", TWO), ("distill", []), ("pll", ["--method", "pico_plus", *CONTRAST]),
+        ("dividemix", TWO), ("distill", []), ("pll", with_method("pico_plus", queue_size=50, projection_dim=8)),
         *(
-            pytest.param("pll", ["--method", method, *CONTRAST], marks=pytest.mark.slow)
+            pytest.param("pll", with_method(method, queue_size=50, projection_dim=8), marks=pytest.mark.slow)
             for method in METHODS if method != "pico_plus"
         ),
     ],

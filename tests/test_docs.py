@@ -14,6 +14,7 @@ import pytest
 
 import coreg
 import coreg.config
+from coreg.learn.partial_options import OPTIONS
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -143,9 +144,14 @@ def options_of(program, typed, capsys):
     """What `--help` of a program lists."""
     if program.endswith(".sh"):
         return set(re.findall(r"--[a-z_]+", (ROOT / program).read_text()))
-    for command in (["merge"], ["export"], ["refine"]) if program == "coreg.annotate" else ([],):
-        with contextlib.suppress(SystemExit):
-            typed(program, [*command, "--help"])
+    several = {
+        "coreg.annotate": [["merge"], ["export"], ["refine"]],
+        "baselines/pll.py": [["--method", method] for method in OPTIONS],
+    }
+    for command in several.get(program, [[]]):
+        for word in ("--help", "--help_all"):  # some programs have an argument parser of their own
+            with contextlib.suppress(SystemExit):
+                typed(program, [*command, word])
     return set(re.findall(r"--[a-z_]+", capsys.readouterr().out))
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from far_device import FAR, FarTensor, TwoDevicesError, WaitedError, far_device, strictly
-from runs import final_state, script
+from runs import final_state, script, with_method
 from test_annotate_annotators import save_tiny_clip
 from test_baseline_lora import clip_store  # noqa: F401
 from torch.utils._pytree import tree_map
@@ -125,7 +125,7 @@ JOB = [
 ]  # fmt: skip
 CO_TRAINED = ["--warmup_epochs", "1", "--contrast_after", "-1", "--queue_size", "50", "--projection_dim", "8"]
 # every starting time is over after the first epoch
-PARTIAL = ["--queue_size", "50", "--projection_dim", "8", "--correction_margin", "0", "--noise_rate", "0.2"]
+PARTIAL = {"queue_size": 50, "projection_dim": 8, "correction_margin": 0, "noise_rate": 0.2}
 pll = script("pll")
 SCRIPTS = {
     "coreg": (train_coreg, CO_TRAINED),
@@ -136,10 +136,10 @@ SCRIPTS = {
     "dividemix": (script("dividemix"), ["--warmup_epochs", "1"]),
     "distill few": (script("distill"), ["--teacher", "single", "--few_shot", "2"]),
     "dividemix few": (script("dividemix"), ["--warmup_epochs", "1", "--few_shot", "2"]),
-    "alim few": (pll, [*PARTIAL, "--method", "alim_onehot", "--few_shot", "2", "--gradient_accumulation_steps", "2"]),
-    **{method: (pll, [*PARTIAL, "--method", method]) for method in pll.NAMES},
-    "pico views": (pll, [*PARTIAL, "--method", "pico", "--weak_view", "pico_weak", "--strong_view", "pico_strong"]),
-    "cr views": (pll, [*PARTIAL, "--method", "cr_dpll", "--weak_view", "cr_weak", "--strong_view", "cr_strong"]),
+    "alim few": (pll, [*with_method("alim_onehot", **PARTIAL), "--few_shot", "2", "--gradient_accumulation_steps", "2"]),
+    **{method: (pll, with_method(method, **PARTIAL)) for method in pll.NAMES},
+    "pico views": (pll, [*with_method("pico", **PARTIAL), "--weak_view", "pico_weak", "--strong_view", "pico_strong"]),
+    "cr views": (pll, [*with_method("cr_dpll", **PARTIAL), "--weak_view", "cr_weak", "--strong_view", "cr_strong"]),
 }
 
 

@@ -9,7 +9,7 @@ from torch import nn
 from coreg.learn.partial import METHODS
 from coreg.learn.partial.learner import PartialBatch, PartialLearner
 from coreg.learn.partial.method import Step
-from coreg.learn.partial_options import PartialOptions
+from coreg.learn.partial_options import OPTIONS, PiCOOptions
 from coreg.nets.model import CoRegNet
 from coreg.nets.preact import PreActResNet
 
@@ -20,7 +20,9 @@ STEP = Step(6, 10)
 
 def learner(name, **options):
     torch.manual_seed(0)
-    method = METHODS[name](PartialOptions(projection_dim=D, queue_size=10, key_momentum=0.9, **options))
+    if issubclass(OPTIONS[name], PiCOOptions):
+        options |= {"projection_dim": D, "queue_size": 10, "key_momentum": 0.9}
+    method = METHODS[name](OPTIONS[name](**options))
     method.init(torch.rand(N, C).argsort(1) < 2, dtype=torch.float64)
     net = CoRegNet(PreActResNet(C, 1, widths=(4, 8), depths=(1, 1), norm="none"), D)
     made = PartialLearner(net, method).double().train()

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from coreg.learn.partial import METHODS
 from coreg.learn.partial.method import Mixed, Outputs, Step
-from coreg.learn.partial_options import PartialOptions
+from coreg.learn.partial_options import OPTIONS
 
 CERTAIN = torch.arange(N) == 3
 
@@ -107,7 +107,7 @@ def test_an_epoch_that_saw_nobody_leaves_no_weight_behind():
 
 
 def test_scores_that_underflow_still_give_margins_and_targets():
-    method = METHODS["alim_scale"](PartialOptions(projection_dim=2, queue_size=4))
+    method = METHODS["alim_scale"](OPTIONS["alim_scale"](projection_dim=2, queue_size=4))
     method.init(torch.tensor([[True, False, False]]))
     # similarities +1 and -1 at temperature .07 over float32: the candidate's score is e^-29
     method.prototypes.value.copy_(torch.tensor([[-1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]))

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from coreg.learn.partial import METHODS
 from coreg.learn.partial.method import Mixed, Outputs, Step
 from coreg.learn.partial.pico import nearest_contrast
-from coreg.learn.partial_options import PartialOptions
+from coreg.learn.partial_options import OPTIONS
 
 N, C, D = 9, 4, 5
 INDEX = torch.tensor([6, 0, 3, 8])
@@ -24,7 +24,7 @@ def unit(*shape, seed=0):
 
 def made(name="pico", in_queue=6, **options):
     """A method with prototypes, confidences and a queue that are not as in the beginning."""
-    method = METHODS[name](PartialOptions(**{"queue_size": 7, "projection_dim": D, "prototype_start": 1} | options))
+    method = METHODS[name](OPTIONS[name](**{"queue_size": 7, "projection_dim": D, "prototype_start": 1} | options))
     method.init(SETS, dtype=torch.float64)
     method.prototypes.value.copy_(unit(C, D, seed=1))
     noise = torch.rand(N, C, generator=torch.Generator().manual_seed(2), dtype=torch.float64) * SETS
@@ -113,7 +113,7 @@ def test_before_prototypes_count_contrast_is_that_of_moco_and_confidences_rest()
 
 
 def test_the_first_step_of_all_has_an_empty_queue_and_prototypes_of_nothing():
-    method = METHODS["pico"](PartialOptions(projection_dim=D))
+    method = METHODS["pico"](OPTIONS["pico"](projection_dim=D))
     method.init(SETS, dtype=torch.float64)
     told = outputs()
     parts = method.loss(told, INDEX, Step(0, 30))
@@ -230,7 +230,7 @@ def test_before_its_start_pico_plus_is_pico_and_believes_everybody():
 
 
 def test_the_reliable_are_the_nearest_share_of_those_seen_and_what_a_person_labelled():
-    method = METHODS["pico_plus"](PartialOptions(projection_dim=D, pure_ratio=0.5))
+    method = METHODS["pico_plus"](OPTIONS["pico_plus"](projection_dim=D, pure_ratio=0.5))
     certain = torch.arange(N) == 7
     method.init(SETS, certain, dtype=torch.float64)
     method.distance[:] = torch.tensor([0.3, -0.9, math.inf, 0.1, 0.1, -0.2, math.inf, 0.8, 0.5])
@@ -241,7 +241,7 @@ def test_the_reliable_are_the_nearest_share_of_those_seen_and_what_a_person_labe
 
 def test_guesses_from_a_hundred_classes_do_not_underflow():
     classes = 100
-    method = METHODS["pico_plus"](PartialOptions(projection_dim=D, queue_size=4))
+    method = METHODS["pico_plus"](OPTIONS["pico_plus"](projection_dim=D, queue_size=4))
     method.init(torch.ones(2, classes, dtype=torch.bool))
     method.prototypes.value.copy_(-unit(1, D).float().expand(classes, D))  # scores near 1/100: to the power 14 they vanish
     method.reliable.zero_()
@@ -257,7 +257,7 @@ def test_guesses_from_a_hundred_classes_do_not_underflow():
 
 
 def test_the_state_goes_through_a_checkpoint():
-    first, second = made("pico_plus"), METHODS["pico_plus"](PartialOptions(queue_size=7, projection_dim=D))
+    first, second = made("pico_plus"), METHODS["pico_plus"](OPTIONS["pico_plus"](queue_size=7, projection_dim=D))
     second.init(SETS, dtype=torch.float64)
     first.update(detached(outputs()), INDEX, Step(4, 30))
     first.finish_epoch(Step(4, 30))

@@ -1,5 +1,6 @@
 """CC, RC, PRODEN, LWS, LWC and CR-DPLL against loops over images and classes, in float64."""
 
+import dataclasses
 import math
 import typing
 
@@ -8,7 +9,8 @@ import torch
 
 from coreg.learn.partial import METHODS
 from coreg.learn.partial.method import Outputs, PartialMethod, Step, within
-from coreg.learn.partial_options import OFFICIAL, Name, PartialOptions, View
+from coreg.learn.partial_options import OFFICIAL, OPTIONS, Name, View
+from coreg.settings import JobConfig
 from coreg.views.augment import VIEWS
 
 N, C = 7, 4
@@ -28,7 +30,7 @@ def logits(seed=0, views=1, scale=2.0):
 
 
 def made(name, **options):
-    method = METHODS[name](PartialOptions(method=name, **options))
+    method = METHODS[name](OPTIONS[name](**options))
     method.init(SETS, dtype=torch.float64)
     return method
 
@@ -56,6 +58,10 @@ def gradient_is_right(method, z):
 
 def test_every_method_has_a_name_and_official_settings():
     assert set(METHODS) == set(typing.get_args(Name)) == set(OFFICIAL)
+    shared = {field.name for group in (JobConfig, OPTIONS["cc"]) for field in dataclasses.fields(group)}
+    for name, values in OFFICIAL.items():
+        own = {field.name for field in dataclasses.fields(OPTIONS[name])}
+        assert all(set(chosen) <= shared | own for chosen in values.values()), name
     assert all(issubclass(method, PartialMethod) for method in METHODS.values())
     assert set(typing.get_args(View)) <= set(VIEWS)
 
@@ -74,7 +80,7 @@ def test_cc_is_minus_the_logarithm_of_the_mass_on_the_candidates():
 
 
 def test_on_true_labels_cc_is_the_supervised_cross_entropy():
-    method, z, labels = METHODS["supervised"](PartialOptions()), logits(), torch.tensor([0, 1, 2, 3, 0, 1, 2])
+    method, z, labels = METHODS["supervised"](OPTIONS["supervised"]()), logits(), torch.tensor([0, 1, 2, 3, 0, 1, 2])
     method.init(torch.nn.functional.one_hot(labels, C).bool(), dtype=torch.float64)
     expected = torch.nn.functional.cross_entropy(z[0], labels[INDEX])
     torch.testing.assert_close(method.loss(told(z), INDEX, STEP)["loss"], expected)
@@ -132,7 +138,7 @@ def test_leveraged_weights_of_a_full_set_are_zero_outside_of_nothing():
 
 
 def test_lwc_stays_finite_where_the_network_is_sure_of_a_wrong_class():
-    method = METHODS["lwc"](PartialOptions())
+    method = METHODS["lwc"](OPTIONS["lwc"]())
     method.init(SETS)
     z = torch.tensor([[0.0, 0.0, 200.0, 0.0]], requires_grad=True)  # image 0 has {0, 1}
     method.loss(Outputs((z,), ()), torch.tensor([0]), STEP)["loss"].backward()
@@ -162,7 +168,7 @@ def test_cr_dpll(epoch, ramp):
 
 @pytest.mark.parametrize("name", ["proden", "rc", "lws", "lwc", "cr_dpll"])
 def test_candidates_whose_probabilities_underflow_still_share_one_unit(name):
-    method = METHODS[name](PartialOptions())
+    method = METHODS[name](OPTIONS[name]())
     method.init(SETS)
     # all mass on class 3, which image 0 with {0, 1} does not have: e^-400 is zero in float32
     z = torch.tensor([[-400.0, -401.0, 0.0, 400.0]])
@@ -174,7 +180,7 @@ def test_candidates_whose_probabilities_underflow_still_share_one_unit(name):
 
 @pytest.mark.parametrize("name", [name for name in METHODS if not METHODS[name].__module__.endswith(("pico", "noisy"))])
 def test_full_and_single_candidate_sets_and_a_batch_of_nobody_give_finite_losses(name):
-    method = METHODS[name](PartialOptions())
+    method = METHODS[name](OPTIONS[name]())
     method.init(SETS)
     for index in (torch.tensor([2]), torch.tensor([1])):
         z = tuple(torch.full((1, C), 50.0 * k).index_fill_(1, torch.tensor([0]), -90.0).requires_grad_() for k in range(3))

@@ -33,7 +33,9 @@ def test_help_groups_options_and_shows_defaults_and_an_example(script):
     code, out, err = start(script, "--help")
     assert code == 0 and err == ["imported:"]
     assert f"accelerate launch {script}" in out and "(default:" in out
-    for title in ("job:", "images and backbone:", "Co-Reg:") if script == "train_coreg.py" else ():
+    for title in (
+        ("job:", "labels:", "optimiser:", "backbone:", "images:", "views:", "Co-Reg:") if script == "train_coreg.py" else ()
+    ):
         assert f"\n{title}\n" in out
 
 
@@ -56,7 +58,8 @@ def test_help_groups_options_and_shows_defaults_and_an_example(script):
         (("baselines/dividemix.py", "--warmup_epochs", "31"), "--warmup_epochs is 31, of 30 --epochs"),
         (("baselines/lora.py", "--rank", "0"), "--rank is 0"),
         (("baselines/lora.py", "--crop", "2"), "--crop is 2.0"),
-        (("baselines/pll.py", "--pure_ratio", "0"), "--pure_ratio is 0.0"),
+        (("baselines/pll.py", "--method", "pico_plus", "--pure_ratio", "0"), "--pure_ratio is 0.0"),
+        (("baselines/pll.py", "--pure_ratio", "0"), "--pure_ratio is no option of --method proden"),
         (("baselines/pll.py", "--channels", "2"), "--channels is 2"),
         (("baselines/zero_shot.py", "--variant", "best"), "invalid choice: 'best'"),
     ],

@@ -1,4 +1,4 @@
-"""What `annotate_vlm.py` can be told."""
+"""The options of `annotate_vlm.py`, and of what mends the evidence of a store."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Literal
 
 from coreg.config import SAFE_CSV, option
 from coreg.errors import UserError
+from coreg.settings import Network, Pixels
 
 GLYPH_CLIP = "builtin:glyph-clip"
 
@@ -28,7 +29,7 @@ class AnnotateConfig:
     )
     output_dir: str = option("runs/demo/annotations", "folder of the annotation store")
     rescore: str | None = option(None, "annotation store with features to judge again, instead of --images and --vlm")
-    precision: Literal["fp32", "bf16", "fp16"] = option("fp32", "of the model's weights and computations")
+    precision: Literal["fp32", "bf16", "fp16"] = option("fp32", "type of the model's weights and computations")
     chat_mode: Literal["likelihood", "generate"] = option(
         "likelihood", "chat models: likelihood of every class name, or the answer in words"
     )
@@ -43,22 +44,22 @@ class AnnotateConfig:
 
 
 @dataclass
-class ViewConfig:
+class ViewConfig(Pixels, Network):
     """Which network sees the images of a store, and what it sees of them."""
 
     backbone: str = option(
         "tf_efficientnet_lite0",
         "any timm model, or local-dir:FOLDER (default: tf_efficientnet_lite0, as recipe folder trains)",
     )
-    backbone_args: str = option("{}", "further arguments of the backbone, as JSON")
     pretrained: bool = option(True, "take timm's pretrained weights")
     image_size: int = option(128, "side in pixels to which images are resized", (1, 8192))
-    channels: int = option(3, "1 for grey images, 3 for RGB", (1, 3))
     mean: list[float] | None = option(
-        None, "of the pixels in 0..1, one number or one a channel; default: those of the weights", (0, 1)
+        None, "mean of the pixels in 0..1, one number or one a channel; default: that of the weights", (0, 1)
     )
     std: list[float] | None = option(
-        None, "of the pixels in 0..1, one number or one a channel; default: those of the weights", (0.001, 10)
+        None,
+        "standard deviation of the pixels in 0..1, one number or one a channel; default: that of the weights",
+        (0.001, 10),
     )
     mirror: bool = option(True, "take the mean over every image and its mirror image")
     batch_size: int = option(64, "images a forward pass, per process", (1, 1_000_000))
@@ -83,20 +84,6 @@ class RefineConfig:
         "auto",
         "sizes to which classes are balanced; auto: uniform where they come out nearly equal by themselves, else none",
     )
-
-
-def check_view(config: ViewConfig) -> None:
-    """Refuse a view that cannot be made.
-
-    Raises:
-        UserError: the first thing that is wrong.
-    """
-    if config.channels not in (1, 3):
-        raise UserError(f"--channels is {config.channels}; write 1 for grey or 3 for RGB images")
-    for name in ("mean", "std"):
-        values = getattr(config, name)
-        if values is not None and len(values) not in (1, config.channels):
-            raise UserError(f"--{name} has {len(values)} numbers for {config.channels} channels; give one or one each")
 
 
 def check_refine(config: RefineConfig) -> None:

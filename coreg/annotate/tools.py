@@ -22,13 +22,14 @@ from typing import Any
 import numpy as np
 
 from coreg.annotate.health import report
-from coreg.annotate.settings import RefineConfig, ViewConfig, check_refine, check_view
+from coreg.annotate.settings import RefineConfig, ViewConfig, check_refine
 from coreg.annotate.summary import summary
 from coreg.config import SAFE_CSV, option, parse
 from coreg.data.decode import UnreadableImage
 from coreg.errors import UserError, exits_with_one_line
 from coreg.files import check_writable, file_name, making_folder, place_below, write_atomically
 from coreg.plaintext import csv_rows, printable
+from coreg.settings import Place, check_pixels
 from coreg.store.manifest import block_files, read_manifest, same_command
 from coreg.store.merge import merge
 from coreg.store.store import AnnotationStore
@@ -85,14 +86,6 @@ def verify(folder: str) -> tuple[str, bool]:
 
 
 @dataclass
-class PlaceConfig:
-    """Where the images are, if not where they were annotated."""
-
-    images: str | None = option(None, "where the images of the store are now; default: where they were annotated")
-    data_root: str | None = option(None, "where torchvision data sets are now; default: where they were annotated")
-
-
-@dataclass
 class ExportConfig:
     """Where evidence goes, and what of it."""
 
@@ -101,7 +94,7 @@ class ExportConfig:
     safe_csv: bool = option(False, SAFE_CSV)
 
 
-def export(folder: str, config: ExportConfig, place: PlaceConfig | None = None) -> str:
+def export(folder: str, config: ExportConfig, place: Place | None = None) -> str:
     """Write candidate sets and probabilities in a form that other programs read; returns what was done.
 
     Raises:
@@ -114,7 +107,7 @@ def export(folder: str, config: ExportConfig, place: PlaceConfig | None = None) 
         raise UserError(f"{target} is there already; give another --output")
     if target.suffix:
         check_writable(target, "--output")
-    place = place or PlaceConfig()
+    place = place or Place()
     store = AnnotationStore.open(folder).at(place.images, place.data_root)
     if target.suffix == ".csv":
         _to_csv(store, target, config.candidates, config.safe_csv)
@@ -223,13 +216,13 @@ def _merge(folders: list[str], options: list[str]) -> int:
 
 
 def _export(folders: list[str], options: list[str]) -> int:
-    config, place = parse(ExportConfig, PlaceConfig, argv=options, prog="python -m coreg.annotate export")
+    config, place = parse(ExportConfig, Place, argv=options, prog="python -m coreg.annotate export")
     print(printable(export(_only(folders), config, place), lines=True))
     return 0
 
 
 def _health(folders: list[str], options: list[str]) -> int:
-    (place,) = parse(PlaceConfig, argv=options, prog="python -m coreg.annotate health")
+    (place,) = parse(Place, argv=options, prog="python -m coreg.annotate health")
     report(_only(folders), place.images, place.data_root)
     return 0
 
@@ -254,7 +247,7 @@ def _only(folders: list[str]) -> str:
 def _refine(folders: list[str], options: list[str]) -> int:
     config, view = parse(RefineConfig, ViewConfig, argv=options, prog="python -m coreg.annotate refine")
     check_refine(config)
-    check_view(view)
+    check_pixels(view)
     # here, not above: the other tools need no networks
     from coreg.annotate.refined import refine_store
     from coreg.process import all_or_none, build_accelerator

@@ -30,7 +30,7 @@ from accelerate import Accelerator
 from PIL import Image
 
 import coreg.nets
-from coreg.annotate.settings import ViewConfig, check_view
+from coreg.annotate.settings import ViewConfig
 from coreg.annotate.work import annotate_images, every_block
 from coreg.config import parse
 from coreg.data.images import ImageList
@@ -41,6 +41,7 @@ from coreg.nets.model import check_backbone, check_weights, create_backbone, par
 from coreg.plaintext import printable
 from coreg.process import all_or_none, build_accelerator, main_process_decides
 from coreg.records import Number, RecordError, read_record
+from coreg.settings import check_pixels
 from coreg.store.blocks import DamagedBlockError, read_block, stacked
 from coreg.store.manifest import block_files
 from coreg.store.store import AnnotationStore
@@ -299,7 +300,7 @@ def make_view(store: AnnotationStore, config: ViewConfig, accelerator: Accelerat
     Raises:
         UserError: there is no such network, the images are not those that were annotated, or the folder cannot be written.
     """
-    check_view(config)
+    check_pixels(config)
     accelerator = accelerator or build_accelerator(timeout_minutes=60)
     opened: list[ImageList] = []
 
@@ -352,7 +353,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     (config,) = parse(ViewConfig, argv=words[len(folders) :], prog="python -m coreg.annotate.view", description=__doc__)
     if len(folders) != 1:
         raise UserError(f"write the folder of one annotation store and then options, not {len(folders)} folders")
-    check_view(config)
+    check_pixels(config)
     accelerator = build_accelerator(timeout_minutes=60)
     store = all_or_none(accelerator, lambda: AnnotationStore.open(folders[0]))
     view = make_view(store, config, accelerator)

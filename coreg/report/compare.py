@@ -16,30 +16,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from coreg.config import option, parse, read_yaml
+from coreg.config import beside_the_job, names_of, option, parse, read_yaml
 from coreg.errors import UserError, exits_with_one_line
 from coreg.files import check_writable, sha256_of, write_atomically
+from coreg.learn.partial_options import OPTIONS
 from coreg.plaintext import printable
 from coreg.records import RecordError
 from coreg.report.record import SETTINGS, read_report
 from coreg.report.tables import FORMATS, Run, compare
+from coreg.settings import JobConfig
 
-# settings that make no other method of a run: the seed, the data set's name, places, and how often it is saved
-NOT_THE_METHOD = (
-    "seed",
-    "dataset",
-    "annotations",
-    "images",
-    "data_root",
-    "output_dir",
-    "labels",
-    "workers",
-    "report_to",
-    "safe_csv",
-    "print_config",
-    "checkpoint_minutes",
-    "timeout_minutes",
-)
+# settings that make no other method of a run
+NOT_THE_METHOD = {"seed", *beside_the_job(JobConfig)}
 
 
 @dataclass
@@ -85,10 +73,13 @@ def read_settings(path: Path) -> dict[str, str]:
         settings = read_yaml(path)
     except RecordError:
         return {}
-    told = {}
-    for name, value in settings.items() if isinstance(settings, dict) else ():
+    settings, told = settings if isinstance(settings, dict) else {}, {}
+    own = OPTIONS.get(str(settings.get("method")))
+    # older versions gave every method the options of all
+    others = names_of(*OPTIONS.values()) - names_of(own) if own else set()
+    for name, value in settings.items():
         parts = value if isinstance(value, list) else [value]
-        if name not in NOT_THE_METHOD and all(isinstance(part, (str, int, float)) for part in parts):
+        if name not in NOT_THE_METHOD | others and all(isinstance(part, (str, int, float)) for part in parts):
             told[str(name)] = " ".join(map(str, parts))
     return told
 

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from coreg.annotate.changes import before_and_after
 from coreg.annotate.refined import refine_store
 from coreg.annotate.settings import RefineConfig, ViewConfig
-from coreg.config import as_settings, as_yaml, check_bounds
+from coreg.config import as_settings, as_yaml, beside_the_job, check_bounds
 from coreg.errors import UserError
 from coreg.nets.model import check_backbone, check_network, check_weights, parse_backbone_args, trained_with
 from coreg.plaintext import printable
@@ -31,22 +31,6 @@ from coreg.run.task import known_labels, training_rows
 from coreg.settings import ImageConfig, JobConfig, check_look, check_tracker
 from coreg.store.store import AnnotationStore
 from coreg.weak.rules import parse_rule
-
-# settings that may change between two starts of the same job; what the store holds is compared by its hash
-NOT_THE_JOB = (
-    "output_dir",
-    "annotations",
-    "images",
-    "data_root",
-    "labels",
-    "dataset",
-    "workers",
-    "report_to",
-    "safe_csv",
-    "print_config",
-    "checkpoint_minutes",
-    "timeout_minutes",
-)
 
 
 @contextlib.contextmanager
@@ -80,7 +64,7 @@ def open_run(
     look = next((group for group in settings if isinstance(group, ImageConfig)), None)
     check_settings(settings, look)
     folder, all_settings = RunFolder(job.output_dir), as_settings(*settings)
-    identity = {"script": script} | {k: v for k, v in all_settings.items() if k not in NOT_THE_JOB}
+    identity = {"script": script} | {k: v for k, v in all_settings.items() if k not in beside_the_job(*settings)}
     accelerator = build_accelerator(job.mixed_precision, job.report_to, job.output_dir, job.timeout_minutes)
     with leaving_together(accelerator), contextlib.ExitStack() as held:
         main_process_decides(accelerator, lambda: folder.refuse_other(identity))

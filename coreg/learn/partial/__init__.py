@@ -1,7 +1,7 @@
 """Single-network methods that learn from candidate sets, each a small object in `METHODS`.
 
 To add one: derive from `coreg.learn.partial.method.PartialMethod`, say which views it wants, what its loss is and how its
-tables change, and name it here and in `coreg.learn.partial_options`.
+tables change, and name it here and, with its options, in `coreg.learn.partial_options`.
 """
 
 from coreg.learn.partial.method import PartialMethod

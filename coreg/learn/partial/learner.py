@@ -49,7 +49,7 @@ class PartialLearner(nn.Module):
         self.method = method
         if method.passes(Step(0, 1)).key is not None:
             self.key_net = copy.deepcopy(net).requires_grad_(False)
-        self._average = get_ema_multi_avg_fn(method.options.key_momentum)
+            self._average = get_ema_multi_avg_fn(method.options.key_momentum)
         self._unread: list[PartialBatch] = []
 
     def forward(self, batch: PartialBatch) -> dict[str, Tensor]:
