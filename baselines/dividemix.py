@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from coreg.errors import exits_with_one_line
 from coreg.learn.dividemix_options import OFFICIAL, DivideMixOptions
-from coreg.settings import ImageConfig, JobConfig, check_warm_up, lacks_official, official, read_student
+from coreg.settings import ImageConfig, JobConfig, check_warm_up, official, official_notes, read_student
 
 NAMES = {"single": "DivideMix, single template", "averaged": "DivideMix, averaged"}
 
@@ -146,8 +146,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     ) as run:
         if run is None:
             return
-        note = lacks_official(OFFICIAL, job.dataset, "DivideMix")
-        if method.preset == "official" and note:
+        if method.preset == "official" and (note := official_notes(OFFICIAL, "DivideMix", job, method)):
             run.accelerator.print(note)
         task = prepare(run, method)
         noisy = one_label_each(task)

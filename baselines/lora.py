@@ -24,20 +24,8 @@ from coreg.config import option
 from coreg.errors import UserError, exits_with_one_line
 
 CLIP = {"lr": 2e-4, "weight_decay": 1e-2}
-CHAT = {
-    "rank": 16,
-    "alpha": 32.0,
-    "dropout": 0.05,
-    "rslora": False,
-    "lr": 2e-4,
-    "weight_decay": 0.0,
-    "warmup": 0.03,
-    "lr_floor": 0.0,
-    "batch_size": 16,
-    "epochs": 10,
-    "crop": 1.0,
-    "flip": False,
-}
+CHAT = {"rank": 16, "alpha": 32.0, "dropout": 0.05, "rslora": False, "lr": 2e-4, "weight_decay": 0.0, "warmup": 0.03}
+CHAT |= {"lr_floor": 0.0, "batch_size": 16, "epochs": 10, "crop": 1.0, "flip": False}
 # Digits must not be mirrored, and most of one has to be seen. The tiny CLIP is an eighth as wide as a real one: with the
 # learning rate for that, the training loss hardly falls.
 DIGITS = CLIP | {"lr": 2e-3, "steps_per_shot": 100, "crop": 0.7, "flip": False}

@@ -15,7 +15,7 @@ from typing import Any
 
 from coreg.errors import UserError, exits_with_one_line
 from coreg.learn.partial_options import NAMES, OFFICIAL, OPTIONS, PartialOptions
-from coreg.settings import ImageConfig, JobConfig, lacks_official, official, read_student
+from coreg.settings import ImageConfig, JobConfig, official, official_notes, read_student
 
 
 @exits_with_one_line
@@ -172,7 +172,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if run is None:
             return
         name = NAMES[options.method]
-        if options.preset == "official" and (note := lacks_official(OFFICIAL[options.method], job.dataset, name)):
+        if options.preset == "official" and (note := official_notes(OFFICIAL[options.method], name, job, options)):
             run.accelerator.print(note)
         task = prepare(run, options)
         if options.method == "supervised":

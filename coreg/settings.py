@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from coreg.config import SAFE_CSV, SEEDS, advanced, option, parse
+from coreg.config import SAFE_CSV, SEEDS, advanced, as_settings, option, parse
 from coreg.errors import UserError
 from coreg.learn.options import CoRegOptions
 from coreg.views.operations import RANDAUGMENT
@@ -299,13 +299,19 @@ def official(
     return chosen, values[chosen] if preset == "official" else {}
 
 
-def lacks_official(values: Mapping[str, Mapping[str, Any]], dataset: str | None, name: str) -> str | None:
-    """What to say where the authors of the method called `name` give no values for the data set."""
-    chosen, _ = official(values, dataset)
-    if chosen == dataset:
-        return None
-    given = ", ".join(values)
-    return (
-        f"note: there are no official values of {name} for {dataset or 'this recipe'}; those for {chosen} are taken "
-        f"(--dataset names another; there are: {given})"
-    )
+def official_notes(values: Mapping[str, Mapping[str, Any]], name: str, job: JobConfig, method: Any) -> str:
+    """What to say of `--preset official` of the method called `name`: for which data set it is, and what it is not.
+
+    Empty where the authors give values for this data set, and neither recipe nor command line any other.
+    """
+    chosen, taken = official(values, job.dataset)
+    notes, settings = [], as_settings(job, method)
+    if chosen != job.dataset:
+        notes.append(
+            f"note: there are no official values of {name} for {job.dataset or 'this recipe'}; those for {chosen} are "
+            f"taken (--dataset names another; there are: {', '.join(values)})"
+        )
+    others = [f"{key} {settings[key]}" for key, value in taken.items() if settings[key] != value]
+    if others:
+        notes.append(f"note: --preset official but for {', '.join(others)}, from recipe or command line")
+    return "\n".join(notes)

@@ -12,6 +12,7 @@ from runs import final_state, script
 import annotate_vlm
 import train_coreg
 from coreg.learn.partial_options import OFFICIAL, OPTIONS
+from coreg.settings import official_notes
 
 SCRIPTS = {"train_coreg": train_coreg, "annotate_vlm": annotate_vlm}
 SCRIPTS |= {name: script(name) for name in ("coop", "distill", "dividemix", "lora", "pll", "probe", "zero_shot")}
@@ -94,6 +95,10 @@ def test_a_flat_recipe_wins_over_official_values_and_its_defaults_do_not(method,
     layered.write_text("dataset: cifar10\ndefaults:\n  lr: 0.123\n  momentum: 0.4\n")
     official = ["--method", method, "--preset", "official", "--recipe"]
     assert settings("pll", *official, str(flat))["lr"] == 0.123
+    job, _, options = SCRIPTS["pll"].read_settings([*official, str(flat), "--batch_size", "7"])
+    note = official_notes(OFFICIAL[method], "It", job, options)
+    kept = ["lr 0.123", "batch_size 7"] if method not in ("lws", "lwc") else ["batch_size 7", "lr 0.123"]
+    assert note == f"note: --preset official but for {', '.join(kept)}, from recipe or command line"
     found = settings("pll", *official, str(layered))
     assert (found["lr"], found["momentum"]) == (OFFICIAL[method]["cifar10"]["lr"], 0.4)
     assert settings("pll", "--method", method, "--recipe", str(layered))["lr"] == 0.123
