@@ -12,8 +12,10 @@ probabilities and q (N, C) the classes' responsibilities, which begin as Q, a ro
     a_ic = w log max(Q_ic, 1e-4) + (1 - w) log max(sum_j Pi_cj Q_ij, 1e-6)
     q_ic ~ exp(a_ic + z_i' S^-1 mu_c - 1/2 mu_c' S^-1 mu_c + b_c)
 
-where b balances the classes: q's column means are the prior (Sinkhorn's iteration; none: b = 0). Without a and b the last
-line is the linear discriminant that classifies images of which the annotator says nothing.
+where b balances the classes: q's column means are the prior (Sinkhorn's iteration). Where the classes' shares are estimated
+with the rest there is nothing to balance, and b_c = log((1/2 + sum_i q_ic) / (N + C/2)), the likeliest shares up to the half
+image that keeps a class alive. Without a, and without a b that balances, the last line is the linear discriminant that
+classifies images of which the annotator says nothing.
 
 Everything runs over blocks of rows, q of a block being computed anew from the mixture of the round before. Beside the
 inputs there is, for b, one table of exponents: float64, as all arithmetic is, while N C is at most 2^25, float16 with
@@ -29,7 +31,7 @@ from typing import Literal
 
 import numpy as np
 
-Prior = Literal["uniform", "annotator", "none"]
+Prior = Literal["uniform", "annotator", "estimated"]
 DIMENSIONS, IMAGES_A_DIMENSION = 64, 10  # of the features; more than that are fitted to too few images
 SHRINKAGE, ROUNDS = 0.1, 10
 LEAST_PRIOR, LEAST_OBSERVED = 1e-4, 1e-6  # an annotator is never quite sure
@@ -45,7 +47,7 @@ class Setting:
 
     Attributes:
         weight: w, 1 for a prior, 0 for an observation through a confusion matrix.
-        prior: shares of the classes: equal, as in the annotator's mean prediction, or as they come out.
+        prior: shares of the classes: equal, as in the annotator's mean prediction, or estimated with the rest.
     """
 
     weight: float
@@ -121,9 +123,9 @@ class Mixture:
     """A fitted mixture of C classes in d dimensions.
 
     Attributes:
-        weights: (d, C), S^-1 mu. offset: (C,), 1/2 mu' S^-1 mu.
+        weights: (d, C), S^-1 mu. offset: (C,), 1/2 mu' S^-1 mu, minus the log of a class's share where that is estimated.
         confusion: (C, C), Pi; row c says how the annotator names images of class c.
-        balance: (C,), b. shares: (C,), mean of q over the images that it was fitted to.
+        balance: (C,), b where it balances, else 0. shares: (C,), mean of q over the images that it was fitted to.
         setting: as it was fitted.
     """
 
@@ -198,7 +200,7 @@ def fit_mixture(
     prior = {
         "uniform": np.full(classes, 1 / classes),
         "annotator": (sums.size + 0.5) / (n + 0.5 * classes),
-        "none": None,
+        "estimated": None,
     }[setting.prior]
     balance, logits = np.zeros(classes), None
     if prior is not None:
@@ -248,6 +250,8 @@ def _maximise(
     confusion = sums.named + 0.5 / classes
     confusion /= confusion.sum(axis=1, keepdims=True)
     offset = 0.5 * (means.T * weights).sum(axis=0)
+    if setting.prior == "estimated":
+        offset -= np.log((sums.size + 0.5) / (n + 0.5 * classes))
     return Mixture(weights, offset, confusion, np.zeros(classes), np.zeros(classes), setting), means
 
 

@@ -63,9 +63,9 @@ def choose(
 ) -> tuple[Setting, dict[float, float]]:
     """How evidence is best read, without any label, judged on at most `JUDGED_IMAGES` images.
 
-    The prior, where none is given, is uniform if a mixture without one finds classes of nearly equal size (see
-    `effective_classes`), and none otherwise: to balance classes that are not equally frequent costs far more than it brings
-    where they are, and `foretold` does not see it. Of the weights 1/2, 1 and 0 that one is taken which
+    The prior, where none is given, is uniform if classes whose shares are estimated come out nearly equal (see
+    `effective_classes`), and estimated otherwise: to balance classes that are not equally frequent costs far more than it
+    brings where they are, and `foretold` does not see it. Of the weights 1/2, 1 and 0 that one is taken which
     `foretold` ranks first.
 
     Args:
@@ -77,8 +77,8 @@ def choose(
     rows = drawn(ids, "judged")[:JUDGED_IMAGES]
     z, probs = z[rows], probs[rows]
     if prior is None:
-        shares = fit_mixture(z, probs, Setting(0.5, "none")).shares
-        prior = "uniform" if effective_classes(shares) >= EQUAL_CLASSES * probs.shape[1] else "none"
+        shares = fit_mixture(z, probs, Setting(0.5, "estimated")).shares
+        prior = "uniform" if effective_classes(shares) >= EQUAL_CLASSES * probs.shape[1] else "estimated"
     if weight is not None:
         return Setting(weight, prior), {}
     parts = np.empty(len(rows), dtype=np.int64)
