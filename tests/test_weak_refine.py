@@ -233,6 +233,19 @@ def test_the_score_is_the_mean_over_folds_written_out():
         Q = probs[i] / probs[i].sum()
         total += math.log(sum(p[c] * sum(mixture.confusion[c, j] * Q[j] for j in range(3)) for c in range(3)))
     assert foretold(z, probs, HALF, parts) == pytest.approx(total / 30, abs=1e-9)
+    alone = [foretold(z, probs, HALF, np.where(parts == part, part, -1)) for part in range(3)]
+    assert np.mean(alone) == pytest.approx(total / 30, abs=1e-9)
+
+
+def test_of_very_many_entries_one_fold_chooses_the_weight(monkeypatch):
+    features, probs, _ = data(n=600)
+    z, tried = features - features.mean(axis=0), []
+    monkeypatch.setattr(whole_module, "foretold", lambda z, probs, setting, parts: tried.append(parts) or setting.weight)
+    choose(z, probs, np.arange(600), "uniform")
+    monkeypatch.setattr(whole_module, "ENTRIES_IN_ALL_FOLDS", 1799)
+    choose(z, probs, np.arange(600), "uniform")
+    assert [sorted(set(parts.tolist())) for parts in tried] == 3 * [[0, 1, 2, 3, 4]] + 3 * [[-1, 0]]
+    np.testing.assert_array_equal(tried[0] == 0, tried[-1] == 0)
 
 
 def test_classes_are_balanced_only_where_they_come_out_nearly_equal():

@@ -31,6 +31,7 @@ from coreg.weak.temperature import fit_temperature
 
 WEIGHTS = (0.5, 1.0, 0.0)
 FOLDS = 5
+ENTRIES_IN_ALL_FOLDS = 1 << 21  # of (N, C); of more, one fold of the five says enough, and five take minutes
 EQUAL_CLASSES = 0.97  # effective number of classes, as a share of C, from which they count as equally frequent
 JUDGED_IMAGES = 20_000  # at most, by which settings and temperature are chosen
 ENTRIES_FITTED = 1 << 27  # of (N, C), at most, to which a mixture is fitted
@@ -46,17 +47,17 @@ def foretold(z: np.ndarray, probs: np.ndarray, setting: Setting, parts: np.ndarr
     foretell the annotator best.
 
     Args:
-        z: (N, d). probs: (N, C). parts: int (N,), the fold that each image is left out of.
+        z: (N, d). probs: (N, C). parts: int (N,), the fold that each image is left out of, -1 for none.
     """
     total = 0.0
-    for part in np.unique(parts):
+    for part in np.unique(parts[parts >= 0]):
         held, kept = parts == part, parts != part
         if not kept.any():  # one image
             kept = held
         mixture = fit_mixture(z[kept], probs[kept], setting)
         explained = mixture.observed(normalised(probs[held]))
         total += np.log((softmax(mixture.of_view(z[held]).astype(np.float64)) * explained).sum(axis=1)).sum()
-    return float(total / len(z))
+    return float(total / (parts >= 0).sum())
 
 
 def choose(
@@ -84,6 +85,8 @@ def choose(
         return Setting(weight, prior), {}
     parts = np.empty(len(rows), dtype=np.int64)
     parts[drawn(ids[rows], "folds")] = np.arange(len(rows)) * FOLDS // max(len(rows), 1)
+    if probs.size > ENTRIES_IN_ALL_FOLDS:
+        parts[parts > 0] = -1
     scores = {weight: foretold(z, probs, Setting(weight, prior), parts) for weight in WEIGHTS}
     return Setting(max(scores, key=scores.__getitem__), prior), scores
 
