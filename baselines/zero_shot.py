@@ -26,11 +26,12 @@ class ZeroShotConfig:
     annotations: str | None = option(
         None, "annotation store made by annotate_vlm.py; without it the built-in digits are used"
     )
-    variant: Literal["all", "single", "averaged", "embeddings", "transductive", "refined"] = option(
+    variant: Literal["all", "single", "averaged", "embeddings", "neighbours", "transductive", "refined"] = option(
         "all",
         "single: the first template; averaged: mean of the templates' probabilities; embeddings: mean of their text "
-        "features; transductive: averaged, corrected by how the images of a split lie to each other; refined: a mixture of "
-        "Gaussians in the annotator's features, which classifies test images without it",
+        "features; neighbours: mean of what an image's nearest ones in its split are called; transductive: averaged, "
+        "corrected by how the images of a split lie to each other; refined: a mixture of Gaussians in the annotator's "
+        "features, which classifies test images without it",
     )
     output_dir: str = option("runs/zero_shot", "folder that gets one folder a variant")
 
@@ -62,6 +63,7 @@ from coreg.report.record import read_report, write_report
 from coreg.report.report import build_report, without_labels
 from coreg.run.folder import RunFolder
 from coreg.store.store import AnnotationStore
+from coreg.weak.neighbours import vote
 from coreg.weak.refine import refine
 from coreg.weak.rules import candidate_sets
 
@@ -91,12 +93,26 @@ def embeddings(store: AnnotationStore) -> Judged:
     return logits.argmax(axis=1), logits
 
 
+def neighbours(store: AnnotationStore) -> Judged:
+    """The mean of the mean probabilities of an image's nearest neighbours in its split.
+
+    Raises:
+        UserError: the store keeps no features.
+    """
+    return _split_by_split(store, vote)
+
+
 def transductive(store: AnnotationStore) -> Judged:
     """The images of each split judged together, starting from the mean probabilities.
 
     Raises:
         UserError: the store keeps no features.
     """
+    return _split_by_split(store, transduce)
+
+
+def _split_by_split(store: AnnotationStore, judged: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> Judged:
+    """What features (n, D) and mean probabilities (n, C) of a split give, for each by itself."""
     features = store.features()
     if features is None:
         raise UserError(f"{store.root} keeps no features, its annotator gives none")
@@ -106,8 +122,7 @@ def transductive(store: AnnotationStore) -> Judged:
     for split in range(len(SPLITS)):
         rows = np.flatnonzero((store.split == split) & ~store.unreadable)
         if len(rows):
-            near, told = (torch.from_numpy(x[rows]).to(device).float() for x in (features, probs))
-            found[rows] = transduce(near, told).cpu().numpy()
+            found[rows] = judged(*(torch.from_numpy(x[rows]).to(device).float() for x in (features, probs))).cpu().numpy()
     return of_probabilities(found)
 
 
@@ -131,6 +146,7 @@ VARIANTS: dict[str, tuple[str, Callable[[AnnotationStore], Judged]]] = {
     "single": ("Zero-shot, single template", single),
     "averaged": ("Zero-shot, averaged probabilities", averaged),
     "embeddings": ("Zero-shot, averaged embeddings", embeddings),
+    "neighbours": ("Zero-shot, neighbours", neighbours),
     "transductive": ("Zero-shot, transductive", transductive),
     "refined": ("Zero-shot, refined", refined),
 }

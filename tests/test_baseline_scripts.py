@@ -64,6 +64,7 @@ def test_every_way_of_zero_shot_leaves_a_report(digits, tmp_path, capsys):
     for number, shares in enumerate(table.values()):
         assert shares["test"] == pytest.approx((votes[test, number] == digits.labels[test]).mean())
     assert reports["transductive"]["accuracy"]["test"]["ensemble"] > reports["averaged"]["accuracy"]["test"]["ensemble"]
+    assert reports["neighbours"]["accuracy"]["test"]["ensemble"] > reports["averaged"]["accuracy"]["test"]["ensemble"]
     assert reports["refined"]["accuracy"]["test"]["ensemble"] > 0.91
     # scores without labels: of one template there are votes and no probabilities, and no variant has two networks
     scores = {variant: report["label_free"] for variant, report in reports.items()}
@@ -107,10 +108,10 @@ def test_what_a_store_does_not_tell_is_left_out_or_refused(small_store, tmp_path
     arguments = ["--annotations", small_store, "--output_dir", tmp_path / "z"]
     zero_shot.main([str(word) for word in arguments])
     said = capsys.readouterr().out
-    assert said.count("left out") == 3 and "keeps no features" in said
+    assert said.count("left out") == 4 and "keeps no features" in said
     assert sorted(path.parent.name for path in (tmp_path / "z").glob("*/report.json")) == ["averaged", "single"]
     assert not (tmp_path / "z" / "embeddings").exists()
-    for variant in ("embeddings", "transductive", "refined"):
+    for variant in ("embeddings", "neighbours", "transductive", "refined"):
         assert "keeps no features" in refused(capsys, zero_shot.main, *arguments, "--variant", variant)
     # another store in the same folder
     (tmp_path / "y" / "averaged").mkdir(parents=True)
