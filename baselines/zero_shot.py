@@ -26,11 +26,12 @@ class ZeroShotConfig:
     annotations: str | None = option(
         None, "annotation store made by annotate_vlm.py; without it the built-in digits are used"
     )
-    variant: Literal["all", "single", "averaged", "embeddings", "transductive", "refined"] = option(
+    variant: Literal["all", "single", "averaged", "embeddings", "neighbours", "transductive", "refined"] = option(
         "all",
         "single: the first template; averaged: mean of the templates' probabilities; embeddings: mean of their text "
-        "features; transductive: averaged, corrected by how the images of a split lie to each other; refined: a mixture of "
-        "Gaussians in the annotator's features, which classifies test images without it",
+        "features; neighbours: mean of what an image's nearest ones in its split are called; transductive: averaged, "
+        "corrected by how the images of a split lie to each other; refined: a mixture of Gaussians in the annotator's "
+        "features, which classifies test images without it",
     )
     output_dir: str = option("runs/zero_shot", "folder that gets one folder a variant")
 
@@ -53,7 +54,7 @@ import numpy as np
 import torch
 
 from annotate_vlm import annotate_digits
-from coreg.annotate.textual import averaged_embedding_classes
+from coreg.annotate.textual import averaged_embedding_logits
 from coreg.annotate.transductive import transduce
 from coreg.process import all_or_none, build_accelerator, main_process_decides
 from coreg.records import RecordError
@@ -62,47 +63,70 @@ from coreg.report.record import read_report, write_report
 from coreg.report.report import build_report, without_labels
 from coreg.run.folder import RunFolder
 from coreg.store.store import AnnotationStore
+from coreg.weak.neighbours import vote
 from coreg.weak.refine import refine
 from coreg.weak.rules import candidate_sets
 
 SPLITS = ("train", "test")
+Judged = tuple[np.ndarray, np.ndarray | None]  # classes int64 (N,), -1 for none; log probabilities (N, C), if there are any
 
 
-def single(store: AnnotationStore) -> np.ndarray:
+def of_probabilities(probs: np.ndarray) -> Judged:
+    """The most probable class of probabilities (N, C)."""
+    with np.errstate(divide="ignore"):
+        return probs.argmax(axis=1), np.log(probs, dtype=np.float32)
+
+
+def single(store: AnnotationStore) -> Judged:
     """The votes of the first template, -1 where it names no class."""
-    return store.votes()[:, 0].astype(np.int64)
+    return store.votes()[:, 0].astype(np.int64), None
 
 
-def averaged(store: AnnotationStore) -> np.ndarray:
+def averaged(store: AnnotationStore) -> Judged:
     """The largest mean probability over all templates."""
-    return store.probs().argmax(axis=1)
+    return of_probabilities(store.probs())
 
 
-def embeddings(store: AnnotationStore) -> np.ndarray:
+def embeddings(store: AnnotationStore) -> Judged:
     """One text feature a class, the mean over all templates."""
-    return averaged_embedding_classes(store, "cuda" if torch.cuda.is_available() else "cpu")
+    logits = averaged_embedding_logits(store, "cuda" if torch.cuda.is_available() else "cpu")
+    return logits.argmax(axis=1), logits
 
 
-def transductive(store: AnnotationStore) -> np.ndarray:
+def neighbours(store: AnnotationStore) -> Judged:
+    """The mean of the mean probabilities of an image's nearest neighbours in its split.
+
+    Raises:
+        UserError: the store keeps no features.
+    """
+    return _split_by_split(store, vote)
+
+
+def transductive(store: AnnotationStore) -> Judged:
     """The images of each split judged together, starting from the mean probabilities.
 
     Raises:
         UserError: the store keeps no features.
     """
+    return _split_by_split(store, transduce)
+
+
+def _split_by_split(store: AnnotationStore, judged: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> Judged:
+    """What features (n, D) and mean probabilities (n, C) of a split give, for each by itself."""
     features = store.features()
     if features is None:
         raise UserError(f"{store.root} keeps no features, its annotator gives none")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    probs, found = store.probs(), averaged(store)
+    probs = store.probs()
+    found = probs.astype(np.float32)
     for split in range(len(SPLITS)):
         rows = np.flatnonzero((store.split == split) & ~store.unreadable)
         if len(rows):
-            near, told = (torch.from_numpy(x[rows]).to(device).float() for x in (features, probs))
-            found[rows] = transduce(near, told).argmax(dim=1).cpu().numpy()
-    return found
+            found[rows] = judged(*(torch.from_numpy(x[rows]).to(device).float() for x in (features, probs))).cpu().numpy()
+    return of_probabilities(found)
 
 
-def refined(store: AnnotationStore) -> np.ndarray:
+def refined(store: AnnotationStore) -> Judged:
     """The training images judged by a mixture of Gaussians in the annotator's own features, others by their features alone.
 
     Raises:
@@ -114,14 +138,15 @@ def refined(store: AnnotationStore) -> np.ndarray:
     train, test = (np.flatnonzero((store.split == split) & ~store.unreadable) for split in range(len(SPLITS)))
     if not len(train):
         raise UserError(f"{store.root} has no readable training image")
-    return refine(features, store.probs(), train, test).probs.argmax(axis=1)
+    return of_probabilities(refine(features, store.probs(), train, test).probs)
 
 
-# variant -> name in reports, classes int64 (N,) of all images of a store
-VARIANTS: dict[str, tuple[str, Callable[[AnnotationStore], np.ndarray]]] = {
+# variant -> name in reports, how all images of a store are judged
+VARIANTS: dict[str, tuple[str, Callable[[AnnotationStore], Judged]]] = {
     "single": ("Zero-shot, single template", single),
     "averaged": ("Zero-shot, averaged probabilities", averaged),
     "embeddings": ("Zero-shot, averaged embeddings", embeddings),
+    "neighbours": ("Zero-shot, neighbours", neighbours),
     "transductive": ("Zero-shot, transductive", transductive),
     "refined": ("Zero-shot, refined", refined),
 }
@@ -146,9 +171,9 @@ def judge(store: AnnotationStore, variant: str, folder: RunFolder, command: str)
     Raises:
         UserError: the variant cannot be had from this store; nothing has been written then.
     """
-    name, classes_of = VARIANTS[variant]
+    name, judged = VARIANTS[variant]
     started = time.perf_counter()
-    classes = classes_of(store)
+    classes, log_p = judged(store)
     samples = {split: np.flatnonzero((store.split == number) & ~store.unreadable) for number, split in enumerate(SPLITS)}
     predictions = {split: classes[rows] for split, rows in samples.items()}
     report = build_report(
@@ -158,7 +183,9 @@ def judge(store: AnnotationStore, variant: str, folder: RunFolder, command: str)
         candidates=candidate_sets(store)[samples["train"]],
         samples=samples,
         predictions={split: {"ensemble": named} for split, named in predictions.items()},
-        label_free=without_labels(store, "union", samples, predictions),
+        label_free=without_labels(
+            store, "union", samples, predictions, None if log_p is None else {s: log_p[rows] for s, rows in samples.items()}
+        ),
         templates=template_table(store) if variant == "single" else None,
         wall_seconds=time.perf_counter() - started,
         command=command,

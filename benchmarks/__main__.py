@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks import annotate, augment, growth, kept, start, step
+from benchmarks import annotate, augment, growth, kept, mended, start, step
 from benchmarks.sides import CASES
 from benchmarks.tables import as_markdown, environment, fill
 from coreg.settings import JobConfig
@@ -38,6 +38,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "parts": _parts,
     "kept": lambda: as_markdown(kept.measure("demo", 8.0)),
     "growth": lambda: as_markdown(growth.measure(1_000_000)),
+    "mended": lambda: as_markdown(mended.measure(24_000, 1000)),
     "annotate": lambda: annotate.measure(
         ["--images", "48", "--classes", "10", "--seconds", "3", "--rounds", "2", "--rows", "20000"]
     ),

@@ -14,6 +14,7 @@ from test_annotate_view import WORDS, photos
 
 import annotate_vlm
 import train_coreg
+from coreg.annotate.changes import shares_that_moved
 from coreg.annotate.refined import votes_of
 from coreg.annotate.tools import main
 from coreg.annotate.view import View, views_of
@@ -65,13 +66,18 @@ def test_it_says_where_it_comes_from_and_what_changed(digits, mended, tmp_path, 
     assert after["test"] == pytest.approx(np.mean((mended.probs().argmax(1) == mended.labels)[mended.split == 1]))
     line = f"best class right, test   {before['test']:.1%}, {after['test']:.1%}"
     assert line in (mended.root / "report.txt").read_text() and line in (mended.root / "report.html").read_text()
+    # how often a class was named before and after: 8 is mistaken for others
+    train = mended.split == 0
+    eight = [np.mean(store.probs().argmax(1)[train] == 8) for store in (digits, mended)]
+    moved = f"{mended.class_names[8]} {eight[0]:.1%}, {eight[1]:.1%}"
     assert main(["info", str(mended.root)]) == 0
-    assert line in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert line in said and moved in next(line for line in said.split("\n") if "named more or less" in line)
     assert mended.manifest["model"]["spec"] == "refined by own features: builtin:glyph-clip"
     damaged = tmp_path / "ann2"
     shutil.copytree(mended.root, damaged)
     (damaged / "images.txt").unlink()
-    with pytest.raises(UserError, match=r"run the same python -m coreg\.annotate\.store refine command again"):
+    with pytest.raises(UserError, match=r"run the same python -m coreg\.annotate refine command again"):
         AnnotationStore.open(damaged)
     assert main(["refine", str(digits.root), "--features", "own", "--output_dir", str(damaged)]) == 0
     assert AnnotationStore.open(damaged).hash == mended.hash
@@ -166,3 +172,15 @@ def test_training_refines_on_the_way_and_resumes(small_store, tmp_path, monkeypa
     assert "This run is finished" in capsys.readouterr().out
     line = refused(capsys, train_coreg.main, *words[:-1], "none", "--output_dir", tmp_path / "c")
     assert "refine was view and is none" in line
+
+
+def test_what_is_told_of_the_sizes_of_classes(digits, tmp_path, capsys):
+    output = tmp_path / "ann2"
+    command = ["refine", str(digits.root), "--features", "own", "--output_dir", str(output)]
+    assert main([*command, "--prior", "estimated", "--weight", "1"]) == 0
+    assert "classes as large as they are estimated" in capsys.readouterr().out
+    assert shares_that_moved(["a", "b", "c", "d"], [0.3, 0.35, 0.25, 0.1], [0.3, 0.34, 0.2, 0.16]) == [
+        "d 10.0%, 16.0%",
+        "c 25.0%, 20.0%",
+    ]
+    assert shares_that_moved(["a"], [1.0], [1.0]) == []

@@ -15,7 +15,7 @@ from scipy.optimize import minimize
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
-from coreg.annotate.textual import averaged_embedding_classes
+from coreg.annotate.textual import averaged_embedding_logits
 from coreg.annotate.view import main as make_view
 from coreg.export.ensemble import load_export
 from coreg.learn.probe import cosine_loss, fit_cosine, fit_probe, probe_loss
@@ -152,7 +152,7 @@ def test_heads_on_the_annotators_own_features(digits, tmp_path, capsys):
     assert reports["linear"]["accuracy"]["test"]["ensemble"] == pytest.approx(right)
     probe.main([*words, "--head", "cosine", "--penalty", "1e6", "--output_dir", str(tmp_path / "held")])
     report = read_run(tmp_path / "held" / "report.json").report
-    right = (averaged_embedding_classes(digits) == digits.labels)[test].mean()
+    right = (averaged_embedding_logits(digits).argmax(axis=1) == digits.labels)[test].mean()
     assert report["accuracy"]["test"]["ensemble"] == pytest.approx(right, abs=0.01)
 
 

@@ -14,7 +14,7 @@ import torch
 from runs import killed_at, refused, script
 
 import train_coreg
-from coreg.annotate.textual import averaged_embedding_classes, single_template_probabilities, text_side
+from coreg.annotate.textual import averaged_embedding_logits, single_template_probabilities, text_side
 from coreg.demo.annotator import local_dir
 from coreg.errors import UserError
 from coreg.learn.two_nets import Verdict, co_train_batch
@@ -23,7 +23,7 @@ from coreg.run import checkpoint
 from coreg.store.store import AnnotationStore
 from coreg.views.augment import Augmentation
 from coreg.views.resident import TrainingImages
-from coreg.weak.rules import zero_shot_accuracy
+from coreg.weak.rules import candidate_sets, zero_shot_accuracy
 
 ROOT = Path(__file__).parents[1]
 # 97 images of three classes in batches of 13
@@ -64,7 +64,17 @@ def test_every_way_of_zero_shot_leaves_a_report(digits, tmp_path, capsys):
     for number, shares in enumerate(table.values()):
         assert shares["test"] == pytest.approx((votes[test, number] == digits.labels[test]).mean())
     assert reports["transductive"]["accuracy"]["test"]["ensemble"] > reports["averaged"]["accuracy"]["test"]["ensemble"]
+    assert reports["neighbours"]["accuracy"]["test"]["ensemble"] > reports["averaged"]["accuracy"]["test"]["ensemble"]
     assert reports["refined"]["accuracy"]["test"]["ensemble"] > 0.91
+    # scores without labels: of one template there are votes and no probabilities, and no variant has two networks
+    scores = {variant: report["label_free"] for variant, report in reports.items()}
+    assert set(scores["single"]) == {"covering_rate"}
+    assert all(
+        set(found) == {"covering_rate", "approximated_accuracy"} for name, found in scores.items() if name != "single"
+    )
+    sets, probs, named = candidate_sets(digits), digits.probs().astype(float), digits.probs().argmax(axis=1)
+    sure = [probs[i, named[i]] / probs[i, sets[i]].sum() if sets[i, named[i]] else 0.0 for i in np.flatnonzero(test)]
+    assert scores["averaged"]["approximated_accuracy"]["test"] == pytest.approx(np.mean(sure), abs=1e-5)
     files = sorted((tmp_path / "z").glob("*/report.json"))
     before = [file.stat().st_mtime_ns for file in files]
     zero_shot.main(arguments)
@@ -91,17 +101,17 @@ def test_averaged_embeddings_are_those_of_open_clip_itself(digits):
             each = network.encode_text(tokenizer([t.replace("{}", name) for t in digits.templates]), normalize=True)
             text.append(each.mean(dim=0) / each.mean(dim=0).norm())
         expected = (torch.from_numpy(digits.features()).float() @ torch.stack(text).T).argmax(dim=1)
-    assert (averaged_embedding_classes(digits) == expected.numpy()).mean() > 0.999
+    assert (averaged_embedding_logits(digits).argmax(axis=1) == expected.numpy()).mean() > 0.999
 
 
 def test_what_a_store_does_not_tell_is_left_out_or_refused(small_store, tmp_path, capsys):
     arguments = ["--annotations", small_store, "--output_dir", tmp_path / "z"]
     zero_shot.main([str(word) for word in arguments])
     said = capsys.readouterr().out
-    assert said.count("left out") == 3 and "keeps no features" in said
+    assert said.count("left out") == 4 and "keeps no features" in said
     assert sorted(path.parent.name for path in (tmp_path / "z").glob("*/report.json")) == ["averaged", "single"]
     assert not (tmp_path / "z" / "embeddings").exists()
-    for variant in ("embeddings", "transductive", "refined"):
+    for variant in ("embeddings", "neighbours", "transductive", "refined"):
         assert "keeps no features" in refused(capsys, zero_shot.main, *arguments, "--variant", variant)
     # another store in the same folder
     (tmp_path / "y" / "averaged").mkdir(parents=True)

@@ -1,6 +1,7 @@
 """The benchmarks' plain step against ours, row by row and gradient by gradient; growth, tables and pages by hand."""
 
 import copy
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from PIL import Image
 from torch.nn.modules.module import register_module_forward_hook
 
-from benchmarks import growth, record, tiny_clip
+from benchmarks import growth, mended, record, tiny_clip
 from benchmarks.__main__ import PAGE, TABLES
 from benchmarks.augment import MEAN, STD, pil_batch, waves
 from benchmarks.plain import VIEWS, PlainCoReg
@@ -168,6 +169,13 @@ def test_the_exponent_of_a_power_is_found():
     sizes = (10, 100, 1000)
     assert growth.exponent(sizes, [3 * n**1.5 for n in sizes]) == pytest.approx(1.5)
     assert growth.exponent(sizes, [7.0] * 3) == pytest.approx(0)
+
+
+def test_the_refinement_that_is_measured_mends_labels():
+    rows = mended.measure(600, 12)
+    assert all(float(row["seconds"]) >= 0 and float(row["MB"]) >= 0 for row in rows)
+    before, after = (float(share) for share in re.findall(r"([0-9.]+)%", rows[-1]["step"]))
+    assert 55 < before < 75 and after > 90
 
 
 @pytest.mark.parametrize("name", growth.WORK)

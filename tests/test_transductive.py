@@ -7,8 +7,9 @@ import pytest
 import torch
 from sklearn.neighbors import NearestNeighbors
 
-from coreg.annotate import transductive
-from coreg.annotate.transductive import SMALLEST_SHARE, fit, log_likelihood, nearest, pull, transduce
+from coreg.annotate.transductive import SMALLEST_SHARE, fit, log_likelihood, pull, transduce
+from coreg.weak import neighbours
+from coreg.weak.neighbours import nearest
 
 
 def data(n=40, classes=3, dim=5, seed=0):
@@ -66,7 +67,7 @@ def test_neighbours_are_those_of_scikit_learn_whatever_the_chunk(monkeypatch):
     features, _, _ = data(50)
     found = NearestNeighbors(n_neighbors=5, metric="cosine").fit(features).kneighbors(return_distance=True)
     for at_once in (1 << 24, 50 * 7, 1):
-        monkeypatch.setattr(transductive, "SIMILARITIES_AT_ONCE", at_once)
+        monkeypatch.setattr(neighbours, "SIMILARITIES_AT_ONCE", at_once)
         rows, cosines = nearest(features, 5)
         assert torch.equal(rows, torch.from_numpy(found[1]))
         np.testing.assert_allclose(cosines, np.maximum(1 - found[0], 0), atol=1e-12)

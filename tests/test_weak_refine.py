@@ -36,7 +36,7 @@ def by_hand(z, P, w, prior, rounds, steps=2000):
     n, C, d = len(z), len(P[0]), len(z[0])
     Q = [[p / sum(row) for p in row] for row in P]
     q, b = [list(row) for row in Q], [0.0] * C
-    share = {"uniform": [1 / C] * C, "none": None}.get(
+    share = {"uniform": [1 / C] * C, "estimated": None}.get(
         prior, [(sum(row[c] for row in Q) + 0.5) / (n + 0.5 * C) for c in range(C)]
     )
     for _ in range(rounds):
@@ -61,6 +61,7 @@ def by_hand(z, P, w, prior, rounds, steps=2000):
                 a = w * math.log(max(Q[i][c], 1e-4))
                 a += (1 - w) * math.log(max(sum(confusion[c][j] * Q[i][j] for j in range(C)), 1e-6))
                 seen.append(sum(z[i][t] * W[c][t] for t in range(d)) - 0.5 * sum(mu[c][t] * W[c][t] for t in range(d)))
+                seen[-1] += math.log((size[c] + 0.5) / (n + 0.5 * C)) if prior == "estimated" else 0.0
                 row.append(a + seen[-1])
             score.append(row)
             view.append(seen)
@@ -83,7 +84,7 @@ def by_hand(z, P, w, prior, rounds, steps=2000):
     return np.array(q), np.array(view)
 
 
-@pytest.mark.parametrize(("w", "prior"), [(0.5, "uniform"), (1.0, "none"), (0.0, "annotator"), (0.5, "none")])
+@pytest.mark.parametrize(("w", "prior"), [(0.5, "uniform"), (1.0, "estimated"), (0.0, "annotator"), (0.5, "estimated")])
 def test_the_mixture_is_the_recipe_written_out(monkeypatch, w, prior):
     monkeypatch.setattr(module, "BALANCED", 1e-10)
     monkeypatch.setattr(module, "MOST_STEPS", 2000)
@@ -112,27 +113,22 @@ def test_blocks_and_halved_precision_change_nothing_that_matters(monkeypatch):
     np.testing.assert_allclose(half.probs.astype(float), whole.probs.astype(float), atol=2e-2)
 
 
-@pytest.mark.parametrize("prior", ["uniform", "annotator"])
-def test_classes_of_very_many_images_are_balanced_by_a_sample(monkeypatch, prior):
+@pytest.mark.parametrize("prior", ["uniform", "estimated"])
+def test_a_mixture_is_fitted_to_a_part_of_very_many_images_and_mends_all(monkeypatch, prior):
     features, probs, labels = data(n=3000)
-    z, setting = features - features.mean(axis=0), Setting(0.5, prior)
-    exact = fit_mixture(z, probs, setting)
-    # a sample of all images is no sample
-    same = fit_mixture(z, probs, setting, sample=np.arange(3000))
-    np.testing.assert_allclose(same.weights, exact.weights, atol=1e-9)
-    np.testing.assert_allclose(same.balance, exact.balance, atol=1e-9)
-    # the classes' shares of the sample are the prior's, and those of all images are within the error of a sample of it
-    rows = np.random.default_rng(0).permutation(3000)[:600]
-    found = fit_mixture(z, probs, setting, sample=rows)
-    np.testing.assert_allclose(responsibilities(found, z[rows], probs[rows]).mean(axis=0), exact.shares, atol=1e-3)
-    np.testing.assert_allclose(found.shares, exact.shares, rtol=4 * (3 / 600) ** 0.5)
-    # and `refine` draws one where the table would be too large
-    monkeypatch.setattr(whole_module, "ENTRIES_BALANCED", 3 * 600)
-    monkeypatch.setattr(module, "ENTRIES_IN_FLOAT64", 3 * 700)
-    mended = refine(features, probs, np.arange(3000), np.arange(0), prior, 0.5)
-    assert (mended.probs.argmax(axis=1) == labels).mean() > 0.9
-    again = refine(features, probs, np.arange(3000), np.arange(0), prior, 0.5)
-    np.testing.assert_array_equal(mended.probs, again.probs)
+    rows, none = np.arange(3000), np.arange(0)
+    all_of_them = refine(features, probs, rows, none, prior, 0.5)
+    monkeypatch.setattr(whole_module, "ENTRIES_FITTED", 3 * 600)
+    found = refine(features, probs, rows, none, prior, 0.5)
+    part = np.sort(whole_module.drawn(rows, "fitted")[:600])
+    if prior == "estimated":
+        alone = refine(features[part], probs[part], np.arange(600), none, prior, 0.5)
+        np.testing.assert_allclose(found.mixture.weights, alone.mixture.weights, atol=1e-6)
+    # the share of a class in all images deviates by the error of a sample
+    np.testing.assert_allclose(found.mixture.shares, all_of_them.mixture.shares, rtol=4 * (3 / 600) ** 0.5)
+    right = [(p.probs.argmax(axis=1) == labels).mean() for p in (all_of_them, found)]
+    assert right[0] > 0.9 and right[1] > right[0] - 0.01
+    np.testing.assert_array_equal(found.probs, refine(features, probs, rows, none, prior, 0.5).probs)
 
 
 def test_memory_beside_the_inputs_does_not_grow_with_the_table(monkeypatch):
@@ -141,7 +137,7 @@ def test_memory_beside_the_inputs_does_not_grow_with_the_table(monkeypatch):
     features = rng.normal(size=(n, 32)).astype(np.float16)
     probs = rng.random((n, classes), dtype=np.float32).astype(np.float16)  # 16 MB
     monkeypatch.setattr(module, "ENTRIES_IN_FLOAT64", 1000)
-    monkeypatch.setattr(whole_module, "ENTRIES_BALANCED", 1 << 16)
+    monkeypatch.setattr(whole_module, "ENTRIES_FITTED", 1 << 18)
     monkeypatch.setattr(module, "ENTRIES_AT_ONCE", 1 << 15)
     monkeypatch.setattr(whole_module, "JUDGED_IMAGES", 200)
     tracemalloc.start()
@@ -150,29 +146,55 @@ def test_memory_beside_the_inputs_does_not_grow_with_the_table(monkeypatch):
         found.part(slice(start, start + 1000))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    projected = n / 2 * 32 * 4
-    assert peak < projected + 0.5 * probs.nbytes
+    assert peak < 0.5 * probs.nbytes
 
 
 def test_with_true_labels_the_classifier_is_linear_discriminant_analysis():
     features, _, labels = data(n=90)
-    z = features - features.mean(axis=0)
-    mixture = fit_mixture(z, np.eye(3)[labels], Setting(1.0, "none"), rounds=1, shrinkage=0.0)
-    lda = LinearDiscriminantAnalysis(solver="lsqr", priors=[1 / 3] * 3).fit(z, labels)
-    ours, theirs = mixture.of_view(z), lda.decision_function(z)
-    np.testing.assert_allclose(ours - ours[:, :1], theirs - theirs[:, :1], rtol=1e-6, atol=1e-8)
+    few = np.flatnonzero((labels != 0) | (np.arange(90) % 4 == 0))  # classes of 8, 30 and 30 images
+    for rows, prior in ((np.arange(90), "uniform"), (few, "estimated")):
+        z = features[rows] - features[rows].mean(axis=0)
+        mixture = fit_mixture(z, np.eye(3)[labels[rows]], Setting(1.0, prior), rounds=1, shrinkage=0.0)
+        size = np.bincount(labels[rows])
+        ours = mixture.of_view(z) - np.log((size + 0.5) / size)  # half an image a class keeps each alive
+        theirs = LinearDiscriminantAnalysis(solver="lsqr").fit(z, labels[rows]).decision_function(z)
+        np.testing.assert_allclose(ours - ours[:, :1], theirs - theirs[:, :1], rtol=1e-6, atol=1e-8)
 
 
-def test_the_projection_is_pca_of_standardised_features():
+@pytest.mark.parametrize("gone", [0, 3])
+def test_unequal_and_missing_classes_are_not_worse_than_the_annotator(gone):
+    """Nine classes, the most frequent ten times as frequent as the rarest, or a third of the names without any image."""
+    for seed in range(5):
+        rng = np.random.default_rng(seed)
+        sizes = np.full(9, 40)
+        if gone:
+            sizes[rng.permutation(9)[:gone]] = 0
+        else:
+            sizes = rng.permutation(np.geomspace(8, 80, 9).astype(int))
+        labels = np.repeat(np.arange(9), sizes)
+        features = np.eye(9)[labels] + 0.35 * rng.normal(size=(len(labels), 9))
+        named = np.where(rng.random(len(labels)) < 0.2, rng.integers(0, 9, len(labels)), labels)
+        probs = softmax(2 * np.eye(9)[named] + rng.normal(size=(len(labels), 9)))
+        found = refine(features, probs, np.arange(len(labels)), np.arange(0))
+        before, after = ((p.argmax(axis=1) == labels).mean() for p in (probs, found.probs))
+        assert found.setting.prior == "estimated" and after >= before, (seed, before, after)
+        true = np.bincount(labels, minlength=9) / len(labels)
+        assert np.abs(found.mixture.shares - true).sum() < 0.9 * np.abs(normalised(probs).mean(axis=0) - true).sum()
+
+
+def test_the_projection_is_pca_of_standardised_features(monkeypatch):
+    monkeypatch.setattr(module, "LEAST_DIMENSIONS", 3)
     rng = np.random.default_rng(0)
     features = rng.normal(size=(200, 6)) @ rng.normal(size=(6, 6)) + 5
-    ours = fit_projection(features, 3)(features)
+    ours = fit_projection(features, 2)(features)
     theirs = PCA(3).fit_transform(StandardScaler().fit_transform(features))
     np.testing.assert_allclose(np.abs(ours), np.abs(theirs), atol=1e-8)
-    # at most a tenth of the images, and a feature that does not vary counts for nothing
-    assert fit_projection(features[:35], 64).axes.shape == (6, 3)
+    # as many axes as the means of the classes can span, at most a tenth of the images and all features
+    axes = [fit_projection(features[:n], classes).axes.shape[1] for n, classes in ((200, 5), (200, 9), (35, 9))]
+    assert axes == [4, 6, 3]
+    # a feature that does not vary counts for nothing
     constant = np.concatenate([features, np.full((200, 1), 7.0)], axis=1)
-    np.testing.assert_allclose(fit_projection(constant, 3)(constant), ours, atol=1e-8)
+    np.testing.assert_allclose(fit_projection(constant, 2)(constant), ours, atol=1e-8)
 
 
 def test_balancing_meets_the_prior_and_leaves_hopeless_classes_alone():
@@ -182,6 +204,12 @@ def test_balancing_meets_the_prior_and_leaves_hopeless_classes_alone():
     for prior in ([0.25] * 4, [0.4, 0.3, 0.2, 0.1]):
         b = balanced(logits, np.array(prior), np.zeros(4))
         np.testing.assert_allclose(softmax(logits + b).mean(axis=0), prior, atol=2e-3)
+    # within the slack nothing moves, outside of it a share moves to its edge
+    shares = softmax(logits.copy()).mean(axis=0)
+    free = balanced(logits, np.full(4, 0.25), np.zeros(4), slack=5.0)
+    np.testing.assert_allclose(softmax(logits + free).mean(axis=0), shares, atol=1e-9)
+    held = softmax(logits + balanced(logits, np.full(4, 0.25), np.zeros(4), slack=0.2)).mean(axis=0)
+    assert held.max() == pytest.approx(0.3, abs=1e-3) and held.min() > 0.2 - 1e-3
     logits[:, 3] = -1e5
     found = softmax(logits + balanced(logits, np.full(4, 0.25), np.zeros(4)))
     assert np.isfinite(found).all() and found[:, 3].max() == 0
@@ -205,12 +233,25 @@ def test_the_score_is_the_mean_over_folds_written_out():
         Q = probs[i] / probs[i].sum()
         total += math.log(sum(p[c] * sum(mixture.confusion[c, j] * Q[j] for j in range(3)) for c in range(3)))
     assert foretold(z, probs, HALF, parts) == pytest.approx(total / 30, abs=1e-9)
+    alone = [foretold(z, probs, HALF, np.where(parts == part, part, -1)) for part in range(3)]
+    assert np.mean(alone) == pytest.approx(total / 30, abs=1e-9)
+
+
+def test_of_very_many_entries_one_fold_chooses_the_weight(monkeypatch):
+    features, probs, _ = data(n=600)
+    z, tried = features - features.mean(axis=0), []
+    monkeypatch.setattr(whole_module, "foretold", lambda z, probs, setting, parts: tried.append(parts) or setting.weight)
+    choose(z, probs, np.arange(600), "uniform")
+    monkeypatch.setattr(whole_module, "ENTRIES_IN_ALL_FOLDS", 1799)
+    choose(z, probs, np.arange(600), "uniform")
+    assert [sorted(set(parts.tolist())) for parts in tried] == 3 * [[0, 1, 2, 3, 4]] + 3 * [[-1, 0]]
+    np.testing.assert_array_equal(tried[0] == 0, tried[-1] == 0)
 
 
 def test_classes_are_balanced_only_where_they_come_out_nearly_equal():
     features, probs, labels = data(n=600)
     ids = np.arange(600)
-    z = fit_projection(features)(features)
+    z = fit_projection(features, 3)(features)
     setting, scores = choose(z, probs, ids)
     assert setting.prior == "uniform" and setting.weight == max(scores, key=scores.get) and set(scores) == {0, 0.5, 1}
     # one class ten times rarer: never worse than the annotator, and far better than when classes were made equal
@@ -218,7 +259,7 @@ def test_classes_are_balanced_only_where_they_come_out_nearly_equal():
     rare = refine(features[kept], probs[kept], np.arange(len(kept)), kept[:0])
     forced = refine(features[kept], probs[kept], np.arange(len(kept)), kept[:0], prior="uniform")
     accuracy = [(p.argmax(axis=1) == labels[kept]).mean() for p in (probs[kept], rare.probs, forced.probs)]
-    assert rare.setting.prior == "none" and accuracy[1] > accuracy[0] + 0.1 and accuracy[1] > accuracy[2] + 0.05
+    assert rare.setting.prior == "estimated" and accuracy[1] > accuracy[0] + 0.1 and accuracy[1] > accuracy[2] + 0.05
     assert choose(z, probs, ids, "annotator", 0.25) == (Setting(0.25, "annotator"), {})
     assert effective_classes(np.array([0.5, 0.5, 0.0])) == pytest.approx(2) and effective_classes(np.ones(1)) == 1
 
@@ -250,7 +291,7 @@ def test_other_rows_are_classified_by_the_view_alone():
 def test_the_order_of_images_and_of_classes_does_not_matter():
     features, probs, _ = data(n=90)
     ids, order = np.arange(90) * 7, np.random.default_rng(1).permutation(90)
-    z = fit_projection(features)(features)
+    z = fit_projection(features, 3)(features)
     setting, scores = choose(z, probs, ids)
     again, others = choose(z[order], probs[order], ids[order])
     assert setting == again and scores == {w: pytest.approx(score, abs=1e-7) for w, score in others.items()}
@@ -260,6 +301,16 @@ def test_the_order_of_images_and_of_classes_does_not_matter():
     np.testing.assert_allclose(again, q[order], atol=1e-6)
     renamed = probs[:, classes]
     np.testing.assert_allclose(responsibilities(fit_mixture(z, renamed, HALF), z, renamed), q[:, classes], atol=1e-6)
+
+
+def test_classes_whose_means_do_not_fit_into_64_axes_are_mended():
+    rng, n = np.random.default_rng(0), 1320
+    labels = np.arange(n) % 110
+    features = 5 * np.eye(110)[labels] + rng.normal(size=(n, 110))
+    named = np.where(rng.random(n) < 0.4, rng.integers(0, 110, n), labels)
+    probs = softmax(5 * np.eye(110)[named] + rng.normal(size=(n, 110)))
+    right = (refine(features, probs, np.arange(n), np.arange(0), "uniform", 0.5).probs.argmax(axis=1) == labels).mean()
+    assert right > (named == labels).mean() + 0.25
 
 
 def test_odd_sets():

@@ -152,7 +152,8 @@ def _changes(source: AnnotationStore, refinement: Refinement, asked: np.ndarray)
     labels = np.full(len(source), -1) if source.labels is None else source.labels
     best, sizes, holds = ({"before": [], "after": []} for _ in range(3))
     raw, votes = source.votes(), np.empty((len(source), 2), dtype=np.int16)
-    step = max(1, _ENTRIES // len(source.class_names))
+    classes = len(source.class_names)
+    step = max(1, _ENTRIES // classes)
     for rows in (slice(start, start + step) for start in range(0, len(source), step)):
         mended = refinement.part(rows)
         votes[rows] = votes_of(mended)
@@ -164,6 +165,7 @@ def _changes(source: AnnotationStore, refinement: Refinement, asked: np.ndarray)
     best, sizes, holds = ({when: np.concatenate(x) for when, x in parts.items()} for parts in (best, sizes, holds))
     compared = {
         "other_best_class": float((best["after"] != best["before"])[train].mean()),
+        "shares": {when: (np.bincount(x[train], minlength=classes) / train.sum()).tolist() for when, x in best.items()},
         "mean_candidates": {when: float(size[train].mean()) for when, size in sizes.items()},
     }
     if source.labels is not None:

@@ -80,9 +80,9 @@ class RefineConfig:
         "1: evidence is a prior; 0: it passes a confusion matrix; default: 0, 0.5 or 1, chosen without labels",
         (0, 1),
     )
-    prior: Literal["auto", "uniform", "annotator", "none"] = option(
+    prior: Literal["auto", "uniform", "annotator", "estimated"] = option(
         "auto",
-        "sizes to which classes are balanced; auto: uniform where they come out nearly equal by themselves, else none",
+        "sizes of the classes; auto: uniform where those estimated come out nearly equal, else as they are estimated",
     )
 
 

@@ -45,13 +45,14 @@ def class_embeddings(annotator: ClipAnnotator) -> np.ndarray:
     return torch.nn.functional.normalize(text, dim=1).cpu().numpy()
 
 
-def averaged_embedding_classes(store: AnnotationStore, device: torch.device | str = "cpu") -> np.ndarray:
-    """Classes int64 (N,) named by one text feature a class, the mean over the templates of features of length 1.
+def averaged_embedding_logits(store: AnnotationStore, device: torch.device | str = "cpu") -> np.ndarray:
+    """Logits float32 (N, C) of one text feature a class, the mean over the templates of features of length 1.
 
     That is how CLIP itself joins templates, another classifier than the mean of probabilities.
 
     Raises:
         UserError: as `text_side`.
     """
-    text = class_embeddings(text_side(store, store.templates, device))
-    return np.concatenate([(t["features"].astype(np.float32) @ text.T).argmax(axis=1) for _, t in store.parts()])
+    annotator = text_side(store, store.templates, device)
+    text = np.float32(annotator.towers.scale) * class_embeddings(annotator)
+    return np.concatenate([t["features"].astype(np.float32) @ text.T for _, t in store.parts()])

@@ -19,33 +19,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-SIMILARITIES_AT_ONCE = 1 << 24  # cosines that are held at the same time: 64 MB of float32
+from coreg.weak.neighbours import nearest
+
 SURE_IMAGES = 8  # a class, from which its first mean is made
 SMALLEST_SHARE = 2.0**-24  # of a class in a text prediction: the smallest float16, to which stores round
 SMALLEST_VARIANCE = 1e-8
-
-
-def nearest(features: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k nearest neighbours of every image by cosine, itself excluded; of fewer images, all others.
-
-    Args:
-        features: (N, D), rows of length 1.
-
-    Returns:
-        rows int64 (N, k) and cosines (N, k), negative ones as 0: a neighbour never pushes away.
-    """
-    n = len(features)
-    k = min(k, n - 1)
-    rows, cosines = [], []
-    step = max(1, SIMILARITIES_AT_ONCE // n)
-    for start in range(0, n, step):
-        similarity = features[start : start + step] @ features.T
-        here = torch.arange(len(similarity), device=features.device)
-        similarity[here, start + here] = -torch.inf
-        best = similarity.topk(k, dim=1)
-        rows.append(best.indices)
-        cosines.append(best.values.clamp_min(0))
-    return torch.cat(rows), torch.cat(cosines)
 
 
 def pull(z: Tensor, rows: Tensor, cosines: Tensor) -> Tensor:

@@ -12,13 +12,14 @@ probabilities and q (N, C) the classes' responsibilities, which begin as Q, a ro
     a_ic = w log max(Q_ic, 1e-4) + (1 - w) log max(sum_j Pi_cj Q_ij, 1e-6)
     q_ic ~ exp(a_ic + z_i' S^-1 mu_c - 1/2 mu_c' S^-1 mu_c + b_c)
 
-where b balances the classes: q's column means are the prior (Sinkhorn's iteration; none: b = 0). Without a and b the last
-line is the linear discriminant that classifies images of which the annotator says nothing.
+where b balances the classes: q's column means are the prior (Sinkhorn's iteration). Where the classes' shares are estimated
+with the rest there is nothing to balance, and b_c = log((1/2 + sum_i q_ic) / (N + C/2)): the likeliest ones, up to the half
+image that keeps a class alive. Without a, and without a b that balances, the last line is the linear discriminant that
+classifies images of which the annotator says nothing.
 
 Everything runs over blocks of rows, q of a block being computed anew from the mixture of the round before. Beside the
 inputs there is, for b, one table of exponents: float64, as all arithmetic is, while N C is at most 2^25, float16 with
-arithmetic in float32 beyond that. It may be of a sample of S images. b then meets the prior on these; a class's share of
-all images deviates from it by the error of a sample, about sqrt(C / S) of the share.
+arithmetic in float32 beyond that.
 """
 
 from __future__ import annotations
@@ -29,8 +30,9 @@ from typing import Literal
 
 import numpy as np
 
-Prior = Literal["uniform", "annotator", "none"]
-DIMENSIONS, IMAGES_A_DIMENSION = 64, 10  # of the features; more than that are fitted to too few images
+Prior = Literal["uniform", "annotator", "estimated"]
+LEAST_DIMENSIONS = 64  # of the features, or as many as the means of C classes can span, C - 1
+IMAGES_A_DIMENSION = 10  # at least; more dimensions would be fitted to too few images
 SHRINKAGE, ROUNDS = 0.1, 10
 LEAST_PRIOR, LEAST_OBSERVED = 1e-4, 1e-6  # an annotator is never quite sure
 BALANCED, MOST_STEPS = 1e-3, 100  # largest relative error of a class's share, and steps a round until it
@@ -45,7 +47,7 @@ class Setting:
 
     Attributes:
         weight: w, 1 for a prior, 0 for an observation through a confusion matrix.
-        prior: shares of the classes: equal, as in the annotator's mean prediction, or as they come out.
+        prior: shares of the classes: equal, as in the annotator's mean prediction, or estimated with the rest.
     """
 
     weight: float
@@ -89,12 +91,12 @@ class Projection:
         return out
 
 
-def fit_projection(features: Table, dimensions: int = DIMENSIONS) -> Projection:
+def fit_projection(features: Table, classes: int) -> Projection:
     """Principal axes of standardised features.
 
     Args:
         features: (N, D) of any float type, N >= 1; a feature that does not vary counts for nothing.
-        dimensions: d at most; never more than N / 10, nor than there are.
+        classes: C. d is C - 1, at least 64, but never more than N / 10, nor than D.
     """
     n, width = features.shape
     mean = sum(features[rows].astype(np.float64).sum(axis=0) for rows in blocks(n, width)) / n
@@ -107,7 +109,7 @@ def fit_projection(features: Table, dimensions: int = DIMENSIONS) -> Projection:
     varies = deviation > 1e-6 * np.abs(mean)
     scale = np.where(varies, 1 / np.where(varies, deviation, 1), 0)
     values, axes = np.linalg.eigh(covariance * scale * scale[:, None])
-    d = max(1, min(dimensions, n // IMAGES_A_DIMENSION, width))
+    d = max(1, min(max(LEAST_DIMENSIONS, classes - 1), n // IMAGES_A_DIMENSION, width))
     axes = axes[:, np.argsort(-values, kind="stable")[:d]]
     axes *= np.where(axes[np.abs(axes).argmax(axis=0), np.arange(d)] < 0, -1, 1)  # a sign that no library decides
     return Projection(mean, scale[:, None] * axes)
@@ -121,9 +123,9 @@ class Mixture:
     """A fitted mixture of C classes in d dimensions.
 
     Attributes:
-        weights: (d, C), S^-1 mu. offset: (C,), 1/2 mu' S^-1 mu.
+        weights: (d, C), S^-1 mu. offset: (C,), 1/2 mu' S^-1 mu, minus the log of a class's share where that is estimated.
         confusion: (C, C), Pi; row c says how the annotator names images of class c.
-        balance: (C,), b. shares: (C,), mean of q over the images that it was fitted to.
+        balance: (C,), b where it balances, else 0. shares: (C,), mean of q over the images that it was fitted to.
         setting: as it was fitted.
     """
 
@@ -170,25 +172,24 @@ def normalised(probs: np.ndarray, dtype: type = np.float64) -> np.ndarray:
 
 
 def fit_mixture(
-    z: Table,
+    z: np.ndarray,
     probs: Table,
     setting: Setting,
     rounds: int = ROUNDS,
     shrinkage: float = SHRINKAGE,
-    sample: np.ndarray | None = None,
+    slack: float = 0.0,
 ) -> Mixture:
     """Fit the mixture by `rounds` rounds of EM.
 
     Args:
         z: (N, d), projected features. probs: (N, C) of any float type, the annotator's, rows of any sum.
-        sample: rows by which the classes are balanced, all by default.
+        slack: see `balanced`.
 
     Returns:
         the mixture; log q of any image is its `of_both` plus its `balance`, up to a number a row.
     """
     n, classes = probs.shape
     exact = precision(n, classes)
-    few = (z, probs) if sample is None else (Subset(z, sample), Subset(probs, sample))
     scatter, means = np.zeros((z.shape[1], z.shape[1])), np.zeros((classes, z.shape[1]))
     sums = _Sums(classes, z.shape[1])
     for rows in blocks(n, classes):
@@ -198,23 +199,22 @@ def fit_mixture(
     prior = {
         "uniform": np.full(classes, 1 / classes),
         "annotator": (sums.size + 0.5) / (n + 0.5 * classes),
-        "none": None,
+        "estimated": None,
     }[setting.prior]
     balance, logits = np.zeros(classes), None
     if prior is not None:
-        logits = np.empty((len(few[0]), classes), dtype=np.float64 if exact is np.float64 else np.float16)
+        logits = np.empty((n, classes), dtype=np.float64 if exact is np.float64 else np.float16)
     for _ in range(rounds):
         mixture, means = _maximise(sums, means, scatter, n, shrinkage, setting)
         if prior is not None:
-            for rows in blocks(*logits.shape):
-                scores = mixture.of_both(few[0][rows].astype(exact, copy=False), normalised(few[1][rows], exact))
+            for rows in blocks(n, classes):
+                scores = mixture.of_both(z[rows].astype(exact, copy=False), normalised(probs[rows], exact))
                 logits[rows] = np.maximum(scores - scores.max(axis=1, keepdims=True), LEAST_EXPONENT)
-            balance = balanced(logits, prior, balance, exact)
+            balance = balanced(logits, prior, balance, exact, slack)
         mixture.balance, sums = balance, _Sums(classes, z.shape[1])
         for rows in blocks(n, classes):
             block, evidence = z[rows].astype(exact, copy=False), normalised(probs[rows], exact)
-            known = logits is not None and sample is None  # already computed, for all rows
-            scores = logits[rows].astype(exact) if known else mixture.of_both(block, evidence)
+            scores = mixture.of_both(block, evidence) if logits is None else logits[rows].astype(exact)
             scores += balance.astype(exact)
             sums.add(softmax(scores), block, evidence)
         mixture.shares = sums.size / n
@@ -248,14 +248,20 @@ def _maximise(
     confusion = sums.named + 0.5 / classes
     confusion /= confusion.sum(axis=1, keepdims=True)
     offset = 0.5 * (means.T * weights).sum(axis=0)
+    if setting.prior == "estimated":
+        offset -= np.log((sums.size + 0.5) / (n + 0.5 * classes))
     return Mixture(weights, offset, confusion, np.zeros(classes), np.zeros(classes), setting), means
 
 
-def balanced(logits: np.ndarray, prior: np.ndarray, start: np.ndarray, dtype: type = np.float64) -> np.ndarray:
+def balanced(
+    logits: np.ndarray, prior: np.ndarray, start: np.ndarray, dtype: type = np.float64, slack: float = 0.0
+) -> np.ndarray:
     """b (C,) such that the mean of softmax(logits + b) over the rows is the prior, by Sinkhorn's iteration from `start`.
 
     Args:
         logits: (N, C), every row's largest near 0. prior: (C,), sums to 1.
+        slack: what a class's share may deviate from its prior, as a part of that, without being moved; those that deviate
+            more are moved that near.
     """
     n, classes = logits.shape
 
@@ -272,6 +278,7 @@ def balanced(logits: np.ndarray, prior: np.ndarray, start: np.ndarray, dtype: ty
             mean += scale * (kernel.T @ (1 / (kernel @ scale)))
         # a class that is out of the question for every image stays so
         ratio = np.where(mean > 0, mean / n / prior, 1.0)
+        ratio /= np.clip(ratio, 1 - slack, 1 + slack)
         u = u / ratio
         u = np.maximum(u / u.max(), least)
         if np.abs(ratio - 1).max() < BALANCED:

@@ -1,7 +1,8 @@
 """Probabilities mended by features (`coreg.weak.mixture`): how evidence is read, chosen without labels, and how sure it is.
 
-Nothing is random; parts of the images are drawn by key. Beside the inputs there are the projected features (N, 64) and a
-table of at most 2^28 entries of 2 bytes: of very many images the classes' balance is found on 2^28 / C, drawn by key.
+Nothing is random; parts of the images are drawn by key. A mixture of C classes is fitted to at most 2^27 / C images: 13
+million for 10 classes, 134,000 for 1,000. So beside the inputs there are, whatever N is, the projected features of these
+and a table of 2^27 entries of 2 bytes.
 """
 
 from __future__ import annotations
@@ -30,9 +31,10 @@ from coreg.weak.temperature import fit_temperature
 
 WEIGHTS = (0.5, 1.0, 0.0)
 FOLDS = 5
+ENTRIES_IN_ALL_FOLDS = 1 << 21  # of (N, C); of more, one fold of the five says enough, and five take minutes
 EQUAL_CLASSES = 0.97  # effective number of classes, as a share of C, from which they count as equally frequent
 JUDGED_IMAGES = 20_000  # at most, by which settings and temperature are chosen
-ENTRIES_BALANCED = 1 << 28  # of (N, C), at most, by which classes are balanced
+ENTRIES_FITTED = 1 << 27  # of (N, C), at most, to which a mixture is fitted
 
 
 # ---- without labels: which setting, and how sure --------------------------------------------------------------------
@@ -45,17 +47,17 @@ def foretold(z: np.ndarray, probs: np.ndarray, setting: Setting, parts: np.ndarr
     foretell the annotator best.
 
     Args:
-        z: (N, d). probs: (N, C). parts: int (N,), the fold that each image is left out of.
+        z: (N, d). probs: (N, C). parts: int (N,), the fold that each image is left out of, -1 for none.
     """
     total = 0.0
-    for part in np.unique(parts):
+    for part in np.unique(parts[parts >= 0]):
         held, kept = parts == part, parts != part
         if not kept.any():  # one image
             kept = held
         mixture = fit_mixture(z[kept], probs[kept], setting)
         explained = mixture.observed(normalised(probs[held]))
         total += np.log((softmax(mixture.of_view(z[held]).astype(np.float64)) * explained).sum(axis=1)).sum()
-    return float(total / len(z))
+    return float(total / (parts >= 0).sum())
 
 
 def choose(
@@ -63,9 +65,9 @@ def choose(
 ) -> tuple[Setting, dict[float, float]]:
     """How evidence is best read, without any label, judged on at most `JUDGED_IMAGES` images.
 
-    The prior, where none is given, is uniform if a mixture without one finds classes of nearly equal size (see
-    `effective_classes`), and none otherwise: to balance classes that are not equally frequent costs far more than it brings
-    where they are, and `foretold` does not see it. Of the weights 1/2, 1 and 0 that one is taken which
+    The prior, where none is given, is uniform if classes whose shares are estimated come out nearly equal (see
+    `effective_classes`), and estimated otherwise: to balance classes that are not equally frequent costs far more than it
+    brings where they are, and `foretold` does not see it. Of the weights 1/2, 1 and 0 that one is taken which
     `foretold` ranks first.
 
     Args:
@@ -77,12 +79,14 @@ def choose(
     rows = drawn(ids, "judged")[:JUDGED_IMAGES]
     z, probs = z[rows], probs[rows]
     if prior is None:
-        shares = fit_mixture(z, probs, Setting(0.5, "none")).shares
-        prior = "uniform" if effective_classes(shares) >= EQUAL_CLASSES * probs.shape[1] else "none"
+        shares = fit_mixture(z, probs, Setting(0.5, "estimated")).shares
+        prior = "uniform" if effective_classes(shares) >= EQUAL_CLASSES * probs.shape[1] else "estimated"
     if weight is not None:
         return Setting(weight, prior), {}
     parts = np.empty(len(rows), dtype=np.int64)
     parts[drawn(ids[rows], "folds")] = np.arange(len(rows)) * FOLDS // max(len(rows), 1)
+    if probs.size > ENTRIES_IN_ALL_FOLDS:
+        parts[parts > 0] = -1
     scores = {weight: foretold(z, probs, Setting(weight, prior), parts) for weight in WEIGHTS}
     return Setting(max(scores, key=scores.__getitem__), prior), scores
 
@@ -129,9 +133,9 @@ class Refinement:
 
     Attributes:
         setting: how evidence was read. scores: `foretold` of every weight tried. temperature: q's.
-        classes: effective number of classes of the training images.
+        classes: effective number of classes of the images that the mixture was fitted to.
         projection, mixture: the classifier of other images.
-        features, evidence: as they were given. role: int8 (N,), see `_KEPT`, `_FITTED`, `_SEEN`.
+        features, evidence: as they were given. role: int8 (N,), see `_KEPT`, `_MENDED`, `_SEEN`.
     """
 
     setting: Setting
@@ -153,12 +157,12 @@ class Refinement:
         """Mended probabilities of some rows, float16 (n, C)."""
         out = self.evidence[rows].astype(np.float16)
         exact, role = precision(*self.evidence.shape), self.role[rows]
-        for kind in (_FITTED, _SEEN):
+        for kind in (_MENDED, _SEEN):
             places = np.flatnonzero(role == kind)
             for block in blocks(len(places), out.shape[1] + self.features.shape[1]):
                 chosen = places[block]
                 z = self.projection(self.features[rows][chosen]).astype(exact)
-                if kind == _FITTED:
+                if kind == _MENDED:
                     scores = self.mixture.of_both(z, normalised(self.evidence[rows][chosen], exact))
                     scores += self.mixture.balance.astype(exact)
                 else:
@@ -168,7 +172,7 @@ class Refinement:
         return out
 
 
-_KEPT, _FITTED, _SEEN = range(3)  # a row's probabilities: kept; mended with them as evidence; by the features alone
+_KEPT, _MENDED, _SEEN = range(3)  # a row's probabilities: kept; mended with them as evidence; by the features alone
 
 
 def refine(
@@ -184,8 +188,9 @@ def refine(
     Args:
         features: (N, D) of any float type. probs: (N, C) of any float type, the annotator's; uniform rows where it says
             nothing. Both may be mapped from disk; a block of rows is read at a time.
-        train: int64, rows that are fitted. others: int64, rows that are classified by their features alone, so that no
-            evidence of theirs is used; what is in neither keeps its probabilities.
+        train: int64, rows whose evidence is mended; the mixture is fitted to them, or to a part of very many.
+        others: int64, rows that are classified by their features alone, so that no evidence of theirs is used; what is in
+            neither keeps its probabilities.
         prior, weight: see `Setting`; None to choose without labels (`choose`).
 
     Raises:
@@ -193,14 +198,19 @@ def refine(
     """
     if not len(train):
         raise ValueError("there are no training rows to fit a mixture to")
-    projection = fit_projection(Subset(features, train))
-    z, evidence = projection(Subset(features, train)), Subset(probs, train)
-    setting, scores = choose(z, evidence, train, prior, weight)
-    temperature = fit_two_halves(z, evidence, setting, train)
-    most = max(1, ENTRIES_BALANCED // probs.shape[1])
-    sample = None if len(train) <= most else np.sort(drawn(train, "balanced")[:most])
-    mixture = fit_mixture(z, evidence, setting, sample=sample)
+    most = max(1, ENTRIES_FITTED // probs.shape[1])
+    fitted, slack = train, 0.0
+    if len(train) > most:
+        fitted = np.sort(train[drawn(train, "fitted")[:most]])
+        slack = (
+            2 * (probs.shape[1] / most) ** 0.5
+        )  # classes that are equally frequent are not quite so in a part: twice the error
+    projection = fit_projection(Subset(features, fitted), probs.shape[1])
+    z, evidence = projection(Subset(features, fitted)), Subset(probs, fitted)
+    setting, scores = choose(z, evidence, fitted, prior, weight)
+    temperature = fit_two_halves(z, evidence, setting, fitted)
+    mixture = fit_mixture(z, evidence, setting, slack=slack)
     role = np.full(len(probs), _KEPT, dtype=np.int8)
-    role[train], role[others] = _FITTED, _SEEN
+    role[train], role[others] = _MENDED, _SEEN
     classes = effective_classes(mixture.shares)
     return Refinement(setting, scores, temperature, classes, projection, mixture, features, probs, role)
