@@ -53,9 +53,10 @@ from coreg.annotate.annotators import Annotator, load_annotator
 from coreg.annotate.chat import CHAT_TEMPLATES
 from coreg.annotate.health import REPORTS, notes_of, write_report
 from coreg.annotate.models import ModelSpec, resolve
-from coreg.annotate.prompts import TEMPLATES, read_class_names, read_templates
+from coreg.annotate.prompts import TEMPLATES, read_templates
 from coreg.annotate.summary import summary
 from coreg.annotate.work import Progress, annotate_images, every_block, rescore_features
+from coreg.data.class_names import read_class_names
 from coreg.data.images import ImageList, absolute_path, list_hash, translated
 from coreg.data.sources import open_images, require_readable
 from coreg.demo.annotator import demo_templates

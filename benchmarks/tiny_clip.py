@@ -23,7 +23,8 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from coreg.annotate.prompts import TEMPLATES, prompts, read_class_names
+from coreg.annotate.prompts import TEMPLATES, prompts
+from coreg.data.class_names import read_class_names
 from coreg.data.decode import decode
 from coreg.data.sources import open_images
 from coreg.errors import UserError, exits_with_one_line

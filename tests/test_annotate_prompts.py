@@ -2,7 +2,8 @@
 
 import pytest
 
-from coreg.annotate.prompts import TEMPLATES, prompts, read_class_names, read_templates
+from coreg.annotate.prompts import TEMPLATES, prompts, read_templates
+from coreg.data.class_names import read_class_names
 from coreg.errors import UserError
 
 

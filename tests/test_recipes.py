@@ -11,9 +11,9 @@ import torch
 
 import train_coreg
 from annotate_vlm import AnnotateConfig
-from coreg.annotate.prompts import read_class_names
 from coreg.annotate.synthetic import SyntheticConfig, read_superclasses
 from coreg.config import parse, read_recipe
+from coreg.data.class_names import read_class_names
 from coreg.data.sources import TORCHVISION
 from coreg.errors import UserError
 from coreg.learn.dividemix_options import DivideMixOptions

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+import string
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from coreg.errors import UserError
 
+MAX_CLASSES = 32_767  # votes are int16
 WANTED = "write one class name a line and nothing else"
 HEADERS = frozenset(("id", "index", "idx", "label", "name", "class", "classname", "classid", "classindex", "category"))
 
@@ -17,6 +20,60 @@ NUMBERED = (
     (r"(?P<n>\d{1,6})\s+(?P<name>.+)", (0,)),
     (r"(?P<name>.+?)\s*[:;,=|]\s*(?P<n>\d{1,6})", (0, 1)),
 )
+
+
+def read_class_names(path: str) -> list[str]:
+    """Read class names, one a line; their order gives the class indices. Blank lines do not count.
+
+    Raises:
+        UserError: the file cannot be read, holds fewer than two names, one name twice (also in other case or Unicode form,
+            or with invisible characters), or more than names: numbers, quotes, columns, remarks.
+    """
+    names = lines_of(path, "class names", "one class name a line")
+    refuse_markup(path, names)
+    if len(names) < 2:
+        raise UserError(f"{path} holds one class name, {names[0][1]!r}; write at least two, one a line")
+    if len(names) > MAX_CLASSES:
+        raise UserError(f"{path} holds {len(names)} class names; at most {MAX_CLASSES} can be told apart")
+    return distinct(path, names, "class name", same_name)
+
+
+def lines_of(path: str, what: str, wanted: str) -> list[tuple[int, str]]:
+    """The lines of a text file that are not blank, stripped, with their numbers; never empty.
+
+    Raises:
+        UserError: it cannot be read, has no such line, or one with control characters.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")  # an editor's byte order mark is no part of the first name
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not UTF-8 text; save it as UTF-8 with {wanted}") from None
+    except OSError as error:
+        raise UserError(f"cannot read the {what} in {path}: {error.strerror}; write a text file with {wanted}") from None
+    lines = [(number, line.strip()) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
+    if not lines:
+        raise UserError(f"{path} holds no {what}; write {wanted}")
+    for number, line in lines:
+        if set(line) & (set(map(chr, range(32))) - set(string.whitespace)):
+            raise UserError(f"{path} line {number} holds control characters; write {wanted}")
+    return lines
+
+
+def distinct(path: str, lines: list[tuple[int, str]], what: str, key: Callable[[str], str] = str.casefold) -> list[str]:
+    """The texts of the lines of `path`, each a `what`.
+
+    Raises:
+        UserError: two have the same `key`.
+    """
+    first: dict[str, tuple[int, str]] = {}
+    for number, line in lines:
+        before, same = first.setdefault(key(line), (number, line))
+        if before != number:
+            form = ", but for Unicode form or invisible characters" if line.casefold() != same.casefold() else ""
+            raise UserError(
+                f"{path} line {number} repeats the {what} {line!r} of line {before}{form}; write every one once"
+            )
+    return [line for _, line in lines]
 
 
 def same_name(name: str) -> str:
