@@ -52,7 +52,7 @@ from coreg.learn.collective import share
 from coreg.learn.coreg import cosine_lr
 from coreg.learn.distill import DistillBatch, DistillLearner
 from coreg.plaintext import printable
-from coreg.process import main_process_decides
+from coreg.process import all_or_none, main_process_decides
 from coreg.report.report import summary
 from coreg.run.epoch import judge
 from coreg.run.job import open_run
@@ -101,6 +101,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with open_run("baselines/distill.py", argv, (job, look, method), annotate_digits, f"runs/kd_{method.teacher}") as run:
         if run is None:
             return
+        all_or_none(run.accelerator, run.store.need_annotator)
         task = prepare(run, method)
         probs, told = main_process_decides(run.accelerator, lambda: teacher_of(task))
         teacher = torch.from_numpy(probs).to(run.accelerator.device, task.data.dtype)

@@ -55,15 +55,21 @@ from coreg.run.results import finish_networks
 from coreg.run.task import Task, finite, predict, prepare
 from coreg.run.training import Training, build_networks, build_optimizer, placed
 from coreg.views.order import ShuffledRows
+from coreg.weak.noise import uniforms
 
 
 def one_label_each(task: Task[DivideMixOptions]) -> Task[DivideMixOptions]:
     """The task with one label an image for a candidate set, or none: images without one are no part of warm-up.
 
-    It is what the annotator names under its first template or on average; a label that a person gave stands in for it.
+    It is what the annotator names under its first template or on average, or one of the candidates where sets were drawn; a
+    label that a person gave stands in for it.
     """
-    rows = task.data.samples.numpy()
-    named = task.store.votes()[rows, 0].astype(np.int64) if task.method.labels_from == "single" else task.annotator
+    rows, named = task.data.samples.numpy(), task.annotator
+    if task.store.drawn:
+        draws = uniforms(task.job.seed, "label", rows, task.candidates.shape[1])
+        named = np.where(task.candidates, draws, -1).argmax(axis=1)
+    elif task.method.labels_from == "single":
+        named = task.store.votes()[rows, 0].astype(np.int64)
     named = np.where(task.known >= 0, task.known, np.where(task.usable, named, -1))
     labels = named[:, None] == np.arange(len(task.store.class_names))
     table = torch.from_numpy(labels).to(task.accelerator.device)

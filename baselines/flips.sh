@@ -49,7 +49,7 @@ if [ ! -d "$OUT/images" ]; then
     cp -r "$IMAGES/test" "$OUT/images.tmp/test" && mv "$OUT/images.tmp" "$OUT/images" || exit 1
 fi
 for seed in $SEEDS; do
-    [ -f "$OUT/store-$seed/manifest.json" ] || "$PYTHON" -m coreg.annotate.synthetic --images "$OUT/images" --classes "$CLASSES" \
+    [ -f "$OUT/store-$seed/manifest.json" ] || "$PYTHON" -m coreg.weak --images "$OUT/images" --classes "$CLASSES" \
         --rule flip --q "$Q" --eta "$ETA" --seed "$seed" --output_dir "$OUT/store-$seed" || exit 1
 done
 

@@ -125,7 +125,7 @@ def template_of(run: Run, labelled: Labelled, method: LoraOptions) -> str:
     if method.template:
         return method.template
     chat, asked = labelled.model.kind == "chat", run.store.manifest["model"]["spec"].startswith("chat:")
-    first = run.store.templates[0]
+    first = next(iter(run.store.templates), "")
     return first if chat == asked and first.count("{}") == 1 else (CHAT_TEMPLATES if chat else TEMPLATES)[0]
 
 

@@ -224,6 +224,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     accelerator, root = build_accelerator(), Path(config.output_dir)
     if config.annotations:
         store = all_or_none(accelerator, lambda: AnnotationStore.open(config.annotations))
+        all_or_none(accelerator, store.need_annotator)
     else:
         store = annotate_digits(root / "annotations", accelerator)
     command = shlex.join(["baselines/zero_shot.py", *argv])

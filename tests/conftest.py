@@ -15,8 +15,8 @@ SMALL_JOB = [
 
 @pytest.fixture(scope="session")
 def small_store(tmp_path_factory):
-    """97 training and 5 test images with synthetic candidate sets, as an annotation store."""
-    from coreg.annotate import synthetic
+    """97 training and 5 test images with candidate sets that were drawn from their labels."""
+    from coreg.weak.__main__ import main
 
     root, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
     for split, n in (("train", 97), ("test", 5)):
@@ -26,11 +26,19 @@ def small_store(tmp_path_factory):
             pixels = rng.integers(0, 256, (12, 12, 3)) // 2 + np.array([100, 60, 20])[[i % 3, (i + 1) % 3, (i + 2) % 3]]
             Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"{i}.png")
     (root / "classes.txt").write_text("a\nb\nc\n")
-    synthetic.main([
+    main([
         "--images", str(root / "images"), "--classes", str(root / "classes.txt"), "--rule", "flip", "--q", "0.3",
         "--eta", "0.2", "--output_dir", str(root / "store"),
     ])  # fmt: skip
     return root / "store"
+
+
+@pytest.fixture(scope="session")
+def small_annotated(small_store, tmp_path_factory):
+    """The same images and sets, as an annotator's votes."""
+    from runs import as_votes
+
+    return as_votes(small_store, tmp_path_factory.mktemp("annotated") / "store")
 
 
 @pytest.fixture(scope="session")

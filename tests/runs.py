@@ -8,11 +8,14 @@ import signal
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from coreg.learn.partial_options import OPTIONS
 from coreg.run import checkpoint
+from coreg.store.store import AnnotationStore, StoreWriter, make_manifest
+from coreg.weak.noise import uniforms
 
 ROOT = Path(__file__).parents[1]
 
@@ -52,6 +55,27 @@ def refused(capsys, main, *arguments):
     assert stopped.value.code == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     return line
+
+
+def as_votes(drawn, folder, spec="m"):
+    """A store of drawn sets again as the votes and probabilities of an annotator `spec`, one template a candidate."""
+    store = AnnotationStore.open(drawn)
+    sets, images = store.drawn_sets(), store.images()
+    order = uniforms(0, "order", np.arange(len(sets)), sets.shape[1])
+    votes = np.where(sets, order, 2.0).argsort(axis=1)[:, : sets.sum(axis=1).max()].astype(np.int16)
+    votes[np.arange(votes.shape[1]) >= sets.sum(axis=1, keepdims=True)] = -1
+    probs = (sets / sets.sum(axis=1, keepdims=True)).astype(np.float16)
+    templates = [f"synthetic candidate {number} ({{}})" for number in range(1, votes.shape[1] + 1)]
+    told = {"features": None, "data_root": "data", "preprocessing": None, "versions": {}}
+    model = {"spec": spec, "weights": "w"}
+    manifest = make_manifest(images, store.class_names, templates, model, 40, **told)
+    writer = StoreWriter(Path(folder), manifest)
+    writer.begin(images)
+    for index in range(len(writer.files)):
+        rows = slice(writer.rows(index).start, writer.rows(index).stop)
+        writer.write(index, {"votes": votes[rows], "probs": probs[rows]}, {})
+    writer.finish(images.paths)
+    return Path(folder)
 
 
 class Killed(BaseException):

@@ -114,7 +114,7 @@ def test_a_damaged_store_names_the_command_that_made_it(place, capsys):
     for store, parts, again in (
         ("images", ("ann", "parts"), merge),
         ("annotators", ("ann", "n"), merge),
-        ("synthetic", (), "run the same python -m coreg.annotate.synthetic command again"),
+        ("synthetic", (), "delete it and run the same python -m coreg.weak command again"),
         ("ann", (), "run the same annotate_vlm.py command again"),
     ):
         if parts:

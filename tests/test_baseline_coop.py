@@ -162,7 +162,7 @@ def test_what_cannot_work_is_told_in_one_line(digits, small_store, tmp_path, cap
     llava = save_tiny_llava(tmp_path / "llava")
     assert "is a chat model" in refused(capsys, coop.main, *options, "--vlm", f"chat:{llava}")
     options[1] = str(small_store)
-    assert "unknown model synthetic" in refused(capsys, coop.main, *options)
+    assert "name the model to tune with --vlm" in refused(capsys, coop.main, *options)
     assert not (tmp_path / "run").exists()
 
 

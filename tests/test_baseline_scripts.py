@@ -104,8 +104,8 @@ def test_averaged_embeddings_are_those_of_open_clip_itself(digits):
     assert (averaged_embedding_logits(digits).argmax(axis=1) == expected.numpy()).mean() > 0.999
 
 
-def test_what_a_store_does_not_tell_is_left_out_or_refused(small_store, tmp_path, capsys):
-    arguments = ["--annotations", small_store, "--output_dir", tmp_path / "z"]
+def test_what_a_store_does_not_tell_is_left_out_or_refused(small_annotated, tmp_path, capsys):
+    arguments = ["--annotations", small_annotated, "--output_dir", tmp_path / "z"]
     zero_shot.main([str(word) for word in arguments])
     said = capsys.readouterr().out
     assert said.count("left out") == 4 and "keeps no features" in said
@@ -124,14 +124,23 @@ def test_what_a_store_does_not_tell_is_left_out_or_refused(small_store, tmp_path
 def test_an_annotator_that_cannot_be_had_is_told(tmp_path):
     def store(spec, weights="w"):
         told = {"features": 4, "model": {"spec": spec, "weights": weights, "precision": "fp32"}}
-        return SimpleNamespace(manifest=told, root=tmp_path, class_names=["a", "b"], templates=["{}"])
+        return SimpleNamespace(
+            manifest=told, root=tmp_path, class_names=["a", "b"], templates=["{}"], need_annotator=lambda: None
+        )
 
     with pytest.raises(UserError, match="does not exist"):
         text_side(store(f"local-dir:{tmp_path / 'gone'}"), ["{}"])
     with pytest.raises(UserError, match="its files changed"):
         text_side(store("builtin:glyph-clip"), ["{}"])
     with pytest.raises(UserError, match="unknown model"):
-        text_side(store("synthetic:flip(q=0.1,eta=0.0,seed=0)"), ["{}"])
+        text_side(store("models:clip"), ["{}"])
+
+
+@pytest.mark.parametrize("module", [zero_shot, distill], ids=["zero_shot", "distill"])
+def test_what_was_drawn_from_true_labels_has_no_annotator_to_judge_or_to_distil(small_store, tmp_path, capsys, module):
+    line = refused(capsys, module.main, "--annotations", small_store, "--output_dir", tmp_path / "run")
+    assert "holds candidate sets that were drawn from true labels" in line and "annotate_vlm.py" in line
+    assert not list((tmp_path / "run").glob("**/report.json"))
 
 
 # ---- distillation ----------------------------------------------------------------------------------------------------
@@ -163,14 +172,14 @@ def teacher_of(store, teacher, known):
     return distill.teacher_of(task)
 
 
-def test_teachers(digits, small_store):
+def test_teachers(digits, small_annotated):
     nobody = np.full(len(digits), -1)
     averaged, _ = teacher_of(digits, "averaged", nobody)
     np.testing.assert_array_equal(averaged, digits.probs())
     single, told = teacher_of(digits, "single", nobody)
     np.testing.assert_array_equal(single, single_template_probabilities(digits))
     # without features the first template's votes have to do, and no vote is no opinion
-    small = AnnotationStore.open(small_store)
+    small = AnnotationStore.open(small_annotated)
     votes, told = teacher_of(small, "single", np.full(len(small), -1))
     assert "votes of the first template, because" in told and "keeps no features" in told
     spoken = small.votes()[:, 0] >= 0
@@ -204,6 +213,21 @@ def test_dividemix_runs_to_its_report(small_store, tmp_path, switch):
     assert report["labels_used"] == (6 if "--few_shot" in switch else 0)
     assert set(report["accuracy"]["test"]) == {"ensemble", "net1", "net2", "n", "interval"}
     assert len(state["divisions"]["weights"]) == (0 if switch[-2:] == ("--warmup_epochs", "2") else 2)
+
+
+def test_dividemix_takes_one_of_the_candidates_where_sets_were_drawn():
+    sets = np.random.default_rng(0).random((20_000, 5)) < 0.5
+    sets[~sets.any(axis=1), 0] = True
+    task = SimpleNamespace(
+        store=SimpleNamespace(drawn=True, class_names="abcde"), data=SimpleNamespace(samples=torch.arange(20_000)),
+        candidates=sets, annotator=sets.argmax(axis=1), usable=np.ones(20_000, bool), known=np.full(20_000, -1),
+        job=SimpleNamespace(seed=1), method=SimpleNamespace(labels_from="averaged"),
+        accelerator=SimpleNamespace(device="cpu"),
+    )  # fmt: skip
+    labels = dividemix.noisy_labels(task).table
+    assert (labels.sum(axis=1) == 1).all() and not (labels & ~sets).any()
+    # each candidate equally often
+    assert np.allclose(labels.mean(axis=0), (sets / sets.sum(axis=1, keepdims=True)).mean(axis=0), atol=0.02)
 
 
 def test_dividemix_on_the_digits(digits, tmp_path):
@@ -245,18 +269,18 @@ def test_weak_views_train_on_what_was_guessed_from():
 
 
 @pytest.mark.parametrize(("module", "more"), [(dividemix, ("--warmup_epochs", "1")), (distill, ())], ids=["two", "one"])
-def test_a_killed_run_goes_on_bit_for_bit(small_store, tmp_path, monkeypatch, module, more, capsys):
+def test_a_killed_run_goes_on_bit_for_bit(small_annotated, tmp_path, monkeypatch, module, more, capsys):
     """Killed at a checkpoint within the second epoch, then started again, and once more when it is finished."""
     more = (*more, "--checkpoint_minutes", "0")
-    expected, _ = small_run(module, small_store, tmp_path / "whole", *more)
+    expected, _ = small_run(module, small_annotated, tmp_path / "whole", *more)
     with killed_at(monkeypatch, 1, 2):
-        small_run(module, small_store, tmp_path / "run", *more)
-    found, _ = small_run(module, small_store, tmp_path / "run", *more)
+        small_run(module, small_annotated, tmp_path / "run", *more)
+    found, _ = small_run(module, small_annotated, tmp_path / "run", *more)
     for ours, theirs in zip(expected["learners"], found["learners"]):
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert expected["curves"] == found["curves"]
     capsys.readouterr()
-    small_run(module, small_store, tmp_path / "run", *more)
+    small_run(module, small_annotated, tmp_path / "run", *more)
     assert "finished" in capsys.readouterr().out
 
 
@@ -366,7 +390,7 @@ def test_flips_trains_co_reg_its_parts_and_partial_cross_entropy(tmp_path):
     assert copied == [
         f"{split}/{c}/{i}.png" for split, n in (("test", 2), ("train", 3)) for c in ("a", "b c") for i in range(n)
     ]
-    stores = [words for words in commands if "coreg.annotate.synthetic" in words]
+    stores = [words for words in commands if "coreg.weak" in words]
     assert [words[words.index("--seed") + 1] for words in stores] == ["4", "5"]
     jobs = {}
     for words in commands:

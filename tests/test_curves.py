@@ -64,14 +64,14 @@ PARTS = {
 
 
 @pytest.fixture(scope="module")
-def states_of(small_store, tmp_path_factory):
+def states_of(small_annotated, tmp_path_factory):
     """(jobs, processes) -> their final states by name; each is trained once."""
     root, done = tmp_path_factory.mktemp("curves"), {}
     clip = ["--vlm", f"local-dir:{save_tiny_clip(root / 'clip')}"]
 
     def arguments(name, output):
         tuned = clip if name in ("coop", "lora") else []
-        return ["--annotations", str(small_store), "--output_dir", str(output), *JOBS[name], *tuned]
+        return ["--annotations", str(small_annotated), "--output_dir", str(output), *JOBS[name], *tuned]
 
     def ask(names, processes):
         new = [name for name in names if (name, processes) not in done]

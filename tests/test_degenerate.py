@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 from conftest import SMALL_JOB
 from PIL import Image
-from runs import final_state, refused, same_curves, script, with_method
+from runs import as_votes, final_state, refused, same_curves, script, with_method
 
 import train_coreg
-from coreg.annotate import synthetic
 from coreg.learn.division import Division
 from coreg.learn.partial import METHODS
 from coreg.run import checkpoint
 from coreg.store.store import AnnotationStore
+from coreg.weak.__main__ import main as draw_sets
 
 ROOT = Path(__file__).parents[1]
 
@@ -41,7 +41,7 @@ def made_store(root, n, q):
         )
     (root / "classes.txt").write_text("a\nb\n")
     images = ["--images", str(root / "images"), "--classes", str(root / "classes.txt")]
-    synthetic.main([*images, "--rule", "flip", "--q", q, "--eta", "0", "--output_dir", str(root / f"store{q}")])
+    draw_sets([*images, "--rule", "flip", "--q", q, "--eta", "0", "--output_dir", str(root / f"store{q}")])
     return root / f"store{q}"
 
 
@@ -100,7 +100,8 @@ CONTRAST = ["--queue_size", "50", "--projection_dim", "8"]
 
 @pytest.fixture(scope="module")
 def sixty_five(tmp_path_factory):
-    return made_store(tmp_path_factory.mktemp("65"), 65, "0.5")
+    root = tmp_path_factory.mktemp("65")
+    return as_votes(made_store(root, 65, "0.5"), root / "annotated")
 
 
 def deep_run(name, store, output, *more):

@@ -185,8 +185,8 @@ SMALL = [
         pytest.param("distill", ("--kd_temperature", "2", "--view", "strong"), marks=pytest.mark.slow),
     ],
 )
-def test_two_processes_train_like_one(small_store, tmp_path, name, more):
-    options = ["--annotations", str(small_store), *SMALL, *more]
+def test_two_processes_train_like_one(small_annotated, tmp_path, name, more):
+    options = ["--annotations", str(small_annotated), *SMALL, *more]
     script(name).main([*options, "--output_dir", str(tmp_path / "1")])
     launch = ["accelerate.commands.launch", "--config_file", str(ROOT / "accelerate_configs" / "cpu.yaml")]
     command = [str(ROOT / "baselines" / f"{name}.py"), *options, "--output_dir", str(tmp_path / "2")]

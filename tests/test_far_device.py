@@ -144,9 +144,9 @@ SCRIPTS = {
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_a_script_trains_far_away_as_it_trains_here(name, small_store, tmp_path, monkeypatch):
+def test_a_script_trains_far_away_as_it_trains_here(name, small_annotated, tmp_path, monkeypatch):
     module, more = SCRIPTS[name]
-    job = ["--annotations", str(small_store), *JOB, *more]
+    job = ["--annotations", str(small_annotated), *JOB, *more]
     module.main([*job, "--output_dir", str(tmp_path / "here")])
     trained_far_away(module.main, [*job, "--output_dir", str(tmp_path / "far")], monkeypatch)
     here, far = final_state(tmp_path / "here"), final_state(tmp_path / "far")

@@ -135,7 +135,7 @@ def test_an_installed_command_is_answered_for_unless_its_caller_ignores_the_keys
 
 
 SCRIPTS = ["train_coreg.py", "annotate_vlm.py", *(str(p.relative_to(ROOT)) for p in (ROOT / "baselines").glob("*.py"))]
-MODULES = ["export.predict", "export", "annotate", "annotate.synthetic", "annotate.health", "baselines.pll"]
+MODULES = ["export.predict", "export", "annotate", "annotate.view", "weak", "baselines.pll"]
 
 
 @pytest.mark.multiprocess

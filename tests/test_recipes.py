@@ -11,7 +11,6 @@ import torch
 
 import train_coreg
 from annotate_vlm import AnnotateConfig
-from coreg.annotate.synthetic import SyntheticConfig, read_superclasses
 from coreg.config import parse, read_recipe
 from coreg.data.class_names import read_class_names
 from coreg.data.sources import TORCHVISION
@@ -23,6 +22,7 @@ from coreg.recipes import FOLDER, listing
 from coreg.recipes.__main__ import main
 from coreg.settings import ImageConfig, JobConfig
 from coreg.views.augment import RANDAUGMENT
+from coreg.weak.__main__ import WeakConfig, read_superclasses
 
 NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
 OTHERS = (JobConfig, ImageConfig, CoRegOptions)
@@ -130,8 +130,8 @@ def test_the_folder_recipe_leaves_mixup_to_the_methods_that_are_made_of_it():
 def test_the_commands_on_top_are_typed_correctly(name):
     stores = []
     for words in commands(name):
-        if words[:3] == ["python", "-m", "coreg.annotate.synthetic"]:
-            (config,) = parse(SyntheticConfig, argv=words[3:])
+        if words[:3] == ["python", "-m", "coreg.weak"]:
+            (config,) = parse(WeakConfig, argv=words[3:])
             stores.append(config.output_dir)
         elif words[2] == "annotate_vlm.py":
             (config,) = parse(AnnotateConfig, argv=words[3:])

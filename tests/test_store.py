@@ -165,8 +165,8 @@ def test_folders_that_are_no_finished_store_are_told_in_one_line(tmp_path):
 
     write_store(tmp_path / "next")
     told = json.loads((tmp_path / "next" / "manifest.json").read_text())
-    (tmp_path / "next" / "manifest.json").write_text(json.dumps(told | {"version": 3}))
-    assert "schema coreg-annotations version 3 but this coreg reads" in refused(AnnotationStore.open, tmp_path / "next")
+    (tmp_path / "next" / "manifest.json").write_text(json.dumps(told | {"version": 4}))
+    assert "schema coreg-annotations version 4 but this coreg reads" in refused(AnnotationStore.open, tmp_path / "next")
     told.pop("templates")
     (tmp_path / "next" / "manifest.json").write_text(json.dumps(told))
     assert "there is no 'templates'" in refused(AnnotationStore.open, tmp_path / "next")

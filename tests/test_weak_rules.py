@@ -16,12 +16,17 @@ from coreg.weak.rules import (
 class Evidence:
     """What the rules read of a store."""
 
+    drawn = False
+
     def __init__(self, votes, probs, labels=None, split=None, unreadable=None):
         self._votes, self._probs = np.asarray(votes, np.int16), np.asarray(probs, np.float16)
         self.class_names = [str(i) for i in range(self._probs.shape[1])]
         self.labels = None if labels is None else np.asarray(labels)
         self.split = np.zeros(len(votes), np.uint8) if split is None else np.asarray(split, np.uint8)
         self.unreadable = np.zeros(len(votes), bool) if unreadable is None else np.asarray(unreadable)
+
+    def need_annotator(self, remedy):
+        pass
 
     def votes(self):
         return self._votes.copy()

@@ -51,6 +51,8 @@ class Labelled:
             UserError: the model does not exist, or there is no label to learn from.
         """
         store, told = run.store, run.store.manifest["model"]
+        if not run.job.vlm:
+            all_or_none(run.accelerator, lambda: store.need_annotator("name the model to tune with --vlm"))
         model = main_process_decides(run.accelerator, lambda: resolve(run.job.vlm or told["spec"]))
         run.identity["tuned"] = {"spec": model.spec, "weights": model.weights}
         rows = np.flatnonzero(run.known >= 0)

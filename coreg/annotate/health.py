@@ -23,8 +23,8 @@ from coreg.data.images import ImageList
 from coreg.errors import UserError
 from coreg.files import write_atomically
 from coreg.plaintext import printable
-from coreg.scripts import launched
 from coreg.store.store import AnnotationStore
+from coreg.weak.labels import next_command
 from coreg.weak.rules import candidates_of, vote_counts
 
 FEW_IMAGES = 50  # per class; below this a prototype and a class's share of a batch are mostly noise (rule of thumb)
@@ -231,11 +231,6 @@ def _some(names: Sequence[str], chosen: np.ndarray) -> str:
     return ", ".join(names[index] for index in chosen[:10]) + more
 
 
-def next_command(store: AnnotationStore) -> str:
-    """What to type to train on the store."""
-    return f"{launched('train_coreg.py')} --annotations {shlex.quote(str(store.root))} --output_dir runs/mine"
-
-
 def as_text(store: AnnotationStore, health: Health) -> str:
     """The report for a terminal."""
     readable = int(health.sizes.sum())
@@ -302,6 +297,7 @@ def report(folder: str, place: str | None = None, data_root: str | None = None) 
         UserError: there is no such store, or it cannot be written into.
     """
     store = AnnotationStore.open(folder).at(place, data_root)
+    store.need_annotator(f"python -m coreg.annotate info {shlex.quote(str(store.root))} counts how noisy the sets are")
     try:
         images = store.images()
     except UserError as error:  # moved or changed since

@@ -7,13 +7,16 @@ from collections.abc import Sequence
 import numpy as np
 
 from coreg.annotate.changes import before_and_after
-from coreg.annotate.health import examine, next_command
+from coreg.annotate.health import examine
 from coreg.plaintext import printable
 from coreg.store.store import AnnotationStore
+from coreg.weak.labels import drawn_summary, next_command
 
 
 def summary(store: AnnotationStore) -> str:
     """What a person wants to know about a store, in a few lines, with the next command to type."""
+    if store.drawn:
+        return drawn_summary(store)
     health, names, unreadable = examine(store), store.class_names, int(store.unreadable.sum())
     sizes = health.sizes
     lines = [

@@ -17,8 +17,10 @@ def text_side(store: AnnotationStore, templates: Sequence[str], device: torch.de
     """The annotator of `store` with other templates for the same class names; its `judge` takes the stored features.
 
     Raises:
-        UserError: the store keeps no features, or its annotator has no text side, cannot be had, or has changed since.
+        UserError: nobody annotated, the store keeps no features, or its annotator has no text side, cannot be had, or has
+            changed since.
     """
+    store.need_annotator()
     told = store.manifest["model"]
     if store.manifest["features"] is None:
         raise UserError(f"{store.root} keeps no features, its annotator gives none")

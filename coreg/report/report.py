@@ -172,8 +172,6 @@ def build_report(
     probs, names = store.probs(), store.class_names
     truth = {k: np.full(len(rows), -1) if store.labels is None else store.labels[rows] for k, rows in samples.items()}
     zero_shot = {k: probs[rows].argmax(axis=1) if len(rows) else np.zeros(0, int) for k, rows in samples.items()}
-    # candidate sets that were drawn from the truth come from nobody whose accuracy could be told
-    drawn = store.manifest["model"]["spec"].startswith("synthetic:")
     judged = "test" if (truth["test"] >= 0).any() else "train"
     return without_missing(
         {
@@ -189,13 +187,13 @@ def build_report(
             "classes": len(names),
             "annotator": {
                 "name": store.manifest["model"]["spec"],
-                "zero_shot_accuracy": None if drawn else {k: accuracy(zero_shot[k], truth[k]) for k in samples},
+                "zero_shot_accuracy": None if store.drawn else {k: accuracy(zero_shot[k], truth[k]) for k in samples},
                 "partial_accuracy": partial_accuracy(candidates, truth["train"]),
                 "mean_candidates": mean_candidates(candidates),
             },
             "accuracy": {split: accuracies(found, truth[split]) for split, found in predictions.items() if found},
             "per_class_accuracy": per_class(
-                names, truth[judged], None if drawn else zero_shot[judged], predictions[judged].get("ensemble")
+                names, truth[judged], None if store.drawn else zero_shot[judged], predictions[judged].get("ensemble")
             ),
             "per_class_split": judged,
             **measured,

@@ -169,7 +169,7 @@ def _usable(run: Run, train: np.ndarray) -> np.ndarray:
     store, others = run.store, not run.accelerator.is_main_process  # all find the same, and the main process says it
     if len(train) < 2:
         raise UserError(f"the store {store.root} has {len(train)} readable training images; give at least 2", told=others)
-    usable = (store.votes()[train] >= 0).any(axis=1) | (run.known[train] >= 0)
+    usable = (run.known[train] >= 0) | (store.drawn or (store.votes()[train] >= 0).any(axis=1))
     if not usable.any():
         raise UserError(
             f"no template names a class of any training image in {store.root}; annotate with other class names or another "

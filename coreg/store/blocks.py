@@ -124,7 +124,8 @@ def check_evidence(tensors: dict[str, np.ndarray], errors: dict[int, str], rows:
 
     Args:
         tensors: votes int16 (n, T) of -1..C-1, probs float16 (n, C) of 0..1 whose rows sum to 1 but for rounding,
-            features float16 (n, D) where the manifest has their length; `answers` are not looked into.
+            features float16 (n, D) where the manifest has their length; `answers` are not looked into. Without templates
+            only candidates bool (n, C), one at least in every row.
         errors: rows of the whole list that could not be read.
         rows: those of the block.
         manifest: of the store.
@@ -132,16 +133,19 @@ def check_evidence(tensors: dict[str, np.ndarray], errors: dict[int, str], rows:
     Raises:
         BadEvidenceError: the first thing that is wrong.
     """
-    classes, lengths = len(manifest["class_names"]), {"votes": len(manifest["templates"])}
-    lengths |= {"probs": classes} | ({"features": manifest["features"]} if manifest.get("features") else {})
+    classes, templates, features = len(manifest["class_names"]), len(manifest["templates"]), manifest.get("features")
+    lengths = {"votes": templates, "probs": classes} if templates else {"candidates": classes}
+    lengths |= {"features": features} if features else {}
     if set(tensors) - {"answers"} != set(lengths):
         raise BadEvidenceError(f"it holds {', '.join(sorted(tensors))}, expected {', '.join(sorted(lengths))}")
     for name, length in lengths.items():
-        kind, there = np.dtype(np.int16 if name == "votes" else np.float16), tensors[name]
+        kind, there = np.dtype({"votes": np.int16, "candidates": bool}.get(name, np.float16)), tensors[name]
         if there.dtype != kind or there.shape != (len(rows), length):
             raise BadEvidenceError(f"{name} are {there.dtype} {there.shape}, expected {kind} {(len(rows), length)}")
     if any(row not in rows for row in errors):
         raise BadEvidenceError("it names unreadable images of other blocks")
+    if not templates:
+        return _refuse(tensors["candidates"].any(axis=1), rows, "it has no candidate")
     votes, probs = tensors["votes"], tensors["probs"]
     # Bits of floats are compared as integers, many times faster: 0x3C00 is 1.0, 0x7C00 infinity, beyond it NaN.
     if probs.view(np.uint16).max() > 0x3C00:

@@ -15,7 +15,8 @@ from coreg.records import Maybe, Number, RecordError, check_record, parse_record
 from coreg.scripts import launched
 
 SCHEMA = "coreg-annotations"
-VERSION = 2  # in stores of version 1 the place of the images is part of the job
+VERSION = 3  # of version 1: the place of the images is part of the job; up to version 2: every store has templates
+DRAWN = "synthetic:"  # how the spec begins where candidate sets were drawn from true labels
 REFINED = "refined by "  # how the spec of a model begins whose evidence was refined
 JOB = ("class_names", "templates", "model", "images", "block_size")  # the manifest's entries that make two jobs differ
 MOST_BLOCKS = 1_000_000
@@ -50,8 +51,8 @@ def make_manifest(
     Args:
         images: what is to be annotated.
         class_names: C names in order.
-        templates: T prompt templates in order.
-        model: `spec` and `weights`, which identify the annotator.
+        templates: T prompt templates in order; none where candidate sets were drawn and nobody annotated.
+        model: `spec` and `weights`, which identify the annotator, or how the sets were drawn and the hash of them.
         block_size: images a block.
         told: what is written down but does not make another job: `features` (their length or None), `data_root`,
             `preprocessing`, `versions`, `notes` (of the image list), and for a store that was refined `refined`.
@@ -103,7 +104,8 @@ def read_manifest(root: Path) -> dict[str, Any]:
 
 def _check(manifest: dict[str, Any]) -> None:
     check_record(manifest, KIND)
-    for name in ("class_names", "templates"):
+    drawn = manifest["model"]["spec"].startswith(DRAWN)
+    for name in ("class_names",) if drawn else ("class_names", "templates"):
         if not manifest[name]:
             raise RecordError(f"{name} is empty")
     if manifest["images"]["count"] > MOST_BLOCKS * manifest["block_size"]:
@@ -121,8 +123,9 @@ def same_command(manifest: dict[str, Any]) -> str:
         return "run the same python -m coreg.annotate refine command again"
     if " + " in spec or images.startswith(PREFIX):
         return "delete it and run the same python -m coreg.annotate merge command again"
-    script = "python -m coreg.annotate.synthetic" if spec.startswith("synthetic:") else "annotate_vlm.py"
-    return f"run the same {script} command again"
+    if spec.startswith(DRAWN):
+        return "delete it and run the same python -m coreg.weak command again"
+    return "run the same annotate_vlm.py command again"
 
 
 def set_name(spec: str) -> str:

@@ -8,7 +8,8 @@ A store is a folder:
     checksums.json           sha256 of samples.safetensors; stores of version 1 have none
     blocks/00000.safetensors votes int16 (n, T) with -1 for abstention, probs float16 (n, C) mean over templates,
                              features float16 (n, D) where the annotator has them, answers uint8 (B,) where it answers in
-                             words; b-th block = rows b*block_size ...
+                             words; or candidates bool (n, C) alone, drawn from true labels by `python -m coreg.weak`;
+                             b-th block = rows b*block_size ...
     errors.csv               path and reason of every unreadable image; written last, so it also says "finished"
 
 Blocks are the unit of work. Each carries the hash of its job and the checksum of its tensors, is written to a temporary
@@ -34,7 +35,7 @@ from coreg.data.sources import open_images
 from coreg.errors import UserError
 from coreg.records import RecordError, read_file, read_record
 from coreg.store.blocks import BadEvidenceError, DamagedBlockError, check_evidence, read_block, stacked, unpack_answers
-from coreg.store.manifest import block_files, job_hash, make_manifest, moved, read_manifest, same_command
+from coreg.store.manifest import DRAWN, block_files, job_hash, make_manifest, moved, read_manifest, same_command
 from coreg.store.writer import CHECKSUMS, StoreWriter, continued, describe, errors_csv
 
 __all__ = ["AnnotationStore", "StoreWriter", "continued", "make_manifest", "read_manifest"]
@@ -116,17 +117,44 @@ class AnnotationStore:
         return self.manifest["templates"]
 
     @property
+    def drawn(self) -> bool:
+        """Whether candidate sets were drawn from true labels: nobody annotated, there are no votes and no features."""
+        spec = self.manifest["model"]["spec"]
+        return spec.startswith(DRAWN) and " + " not in spec  # merged with what others said, sets were votes like theirs
+
+    def need_annotator(self, remedy: str = "make another one with annotate_vlm.py") -> None:
+        """Raise a UserError where nobody annotated."""
+        if self.drawn:
+            raise UserError(
+                f"the store {self.root} holds candidate sets that were drawn from true labels, and this needs what an "
+                f"annotator said; {remedy}"
+            )
+
+    def drawn_sets(self) -> np.ndarray:
+        """bool (N, C): the candidate sets of a store in which they were drawn."""
+        # up to version 2 such stores had votes of made-up templates, and probabilities that are uniform over the set
+        return self._column("probs") > 0 if self.templates else self._column("candidates")
+
+    @property
     def images_spec(self) -> str:
         """What `coreg.data.sources.open_images` takes to open the images again."""
         return self.manifest["images"]["spec"]
 
     def votes(self) -> np.ndarray:
-        """int16 (N, T): the class that each template names, -1 for abstention."""
+        """int16 (N, T): the class that each template names, -1 for abstention.
+
+        Raises:
+            UserError: nobody annotated.
+        """
+        self.need_annotator()
         return self._column("votes")
 
     def probs(self) -> np.ndarray:
-        """float16 (N, C): mean over the templates of the class probabilities."""
-        return self._column("probs")
+        """float16 (N, C): mean over the templates of the class probabilities; uniform over a set that was drawn."""
+        if not self.drawn:
+            return self._column("probs")
+        sets = self.drawn_sets()
+        return sets * (1 / sets.sum(axis=1, keepdims=True)).astype(np.float16)
 
     def features(self) -> np.ndarray | None:
         """float16 (N, D): image features of length 1, zero for unreadable images; None where the annotator has none."""

@@ -244,10 +244,12 @@ class StoreWriter(BlockWriter):
     def write(self, index: int, tensors: dict[str, np.ndarray], errors: dict[int, str]) -> None:
         """Write block `index`; rows in `errors` (numbers in the whole list) abstain: votes -1, uniform probabilities.
 
+        Where candidate sets were drawn no image is opened, and there are no such rows.
+
         Args:
             index: which block.
             tensors: votes int16 (n, T), probs float16 (n, C) and, where there are any, features float16 (n, D) and
-                answers (see `blocks.pack_answers`).
+                answers (see `blocks.pack_answers`); or candidates bool (n, C) alone.
             errors: row number -> why the image could not be read.
 
         Raises:
@@ -256,10 +258,9 @@ class StoreWriter(BlockWriter):
         rows = self.rows(index)
         bad = [row - rows.start for row in errors]
         tensors = {name: np.array(tensor, order="C") for name, tensor in tensors.items()}
-        tensors["votes"][bad] = -1
-        tensors["probs"][bad] = 1 / tensors["probs"].shape[1]
-        if "features" in tensors:
-            tensors["features"][bad] = 0
+        for name, value in (("votes", -1), ("probs", 1 / len(self.manifest["class_names"])), ("features", 0)):
+            if name in tensors:
+                tensors[name][bad] = value
         try:
             check_evidence(tensors, errors, rows, self.manifest)
         except BadEvidenceError as error:

@@ -112,14 +112,18 @@ def candidate_sets(store: AnnotationStore, rule: str = "union") -> np.ndarray:
         rule: `union` (every class that a template names: the papers' rule), `votes:V` (classes named by at least V
             templates, else the most voted one), `topk:K` (the K most probable), `prob:P` (probability at least P, and
             the most probable), `ratio:R` (at least R times the largest probability), `cumulative:P` (the fewest most
-            probable classes that together have the share P).
+            probable classes that together have the share P). Sets that were drawn are what they are.
 
     Returns:
         bool (N, C); no row is empty, and a row in which every template abstains is the full set.
 
     Raises:
-        UserError: the rule cannot be understood.
+        UserError: the rule cannot be understood, or the sets were drawn and it is not `union`.
     """
+    if rule != "union":
+        store.need_annotator("leave out --candidates")
+    if store.drawn:
+        return store.drawn_sets()
     return candidates_of(store.votes(), store.probs(), rule)
 
 

@@ -1,6 +1,6 @@
-"""Candidate sets made from true labels: the synthetic noise of the literature, as ordinary annotation stores.
+"""Candidate sets drawn from true labels, the synthetic noise of the literature, as a store that training scripts read.
 
-    python -m coreg.annotate.synthetic --images torchvision:CIFAR10 --rule flip --q 0.1 --eta 0.2 --output_dir ann
+    python -m coreg.weak --images torchvision:CIFAR10 --rule flip --q 0.1 --eta 0.2 --output_dir ann
         candidate sets as in the experiments of ALIM, IRNet and Co-Reg; train on them with train_coreg.py --annotations ann
 
 Rules: `flip` (q: chance of every wrong class; eta: share of images whose truth is exchanged for a wrong class), `pico`
@@ -25,15 +25,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 import coreg
-from coreg.annotate.health import next_command
-from coreg.annotate.prompts import read_class_names
 from coreg.config import SEEDS, option, parse
+from coreg.data.class_names import read_class_names
 from coreg.data.images import absolute_path
 from coreg.data.sources import open_images
 from coreg.errors import UserError, exits_with_one_line
-from coreg.plaintext import printable
+from coreg.store.manifest import DRAWN
 from coreg.store.store import AnnotationStore, StoreWriter, make_manifest
-from coreg.weak.noise import flip, hierarchical, instance, noise_report, pico, uniform, uniforms
+from coreg.weak.labels import WeakLabels, drawn_summary
 
 BLOCK_SIZE = 16_384  # rows a block of the store
 # rule -> the options that it takes, with their defaults
@@ -46,11 +45,8 @@ TAKES: dict[str, dict[str, float | None]] = {
 }
 
 
-# ---- the command ----------------------------------------------------------------------------------------------------
-
-
 @dataclass
-class SyntheticConfig:
+class WeakConfig:
     """Which images get which candidate sets, and where they go."""
 
     images: str = option("builtin:digits", "labelled images: folder, .csv list, torchvision data set or builtin:digits")
@@ -64,18 +60,15 @@ class SyntheticConfig:
     superclasses: str | None = option(None, "of rule hierarchical: CSV file with the columns class,superclass")
     seed: int = option(0, "of all draws", SEEDS)
     classes: str | None = option(None, "text file with one class name a line; default: the names that the images carry")
-    output_dir: str = option("runs/synthetic/annotations", "folder of the annotation store")
+    output_dir: str = option("runs/synthetic/annotations", "folder of the store")
     data_root: str = option("data", "where torchvision data sets lie or are downloaded to")
 
 
-def annotate(config: SyntheticConfig) -> tuple[AnnotationStore, np.ndarray]:
-    """Draw the candidate sets and write them as an annotation store.
-
-    Every candidate is the vote of one "template", in an order drawn for each image; the probabilities are uniform over the
-    candidates; there are no features. Test images are annotated like the others.
+def draw(config: WeakConfig) -> AnnotationStore:
+    """Draw the candidate sets and write them as a store without templates; test images get theirs like the others.
 
     Returns:
-        The verified store, and the bool (N, C) candidate sets in it.
+        The verified store.
 
     Raises:
         UserError: something in the job is wrong; nothing has been written then.
@@ -93,17 +86,19 @@ def annotate(config: SyntheticConfig) -> tuple[AnnotationStore, np.ndarray]:
             f"{len(unknown)} of {len(images)} images have no known label (the first, {images.paths[unknown[0]]!r}); "
             f"synthetic candidates need them all: name the folders like the classes, or list path,label in a CSV file"
         )
-    candidates = _candidates(config, taken, labels, names)
-    told = ",".join(f"{name}={value}" for name, value in taken.items() if isinstance(value, float))
-    spec = f"synthetic:{config.rule}({told},seed={config.seed})"
+    classes: int | np.ndarray = len(names)
+    if config.rule == "hierarchical":
+        classes = read_superclasses(config.superclasses, names)
+    elif config.rule == "instance":
+        classes = read_probabilities(config.probabilities, len(labels), len(names))
+    weak = WeakLabels.from_truth(labels, classes, config.rule, config.seed, **taken)
     # there are no weights; the sets themselves stand for labels, probabilities and super-classes they were made of
-    content = hashlib.sha256(np.packbits(candidates, axis=1).tobytes()).hexdigest()
-    width = int(candidates.sum(axis=1).max())
+    content = hashlib.sha256(np.packbits(weak.table, axis=1).tobytes()).hexdigest()
     job = make_manifest(
         images,
         names,
-        [f"synthetic candidate {number} ({{}})" for number in range(1, width + 1)],
-        {"spec": spec, "weights": content},
+        (),
+        {"spec": DRAWN + weak.source["generator"], "weights": content},
         BLOCK_SIZE,
         features=None,
         data_root=str(absolute_path(config.data_root)),
@@ -111,20 +106,17 @@ def annotate(config: SyntheticConfig) -> tuple[AnnotationStore, np.ndarray]:
         preprocessing=None,
         versions={"coreg": coreg.__version__, "numpy": np.__version__, "torch": torch.__version__},
     )
-    votes = _as_votes(candidates, width, config.seed)
-    probs = (candidates / candidates.sum(axis=1, keepdims=True)).astype(np.float16)
     writer = StoreWriter(Path(config.output_dir), job)
     writer.begin(images)
     for index in range(len(writer.files)):
         rows = writer.rows(index)
-        block = slice(rows.start, rows.stop)
-        writer.write(index, {"votes": votes[block], "probs": probs[block]}, {})
+        writer.write(index, {"candidates": weak.table[rows.start : rows.stop]}, {})
     writer.finish(images.paths)
-    return AnnotationStore.open(config.output_dir), candidates
+    return AnnotationStore.open(config.output_dir)
 
 
-def _taken(config: SyntheticConfig) -> dict[str, float | str | None]:
-    """The options that the rule takes, with their values."""
+def _taken(config: WeakConfig) -> dict[str, float]:
+    """The numbers that the rule takes, with their values, after its files are known to be given."""
     takes = TAKES[config.rule]
     for name in ("q", "eta", "rho", "superclasses", "probabilities"):
         given = getattr(config, name)
@@ -133,28 +125,8 @@ def _taken(config: SyntheticConfig) -> dict[str, float | str | None]:
             raise UserError(f"--rule {config.rule} takes no --{name}; leave it out, or write {fits}")
         if given is None and name in takes and takes[name] is None:
             raise UserError(f"--rule {config.rule} needs --{name} FILE (--help says what is in it)")
-    return {name: default if getattr(config, name) is None else getattr(config, name) for name, default in takes.items()}
-
-
-def _candidates(
-    config: SyntheticConfig, taken: dict[str, float | str | None], labels: np.ndarray, names: Sequence[str]
-) -> np.ndarray:
-    if config.rule == "hierarchical":
-        return hierarchical(labels, read_superclasses(config.superclasses, names), taken["q"], taken["eta"], config.seed)
-    if config.rule == "instance":
-        probs = read_probabilities(config.probabilities, len(labels), len(names))
-        return instance(labels, probs, taken["rho"], taken["eta"], config.seed)
-    rule = {"flip": flip, "pico": pico, "uniform": uniform}[config.rule]
-    return rule(labels, len(names), **taken, seed=config.seed)
-
-
-def _as_votes(candidates: np.ndarray, width: int, seed: int) -> np.ndarray:
-    """int16 (N, width): each image's candidates in an order of its own, -1 behind them."""
-    order = uniforms(seed, "order", np.arange(len(candidates)), candidates.shape[1])
-    # vote 0 stands for "the single template" elsewhere: it must be neither the truth nor the lowest class by rule
-    votes = np.where(candidates, order, 2.0).argsort(axis=1, kind="stable")[:, :width].astype(np.int16)
-    votes[np.arange(width) >= candidates.sum(axis=1, keepdims=True)] = -1
-    return votes
+    numbers = {name: default for name, default in takes.items() if default is not None}
+    return {name: default if getattr(config, name) is None else getattr(config, name) for name, default in numbers.items()}
 
 
 def read_probabilities(path: str, n_images: int, n_classes: int) -> np.ndarray:
@@ -208,15 +180,8 @@ def read_superclasses(path: str, names: Sequence[str]) -> np.ndarray:
 @exits_with_one_line
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line, write the store, and say how noisy the candidates really are."""
-    (config,) = parse(SyntheticConfig, argv=argv, prog="python -m coreg.annotate.synthetic", description=__doc__)
-    store, candidates = annotate(config)
-    spec = store.manifest["model"]["spec"]
-    print(printable(f"{store.root}: {len(store)} images, {len(store.class_names)} classes, {spec}"))
-    for index, split in enumerate(("train", "test")):
-        rows = np.flatnonzero(store.split == index)
-        if len(rows):
-            print(f"  {split:5} {noise_report(candidates[rows], store.labels[rows])}")
-    print(printable(f"next: {next_command(store)}"))
+    (config,) = parse(WeakConfig, argv=argv, prog="python -m coreg.weak", description=__doc__)
+    print(drawn_summary(draw(config)))
 
 
 if __name__ == "__main__":

@@ -1,18 +1,24 @@
-"""Synthetic candidate sets: each generator against its procedure written out image by image, and against closed forms."""
+"""Candidate sets: generators against their procedures image by image and against closed forms; stores of what they drew."""
 
+import dataclasses
+import json
 import shutil
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from runs import as_votes
+from safetensors.torch import save, save_file
 
-from coreg.annotate import synthetic
-from coreg.annotate.synthetic import main
+from coreg.annotate.tools import main as tool
+from coreg.data.images import ImageList
 from coreg.errors import UserError
-from coreg.store.store import AnnotationStore
+from coreg.store.store import AnnotationStore, StoreWriter, make_manifest
+from coreg.weak import __main__ as command
 from coreg.weak import noise
+from coreg.weak.__main__ import main
+from coreg.weak.labels import WeakLabels
 from coreg.weak.noise import flip, hierarchical, instance, noise_report, pico, uniform, uniforms
 from coreg.weak.rules import candidate_sets
 
@@ -196,6 +202,70 @@ def test_shares_out_of_range_are_refused(wrong):
         flip(np.zeros(3, dtype=np.int64), 1, 0.1, 0.1, 0)
 
 
+# ---- weak labels ----------------------------------------------------------------------------------------------------
+
+
+def evidence(tmp_path):
+    """Three templates on six images of three classes; nobody names a class of the fourth, the last is a test image."""
+    labels, split = np.array([0, 1, 2, 0, -1, 1]), np.array([0, 0, 0, 0, 0, 1])
+    images = ImageList("x", [f"{i}.png" for i in range(6)], labels, split, None, None)
+    votes = np.array([[0, 0, 1], [1, 1, 1], [0, -1, 1], [-1, -1, -1], [2, 1, 0], [1, 2, 1]], dtype=np.int16)
+    told = {"features": None, "data_root": "data", "preprocessing": {}, "versions": {}}
+    model = {"spec": "m", "weights": "w"}
+    writer = StoreWriter(tmp_path / "ann", make_manifest(images, ["a", "b", "c"], ["1", "2", "3"], model, 6, **told))
+    writer.begin(images)
+    writer.write(0, {"votes": votes, "probs": np.full((6, 3), 1 / 3, dtype=np.float16)}, {})
+    writer.finish(images.paths)
+    return AnnotationStore.open(writer.root)
+
+
+def test_weak_labels_of_a_store_and_of_a_person(tmp_path):
+    store, known = evidence(tmp_path), np.array([-1, -1, 2, -1, -1, -1])
+    weak = WeakLabels.from_store(store, "union", known, np.array([4, 2, 3, 0, 0]))  # any rows, any number of times
+    assert weak.table.tolist() == [[True] * 3, [False, False, True], [True] * 3, *[[True, True, False]] * 2]
+    assert weak.certain.tolist() == [False, True, False, False, False] and weak.known.tolist() == [-1, 2, -1, -1, -1]
+    assert weak.usable.tolist() == [True, True, False, True, True] and weak.truth.tolist() == [-1, 2, 0, 0, 0]
+    assert weak.source == {"annotator": "m", "rule": "union", "store": store.hash}
+    alone = WeakLabels.from_store(store, "votes:2")
+    assert alone.table[:3].tolist() == [[True, False, False], [False, True, False], [True, False, False]]
+    assert not alone.certain.any() and alone.samples.tolist() == list(range(6))
+    assert alone.hash != WeakLabels.from_store(store).hash
+
+
+def test_weak_labels_from_truth_are_those_of_the_generator_and_of_its_store(place, tmp_path):
+    drawn = WeakLabels.from_truth(LABELS, 7, "flip", 3, q=0.3, eta=0.2)
+    assert (drawn.table == flip(LABELS, 7, 0.3, 0.2, 3)).all() and (drawn.truth == LABELS).all() and drawn.usable.all()
+    assert drawn.source == {"generator": "flip(q=0.3,eta=0.2,seed=3)"}
+    related = WeakLabels.from_truth(LABELS, SUPERCLASS_OF, "hierarchical", 3, q=0.3, eta=0.2)
+    assert (related.table == hierarchical(LABELS, SUPERCLASS_OF, 0.3, 0.2, 3)).all()
+    main(arguments(place, tmp_path / "ann", "--q", "0.3", "--eta", "0.2", "--seed", "3"))
+    store = AnnotationStore.open(tmp_path / "ann")
+    again = WeakLabels.from_store(store)
+    assert (again.table == WeakLabels.from_truth(store.labels, 4, "flip", 3, q=0.3, eta=0.2).table).all()
+    assert again.source == {"generator": "flip(q=0.3,eta=0.2,seed=3)", "store": store.hash} and again.usable.all()
+
+
+def test_weak_labels_are_read_back_as_they_were_or_not_at_all(tmp_path):
+    weak, file = WeakLabels.from_truth(LABELS, 9, "flip", 3, q=0.3, eta=0.2), tmp_path / "weak_labels.safetensors"
+    weak.save(file)
+    read = WeakLabels.read(file)
+    assert read.hash == weak.hash and read.source == weak.source and read.table.dtype == bool
+    for name in ("table", "samples", "certain", "usable", "truth"):
+        assert (getattr(read, name) == getattr(weak, name)).all()
+    whole = file.read_bytes()
+    for place in (0, 40, len(whole) // 2, len(whole) - 1):
+        file.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises(UserError, match="does not hold the weak labels of a run"):
+            WeakLabels.read(file)
+    for content in (b"", whole[:-1], save({"table": torch.zeros(2, 3)})):
+        file.write_bytes(content)
+        with pytest.raises(UserError, match="does not hold the weak labels of a run"):
+            WeakLabels.read(file)
+    file.unlink()
+    with pytest.raises(UserError, match="does not hold"):
+        WeakLabels.read(file)
+
+
 # ---- the command ----------------------------------------------------------------------------------------------------
 
 NAMES = ["red thing", "green thing", "blue thing", "odd thing"]
@@ -236,19 +306,20 @@ def truth_of(store):
     return np.array([NAMES.index(path.split("/")[1].replace("_", " ")) for path in store.paths])
 
 
-def test_the_command_writes_the_generated_sets_as_an_ordinary_store(place, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(synthetic, "BLOCK_SIZE", 16)
+def test_the_command_writes_the_generated_sets_as_a_store_without_templates(place, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(command, "BLOCK_SIZE", 16)
     main(arguments(place, tmp_path / "my ann", "--q", "0.5", "--eta", "0.3", "--seed", "7"))
     store = AnnotationStore.open(tmp_path / "my ann")
     labels = truth_of(store)
     expected = flip(labels, 4, 0.5, 0.3, 7)
     assert (candidate_sets(store) == expected).all() and (store.labels == labels).all()
     assert (store.split == [path.startswith("test/") for path in store.paths]).all() and store.split.sum() == 10
-    votes, sizes = store.votes(), expected.sum(axis=1)
-    assert votes.dtype == np.int16 and votes.shape == (40, sizes.max()) == (40, len(store.templates))
-    for row, size, chosen in zip(votes.tolist(), sizes, expected):
-        assert sorted(row[:size]) == np.flatnonzero(chosen).tolist() and set(row[size:]) <= {-1}
-    assert np.allclose(store.probs(), expected / sizes[:, None], atol=1e-3) and store.probs().dtype == np.float16
+    assert (store.probs() == (expected / expected.sum(axis=1, keepdims=True)).astype(np.float16)).all()
+    assert store.probs().dtype == np.float16 and store.templates == []
+    with pytest.raises(UserError, match="drawn from true labels"):
+        store.votes()
+    with pytest.raises(UserError, match="leave out --candidates"):
+        candidate_sets(store, "topk:2")
     assert store.features() is None and store.manifest["model"]["spec"] == "synthetic:flip(q=0.5,eta=0.3,seed=7)"
     assert store.images().paths == store.paths
     text = capsys.readouterr().out
@@ -258,13 +329,44 @@ def test_the_command_writes_the_generated_sets_as_an_ordinary_store(place, tmp_p
     assert f"next: accelerate launch train_coreg.py --annotations '{tmp_path}/my ann'" in text
 
 
-def test_the_first_vote_is_any_candidate(tmp_path):
-    main(["--q", "0.5", "--output_dir", str(tmp_path / "ann")])
+def test_a_store_of_made_up_votes_as_before_is_read_as_the_same_sets(place, tmp_path, capsys):
+    """Up to version 2 each candidate was the vote of a template that nobody had."""
+    main(arguments(place, tmp_path / "new", "--q", "0.5", "--eta", "0.3", "--seed", "7"))
+    new = AnnotationStore.open(tmp_path / "new")
+    as_votes(new.root, tmp_path / "old", new.manifest["model"]["spec"])
+    manifest = json.loads((tmp_path / "old" / "manifest.json").read_text())
+    (tmp_path / "old" / "manifest.json").write_text(json.dumps(manifest | {"version": 2}))
+    old = AnnotationStore.open(tmp_path / "old")
+    assert old.templates[0] == "synthetic candidate 1 ({})"
+    assert (candidate_sets(old) == candidate_sets(new)).all() and (old.probs() == new.probs()).all()
+    said = []
+    for store in (new, old):
+        with pytest.raises(UserError, match="drawn from true labels"):
+            store.votes()
+        capsys.readouterr()
+        assert tool(["info", str(store.root)]) == 0 and tool(["verify", str(store.root)]) == 0
+        said.append(capsys.readouterr().out.replace(str(store.root), "STORE").split("\n"))
+        with pytest.raises(SystemExit):
+            tool(["health", str(store.root)])
+        assert "coreg.annotate info" in capsys.readouterr().err
+        tool(["export", str(store.root), "--output", str(tmp_path / f"{store.root.name}.csv")])
+    assert [line for line in said[0] if "(eta" in line] == [line for line in said[1] if "(eta" in line] != []
+    assert (tmp_path / "new.csv").read_text() == (tmp_path / "old.csv").read_text()
+    weak = [dataclasses.replace(WeakLabels.from_store(store), source={}).hash for store in (new, old)]
+    assert weak[0] == weak[1]
+
+
+def test_a_block_without_a_candidate_is_refused(place, tmp_path):
+    main(arguments(place, tmp_path / "ann"))
     store = AnnotationStore.open(tmp_path / "ann")
-    first, sets = store.votes()[:, 0], candidate_sets(store)
-    expected = (sets[np.arange(len(sets)), store.labels] / sets.sum(axis=1)).mean()  # a candidate drawn uniformly is true
-    assert within((first == store.labels).mean(), expected, len(first))
-    assert within((first == sets.argmax(axis=1)).mean(), (1 / sets.sum(axis=1)).mean(), len(first))
+    writer = StoreWriter(tmp_path / "other", store.manifest)
+    writer.begin(store.images())
+    sets = store.drawn_sets()
+    sets[3] = False
+    with pytest.raises(UserError, match="it has no candidate"):
+        writer.write(0, {"candidates": sets}, {})
+    with pytest.raises(UserError, match="it holds probs, expected candidates"):
+        writer.write(0, {"probs": store.probs()}, {})
 
 
 @pytest.mark.parametrize("rule", ["pico", "uniform", "hierarchical", "instance"])
@@ -274,7 +376,7 @@ def test_the_command_knows_every_rule(place, tmp_path, rule):
     main(arguments(place, tmp_path / "ann", "--rule", rule, *more.get(rule, [])))
     store = AnnotationStore.open(tmp_path / "ann")
     labels = truth_of(store)
-    probs = synthetic.read_probabilities(str(place / "p.safetensors"), 40, 4)
+    probs = command.read_probabilities(str(place / "p.safetensors"), 40, 4)
     expected = {
         "pico": lambda: pico(labels, 4, 0.1, 0.0, 0),
         "uniform": lambda: uniform(labels, 4, 0.2, 0),
