@@ -138,7 +138,8 @@ def test_an_annotator_that_cannot_be_had_is_told(tmp_path):
 
 @pytest.mark.parametrize("module", [zero_shot, distill], ids=["zero_shot", "distill"])
 def test_what_was_drawn_from_true_labels_has_no_annotator_to_judge_or_to_distil(small_store, tmp_path, capsys, module):
-    line = refused(capsys, module.main, "--annotations", small_store, "--output_dir", tmp_path / "run")
+    network = ["--recipe", "digits", "--refine", "none"] if module is distill else []
+    line = refused(capsys, module.main, "--annotations", small_store, "--output_dir", tmp_path / "run", *network)
     assert "holds candidate sets that were drawn from true labels" in line and "annotate_vlm.py" in line
     assert not list((tmp_path / "run").glob("**/report.json"))
 
