@@ -60,17 +60,17 @@ def divide_by(
     logits, features = predict(net, task.data, method.division_view, ("division", epoch, number), size)
     log_p = finite(task, logits, number, epoch)
     aligned = log_p if method.alignment == "none" else align(log_p, task.prior)
-    history = divisions.remember(number, division_loss(aligned, task.candidates), method.history)
-    smallest = min(task.job.batch_size, len(task.usable))
-    fitted = task.usable & (task.known < 0)
+    history = divisions.remember(number, division_loss(aligned, task.weak.table), method.history)
+    smallest = min(task.job.batch_size, len(task.weak.usable))
+    fitted = task.weak.usable & ~task.weak.certain
     # fitted on one process and sent to the others: two fits might differ in the last bit, and then in a whole image
     division = main_process_decides(
         task.accelerator,
         lambda: divide(history, fitted, task.job.seed, method.threshold, smallest, method.monotone),
     )
     # a person's labels are trusted whatever their loss
-    division.weight[task.known >= 0], division.trusted[task.known >= 0] = 1.0, True
-    targets = rescale(torch.from_numpy(np.exp(aligned)), torch.from_numpy(task.candidates))
+    division.weight[task.weak.certain], division.trusted[task.weak.certain] = 1.0, True
+    targets = rescale(torch.from_numpy(np.exp(aligned)), torch.from_numpy(task.weak.table))
     like = {"device": task.accelerator.device, "dtype": task.data.dtype}
     verdict = Verdict(torch.from_numpy(division.weight).to(**like), targets.to(**like), division.trusted)
     if method.guesses == "epoch":
@@ -88,7 +88,7 @@ def divide_training_set(task: Task[CoRegOptions], training: Training) -> None:
     found, verdicts, log_ps = zip(*(divide_by(task, divisions, epoch, number) for number in (0, 1)))
     divisions.verdicts, divisions.weights = list(verdicts), [division.weight for division in found]
     names = task.store.class_names
-    divisions.health = division_health(found, log_ps, task.candidates, task.zero_shot, task.labels, names)
+    divisions.health = division_health(found, log_ps, task.weak.table, task.zero_shot, task.weak.truth, names)
     divisions.consider(epoch, consensus(log_ps))
 
 
@@ -98,8 +98,8 @@ def warm_up(run: Run, task: Task[CoRegOptions], training: Training, lr: float) -
     Images that no template could name teach nothing and are left out.
     """
     key = (training.epoch, training.number)
-    order = ShuffledRows(np.flatnonzero(task.usable), 2 * task.job.batch_size, (task.job.seed, "warm-up", *key))
-    full = task.candidates.all(axis=1) & task.method.skip_full_sets
+    order = ShuffledRows(np.flatnonzero(task.weak.usable), 2 * task.job.batch_size, (task.job.seed, "warm-up", *key))
+    full = task.weak.table.all(axis=1) & task.method.skip_full_sets
     for step in run.steps(training, order.per_round):
         rows = order.batch(step)
         informative = int((~full[rows]).sum())

@@ -81,8 +81,8 @@ def teacher_of(task: Task[DistillOptions]) -> tuple[np.ndarray, str]:
             # no vote is no opinion
             probs = np.where(votes[:, None] < 0, 1 / n_classes, votes[:, None] == np.arange(n_classes))
             told = f"votes of the first template, because {error}"
-    given = task.known >= 0
-    probs[given] = task.known[given, None] == np.arange(n_classes)
+    given = task.weak.certain
+    probs[given] = task.weak.known[given, None] == np.arange(n_classes)
     return probs, told
 
 
@@ -105,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         task = prepare(run, method)
         probs, told = main_process_decides(run.accelerator, lambda: teacher_of(task))
         teacher = torch.from_numpy(probs).to(run.accelerator.device, task.data.dtype)
-        taught = np.concatenate([np.flatnonzero(task.usable), task.repeated])
+        taught = np.concatenate([np.flatnonzero(task.weak.usable), task.repeated])
         nets = build_networks(run.accelerator, job, look, len(run.store.class_names), projection_dim=1, count=1)
         learner = placed(DistillLearner(nets[0], method.kd_temperature), run.accelerator, job)
         training = run.begin([learner], [build_optimizer(nets[0], job)])

@@ -66,14 +66,15 @@ def one_label_each(task: Task[DivideMixOptions]) -> Task[DivideMixOptions]:
     """
     rows, named = task.data.samples.numpy(), task.annotator
     if task.store.drawn:
-        draws = uniforms(task.job.seed, "label", rows, task.candidates.shape[1])
-        named = np.where(task.candidates, draws, -1).argmax(axis=1)
+        draws = uniforms(task.job.seed, "label", rows, task.weak.table.shape[1])
+        named = np.where(task.weak.table, draws, -1).argmax(axis=1)
     elif task.method.labels_from == "single":
         named = task.store.votes()[rows, 0].astype(np.int64)
-    named = np.where(task.known >= 0, task.known, np.where(task.usable, named, -1))
+    named = np.where(task.weak.certain, task.weak.known, np.where(task.weak.usable, named, -1))
     labels = named[:, None] == np.arange(len(task.store.class_names))
     table = torch.from_numpy(labels).to(task.accelerator.device)
-    return dataclasses.replace(task, candidates=labels, table=table, usable=named >= 0)
+    weak = dataclasses.replace(task.weak, table=labels, usable=named >= 0)
+    return dataclasses.replace(task, weak=weak, table=table)
 
 
 def divide_by(
@@ -83,12 +84,12 @@ def divide_by(
     method, job = task.method, task.job
     logits, _ = predict(divisions.nets[number], task.data, "plain", (), 4 * job.batch_size)
     log_p = finite(task, logits, number, epoch)
-    history = divisions.remember(number, division_loss(log_p, task.candidates), method.history)
-    fitted, smallest = task.usable & (task.known < 0), min(job.batch_size, len(task.usable))
+    history = divisions.remember(number, division_loss(log_p, task.weak.table), method.history)
+    fitted, smallest = task.weak.usable & ~task.weak.certain, min(job.batch_size, len(task.weak.usable))
     # fitted on one process and sent to the others: two fits might differ in the last bit, and then in a whole image
     division = main_process_decides(task.accelerator, lambda: divide(history, fitted, job.seed, method.threshold, smallest))
     # a person's labels are trusted whatever their loss
-    division.weight[task.known >= 0], division.trusted[task.known >= 0] = 1.0, True
+    division.weight[task.weak.certain], division.trusted[task.weak.certain] = 1.0, True
     weight = torch.from_numpy(division.weight).to(task.accelerator.device, task.data.dtype)
     return division, Verdict(weight, task.table.to(task.data.dtype), division.trusted), log_p
 
@@ -99,13 +100,13 @@ def divide_training_set(task: Task[DivideMixOptions], training: Training) -> Non
     found, verdicts, log_ps = zip(*(divide_by(task, divisions, epoch, number) for number in (0, 1)))
     divisions.verdicts, divisions.weights = list(verdicts), [division.weight for division in found]
     names = task.store.class_names
-    divisions.health = division_health(found, log_ps, task.candidates, task.zero_shot, task.labels, names)
+    divisions.health = division_health(found, log_ps, task.weak.table, task.zero_shot, task.weak.truth, names)
 
 
 def warm_up(run: Run, task: Task[DivideMixOptions], training: Training, lr: float) -> None:
     """Train the present network for an epoch on the labels as they are."""
     key, view = (training.epoch, training.number), task.method.train_view
-    order = ShuffledRows(np.flatnonzero(task.usable), 2 * task.job.batch_size, (task.job.seed, "warm-up", *key))
+    order = ShuffledRows(np.flatnonzero(task.weak.usable), 2 * task.job.batch_size, (task.job.seed, "warm-up", *key))
     for step in run.steps(training, order.per_round):
         rows = order.batch(step)
         training.learn(warm_up_batch(task.data, rows, task.table, key, view, len(rows)), lr)

@@ -77,9 +77,9 @@ def noise_rate(task: Task[PartialOptions]) -> tuple[float, str]:
     if task.method.noise_rate >= 0:
         return task.method.noise_rate, "given"
     offered = candidate_sets(task.store, task.job.candidates)[task.data.samples.numpy()]
-    found = partial_accuracy(offered, task.known)
+    found = partial_accuracy(offered, task.weak.known)
     if found is not None:
-        return 1 - found, f"counted on {(task.known >= 0).sum()} labelled images"
+        return 1 - found, f"counted on {task.weak.certain.sum()} labelled images"
     return -1.0, f"unknown; classes outside the sets weigh {task.method.importance}"
 
 
@@ -88,15 +88,12 @@ def build_method(task: Task[PartialOptions]) -> tuple[PartialMethod, dict[str, A
     options, told = task.method, {"preset": task.method.preset}
     if options.preset == "official":
         told["official_for"], _ = official(OFFICIAL[options.method], task.job.dataset)
-    sets = task.candidates
-    if options.method == "supervised":
-        sets = task.labels[:, None] == np.arange(sets.shape[1])
-        sets[task.labels < 0] = True  # left out of training
     if options.method.startswith("alim"):
         rate, source = noise_rate(task)
         options, told["noise_rate"] = dataclasses.replace(options, noise_rate=rate), {"value": rate, "source": source}
     method = METHODS[options.method](options)
-    method.init(torch.from_numpy(sets), torch.from_numpy(task.known >= 0), task.data.dtype)
+    weak = task.weak
+    method.init(torch.from_numpy(weak.table), torch.from_numpy(weak.certain), task.data.dtype)
     return method, told
 
 
@@ -147,7 +144,7 @@ def mix_first_view(
 def train(run: Run, task: Task[PartialOptions], training: Training, lr: float) -> None:
     """Train for an epoch; images that no template could name teach nothing and are left out."""
     job, options, learner, epoch = task.job, task.method, training.learners[0], training.epoch
-    everyone = np.concatenate([np.flatnonzero(task.usable), task.repeated])
+    everyone = np.concatenate([np.flatnonzero(task.weak.usable), task.repeated])
     order, others = (ShuffledRows(everyone, job.batch_size, (name, job.seed, epoch)) for name in ("train", "partner"))
     labelled = ShuffledRows(task.extra, job.batch_size, ("labelled", job.seed, epoch))
     now = Step(epoch, job.epochs)
@@ -176,12 +173,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             run.accelerator.print(note)
         task = prepare(run, options)
         if options.method == "supervised":
-            if (task.labels < 0).all():
+            if (task.weak.truth < 0).all():
                 raise UserError(
                     f"supervised training needs true labels, and the store {run.store.root} has none",
                     told=not run.accelerator.is_main_process,
                 )
-            task = dataclasses.replace(task, known=task.labels, usable=task.labels >= 0)
+            task = dataclasses.replace(task, weak=task.weak.revealed())
         method, told = build_method(task)
         nets = build_networks(run.accelerator, job, look, len(run.store.class_names), options.projection_dim, count=1)
         learner = placed(PartialLearner(nets[0], method), run.accelerator, job)

@@ -12,6 +12,7 @@ that nothing is exported with them. A cosine head on the annotator's own feature
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -92,7 +93,7 @@ def encoded(task: Task[ProbeOptions], net: CoRegNet, images: TrainingImages, row
 
 def frozen_features(task: Task[ProbeOptions], net: CoRegNet) -> Tensor:
     """Of the usable training images, then of their mirror images where views are mirrored: (n or 2n, D)."""
-    rows = np.flatnonzero(task.usable)
+    rows = np.flatnonzero(task.weak.usable)
     return torch.cat([encoded(task, net, task.data, rows, mirrored) for mirrored in (False, True)[: 1 + task.look.flip]])
 
 
@@ -141,11 +142,11 @@ def targets_of(task: Task[ProbeOptions]) -> Tensor:
     Labels that a person gave stand in for the annotator's probabilities.
     """
     if task.method.targets == "sets":
-        return torch.from_numpy(task.candidates[task.usable])
+        return torch.from_numpy(task.weak.table[task.weak.usable])
     probs = task.store.probs()[task.data.samples.numpy()].astype(np.float64)
-    given = task.known >= 0
-    probs[given] = task.known[given, None] == np.arange(probs.shape[1])
-    return torch.from_numpy(probs / probs.sum(axis=1, keepdims=True))[torch.from_numpy(task.usable)]
+    given = task.weak.certain
+    probs[given] = task.weak.known[given, None] == np.arange(probs.shape[1])
+    return torch.from_numpy(probs / probs.sum(axis=1, keepdims=True))[torch.from_numpy(task.weak.usable)]
 
 
 def default_folder(method: ProbeOptions) -> str:
@@ -163,7 +164,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if run is None:
             return
         task = prepare(run, method)
-        if not task.usable.any():
+        if not task.weak.usable.any():
             raise UserError(
                 f"no template named a class of any training image in {run.store.root}; there is nothing to learn"
             )
@@ -186,7 +187,7 @@ def _network(run: Run, task: Task[ProbeOptions], training: Training, net: CoRegN
     """Fit the student's own classifier; gives the report."""
     method, classifier = task.method, net.backbone.get_classifier()
     features = frozen_features(task, net)
-    targets = targets_of(task).repeat(len(features) // int(task.usable.sum()), 1)
+    targets = targets_of(task).repeat(len(features) // int(task.weak.usable.sum()), 1)
     weight, bias, loss = main_process_decides(
         run.accelerator, lambda: tuple(fit_probe(features.cpu(), targets, method.penalty))
     )
@@ -207,7 +208,7 @@ def _head(
     started: float,
 ) -> dict[str, Any]:
     """Fit a head that is no layer of a network of ours; gives the report."""
-    method, usable = task.method, np.flatnonzero(task.usable)
+    method, usable = task.method, np.flatnonzero(task.weak.usable)
     splits = {"train": task.data} | ({} if task.test is None else {"test": task.test})
     if stored is None:
         features = frozen_features(task, net).cpu()
@@ -217,8 +218,9 @@ def _head(
         }
     else:
         every = {split: stored[0][images.samples.numpy()].double() for split, images in splits.items()}
-        task.usable = task.usable & ~stored[1][task.data.samples.numpy()]
-        usable = np.flatnonzero(task.usable)
+        has = ~stored[1][task.data.samples.numpy()]
+        task.weak = dataclasses.replace(task.weak, usable=task.weak.usable & has)
+        usable = np.flatnonzero(task.weak.usable)
         if not len(usable):
             raise UserError(f"no usable training image of {run.store.root} has features in --features {method.features}")
         features = every["train"][usable]
@@ -242,7 +244,7 @@ def _head(
     judged = {split: {"ensemble": rows} for split, rows in logits.items()}
     begun = "texts" if start is not None else "class means"
     more = {"began_with": begun} if method.head == "cosine" else {}
-    return finish(run, training, name, predictions(task, judged), parameters=parameters, temperature=1.0, **more)
+    return finish(run, training, name, predictions(run, task, judged), parameters=parameters, temperature=1.0, **more)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The scripts of baselines/ through their own entry points, and run_all.sh and flips.sh with a stand-in for Python."""
 
+import dataclasses
 import json
 import os
 import shlex
@@ -20,9 +21,11 @@ from coreg.errors import UserError
 from coreg.learn.two_nets import Verdict, co_train_batch
 from coreg.report.compare import read_run
 from coreg.run import checkpoint
+from coreg.run.task import Task
 from coreg.store.store import AnnotationStore
 from coreg.views.augment import Augmentation
 from coreg.views.resident import TrainingImages
+from coreg.weak.labels import WeakLabels
 from coreg.weak.rules import candidate_sets, zero_shot_accuracy
 
 ROOT = Path(__file__).parents[1]
@@ -167,7 +170,7 @@ def teacher_of(store, teacher, known):
         store=store,
         data=SimpleNamespace(samples=torch.arange(len(store))),
         method=SimpleNamespace(teacher=teacher),
-        known=known,
+        weak=SimpleNamespace(known=known, certain=known >= 0),
         accelerator=SimpleNamespace(device="cpu"),
     )
     return distill.teacher_of(task)
@@ -219,13 +222,18 @@ def test_dividemix_runs_to_its_report(small_store, tmp_path, switch):
 def test_dividemix_takes_one_of_the_candidates_where_sets_were_drawn():
     sets = np.random.default_rng(0).random((20_000, 5)) < 0.5
     sets[~sets.any(axis=1), 0] = True
-    task = SimpleNamespace(
-        store=SimpleNamespace(drawn=True, class_names="abcde"), data=SimpleNamespace(samples=torch.arange(20_000)),
-        candidates=sets, annotator=sets.argmax(axis=1), usable=np.ones(20_000, bool), known=np.full(20_000, -1),
-        job=SimpleNamespace(seed=1), method=SimpleNamespace(labels_from="averaged"),
-        accelerator=SimpleNamespace(device="cpu"),
-    )  # fmt: skip
-    labels = dividemix.noisy_labels(task).table
+    weak = WeakLabels.from_truth(np.zeros(20_000, dtype=np.int64), 5, "flip", 0, q=0.0, eta=0.0)
+    given = {
+        "store": SimpleNamespace(drawn=True, class_names="abcde"),
+        "data": SimpleNamespace(samples=torch.arange(20_000)),
+        "weak": dataclasses.replace(weak, table=sets),
+        "annotator": sets.argmax(axis=1),
+        "job": SimpleNamespace(seed=1),
+        "method": SimpleNamespace(labels_from="averaged"),
+        "accelerator": SimpleNamespace(device="cpu"),
+    }
+    task = Task(**(dict.fromkeys(field.name for field in dataclasses.fields(Task)) | given))
+    labels = dividemix.one_label_each(task).weak.table
     assert (labels.sum(axis=1) == 1).all() and not (labels & ~sets).any()
     # each candidate equally often
     assert np.allclose(labels.mean(axis=0), (sets / sets.sum(axis=1, keepdims=True)).mean(axis=0), atol=0.02)

@@ -232,6 +232,13 @@ def test_weak_labels_of_a_store_and_of_a_person(tmp_path):
     assert alone.hash != WeakLabels.from_store(store).hash
 
 
+def test_revealed_labels_are_certain_and_the_others_teach_nothing(tmp_path):
+    weak = WeakLabels.from_store(evidence(tmp_path)).revealed()
+    assert weak.known.tolist() == weak.truth.tolist() == [0, 1, 2, 0, -1, 1]
+    assert weak.usable.tolist() == weak.certain.tolist() == [True] * 4 + [False, True]
+    assert weak.table[4].all() and (weak.table.sum(axis=1) == [1, 1, 1, 1, 3, 1]).all()
+
+
 def test_weak_labels_from_truth_are_those_of_the_generator_and_of_its_store(place, tmp_path):
     drawn = WeakLabels.from_truth(LABELS, 7, "flip", 3, q=0.3, eta=0.2)
     assert (drawn.table == flip(LABELS, 7, 0.3, 0.2, 3)).all() and (drawn.truth == LABELS).all() and drawn.usable.all()
@@ -422,7 +429,14 @@ def test_train_coreg_reads_the_store_unchanged(tmp_path, capsys):
         "none",
     ]
     train_coreg.main([*run, "--epochs", "2", "--warmup_epochs", "1", "--batch_size", "8", "--report_to", "none"])
-    assert (tmp_path / "run" / "report.json").exists() and "Co-Reg" in capsys.readouterr().out
+    assert "Co-Reg" in capsys.readouterr().out
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    # what was trained on lies in the run folder, and the report says where it comes from
+    store, weak = AnnotationStore.open(tmp_path / "ann"), WeakLabels.read(tmp_path / "run" / "weak_labels.safetensors")
+    source = {"generator": "flip(q=0.3,eta=0.2,seed=0)", "store": store.hash}
+    assert weak.source == source and report["weak_labels"] == source | {"hash": weak.hash}
+    assert (weak.table == store.drawn_sets()[store.split == 0]).all()
+    assert (weak.truth == store.labels[store.split == 0]).all()
 
 
 @pytest.mark.parametrize(

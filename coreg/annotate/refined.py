@@ -28,7 +28,7 @@ from coreg.store.manifest import REFINED, make_manifest
 from coreg.store.store import AnnotationStore
 from coreg.store.writer import StoreWriter, continued
 from coreg.weak.refine import Refinement, refine
-from coreg.weak.rules import candidate_sets, candidates_of
+from coreg.weak.rules import candidates_of
 
 TEMPLATES = ("refined: best class", "refined: second class, or the best again")
 _ENTRIES = 1 << 22  # of (n, C), in a block
@@ -151,14 +151,15 @@ def _changes(source: AnnotationStore, refinement: Refinement, asked: np.ndarray)
     train = asked & ~source.unreadable
     labels = np.full(len(source), -1) if source.labels is None else source.labels
     best, sizes, holds = ({"before": [], "after": []} for _ in range(3))
-    offered, votes = candidate_sets(source), np.empty((len(source), 2), dtype=np.int16)
+    raw = source.drawn_sets() if source.drawn else source.votes()
+    votes = np.empty((len(source), 2), dtype=np.int16)
     classes = len(source.class_names)
     step = max(1, _ENTRIES // classes)
     for rows in (slice(start, start + step) for start in range(0, len(source), step)):
         mended = refinement.part(rows)
         votes[rows] = votes_of(mended)
-        after = candidates_of(votes[rows], mended)
-        for when, sets, probs in (("before", offered[rows], refinement.evidence[rows]), ("after", after, mended)):
+        for when, named, probs in (("before", raw, refinement.evidence[rows]), ("after", votes, mended)):
+            sets = named[rows] if named.dtype == bool else candidates_of(named[rows], probs)
             best[when].append(probs.argmax(axis=1))
             sizes[when].append(sets.sum(axis=1))
             holds[when].append(sets[np.arange(len(sets)), labels[rows]])

@@ -29,7 +29,10 @@ from coreg.run.board import show_features, show_numbers
 from coreg.run.loop import Run
 from coreg.run.task import Task, predict
 from coreg.run.training import Training
-from coreg.weak.rules import candidate_sets, mean_candidates, partial_accuracy
+from coreg.weak.labels import WeakLabels
+from coreg.weak.rules import mean_candidates, partial_accuracy
+
+WEAK_LABELS = "weak_labels.safetensors"
 
 
 @dataclass
@@ -44,6 +47,7 @@ class Predictions:
     classes: int64 (n,) of each split, -1 for none, where the prediction is not the largest logit.
     temperature: what the networks' mean logits are divided by for probabilities. losses: (N,) what each network's last
     division was fitted to, NaN for images left out. refined: what the report says of the evidence that `--refine` made.
+    weak: what was trained on, where it was not labels alone; saved in the run folder.
     """
 
     samples: dict[str, np.ndarray]
@@ -55,6 +59,7 @@ class Predictions:
     temperature: float = 1.0
     losses: list[np.ndarray] = field(default_factory=list)
     refined: dict[str, Any] | None = None
+    weak: WeakLabels | None = None
 
     def __post_init__(self) -> None:
         own = {split: found["ensemble"].argmax(axis=1) for split, found in self.logits.items()}
@@ -88,6 +93,8 @@ def finish(
 
     def write() -> dict[str, Any]:
         train = found.samples["train"]
+        if found.weak is not None:
+            found.weak.save(root / WEAK_LABELS)
         splits = {split: _split(run, found, split) for split in found.logits}
         paths = [store.paths[row] for row in train.tolist()]
         needs_review = write_labels(
@@ -113,6 +120,7 @@ def finish(
             },
             part=_part(run),
             refined=found.refined,
+            weak_labels=found.weak and found.weak.source | {"hash": found.weak.hash},
             label_free=_without_labels(run, found),
             labels_used=int((found.known >= 0).sum()),
             needs_review=needs_review,
@@ -205,11 +213,11 @@ def finish_networks(
     """`finish` for trained networks, which are exported, and those of the epoch chosen without labels beside them."""
     chosen, chosen_exports = _chosen_epoch(run, task, training)
     logits, settings = logits_of(task, nets), _export(task, nets, run.folder.export)
-    found = predictions(task, logits, settings["temperature"])
+    found = predictions(run, task, logits, settings["temperature"])
     if training.divisions:
         found.losses = _fitted_losses(task, training.divisions.losses)
-    names = {"label": found.classes["train"], "annotator": task.zero_shot, "truth": task.labels}
-    if (task.labels < 0).all():
+    names = {"label": found.classes["train"], "annotator": task.zero_shot, "truth": task.weak.truth}
+    if (task.weak.truth < 0).all():
         del names["truth"]
     main_process_decides(
         run.accelerator,
@@ -228,7 +236,7 @@ def finish_networks(
     )
 
 
-def predictions(task: Task, logits: dict[str, dict[str, np.ndarray]], temperature: float = 1.0) -> Predictions:
+def predictions(run: Run, task: Task, logits: dict[str, dict[str, np.ndarray]], temperature: float = 1.0) -> Predictions:
     """What is predicted of the images of a task.
 
     Args:
@@ -236,12 +244,19 @@ def predictions(task: Task, logits: dict[str, dict[str, np.ndarray]], temperatur
     """
     test = np.zeros(0, dtype=np.int64) if task.test is None else task.test.samples.numpy()
     samples = {"train": task.data.samples.numpy(), "test": test}
-    sets, refined = task.candidates, _refined(task, samples)
-    if refined is not None:
-        sets = candidate_sets(task.annotated, task.job.candidates)[samples["train"]]
-    found = Predictions(samples, logits, task.known, sets, lambda rows: task.data.pixels(rows).cpu().numpy())
-    found.temperature, found.refined = temperature, refined
-    return found
+    refined = _refined(run, task, samples)
+    known = run.known if refined is None else None
+    offered = WeakLabels.from_store(run.annotated, run.job.candidates, known, samples["train"])
+    return Predictions(
+        samples,
+        logits,
+        task.weak.known,
+        offered.table,
+        lambda rows: task.data.pixels(rows).cpu().numpy(),
+        temperature=temperature,
+        refined=refined,
+        weak=task.weak,
+    )
 
 
 def logits_of(task: Task, nets: Sequence[CoRegNet]) -> dict[str, dict[str, np.ndarray]]:
@@ -302,7 +317,7 @@ def _chosen_epoch(run: Run, task: Task, training: Training) -> tuple[dict[str, A
     for net, weights in zip(divisions.nets, divisions.chosen["nets"]):
         net.load_state_dict(weights)
     classes = {split: rows["ensemble"].argmax(axis=1) for split, rows in logits_of(task, divisions.nets).items()}
-    truth = {"train": task.labels, "test": task.test_labels}
+    truth = {"train": task.weak.truth, "test": task.test_labels}
     said["accuracy"] = {split: accuracy(rows, truth[split]) for split, rows in classes.items()}
     settings = _export(task, divisions.nets, run.folder.chosen_export)
     for net, weights in zip(divisions.nets, last):
@@ -313,7 +328,7 @@ def _chosen_epoch(run: Run, task: Task, training: Training) -> tuple[dict[str, A
 
 def _fitted_losses(task: Task, losses: list[list[np.ndarray]]) -> list[np.ndarray]:
     """What each network's last division was fitted to, (N,), NaN for images left out."""
-    fitted, smooth = task.usable & (task.known < 0), []
+    fitted, smooth = task.weak.usable & ~task.weak.certain, []
     for history in losses:
         if len(history) and fitted.any():
             smooth.append(np.full(len(fitted), np.nan))
@@ -321,15 +336,15 @@ def _fitted_losses(task: Task, losses: list[list[np.ndarray]]) -> list[np.ndarra
     return smooth
 
 
-def _refined(task: Task, samples: dict[str, np.ndarray]) -> dict[str, Any] | None:
+def _refined(run: Run, task: Task, samples: dict[str, np.ndarray]) -> dict[str, Any] | None:
     """What the report says of the evidence that `--refine` made; None without."""
-    if task.store is task.annotated:
+    if run.store is run.annotated:
         return None
     best = task.store.probs().argmax(axis=1)
-    truth = {"train": task.labels, "test": task.test_labels}
+    truth = {"train": task.weak.truth, "test": task.test_labels}
     return {
         "features": task.store.manifest["refined"].get("view", "own"),
         "accuracy": {split: accuracy(best[rows], truth[split]) for split, rows in samples.items()},
-        "partial_accuracy": partial_accuracy(task.candidates, task.labels),
-        "mean_candidates": mean_candidates(task.candidates),
+        "partial_accuracy": partial_accuracy(task.weak.table, task.weak.truth),
+        "mean_candidates": mean_candidates(task.weak.table),
     }

@@ -21,7 +21,7 @@ from coreg.settings import ImageConfig, JobConfig
 from coreg.store.store import AnnotationStore
 from coreg.views.order import drawn_part
 from coreg.views.resident import TrainingImages
-from coreg.weak.rules import candidate_sets
+from coreg.weak.labels import WeakLabels
 
 if TYPE_CHECKING:
     from coreg.run.loop import Run
@@ -34,11 +34,9 @@ class Task(Generic[Options]):
     """What is trained on, and how: everything that stays the same while training.
 
     job, look, method: the options common to all scripts, and the method's own.
-    candidates: bool (N, C), row i of the training images; table: the same on the device. usable: bool (N,), False where
-    no template named a class. prior: (C,) for distribution alignment. labels: int64 (N,), -1 unknown, read by reports
-    alone. annotator: int64 (N,), the best class of the evidence that is trained on; zero_shot: the same before `--refine`,
-    for reports. annotated: the store before `--refine`. known: int64 (N,), classes that a person gave, -1 elsewhere;
-    repeated: rows of them that P gets on top; extra: rows of them for an extra supervised term.
+    weak: of the N training images; table: its candidate sets on the device. prior: (C,) for distribution alignment.
+    annotator: int64 (N,), the best class of the evidence that is trained on; zero_shot: the same before `--refine`, for
+    reports. repeated: rows with a person's label that P gets on top; extra: such rows for an extra supervised term.
     test: the test images with their labels, or None.
     """
 
@@ -47,16 +45,12 @@ class Task(Generic[Options]):
     look: ImageConfig
     method: Options
     store: AnnotationStore
-    annotated: AnnotationStore
     data: TrainingImages
-    candidates: np.ndarray
+    weak: WeakLabels
     table: Tensor
-    usable: np.ndarray
     prior: np.ndarray
-    labels: np.ndarray
     annotator: np.ndarray
     zero_shot: np.ndarray
-    known: np.ndarray
     repeated: np.ndarray
     extra: np.ndarray
     test: TrainingImages | None
@@ -72,7 +66,7 @@ class Task(Generic[Options]):
         if not len(rows):
             return None, 0
         mine = rows[share(len(rows))]
-        return (self.data.view(view, mine, ("labelled", *key)), self.data.places(self.known[mine])), len(rows)
+        return (self.data.view(view, mine, ("labelled", *key)), self.data.places(self.weak.known[mine])), len(rows)
 
 
 def training_rows(job: JobConfig, store: AnnotationStore) -> np.ndarray:
@@ -130,11 +124,8 @@ def prepare(run: Run, method: Options, alignment: str = "uniform") -> Task[Optio
     labels = np.full(len(store.paths), -1) if store.labels is None else store.labels
     train = training_rows(job, store)
     test = np.flatnonzero((store.split == 1) & ~store.unreadable)
-    known = run.known[train]
-    usable = _usable(run, train)
-    given, n_classes = np.flatnonzero(known >= 0), len(store.class_names)
-    candidates = candidate_sets(store, job.candidates)[train]
-    candidates[given] = np.arange(n_classes) == known[given, None]
+    weak = _weak_labels(run, train)
+    given, n_classes = np.flatnonzero(weak.certain), len(store.class_names)
     # so often that labelled images make up 5 % of an epoch's draws, once at least
     times = -(-len(train) // (20 * max(len(given), 1))) - 1
     train_images, test_images = _images(run, train, test)
@@ -147,16 +138,12 @@ def prepare(run: Run, method: Options, alignment: str = "uniform") -> Task[Optio
         look=look,
         method=method,
         store=store,
-        annotated=run.annotated,
         data=train_images,
-        candidates=candidates,
-        table=torch.from_numpy(candidates).to(accelerator.device),
-        usable=usable,
+        weak=weak,
+        table=torch.from_numpy(weak.table).to(accelerator.device),
         prior=prior / prior.sum(),
-        labels=labels[train],
         annotator=best,
         zero_shot=best if run.annotated is store else run.annotated.probs()[train].argmax(axis=1),
-        known=known,
         repeated=np.tile(given, max(times, 0) if job.label_mode == "replace+repeat" else 0),
         extra=given if job.label_mode == "extra_ce" else given[:0],
         test=test_images if len(test) else None,
@@ -164,19 +151,19 @@ def prepare(run: Run, method: Options, alignment: str = "uniform") -> Task[Optio
     )
 
 
-def _usable(run: Run, train: np.ndarray) -> np.ndarray:
-    """Which training images have a label or a template that names a class, bool (N,); a UserError where none has."""
+def _weak_labels(run: Run, train: np.ndarray) -> WeakLabels:
+    """What is known of the labels of the training images; a UserError where it is nothing."""
     store, others = run.store, not run.accelerator.is_main_process  # all find the same, and the main process says it
     if len(train) < 2:
         raise UserError(f"the store {store.root} has {len(train)} readable training images; give at least 2", told=others)
-    usable = (run.known[train] >= 0) | (store.drawn or (store.votes()[train] >= 0).any(axis=1))
-    if not usable.any():
+    weak = WeakLabels.from_store(store, run.job.candidates, run.known, train)
+    if not weak.usable.any():
         raise UserError(
             f"no template names a class of any training image in {store.root}; annotate with other class names or another "
             f"--vlm, or give labels with --labels FILE",
             told=others,
         )
-    return usable
+    return weak
 
 
 def _images(run: Run, *splits: np.ndarray) -> list[TrainingImages]:

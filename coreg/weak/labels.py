@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import shlex
@@ -101,6 +102,12 @@ class WeakLabels:
         written = ",".join(f"{name}={value}" for name, value in (numbers | {"seed": seed}).items())
         source = {"generator": f"{generator}({written})"}
         return cls(table, np.arange(len(table)), ~everything, everything, truth.astype(np.int64), source)
+
+    def revealed(self) -> WeakLabels:
+        """The true labels in the place of candidate sets, as if a person had given them all; unknown ones teach nothing."""
+        known = self.truth >= 0
+        table = (self.truth[:, None] == np.arange(self.table.shape[1])) | ~known[:, None]
+        return dataclasses.replace(self, table=table, certain=known, usable=known, source=self.source | {"revealed": True})
 
     @cached_property
     def known(self) -> np.ndarray:
