@@ -239,7 +239,7 @@ def test_supervised_training_needs_labels(small_store, tmp_path, monkeypatch, ca
     assert "needs true labels" in capsys.readouterr().err
 
 
-def test_images_that_no_template_could_name_are_left_out(small_store, tmp_path, monkeypatch):
+def test_images_that_no_template_could_name_are_left_out(small_annotated, tmp_path, monkeypatch):
     votes = AnnotationStore.votes
 
     def abstained(self):
@@ -248,8 +248,8 @@ def test_images_that_no_template_could_name_are_left_out(small_store, tmp_path, 
         return found
 
     monkeypatch.setattr(AnnotationStore, "votes", abstained)
-    state, report = small_run(small_store, tmp_path / "run", "proden")
-    store = AnnotationStore.open(small_store)
+    state, report = small_run(small_annotated, tmp_path / "run", "proden")
+    store = AnnotationStore.open(small_annotated)
     silent = int((store.split[:10] == 0).sum())
     assert silent and state["images_seen"] == 3 * (97 - silent)
     confidence = state["learners"][0]["method.confidence"]
@@ -257,15 +257,15 @@ def test_images_that_no_template_could_name_are_left_out(small_store, tmp_path, 
     assert report["images"]["train"] == 97
 
 
-def test_the_noise_rate_is_counted_on_labelled_images(small_store, tmp_path):
+def test_the_noise_rate_is_counted_on_labelled_images(small_annotated, tmp_path):
     more = ["alim_scale", "--few_shot", "8", "--noise_rate", "-1"]
-    _, report = small_run(small_store, tmp_path / "run", *more)
-    store = AnnotationStore.open(small_store)
+    _, report = small_run(small_annotated, tmp_path / "run", *more)
+    store = AnnotationStore.open(small_annotated)
     drawn = [line.rsplit(",", 1)[0] for line in (tmp_path / "run" / "known_labels.csv").read_text().splitlines()[1:]]
     rows = [store.paths.index(path) for path in drawn]
     missed = sum(store.labels[row] not in store.votes()[row].tolist() for row in rows)
     assert report["noise_rate"] == {"value": pytest.approx(missed / 24), "source": "counted on 24 labelled images"}
-    _, report = small_run(small_store, tmp_path / "unknown", "alim_scale", "--noise_rate", "-1")
+    _, report = small_run(small_annotated, tmp_path / "unknown", "alim_scale", "--noise_rate", "-1")
     assert report["noise_rate"] == {"value": -1, "source": "unknown; classes outside the sets weigh 0.4"}
 
 
