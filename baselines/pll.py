@@ -47,8 +47,7 @@ from annotate_vlm import annotate_digits
 from coreg.learn.collective import share
 from coreg.learn.coreg import cosine_lr
 from coreg.learn.partial import METHODS
-from coreg.learn.partial.learner import PartialBatch, PartialLearner
-from coreg.learn.partial.method import PartialMethod, Passes, Step
+from coreg.learn.partial.method import PartialBatch, PartialMethod, Passes, Step
 from coreg.learn.pseudo import draw_mixup, mix
 from coreg.report.report import summary
 from coreg.run.epoch import judge
@@ -84,17 +83,18 @@ def noise_rate(task: Task[PartialOptions]) -> tuple[float, str]:
 
 
 def build_method(task: Task[PartialOptions]) -> tuple[PartialMethod, dict[str, Any]]:
-    """The method with its state on the training images, and what the report has to say about it."""
-    options, told = task.method, {"preset": task.method.preset}
+    """The method with its network and its state on the training images, on the device, and fields of the report."""
+    options, fields, accelerator = task.method, {"preset": task.method.preset}, task.accelerator
     if options.preset == "official":
-        told["official_for"], _ = official(OFFICIAL[options.method], task.job.dataset)
+        fields["official_for"], _ = official(OFFICIAL[options.method], task.job.dataset)
     if options.method.startswith("alim"):
         rate, source = noise_rate(task)
-        options, told["noise_rate"] = dataclasses.replace(options, noise_rate=rate), {"value": rate, "source": source}
-    method = METHODS[options.method](options)
-    weak = task.weak
-    method.init(torch.from_numpy(weak.table), torch.from_numpy(weak.certain), task.data.dtype)
-    return method, told
+        options, fields["noise_rate"] = dataclasses.replace(options, noise_rate=rate), {"value": rate, "source": source}
+    n_classes = len(task.store.class_names)
+    (net,) = build_networks(accelerator, task.job, task.look, n_classes, options.projection_dim, count=1)
+    candidates, certain = torch.from_numpy(task.weak.table), torch.from_numpy(task.weak.certain)
+    method = METHODS[options.method](net, candidates, options, certain, task.data.dtype)
+    return placed(method, accelerator, task.job), fields
 
 
 def make_batch(
@@ -143,12 +143,12 @@ def mix_first_view(
 
 def train(run: Run, task: Task[PartialOptions], training: Training, lr: float) -> None:
     """Train for an epoch; images that no template could name teach nothing and are left out."""
-    job, options, learner, epoch = task.job, task.method, training.learners[0], training.epoch
+    job, options, method, epoch = task.job, task.method, training.learners[0], training.epoch
     everyone = np.concatenate([np.flatnonzero(task.weak.usable), task.repeated])
     order, others = (ShuffledRows(everyone, job.batch_size, (name, job.seed, epoch)) for name in ("train", "partner"))
     labelled = ShuffledRows(task.extra, job.batch_size, ("labelled", job.seed, epoch))
     now = Step(epoch, job.epochs)
-    passes = learner.method.passes(now)
+    passes = method.passes(now)
     for step in run.steps(training, order.per_round):
         rows, at = order.batch(step), (epoch, step)
         batch = make_batch(task, rows, passes, now, at)
@@ -157,7 +157,7 @@ def train(run: Run, task: Task[PartialOptions], training: Training, lr: float) -
         batch.labelled, batch.n_labelled = task.labelled(labelled.batch(step), options.weak_view, at)
         training.learn(batch, lr)
         with run.accelerator.autocast():
-            learner.after_step(batch, training.moves)
+            method.after_step(batch, training.moves)
 
 
 @exits_with_one_line
@@ -179,10 +179,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                     told=not run.accelerator.is_main_process,
                 )
             task = dataclasses.replace(task, weak=task.weak.revealed())
-        method, told = build_method(task)
-        nets = build_networks(run.accelerator, job, look, len(run.store.class_names), options.projection_dim, count=1)
-        learner = placed(PartialLearner(nets[0], method), run.accelerator, job)
-        training = run.begin([learner], [build_optimizer(nets[0], job)])
+        method, fields = build_method(task)
+        training = run.begin([method], [build_optimizer(method.net, job)])
 
         for epoch in run.epochs(training, name):
             lr = learning_rate(job, options.schedule, epoch)
@@ -191,7 +189,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             drawn = method.finish_epoch(Step(epoch, job.epochs))
             run.log(training, curves | {f"method/{key}": value for key, value in drawn.items()})
 
-        report = finish_networks(run, task, training, nets, name, **told)
+        report = finish_networks(run, task, training, [method.net], name, **fields)
         run.accelerator.print(summary(report, run.folder.root))
 
 

@@ -63,7 +63,7 @@ def test_every_method_runs_to_its_report_and_the_same_command_again_does_nothing
     assert report["labels_used"] == (97 if method == "supervised" else 0)
     assert report["annotator"]["mean_candidates"] > 1
     assert report.get("noise_rate", {}).get("source") == ("given" if method.startswith("alim") else None)
-    table = state["learners"][0].get("method.confidence")
+    table = state["learners"][0].get("confidence")
     if table is not None:
         torch.testing.assert_close(table.sum(1), torch.ones(97, dtype=torch.float64))
     capsys.readouterr()
@@ -252,7 +252,7 @@ def test_images_that_no_template_could_name_are_left_out(small_annotated, tmp_pa
     store = AnnotationStore.open(small_annotated)
     silent = int((store.split[:10] == 0).sum())
     assert silent and state["images_seen"] == 3 * (97 - silent)
-    confidence = state["learners"][0]["method.confidence"]
+    confidence = state["learners"][0]["confidence"]
     assert int((confidence == 1 / 3).all(1).sum()) == silent  # nothing was learned about them
     assert report["images"]["train"] == 97
 
@@ -285,7 +285,7 @@ def test_two_processes_train_like_one(small_store, tmp_path, method):
     ours, theirs = (final_state(tmp_path / name)["learners"][0] for name in ("one", "two"))
     if method == "irnet":  # it had something to correct
         offered = json.loads((tmp_path / "one" / "report.json").read_text())["annotator"]["mean_candidates"]
-        assert ours["method.candidates"].sum() > 97 * offered + 5
+        assert ours["candidates"].sum() > 97 * offered + 5
     assert ours.keys() == theirs.keys()
     for name in ours:
         if ours[name].is_floating_point():

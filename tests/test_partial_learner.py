@@ -7,8 +7,7 @@ import torch
 from torch import nn
 
 from coreg.learn.partial import METHODS
-from coreg.learn.partial.learner import PartialBatch, PartialLearner
-from coreg.learn.partial.method import Step
+from coreg.learn.partial.method import PartialBatch, Step
 from coreg.learn.partial_options import OPTIONS, PiCOOptions
 from coreg.nets.model import CoRegNet
 from coreg.nets.preact import PreActResNet
@@ -22,13 +21,17 @@ def learner(name, **options):
     torch.manual_seed(0)
     if issubclass(OPTIONS[name], PiCOOptions):
         options |= {"projection_dim": D, "queue_size": 10, "key_momentum": 0.9}
-    method = METHODS[name](OPTIONS[name](**options))
-    method.init(torch.rand(N, C).argsort(1) < 2, dtype=torch.float64)
+    sets = torch.rand(N, C).argsort(1) < 2
     net = CoRegNet(PreActResNet(C, 1, widths=(4, 8), depths=(1, 1), norm="none"), D)
-    made = PartialLearner(net, method).double().train()
+    made = METHODS[name](net, sets, OPTIONS[name](**options), dtype=torch.float64).double().train()
     for p in made.net.parameters():
         p.data += 0.05 * torch.randn_like(p)  # the momentum encoder lags behind
     return made
+
+
+def tables(made):
+    """What a method remembers, without its networks."""
+    return {name: value for name, value in made.state_dict().items() if not name.startswith(("net.", "key_net."))}
 
 
 def images(seed, rows=n):
@@ -36,7 +39,7 @@ def images(seed, rows=n):
 
 
 def batch(made, **more):
-    passes = made.method.passes(STEP)
+    passes = made.passes(STEP)
     views = tuple(images(k) for k in range(len(passes.views)))
     if passes.mixup != "none":
         more |= {"mixed": images(7), "partner": torch.tensor([2, 3, 1, 0]), "share_kept": 0.8}
@@ -53,7 +56,7 @@ def batch(made, **more):
 @pytest.mark.parametrize("name", list(METHODS))
 def test_a_step_of_every_method_trains_and_remembers(name):
     made = learner(name)
-    before = copy.deepcopy(made.method.state_dict())
+    before = copy.deepcopy(tables(made))
     parts = made(batch(made))
     assert parts["loss"].requires_grad and not any(p.requires_grad for k, p in parts.items() if k != "loss")
     parts["loss"].backward()
@@ -63,12 +66,12 @@ def test_a_step_of_every_method_trains_and_remembers(name):
     assert contrasts == (name in ("pico", "pico_plus", "irnet", "alim_onehot", "alim_scale"))
     assert (made.net.projector[0].weight.grad is not None) == contrasts
     assert not contrasts or all(p.grad is None for p in made.key_net.parameters())
-    changed = [k for k, v in made.method.state_dict().items() if not torch.equal(v.nan_to_num(), before[k].nan_to_num())]
-    assert bool(changed) == (bool(before) and not made.method.reads_again)
+    changed = [k for k, v in tables(made).items() if not torch.equal(v.nan_to_num(), before[k].nan_to_num())]
+    assert bool(changed) == (bool(before) and not made.reads_again)
     for table in ("confidence", "weights"):
         if table in changed:
             others = [i for i in range(N) if i not in INDEX.tolist()]
-            assert torch.equal(made.method.state_dict()[table][others], before[table][others])
+            assert torch.equal(tables(made)[table][others], before[table][others])
 
 
 def test_proden_remembers_what_the_network_said_before_the_step_and_rc_what_it_says_after():
@@ -82,8 +85,8 @@ def test_proden_remembers_what_the_network_said_before_the_step_and_rc_what_it_s
         made.after_step(told)
         last = made.net(told.views[0])[0].detach()
         assert (first - last).abs().max() > 1e-3
-        p = (first if name == "proden" else last).softmax(1) * made.method.candidates[INDEX]
-        torch.testing.assert_close(made.method.confidence[INDEX], p / p.sum(1, keepdim=True))
+        p = (first if name == "proden" else last).softmax(1) * made.candidates[INDEX]
+        torch.testing.assert_close(made.confidence[INDEX], p / p.sum(1, keepdim=True))
 
 
 def test_keys_come_from_the_moving_average_of_the_network():
@@ -92,7 +95,7 @@ def test_keys_come_from_the_moving_average_of_the_network():
     for key, query in zip(key_net.parameters(), made.net.parameters()):
         key.data.copy_(0.9 * key + 0.1 * query)
     made(told)
-    torch.testing.assert_close(made.method.queue.rows()[0], key_net(told.key)[1])
+    torch.testing.assert_close(made.queue.rows()[0], key_net(told.key)[1])
 
 
 def test_labelled_images_add_a_supervised_term():
@@ -108,6 +111,6 @@ def test_a_resumed_learner_takes_the_same_step():
     for name in ("rc", "pico_plus", "alim_scale", "irnet"):
         first, second = learner(name), learner(name)
         first(batch(first))
-        first.method.finish_epoch(STEP)
+        first.finish_epoch(STEP)
         second.load_state_dict(first.state_dict())
         assert torch.equal(first(batch(first))["loss"], second(batch(second))["loss"])

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from test_partial_pico import HOT, INDEX, SETS, C, D, N, contrast_by_hand, detached, made, outputs, scores_by_hand, unit
+from torch.nn import Identity
 from torch.nn import functional as F
 
 from coreg.learn.partial import METHODS
@@ -107,8 +108,9 @@ def test_an_epoch_that_saw_nobody_leaves_no_weight_behind():
 
 
 def test_scores_that_underflow_still_give_margins_and_targets():
-    method = METHODS["alim_scale"](OPTIONS["alim_scale"](projection_dim=2, queue_size=4))
-    method.init(torch.tensor([[True, False, False]]))
+    method = METHODS["alim_scale"](
+        Identity(), torch.tensor([[True, False, False]]), OPTIONS["alim_scale"](projection_dim=2, queue_size=4)
+    )
     # similarities +1 and -1 at temperature .07 over float32: the candidate's score is e^-29
     method.prototypes.value.copy_(torch.tensor([[-1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]))
     told = Outputs((torch.zeros(1, 3),), (torch.tensor([[1.0, 0.0]]),), keys=torch.tensor([[1.0, 0.0]]))

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch.nn import Identity
 from torch.nn import functional as F
 
 from coreg.learn.partial import METHODS
@@ -24,8 +25,12 @@ def unit(*shape, seed=0):
 
 def made(name="pico", in_queue=6, **options):
     """A method with prototypes, confidences and a queue that are not as in the beginning."""
-    method = METHODS[name](OPTIONS[name](**{"queue_size": 7, "projection_dim": D, "prototype_start": 1} | options))
-    method.init(SETS, dtype=torch.float64)
+    method = METHODS[name](
+        Identity(),
+        SETS,
+        OPTIONS[name](**{"queue_size": 7, "projection_dim": D, "prototype_start": 1} | options),
+        dtype=torch.float64,
+    )
     method.prototypes.value.copy_(unit(C, D, seed=1))
     noise = torch.rand(N, C, generator=torch.Generator().manual_seed(2), dtype=torch.float64) * SETS
     method.confidence.copy_(noise / noise.sum(1, keepdim=True))
@@ -113,8 +118,7 @@ def test_before_prototypes_count_contrast_is_that_of_moco_and_confidences_rest()
 
 
 def test_the_first_step_of_all_has_an_empty_queue_and_prototypes_of_nothing():
-    method = METHODS["pico"](OPTIONS["pico"](projection_dim=D))
-    method.init(SETS, dtype=torch.float64)
+    method = METHODS["pico"](Identity(), SETS, OPTIONS["pico"](projection_dim=D), dtype=torch.float64)
     told = outputs()
     parts = method.loss(told, INDEX, Step(0, 30))
     assert parts["contrast"].item() == pytest.approx(0)  # nothing but the own key
@@ -230,9 +234,8 @@ def test_before_its_start_pico_plus_is_pico_and_believes_everybody():
 
 
 def test_the_reliable_are_the_nearest_share_of_those_seen_and_what_a_person_labelled():
-    method = METHODS["pico_plus"](OPTIONS["pico_plus"](projection_dim=D, pure_ratio=0.5))
-    certain = torch.arange(N) == 7
-    method.init(SETS, certain, dtype=torch.float64)
+    options, certain = OPTIONS["pico_plus"](projection_dim=D, pure_ratio=0.5), torch.arange(N) == 7
+    method = METHODS["pico_plus"](Identity(), SETS, options, certain, torch.float64)
     method.distance[:] = torch.tensor([0.3, -0.9, math.inf, 0.1, 0.1, -0.2, math.inf, 0.8, 0.5])
     method.finish_epoch(Step(5, 30))
     # three of the seven that were seen; of the tied rows 3 and 4 the first
@@ -241,8 +244,9 @@ def test_the_reliable_are_the_nearest_share_of_those_seen_and_what_a_person_labe
 
 def test_guesses_from_a_hundred_classes_do_not_underflow():
     classes = 100
-    method = METHODS["pico_plus"](OPTIONS["pico_plus"](projection_dim=D, queue_size=4))
-    method.init(torch.ones(2, classes, dtype=torch.bool))
+    method = METHODS["pico_plus"](
+        Identity(), torch.ones(2, classes, dtype=torch.bool), OPTIONS["pico_plus"](projection_dim=D, queue_size=4)
+    )
     method.prototypes.value.copy_(-unit(1, D).float().expand(classes, D))  # scores near 1/100: to the power 14 they vanish
     method.reliable.zero_()
     told = Outputs(
@@ -257,8 +261,10 @@ def test_guesses_from_a_hundred_classes_do_not_underflow():
 
 
 def test_the_state_goes_through_a_checkpoint():
-    first, second = made("pico_plus"), METHODS["pico_plus"](OPTIONS["pico_plus"](queue_size=7, projection_dim=D))
-    second.init(SETS, dtype=torch.float64)
+    first, second = (
+        made("pico_plus"),
+        METHODS["pico_plus"](Identity(), SETS, OPTIONS["pico_plus"](queue_size=7, projection_dim=D), dtype=torch.float64),
+    )
     first.update(detached(outputs()), INDEX, Step(4, 30))
     first.finish_epoch(Step(4, 30))
     second.load_state_dict(first.state_dict())

@@ -6,6 +6,7 @@ import typing
 
 import pytest
 import torch
+from torch.nn import Identity
 
 from coreg.learn.partial import METHODS
 from coreg.learn.partial.method import Outputs, PartialMethod, Step, within
@@ -30,8 +31,7 @@ def logits(seed=0, views=1, scale=2.0):
 
 
 def made(name, **options):
-    method = METHODS[name](OPTIONS[name](**options))
-    method.init(SETS, dtype=torch.float64)
+    method = METHODS[name](Identity(), SETS, OPTIONS[name](**options), dtype=torch.float64)
     return method
 
 
@@ -80,8 +80,9 @@ def test_cc_is_minus_the_logarithm_of_the_mass_on_the_candidates():
 
 
 def test_on_true_labels_cc_is_the_supervised_cross_entropy():
-    method, z, labels = METHODS["supervised"](OPTIONS["supervised"]()), logits(), torch.tensor([0, 1, 2, 3, 0, 1, 2])
-    method.init(torch.nn.functional.one_hot(labels, C).bool(), dtype=torch.float64)
+    z, labels = logits(), torch.tensor([0, 1, 2, 3, 0, 1, 2])
+    sets = torch.nn.functional.one_hot(labels, C).bool()
+    method = METHODS["supervised"](Identity(), sets, OPTIONS["supervised"](), dtype=torch.float64)
     expected = torch.nn.functional.cross_entropy(z[0], labels[INDEX])
     torch.testing.assert_close(method.loss(told(z), INDEX, STEP)["loss"], expected)
 
@@ -138,8 +139,7 @@ def test_leveraged_weights_of_a_full_set_are_zero_outside_of_nothing():
 
 
 def test_lwc_stays_finite_where_the_network_is_sure_of_a_wrong_class():
-    method = METHODS["lwc"](OPTIONS["lwc"]())
-    method.init(SETS)
+    method = METHODS["lwc"](Identity(), SETS, OPTIONS["lwc"]())
     z = torch.tensor([[0.0, 0.0, 200.0, 0.0]], requires_grad=True)  # image 0 has {0, 1}
     method.loss(Outputs((z,), ()), torch.tensor([0]), STEP)["loss"].backward()
     assert z.grad.isfinite().all()
@@ -168,8 +168,7 @@ def test_cr_dpll(epoch, ramp):
 
 @pytest.mark.parametrize("name", ["proden", "rc", "lws", "lwc", "cr_dpll"])
 def test_candidates_whose_probabilities_underflow_still_share_one_unit(name):
-    method = METHODS[name](OPTIONS[name]())
-    method.init(SETS)
+    method = METHODS[name](Identity(), SETS, OPTIONS[name]())
     # all mass on class 3, which image 0 with {0, 1} does not have: e^-400 is zero in float32
     z = torch.tensor([[-400.0, -401.0, 0.0, 400.0]])
     method.update(Outputs((z, z, z), ()), torch.tensor([0]), STEP)
@@ -180,8 +179,7 @@ def test_candidates_whose_probabilities_underflow_still_share_one_unit(name):
 
 @pytest.mark.parametrize("name", [name for name in METHODS if not METHODS[name].__module__.endswith(("pico", "noisy"))])
 def test_full_and_single_candidate_sets_and_a_batch_of_nobody_give_finite_losses(name):
-    method = METHODS[name](OPTIONS[name]())
-    method.init(SETS)
+    method = METHODS[name](Identity(), SETS, OPTIONS[name]())
     for index in (torch.tensor([2]), torch.tensor([1])):
         z = tuple(torch.full((1, C), 50.0 * k).index_fill_(1, torch.tensor([0]), -90.0).requires_grad_() for k in range(3))
         loss = method.loss(Outputs(z, ()), index, Step(20, 30))["loss"]

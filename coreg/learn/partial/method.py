@@ -1,4 +1,4 @@
-"""The seam between a network and a method that learns from candidate sets.
+"""What all methods that learn from candidate sets share: one object has the network, its loss and what it remembers.
 
 A method remembers something of every training image in tables (N, ...) among its buffers, so that checkpoints keep them.
 `loss` only reads tables, `update` only writes them, and both are handed what the network said. Tables are the same on all
@@ -9,14 +9,18 @@ Shapes: N training images, C classes, D projected features; a global batch of n 
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from coreg.learn.collective import gather_rows, share
+from coreg.learn.losses import log_probabilities
 from coreg.learn.partial_options import PartialOptions
+from coreg.nets.model import CoRegNet
 
 
 @dataclass(frozen=True)
@@ -72,29 +76,69 @@ class Outputs:
     mixed: Mixed | None = None
 
 
-class PartialMethod(nn.Module):
-    """A loss on candidate sets and the state it needs; derived classes say what differs.
+@dataclass
+class PartialBatch:
+    """This process's share of a step, with the views that the method's `passes` asked for.
 
-    reads_again: `update` gets what the network says about the batch after its weights have moved, not before.
+    index: int64 (n,), training rows of the global batch. views: (l, c, H, W) each; key, glance: one more each.
+    mixed: (l, c, H, W), the first view mixed; partner, share_kept: as in `Mixed`.
+    labelled: images (l', c, H, W) and classes (l',) of an extra supervised term, if any, of n_labelled rows.
+    """
+
+    index: Tensor
+    step: Step
+    views: tuple[Tensor, ...]
+    key: Tensor | None = None
+    glance: Tensor | None = None
+    mixed: Tensor | None = None
+    partner: Tensor | None = None
+    share_kept: float = 1.0
+    labelled: tuple[Tensor, Tensor] | None = None
+    n_labelled: int = 0
+
+    @property
+    def size(self) -> int:
+        """Images of the global step."""
+        return len(self.index)
+
+
+class PartialMethod(nn.Module):
+    """A network that learns from candidate sets, and the state that its loss needs; derived classes say what differs.
+
+    net: what is trained. key_net: its momentum encoder, where the method's `passes` ask for keys.
+    reads_again: `update` gets the network's outputs on the batch after its weights have moved, not before.
     """
 
     reads_again = False
 
-    def __init__(self, options: PartialOptions) -> None:
-        super().__init__()
-        self.options = options
-
-    def init(self, candidates: Tensor, certain: Tensor | None = None, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        net: CoRegNet,
+        candidates: Tensor,
+        options: PartialOptions,
+        certain: Tensor | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         """Begin with these candidate sets.
 
         Args:
             candidates: bool (N, C), at least one True a row. certain: bool (N,), images that a person labelled: their
                 candidate sets are never doubted. dtype: of the tables.
         """
+        super().__init__()
+        self.net, self.options = net, options
         certain = torch.zeros(len(candidates), dtype=torch.bool) if certain is None else certain
         # they come from the annotation store in every start
         self.register_buffer("candidates", candidates.clone(), persistent=False)
         self.register_buffer("certain", certain.clone(), persistent=False)
+        self.begin(candidates, dtype)
+        if self.passes(Step(0, 1)).key is not None:
+            self.key_net = copy.deepcopy(net).requires_grad_(False)
+            self._average = get_ema_multi_avg_fn(options.key_momentum)
+        self._unread: list[PartialBatch] = []
+
+    def begin(self, candidates: Tensor, dtype: torch.dtype) -> None:
+        """Make the tables of the method. Candidates: bool (N, C)."""
 
     def passes(self, step: Step) -> Passes:
         """What this step has to look at."""
@@ -117,6 +161,51 @@ class PartialMethod(nn.Module):
     def finish_epoch(self, step: Step) -> dict[str, float]:
         """Draw conclusions from the epoch that `step` belongs to; gives curves."""
         return {}
+
+    def forward(self, batch: PartialBatch) -> dict[str, Tensor]:
+        """The step's `loss` (with gradient) and its parts (without), each a scalar and this process's share.
+
+        The parts are those of `loss`, and `supervised`, a mean over the labelled rows.
+        """
+        outputs = self._look(batch)
+        parts = self.loss(outputs, batch.index, batch.step)
+        if batch.labelled is not None:
+            images, classes = batch.labelled
+            supervised = nn.functional.nll_loss(log_probabilities(self.net(images)[0]), classes, reduction="sum")
+            parts["supervised"] = supervised / batch.n_labelled
+            parts["loss"] = parts["loss"] + parts["supervised"]
+        if not self.reads_again:
+            with torch.no_grad():
+                self.update(outputs, batch.index, batch.step)
+        return {name: part.detach() for name, part in parts.items()} | {"loss": parts["loss"]}
+
+    @torch.no_grad()
+    def after_step(self, batch: PartialBatch, moved: bool = True) -> None:
+        """To be called after every batch: a method that wants to reads those again by which the weights have moved.
+
+        Args:
+            moved: whether they have, or this batch's gradients wait for those of others.
+        """
+        if self.reads_again:
+            self._unread.append(batch)
+            for one in self._unread if moved else ():
+                self.update(self._look(one), one.index, one.step)
+            if moved:
+                self._unread.clear()
+
+    def _look(self, batch: PartialBatch) -> Outputs:
+        """Every view is a batch of its own to the network's batch statistics."""
+        logits, features = zip(*(self.net(view) for view in batch.views))
+        outputs = Outputs(logits, features)
+        with torch.no_grad():
+            if batch.key is not None:
+                self._average(list(self.key_net.parameters()), list(self.net.parameters()), None)
+                outputs.keys = self.key_net(batch.key)[1]
+            if batch.glance is not None:
+                outputs.glance = self.net(batch.glance)[1]
+        if batch.mixed is not None:
+            outputs.mixed = Mixed(self.net(batch.mixed)[0], batch.partner, batch.share_kept)
+        return outputs
 
 
 def mine(index: Tensor) -> Tensor:

@@ -39,8 +39,8 @@ class ALIMOnehot(NoisyPiCO):
 
     score_temperature = 0.07
 
-    def init(self, candidates: Tensor, certain: Tensor | None = None, dtype: torch.dtype = torch.float32) -> None:
-        super().init(candidates, certain, dtype)
+    def begin(self, candidates: Tensor, dtype: torch.dtype) -> None:
+        super().begin(candidates, dtype)
         self.register_buffer("weight", torch.zeros((), dtype=dtype))
         # one place an image, so that each counts once; nan: not seen in this epoch
         self.register_buffer("log_margin", torch.full((len(candidates),), torch.nan, dtype=dtype))
@@ -109,8 +109,8 @@ class IRNet(NoisyPiCO):
 
     alpha, beta = 6.0, 1.0  # weights of cross-entropy and reverse cross-entropy in the symmetric one
 
-    def init(self, candidates: Tensor, certain: Tensor | None = None, dtype: torch.dtype = torch.float32) -> None:
-        super().init(candidates, certain, dtype)
+    def begin(self, candidates: Tensor, dtype: torch.dtype) -> None:
+        super().begin(candidates, dtype)
         self.register_buffer("candidates", candidates.clone())  # in checkpoints: they grow
         self.margin = self.options.correction_margin / candidates.shape[1]
 

@@ -46,8 +46,8 @@ class PiCO(PartialMethod):
     score_temperature = 1.0
     first_epoch = 0  # how the authors number the first epoch
 
-    def init(self, candidates: Tensor, certain: Tensor | None = None, dtype: torch.dtype = torch.float32) -> None:
-        super().init(candidates, certain, dtype)
+    def begin(self, candidates: Tensor, dtype: torch.dtype) -> None:
+        super().begin(candidates, dtype)
         self.prototypes = Prototypes(candidates.shape[1], self.options.projection_dim).to(dtype)
         self.queue = Queue(self.options.queue_size, self.options.projection_dim).to(dtype)
         self.register_buffer("confidence", uniform(candidates, dtype))
@@ -158,8 +158,8 @@ class PiCOPlus(PiCO):
     all_weight = 0.1  # of the contrast that believes every label, of the neighbours, and of the guessed targets
     reliable_weight = 2.0
 
-    def init(self, candidates: Tensor, certain: Tensor | None = None, dtype: torch.dtype = torch.float32) -> None:
-        super().init(candidates, certain, dtype)
+    def begin(self, candidates: Tensor, dtype: torch.dtype) -> None:
+        super().begin(candidates, dtype)
         # infinitely far: not seen yet
         self.register_buffer("distance", torch.full((len(candidates),), torch.inf, dtype=dtype))
         self.register_buffer("reliable", torch.ones(len(candidates), dtype=torch.bool))

@@ -32,8 +32,8 @@ class PRODEN(PartialMethod):
     c starts uniform on the candidate set; after each step c_j is proportional to y_j f_j, with f as it was before the step.
     """
 
-    def init(self, candidates: Tensor, certain: Tensor | None = None, dtype: torch.dtype = torch.float32) -> None:
-        super().init(candidates, certain, dtype)
+    def begin(self, candidates: Tensor, dtype: torch.dtype) -> None:
+        super().begin(candidates, dtype)
         self.register_buffer("confidence", uniform(candidates, dtype))
 
     def loss(self, outputs: Outputs, index: Tensor, step: Step) -> dict[str, Tensor]:
@@ -60,8 +60,8 @@ class LWC(PartialMethod):
 
     reads_again = True
 
-    def init(self, candidates: Tensor, certain: Tensor | None = None, dtype: torch.dtype = torch.float32) -> None:
-        super().init(candidates, certain, dtype)
+    def begin(self, candidates: Tensor, dtype: torch.dtype) -> None:
+        super().begin(candidates, dtype)
         self.register_buffer("weights", torch.full(candidates.shape, 1 / candidates.shape[1], dtype=dtype))
 
     @staticmethod
@@ -98,8 +98,8 @@ class CRDPLL(PartialMethod):
     1/3, restricted to the candidate set and renormalised. A truth outside its candidate set is never found again.
     """
 
-    def init(self, candidates: Tensor, certain: Tensor | None = None, dtype: torch.dtype = torch.float32) -> None:
-        super().init(candidates, certain, dtype)
+    def begin(self, candidates: Tensor, dtype: torch.dtype) -> None:
+        super().begin(candidates, dtype)
         self.register_buffer("confidence", uniform(candidates, dtype))
 
     def passes(self, step: Step) -> Passes:
