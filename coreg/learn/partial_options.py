@@ -13,8 +13,9 @@ from typing import Any, ClassVar, Literal
 from coreg.config import advanced, option
 
 Name = Literal[
-    "cc", "rc", "proden", "lws", "lwc", "cr_dpll", "pico", "pico_plus", "irnet", "alim_onehot", "alim_scale", "supervised"
-]
+    "cc", "rc", "proden", "abs_mae", "abs_gce", "cavl", "pop", "lws", "lwc", "cr_dpll", "pico", "pico_plus", "irnet",
+    "alim_onehot", "alim_scale", "supervised",
+]  # fmt: skip
 # of `coreg.views.augment.VIEWS`
 View = Literal["plain", "weak", "strong", "pico_weak", "pico_strong", "cr_weak", "cr_strong", "cr_strong_svhn"]
 Values = dict[str, dict[str, Any]]
@@ -49,6 +50,25 @@ _DEEP: Values = {
     "cifar10": {"optimizer": "sgd", "lr": 0.05, "lr_floor": 0, "lr_horizon": 0, "weight_decay": 1e-3}
     | {"batch_size": 256, "epochs": 250}
 }
+
+
+@dataclass
+class ABSGCEOptions(PartialOptions):
+    """ABS-GCE: the generalised cross-entropy."""
+
+    gce_exponent: float = option(0.7, "q, from a cross-entropy (towards 0) to the absolute error (1)", (0.001, 1))
+
+
+@dataclass
+class POPOptions(PartialOptions):
+    """POP: candidate sets that lose classes for good."""
+
+    purify_after: int = option(20, "epochs before a class can leave a candidate set", (0, 1_000_000))
+    purify_window: int = option(5, "W, epochs between two purifications, whose confidences are averaged", (1, 1000))
+    purify_threshold: float = option(
+        0.001, "theta, share of the largest confidence below which a class leaves, in the beginning", (0, 1)
+    )
+    threshold_growth: float = option(0.001, "share by which theta grows where hardly any class leaves", (0, 1e6))
 
 
 @dataclass
@@ -163,6 +183,10 @@ _METHODS: dict[str, tuple[str, type[PartialOptions], Values]] = {
     "cc": ("CC", PartialOptions, _DEEP),
     "rc": ("RC", PartialOptions, _DEEP),
     "proden": ("PRODEN", PartialOptions, _DEEP),
+    "abs_mae": ("ABS-MAE", PartialOptions, _DEEP),
+    "abs_gce": ("ABS-GCE", ABSGCEOptions, _DEEP),
+    "cavl": ("CAVL", PartialOptions, _DEEP),
+    "pop": ("POP", POPOptions, _DEEP),
     "lws": ("LWS", LeveragedOptions, _LWS),
     "lwc": ("LWC", LeveragedOptions, _LWC),
     "cr_dpll": ("CR-DPLL", CRDPLLOptions, _CR_DPLL),

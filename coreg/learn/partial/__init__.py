@@ -4,6 +4,7 @@ To add one: derive from `coreg.learn.partial.method.PartialMethod`, say which vi
 tables change, and name it here and, with its options, in `coreg.learn.partial_options`.
 """
 
+from coreg.learn.partial.average import ABSGCE, ABSMAE, CAVL, POP
 from coreg.learn.partial.method import PartialMethod
 from coreg.learn.partial.noisy import ALIMOnehot, ALIMScale, IRNet
 from coreg.learn.partial.pico import PiCO, PiCOPlus
@@ -13,6 +14,10 @@ METHODS: dict[str, type[PartialMethod]] = {
     "cc": CC,
     "rc": RC,
     "proden": PRODEN,
+    "abs_mae": ABSMAE,
+    "abs_gce": ABSGCE,
+    "cavl": CAVL,
+    "pop": POP,
     "lws": LWS,
     "lwc": LWC,
     "cr_dpll": CRDPLL,
