@@ -57,7 +57,7 @@ def same(ours, theirs, rtol=1e-10):
             else:
                 assert torch.equal(a[name], b[name]), name
     for key in ("losses", "weights"):
-        for a, b in zip(ours[key], theirs[key]):
+        for a, b in zip(ours["divisions"][key], theirs["divisions"][key]):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
     same_curves(ours, theirs, rtol)
 
