@@ -176,7 +176,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             if (task.weak.truth < 0).all():
                 raise UserError(
                     f"supervised training needs true labels, and the store {run.store.root} has none",
-                    told=not run.accelerator.is_main_process,
+                    silent=not run.accelerator.is_main_process,
                 )
             task = dataclasses.replace(task, weak=task.weak.revealed())
         method, told = build_method(task)

@@ -59,7 +59,7 @@ class Labelled:
         if not len(rows):
             raise UserError(
                 f"no training image of {store.root} has a label; give --labels FILE with a column path,label",
-                told=not run.accelerator.is_main_process,
+                silent=not run.accelerator.is_main_process,
             )
         counts = np.bincount(run.known[rows], minlength=len(store.class_names))
         if (counts == 0).any():
@@ -107,7 +107,7 @@ def load_towers(model: ModelSpec, run: Run, precision: str = "fp32") -> Towers:
     if model.kind == "chat":
         raise UserError(
             f"{model.spec} is a chat model, and this needs one of the CLIP family; name one with --vlm",
-            told=not run.accelerator.is_main_process,
+            silent=not run.accelerator.is_main_process,
         )
     towers = annotators.load_towers(model, run.accelerator.device, precision)
     if run.job.dtype == "float64":

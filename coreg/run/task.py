@@ -155,13 +155,13 @@ def _weak_labels(run: Run, train: np.ndarray) -> WeakLabels:
     """What is known of the labels of the training images; a UserError where it is nothing."""
     store, others = run.store, not run.accelerator.is_main_process  # all find the same, and the main process says it
     if len(train) < 2:
-        raise UserError(f"the store {store.root} has {len(train)} readable training images; give at least 2", told=others)
+        raise UserError(f"the store {store.root} has {len(train)} readable training images; give at least 2", silent=others)
     weak = WeakLabels.from_store(store, run.job.candidates, run.known, train)
     if not weak.usable.any():
         raise UserError(
             f"no template names a class of any training image in {store.root}; annotate with other class names or another "
             f"--vlm, or give labels with --labels FILE",
-            told=others,
+            silent=others,
         )
     return weak
 
@@ -209,6 +209,6 @@ def finite(task: Task, logits: Tensor, number: int, epoch: int) -> np.ndarray:
         raise UserError(
             f"network {number + 1} predicts no numbers any more in epoch {epoch + 1}; start anew in another --output_dir "
             f"with a smaller --lr (now {task.job.lr}); the checkpoints before it are kept",
-            told=not task.accelerator.is_main_process,
+            silent=not task.accelerator.is_main_process,
         )
     return log_p
