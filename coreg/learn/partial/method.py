@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from coreg.learn.collective import gather_rows, share
+from coreg.learn.collective import gather_rows, my_slice
 from coreg.learn.partial_options import PartialOptions
 
 
@@ -119,9 +119,9 @@ class PartialMethod(nn.Module):
         return {}
 
 
-def mine(index: Tensor) -> Tensor:
+def my_rows(index: Tensor) -> Tensor:
     """This process's rows of the global batch `index`."""
-    return index[share(len(index))]
+    return index[my_slice(len(index))]
 
 
 def write(table: Tensor, index: Tensor, values: Tensor) -> None:
