@@ -48,7 +48,7 @@ from torch import Tensor
 
 from annotate_vlm import annotate_digits
 from coreg.annotate.textual import single_template_probabilities
-from coreg.learn.collective import share
+from coreg.learn.collective import my_slice
 from coreg.learn.coreg import cosine_lr
 from coreg.learn.distill import DistillBatch, DistillLearner
 from coreg.plaintext import printable
@@ -88,9 +88,9 @@ def teacher_of(task: Task[DistillOptions]) -> tuple[np.ndarray, str]:
 
 def make_batch(task: Task[DistillOptions], teacher: Tensor, rows: np.ndarray, epoch: int) -> DistillBatch:
     """This process's share of the global batch `rows`, as the images are seen in an epoch."""
-    mine = rows[share(len(rows))]
-    images = task.data.view(task.method.view, mine, ("distill", epoch, 0))
-    return DistillBatch(images, teacher[task.data.places(mine)], len(rows))
+    my_rows = rows[my_slice(len(rows))]
+    images = task.data.view(task.method.view, my_rows, ("distill", epoch, 0))
+    return DistillBatch(images, teacher[task.data.places(my_rows)], len(rows))
 
 
 @exits_with_one_line

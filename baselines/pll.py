@@ -44,7 +44,7 @@ import torch
 from torch import Tensor
 
 from annotate_vlm import annotate_digits
-from coreg.learn.collective import share
+from coreg.learn.collective import my_slice
 from coreg.learn.coreg import cosine_lr
 from coreg.learn.partial import METHODS
 from coreg.learn.partial.method import PartialBatch, PartialMethod, Passes, Step
@@ -106,11 +106,11 @@ def make_batch(
         at: epoch and step, which name the views.
     """
     data, kinds = task.data, {"weak": task.method.weak_view, "strong": task.method.strong_view}
-    mine = rows[share(len(rows))]
-    pixels = data.pixels(mine)
+    my_rows = rows[my_slice(len(rows))]
+    pixels = data.pixels(my_rows)
 
     def view(name: str, kind: str) -> Tensor:
-        return data.view(kinds[kind], mine, (name, *at), pixels)
+        return data.view(kinds[kind], my_rows, (name, *at), pixels)
 
     return PartialBatch(
         index=data.places(rows),
@@ -130,13 +130,13 @@ def mix_first_view(
         kind: `batch` or `epoch`, as in `Passes`. rows: the global batch. others: as many rows of a second pass over the
             training set.
     """
-    data, view, mine = task.data, task.method.weak_view, share(len(rows))
+    data, view, my_part = task.data, task.method.weak_view, my_slice(len(rows))
     kept, order = draw_mixup(task.method.mixup_alpha, len(rows), (task.job.seed, "mixup", *at))
     if kind == "epoch":
-        partner = others[mine]
+        partner = others[my_part]
         views = data.view(view, partner, ("partner", *at))
     else:
-        partner = order[mine]
+        partner = order[my_part]
         views = data.partners(batch.views[0], [(view, rows, ("0", *at))], partner)
     batch.mixed, batch.partner, batch.share_kept = mix(batch.views[0], views, kept), data.places(partner), kept
 
@@ -176,7 +176,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             if (task.weak.truth < 0).all():
                 raise UserError(
                     f"supervised training needs true labels, and the store {run.store.root} has none",
-                    told=not run.accelerator.is_main_process,
+                    silent=not run.accelerator.is_main_process,
                 )
             task = dataclasses.replace(task, weak=task.weak.revealed())
         method, fields = build_method(task)

@@ -64,7 +64,7 @@ from torch import Tensor
 from annotate_vlm import annotate_digits
 from coreg.annotate.textual import class_embeddings, text_side
 from coreg.annotate.view import View, views_of
-from coreg.learn.collective import gather_rows, share
+from coreg.learn.collective import gather_rows, my_slice
 from coreg.learn.probe import SCALE, fit_cosine, fit_probe
 from coreg.nets.model import CoRegNet
 from coreg.process import main_process_decides
@@ -82,8 +82,8 @@ from coreg.views.resident import TrainingImages
 def encoded(task: Task[ProbeOptions], net: CoRegNet, images: TrainingImages, rows: np.ndarray, mirrored: bool) -> Tensor:
     """Pooled features (n, D) of some images, or of their mirror images; each process encodes its share."""
     net.eval()
-    mine, size = rows[share(len(rows))], 4 * task.job.batch_size
-    batches = images.in_batches("plain", mine, size, ()) if len(mine) else [images.view("plain", mine, ())]
+    my_rows, size = rows[my_slice(len(rows))], 4 * task.job.batch_size
+    batches = images.in_batches("plain", my_rows, size, ()) if len(my_rows) else [images.view("plain", my_rows, ())]
     pooled = [
         net.backbone.forward_head(net.backbone.forward_features(x.flip(3) if mirrored else x), pre_logits=True).flatten(1)
         for x in batches

@@ -34,7 +34,9 @@ EXACT = [
     "--dtype", "float64", "--backbone_args", '{"norm": "group", "widths": [8, 16], "depths": [1, 1]}',
     "--contrast_after", "-1", "--queue_size", "50", "--batch_size", "64", "--warmup_epochs", "1",
 ]  # fmt: skip
-METHODS = "cc rc proden abs_mae abs_gce cavl pop lws lwc cr_dpll pico pico_plus irnet alim_onehot alim_scale supervised".split()
+METHODS = (
+    "cc rc proden abs_mae abs_gce cavl pop lws lwc cr_dpll pico pico_plus irnet alim_onehot alim_scale supervised".split()
+)
 NUMBERS = (
     "accuracy", "per_class_accuracy", "annotator", "labels_used", "parameters", "trainable_parameters", "last_epoch",
     "temperature", "chosen", "needs_review",

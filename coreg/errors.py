@@ -13,12 +13,12 @@ from coreg.plaintext import printable
 class UserError(Exception):
     """Bad input: the message says what was found, what was expected and what to type next, in one line.
 
-    `told` is set where another process has the same error to tell, so that a job of many processes says it once.
+    `silent` is set where another process has the same error to tell, so that a job of many processes says it once.
     """
 
-    def __init__(self, message: str, told: bool = False) -> None:
+    def __init__(self, message: str, silent: bool = False) -> None:
         super().__init__(message)
-        self.told = told
+        self.silent = silent
 
 
 def exits_with_one_line(main: Callable[..., int | None]) -> Callable[..., int | None]:
@@ -33,7 +33,7 @@ def exits_with_one_line(main: Callable[..., int | None]) -> Callable[..., int | 
             with tidying_up():
                 return main(*args, **kwargs)
         except UserError as error:
-            if not error.told:
+            if not error.silent:
                 print(f"error: {printable(error)}", file=sys.stderr)
             raise SystemExit(2) from None
 

@@ -206,7 +206,7 @@ def making_folder(
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
         if isinstance(error, UserError):
-            raise UserError(str(error).replace(str(temporary), str(given)), error.told) from None
+            raise UserError(str(error).replace(str(temporary), str(given)), error.silent) from None
         reason = reason_of(error) if isinstance(error, Exception) else None
         if reason is None:
             raise

@@ -108,7 +108,7 @@ def main_process_decides(accelerator: Accelerator, decide: Callable[[], T]) -> T
     if accelerator.num_processes > 1:
         broadcast_object_list(answer)
     if answer[1] is not None:
-        raise UserError(answer[1], told=not accelerator.is_main_process)
+        raise UserError(answer[1], silent=not accelerator.is_main_process)
     return answer[0]
 
 
@@ -122,5 +122,5 @@ def all_or_none(accelerator: Accelerator, work: Callable[[], T]) -> T:
     problems = gather_object([problem]) if accelerator.num_processes > 1 else [problem]
     first = next((process for process, text in enumerate(problems) if text is not None), None)
     if first is not None:
-        raise UserError(problems[first], told=accelerator.process_index != first)
+        raise UserError(problems[first], silent=accelerator.process_index != first)
     return result

@@ -14,7 +14,7 @@ from coreg.adapt.tuning import Labelled, check_readable
 from coreg.adapt.views import Photos, RandomView
 from coreg.annotate.chat import ChatAnnotator
 from coreg.errors import UserError
-from coreg.learn.collective import gather_rows, share
+from coreg.learn.collective import gather_rows, my_slice
 from coreg.process import all_or_none
 from coreg.run.loop import Run
 
@@ -63,11 +63,11 @@ class ChatImages:
 
     def batch(self, places: np.ndarray, epoch: int) -> ChatBatch:
         """This process's share of the labelled images at `places`, int64 (n,), as they are seen in an epoch."""
-        mine = places[share(len(places))]
-        some = mine if len(mine) else places[:1]
+        my_places = places[my_slice(len(places))]
+        some = my_places if len(my_places) else places[:1]
         seen = self.photos.views(self.labelled.rows[some], epoch)
         told, labels = join(seen, [self.answers[index] for index in self.labelled.classes[some]])
-        if not len(mine):
+        if not len(my_places):
             labels.fill_(IGNORED)
         tokens = sum(len(self.answers[index]) for index in self.labelled.classes[places])
         return ChatBatch(self._send(told), labels.to(self.annotator.device, non_blocking=True), len(places), tokens)
@@ -84,14 +84,14 @@ class ChatImages:
         logits, named = {}, {}
         for split, rows in self.labelled.samples.items():
             if len(rows):
-                mine = rows[share(len(rows))]
+                my_rows = rows[my_slice(len(rows))]
                 # a process without rows asks about one all the same, so that all results have their shapes
-                some = mine if len(mine) else rows[:1]
+                some = my_rows if len(my_rows) else rows[:1]
                 parts = all_or_none(
                     self.accelerator,
                     lambda some=some: [self._ask(some[at : at + self.step]) for at in range(0, len(some), self.step)],
                 )
-                votes, probs = (torch.cat(part)[: len(mine)] for part in zip(*parts))
+                votes, probs = (torch.cat(part)[: len(my_rows)] for part in zip(*parts))
                 logits[split] = gather_rows(probs, len(rows)).clamp_min(1e-8).log().cpu().numpy()
                 named[split] = gather_rows(votes, len(rows)).cpu().numpy()
         return logits, named

@@ -1,6 +1,6 @@
 """Training steps of tuned models: modules whose forward takes a batch and gives its loss, with what is trained as state.
 
-A batch holds this process's share of the rows (see `coreg.learn.collective.share`); loss and accuracy are sums over that
+A batch holds this process's share of the rows (see `coreg.learn.collective.my_slice`); loss and accuracy are sums over that
 share divided by global counts, so that their sums over all processes are means over the global batch.
 """
 

@@ -19,7 +19,7 @@ from coreg.annotate.annotators import Towers
 from coreg.annotate.models import ModelSpec, resolve
 from coreg.data.decode import decode_annotated
 from coreg.errors import UserError
-from coreg.learn.collective import gather_rows, share
+from coreg.learn.collective import gather_rows, my_slice
 from coreg.process import all_or_none, main_process_decides
 from coreg.run.loop import Run
 from coreg.run.results import Predictions
@@ -59,7 +59,7 @@ class Labelled:
         if not len(rows):
             raise UserError(
                 f"no training image of {store.root} has a label; give --labels FILE with a column path,label",
-                told=not run.accelerator.is_main_process,
+                silent=not run.accelerator.is_main_process,
             )
         counts = np.bincount(run.known[rows], minlength=len(store.class_names))
         if (counts == 0).any():
@@ -107,7 +107,7 @@ def load_towers(model: ModelSpec, run: Run, precision: str = "fp32") -> Towers:
     if model.kind == "chat":
         raise UserError(
             f"{model.spec} is a chat model, and this needs one of the CLIP family; name one with --vlm",
-            told=not run.accelerator.is_main_process,
+            silent=not run.accelerator.is_main_process,
         )
     towers = annotators.load_towers(model, run.accelerator.device, precision)
     if run.job.dtype == "float64":
@@ -121,7 +121,7 @@ def check_readable(accelerator: Accelerator, photos: Photos, rows: np.ndarray) -
     Raises:
         UserError: some cannot be read any more; on every process.
     """
-    all_or_none(accelerator, lambda: photos.check(rows[share(len(rows))]))
+    all_or_none(accelerator, lambda: photos.check(rows[my_slice(len(rows))]))
 
 
 class ClipImages:
@@ -157,13 +157,13 @@ class ClipImages:
 
     def batch(self, places: np.ndarray, epoch: int) -> ClipBatch:
         """This process's share of the labelled images at `places`, int64 (n,), as they are seen in an epoch."""
-        mine, classes = places[share(len(places))], self.labelled.classes[places[share(len(places))]]
-        if not len(mine):
-            mine, classes = places[:1], np.array([IGNORED])
+        my_places, classes = places[my_slice(len(places))], self.labelled.classes[places[my_slice(len(places))]]
+        if not len(my_places):
+            my_places, classes = places[:1], np.array([IGNORED])
         if self.kept:
-            images = self.kept[epoch % len(self.kept)][torch.from_numpy(mine).to(self.device, non_blocking=True)]
+            images = self.kept[epoch % len(self.kept)][torch.from_numpy(my_places).to(self.device, non_blocking=True)]
         else:
-            images = self._pixels(self.photos.views(self.labelled.rows[mine], epoch))
+            images = self._pixels(self.photos.views(self.labelled.rows[my_places], epoch))
         return ClipBatch(images, bool(self.kept), torch.from_numpy(classes).to(self.device, non_blocking=True), len(places))
 
     def features(self, rows: np.ndarray) -> Tensor:
@@ -189,25 +189,25 @@ class ClipImages:
     @torch.no_grad()
     def _encode(self, rows: np.ndarray, number: int | None) -> Tensor:
         """Features of random view `number`, or of whole images; every process does its share."""
-        mine = rows[share(len(rows))]
+        my_rows = rows[my_slice(len(rows))]
 
-        def encode_mine() -> list[Tensor]:
+        def encode_my_rows() -> list[Tensor]:
             try:
                 return encode()
             except UserError:
-                self.photos.check(mine)  # tells how many there are
+                self.photos.check(my_rows)  # tells how many there are
                 raise
 
         def encode() -> list[Tensor]:
             parts = []
             # a process without rows reads one all the same, so that all know the features' length
-            for start in range(0, max(len(mine), 1), self.step):
-                some = mine[start : start + self.step] if len(mine) else rows[:1]
+            for start in range(0, max(len(my_rows), 1), self.step):
+                some = my_rows[start : start + self.step] if len(my_rows) else rows[:1]
                 seen = self.photos.plain(some) if number is None else self.photos.views(some, number)
                 parts.append(torch.nn.functional.normalize(self.towers.image(self._pixels(seen)).to(self.dtype), dim=-1))
             return parts
 
-        return gather_rows(torch.cat(all_or_none(self.accelerator, encode_mine))[: len(mine)], len(rows))
+        return gather_rows(torch.cat(all_or_none(self.accelerator, encode_my_rows))[: len(my_rows)], len(rows))
 
 
 @torch.no_grad()

@@ -17,15 +17,15 @@ def rank_and_world() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
 
 
-def share(n: int, rank: int | None = None) -> slice:
+def my_slice(n: int, rank: int | None = None) -> slice:
     """The rows of a global batch of n that a process holds: contiguous, as even as possible, possibly none."""
-    mine, world = rank_and_world()
-    rank = mine if rank is None else rank
+    own, world = rank_and_world()
+    rank = own if rank is None else rank
     return slice(n * rank // world, n * (rank + 1) // world)
 
 
 def gather_rows(rows: Tensor, n: int) -> Tensor:
-    """All n rows of a batch shared out by `share`, in global order, with gradient where `rows` has one.
+    """All n rows of a batch shared out by `my_slice`, in global order, with gradient where `rows` has one.
 
     Args:
         rows: (share, ...), the rows of this process. n: rows of the global batch.
@@ -36,7 +36,7 @@ def gather_rows(rows: Tensor, n: int) -> Tensor:
     _, world = rank_and_world()
     if world == 1:
         return rows
-    counts = [(s.stop - s.start) for s in (share(n, r) for r in range(world))]
+    counts = [(s.stop - s.start) for s in (my_slice(n, r) for r in range(world))]
     longest = max(counts)
     padded = rows.new_zeros((longest, *rows.shape[1:]))
     # collectives want equal shapes: pad, gather, cut

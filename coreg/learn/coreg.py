@@ -1,8 +1,8 @@
 """One network's side of Co-Reg: a module whose forward is a whole training step and returns its loss.
 
 The same module serves warm-up and co-training, so that a data-parallel wrapper sees one module with one forward. A batch
-holds this process's share of the rows (see `coreg.learn.collective.share`); the loss and all its parts are sums over that
-share divided by global counts, so that their sums over all processes are means over the global batch.
+holds this process's rows (see `coreg.learn.collective.my_slice`); the loss and all its parts are sums over them
+divided by global counts, so that their sums over all processes are means over the global batch.
 
 Shapes: n_x and n_u rows of P and U in the global step, l_x and l_u of them here, C classes, D projected features.
 """
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from coreg.learn import losses
-from coreg.learn.collective import gather_rows, share
+from coreg.learn.collective import gather_rows, my_slice
 from coreg.learn.memory import Prototypes, Queue
 from coreg.learn.options import CoRegOptions
 from coreg.learn.pseudo import fuse_trusted, mix, sharpen
@@ -259,8 +259,8 @@ class CoRegLearner(nn.Module):
             queue_keys, queue_labels, queue_confident = self.queue.rows()
             position = torch.cat(
                 [
-                    torch.arange(n, device=k.device)[share(batch.n_x)],
-                    batch.n_x + torch.arange(batch.n_u, device=k.device)[share(batch.n_u)],
+                    torch.arange(n, device=k.device)[my_slice(batch.n_x)],
+                    batch.n_x + torch.arange(batch.n_u, device=k.device)[my_slice(batch.n_u)],
                 ]
             )
             loss = (

@@ -1,7 +1,7 @@
 """Two networks that divide the training set for each other: what they remember of it, and the batches that they train on.
 
 Co-Reg and DivideMix share it. Positions 0 .. N-1 number the training images; a batch holds this process's share of the
-global one (see `coreg.learn.collective.share`).
+global one (see `coreg.learn.collective.my_slice`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from coreg.learn.collective import share
+from coreg.learn.collective import my_slice
 from coreg.learn.coreg import CoRegBatch, Guess, WarmUpBatch
 from coreg.learn.pseudo import draw_mixup
 from coreg.views.resident import TrainingImages
@@ -110,9 +110,9 @@ def warm_up_batch(
         key: (epoch, network), names the views. view: `strong` as in the reference, or `weak`.
         n_informative: rows of the global batch over which the partial loss is averaged.
     """
-    mine = rows[share(len(rows))]
-    images = data.view(view, mine, ("warm-up", *key))
-    return WarmUpBatch(images, candidates[data.places(mine)], len(rows), n_informative)
+    my_rows = rows[my_slice(len(rows))]
+    images = data.view(view, my_rows, ("warm-up", *key))
+    return WarmUpBatch(images, candidates[data.places(my_rows)], len(rows), n_informative)
 
 
 def co_train_batch(
@@ -136,13 +136,13 @@ def co_train_batch(
         own: the own network's verdict, where weak views were predicted once for the epoch.
     """
     lengths = (len(x), len(x), len(u), len(u))
-    x_mine, u_mine = x[share(len(x))], u[share(len(u))]
-    each = ((x, x_mine, data.pixels(x_mine), "x"), (u, u_mine, data.pixels(u_mine), "u"))
+    my_x, my_u = x[my_slice(len(x))], u[my_slice(len(u))]
+    each = ((x, my_x, data.pixels(my_x), "x"), (u, my_u, data.pixels(my_u), "u"))
 
     def views(kind: str) -> list[Tensor]:
         return [
-            data.view(kind, mine, (f"{split}-{kind[0]}{number}", *key), pixels)
-            for _, mine, pixels, split in each
+            data.view(kind, my_rows, (f"{split}-{kind[0]}{number}", *key), pixels)
+            for _, my_rows, pixels, split in each
             for number in (1, 2)
         ]
 
@@ -150,9 +150,9 @@ def co_train_batch(
     trained = torch.cat(weak if view == "weak" else views(view))
     kept, order = draw_mixup(mixup_alpha, sum(lengths), (data.seed, "mixup", *key))
     starts = np.cumsum((0, *lengths[:-1]))
-    position = np.concatenate([start + np.arange(n)[share(n)] for start, n in zip(starts, lengths)])
+    position = np.concatenate([start + np.arange(n)[my_slice(n)] for start, n in zip(starts, lengths)])
     blocks = [(view, rows, (f"{split}-{view[0]}{number}", *key)) for rows, _, _, split in each for number in (1, 2)]
-    where, where_u = data.places(x_mine), data.places(u_mine)
+    where, where_u = data.places(my_x), data.places(my_u)
     guess = None
     if own is not None:
         both = (own.guess[where_u] + verdict.guess[where_u]) / 2

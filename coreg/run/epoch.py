@@ -10,7 +10,7 @@ import torch
 from timm.utils import distribute_bn
 from torch.optim.swa_utils import update_bn
 
-from coreg.learn.collective import share
+from coreg.learn.collective import my_slice
 from coreg.nets.model import CoRegNet
 from coreg.process import main_process_decides
 from coreg.report.metrics import accuracy
@@ -43,7 +43,7 @@ def count_statistics(task: Task[Any], nets: Sequence[CoRegNet], epoch: int) -> N
         # every batch counts alike, so a small last one is left out
         batches = [order.batch(step) for step in range(max(n // size, 1))]
         key = ("statistics", epoch, number)
-        update_bn((task.data.view("weak", rows[share(len(rows))], key) for rows in batches), net)
+        update_bn((task.data.view("weak", rows[my_slice(len(rows))], key) for rows in batches), net)
 
 
 def accuracy_on_test(task: Task[Any], training: Training) -> dict[str, float]:

@@ -109,7 +109,7 @@ class Run:
             raise UserError(
                 f"checkpoint {path} does not hold this training ({str(error)[:150]}); delete it to go on from the one "
                 f"before it, or delete {path.parent} to start the training anew",
-                told=not self.accelerator.is_main_process,
+                silent=not self.accelerator.is_main_process,
             ) from None
 
     def epochs(self, training: Training, name: str) -> Iterator[int]:
@@ -206,5 +206,5 @@ class Run:
             raise UserError(
                 f"{broken[0]} became {curves[broken[0]]} in epoch {epoch}; the checkpoints before it are kept in "
                 f"{self.folder.checkpoints}: start anew in another --output_dir with a smaller --lr (now {self.job.lr})",
-                told=not self.accelerator.is_main_process,
+                silent=not self.accelerator.is_main_process,
             )

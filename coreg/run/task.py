@@ -14,7 +14,7 @@ from coreg.data.decode import decode, no_longer_readable
 from coreg.data.images import TRAIN
 from coreg.data.labels import few_shot_draw, read_labels
 from coreg.errors import UserError
-from coreg.learn.collective import gather_rows, share
+from coreg.learn.collective import gather_rows, my_slice
 from coreg.nets.model import CoRegNet
 from coreg.process import all_or_none
 from coreg.settings import ImageConfig, JobConfig
@@ -65,8 +65,8 @@ class Task(Generic[Options]):
         """
         if not len(rows):
             return None, 0
-        mine = rows[share(len(rows))]
-        return (self.data.view(view, mine, ("labelled", *key)), self.data.places(self.weak.known[mine])), len(rows)
+        my_rows = rows[my_slice(len(rows))]
+        return (self.data.view(view, my_rows, ("labelled", *key)), self.data.places(self.weak.known[my_rows])), len(rows)
 
 
 def training_rows(job: JobConfig, store: AnnotationStore) -> np.ndarray:
@@ -155,13 +155,13 @@ def _weak_labels(run: Run, train: np.ndarray) -> WeakLabels:
     """What is known of the labels of the training images; a UserError where it is nothing."""
     store, others = run.store, not run.accelerator.is_main_process  # all find the same, and the main process says it
     if len(train) < 2:
-        raise UserError(f"the store {store.root} has {len(train)} readable training images; give at least 2", told=others)
+        raise UserError(f"the store {store.root} has {len(train)} readable training images; give at least 2", silent=others)
     weak = WeakLabels.from_store(store, run.job.candidates, run.known, train)
     if not weak.usable.any():
         raise UserError(
             f"no template names a class of any training image in {store.root}; annotate with other class names or another "
             f"--vlm, or give labels with --labels FILE",
-            told=others,
+            silent=others,
         )
     return weak
 
@@ -191,7 +191,7 @@ def predict(
     """Logits (n, C) and features (n, D) of every image in evaluation mode; each process does its share."""
     net.eval()
     n = len(images.samples)
-    rows = np.arange(n)[share(n)]
+    rows = np.arange(n)[my_slice(n)]
     # a process without rows passes an empty batch, so that all results have their shapes
     batches = images.in_batches(view, rows, batch_size, key) if len(rows) else [images.view(view, rows, key)]
     logits, features = zip(*(net(batch) for batch in batches))
@@ -209,6 +209,6 @@ def finite(task: Task, logits: Tensor, number: int, epoch: int) -> np.ndarray:
         raise UserError(
             f"network {number + 1} predicts no numbers any more in epoch {epoch + 1}; start anew in another --output_dir "
             f"with a smaller --lr (now {task.job.lr}); the checkpoints before it are kept",
-            told=not task.accelerator.is_main_process,
+            silent=not task.accelerator.is_main_process,
         )
     return log_p

@@ -111,8 +111,8 @@ class Training:
         """The sums of all W processes, (W,) for each loss part, the same on every process; all have to call it."""
         if not self.sums:
             return {}
-        mine = torch.stack([value.double() for value in self.sums.values()])
-        every = gather_rows(mine[None], rank_and_world()[1])
+        my_sums = torch.stack([value.double() for value in self.sums.values()])
+        every = gather_rows(my_sums[None], rank_and_world()[1])
         # in the dtype that they are added up in, so that a resumed job rounds as this one does
         return {name: every[:, i].to(value.dtype) for i, (name, value) in enumerate(self.sums.items())}
 

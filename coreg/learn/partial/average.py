@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from coreg.learn.losses import log_probabilities
-from coreg.learn.partial.method import Outputs, PartialMethod, Step, mine, uniform, within, write
+from coreg.learn.partial.method import Outputs, PartialMethod, Step, my_rows, uniform, within, write
 from coreg.learn.partial.plain import PRODEN
 
 
@@ -19,7 +19,7 @@ class AverageLoss(PartialMethod):
 
     def loss(self, outputs: Outputs, index: Tensor, step: Step) -> dict[str, Tensor]:
         log_p = log_probabilities(outputs.logits[0])
-        weights = uniform(self.candidates[mine(index)], log_p.dtype)
+        weights = uniform(self.candidates[my_rows(index)], log_p.dtype)
         return {"loss": (weights * self._class_losses(log_p)).sum() / len(index)}
 
 
@@ -48,7 +48,7 @@ class CAVL(PRODEN):
     reads_again = True
 
     def update(self, outputs: Outputs, index: Tensor, step: Step) -> None:
-        z, members = outputs.logits[0], self.candidates[mine(index)]
+        z, members = outputs.logits[0], self.candidates[my_rows(index)]
         best = (z * (1 - z).abs()).masked_fill(~members, -torch.inf).argmax(dim=1)
         write(self.confidence, index, torch.nn.functional.one_hot(best, members.shape[1]))
 
@@ -69,7 +69,7 @@ class POP(PRODEN):
         self.register_buffer("threshold", torch.tensor(self.options.purify_threshold, dtype=torch.float64))
 
     def update(self, outputs: Outputs, index: Tensor, step: Step) -> None:
-        rows = mine(index)
+        rows = my_rows(index)
         log_p = log_probabilities(outputs.logits[0])
         write(self.confidence, index, within(log_p, self.confidence[rows] > 0))
 

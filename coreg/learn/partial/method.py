@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from coreg.learn.collective import gather_rows, share
+from coreg.learn.collective import gather_rows, my_slice
 from coreg.learn.losses import log_probabilities
 from coreg.learn.partial_options import PartialOptions
 from coreg.nets.model import CoRegNet
@@ -208,9 +208,9 @@ class PartialMethod(nn.Module):
         return outputs
 
 
-def mine(index: Tensor) -> Tensor:
+def my_rows(index: Tensor) -> Tensor:
     """This process's rows of the global batch `index`."""
-    return index[share(len(index))]
+    return index[my_slice(len(index))]
 
 
 def write(table: Tensor, index: Tensor, values: Tensor) -> None:

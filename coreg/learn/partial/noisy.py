@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from coreg.learn.collective import gather_rows
 from coreg.learn.losses import log_probabilities, soft_cross_entropy
 from coreg.learn.options import Contrast
-from coreg.learn.partial.method import Outputs, Passes, Step, mine, write
+from coreg.learn.partial.method import Outputs, Passes, Step, my_rows, write
 from coreg.learn.partial.pico import PiCO
 from coreg.learn.pseudo import mix
 
@@ -50,13 +50,13 @@ class ALIMOnehot(NoisyPiCO):
 
     def loss(self, outputs: Outputs, index: Tensor, step: Step) -> dict[str, Tensor]:
         parts, mixed = super().loss(outputs, index, step), outputs.mixed
-        targets = self._next_confidence(outputs, mine(index), step)
+        targets = self._next_confidence(outputs, my_rows(index), step)
         targets = mix(targets, self._confidence_of(mixed.partner, index, targets), mixed.share_kept)
         mixup = soft_cross_entropy(mixed.logits, targets).sum() / len(index)
         return parts | {"loss": parts["loss"] + mixup, "mixup": mixup}
 
     def update(self, outputs: Outputs, index: Tensor, step: Step) -> None:
-        log_score, members = self._log_score(outputs.features[0]), self.candidates[mine(index)]
+        log_score, members = self._log_score(outputs.features[0]), self.candidates[my_rows(index)]
         inside = log_score.masked_fill(~members, -torch.inf).amax(dim=1)
         outside = log_score.masked_fill(members, -torch.inf).amax(dim=1)
         write(self.log_margin, index, inside - outside)
@@ -136,7 +136,7 @@ class IRNet(NoisyPiCO):
 
     def _correct(self, scores: Tensor, glanced: Tensor, index: Tensor) -> None:
         """Add the class that both views (l, C) agree on to candidate sets, with its score as confidence."""
-        rows = mine(index)
+        rows = my_rows(index)
         members, confidence = self.candidates[rows], self.confidence[rows]
         found = []
         for view in (scores, glanced):

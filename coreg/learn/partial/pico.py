@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from coreg.learn.collective import gather_rows, share
+from coreg.learn.collective import gather_rows, my_slice
 from coreg.learn.losses import contrastive_loss, log_probabilities, prototype_log_probabilities, soft_cross_entropy
 from coreg.learn.memory import Prototypes, Queue
 from coreg.learn.options import Contrast
-from coreg.learn.partial.method import Outputs, PartialMethod, Passes, Step, mine, uniform, write
+from coreg.learn.partial.method import Outputs, PartialMethod, Passes, Step, my_rows, uniform, write
 from coreg.learn.pseudo import mix
 
 
@@ -57,7 +57,7 @@ class PiCO(PartialMethod):
 
     def loss(self, outputs: Outputs, index: Tensor, step: Step) -> dict[str, Tensor]:
         n = len(index)
-        targets = self._next_confidence(outputs, mine(index), step)
+        targets = self._next_confidence(outputs, my_rows(index), step)
         classification = self._classification(outputs.logits[0], targets).sum() / n
         contrast = self._contrast(outputs, index, self._mode(step)).sum() / n
         loss = classification + self.options.contrast_weight * contrast
@@ -65,7 +65,7 @@ class PiCO(PartialMethod):
 
     def update(self, outputs: Outputs, index: Tensor, step: Step) -> None:
         n, reliable = len(index), self._reliable(index)
-        write(self.confidence, index, self._next_confidence(outputs, mine(index), step))
+        write(self.confidence, index, self._next_confidence(outputs, my_rows(index), step))
         labels, features = self._labels(outputs, index), gather_rows(outputs.features[0].detach(), n)
         self.prototypes.update(features, labels, self.options.prototype_momentum, reliable)
         self.queue.enqueue(gather_rows(outputs.keys, n), labels, reliable)
@@ -89,7 +89,7 @@ class PiCO(PartialMethod):
     def _labels(self, outputs: Outputs, index: Tensor) -> Tensor:
         """(n,) int64, the label c of every row of the global batch."""
         log_p = log_probabilities(outputs.logits[0].detach())
-        return gather_rows((log_p + self._log_trust(mine(index))).argmax(dim=1), len(index))
+        return gather_rows((log_p + self._log_trust(my_rows(index))).argmax(dim=1), len(index))
 
     def _log_score(self, features: Tensor) -> Tensor:
         """(l, C), log softmax of the similarities to the prototypes as they are."""
@@ -116,7 +116,7 @@ class PiCO(PartialMethod):
         """(l,) contrastive losses of this process's queries against [q; k; queue] of all."""
         n, labels, reliable = len(index), self._labels(outputs, index), self._reliable(index)
         others, other_labels, other_reliable = self._others(outputs, labels, reliable)
-        position = torch.arange(n, device=index.device)[share(n)]
+        position = torch.arange(n, device=index.device)[my_slice(n)]
         return contrastive_loss(
             outputs.features[0],
             others,
@@ -170,7 +170,7 @@ class PiCOPlus(PiCO):
     def loss(self, outputs: Outputs, index: Tensor, step: Step) -> dict[str, Tensor]:
         if step.epoch < self.options.prototype_start:
             return super().loss(outputs, index, step)
-        rows, n = mine(index), len(index)
+        rows, n = my_rows(index), len(index)
         reliable, n_reliable = self.reliable[rows], self.reliable[index].sum()
         guess = torch.softmax(self._log_score(outputs.features[0]) / self.guess_temperature, dim=1)
         targets = torch.where(reliable[:, None], self._next_confidence(outputs, rows, step), guess)
@@ -187,7 +187,7 @@ class PiCOPlus(PiCO):
         return {"loss": loss, "mixup": mixup, "reliable": sure, "guessed": guessed, "contrast": contrast}
 
     def update(self, outputs: Outputs, index: Tensor, step: Step) -> None:
-        log_p = log_probabilities(outputs.logits[0]) + self._log_trust(mine(index))
+        log_p = log_probabilities(outputs.logits[0]) + self._log_trust(my_rows(index))
         own = self.prototypes.value[log_p.argmax(dim=1)]
         write(self.distance, index, -(outputs.features[0] * own).sum(dim=1))
         super().update(outputs, index, step)
@@ -206,7 +206,7 @@ class PiCOPlus(PiCO):
 
     def _labels(self, outputs: Outputs, index: Tensor) -> Tensor:
         """The label c: of all classes where the candidate set is not reliable."""
-        rows = mine(index)
+        rows = my_rows(index)
         trust = self._log_trust(rows).masked_fill(~self.reliable[rows, None], 0)
         return gather_rows((log_probabilities(outputs.logits[0].detach()) + trust).argmax(dim=1), len(index))
 
@@ -217,7 +217,7 @@ class PiCOPlus(PiCO):
             return each
         n, reliable = len(index), self._reliable(index)
         others, _, _ = self._others(outputs, self._labels(outputs, index), reliable)
-        position = torch.arange(n, device=index.device)[share(n)]
+        position = torch.arange(n, device=index.device)[my_slice(n)]
         nearest = nearest_contrast(
             outputs.features[0], others, position, n + position, self.options.neighbours, self.options.contrast_temperature
         )

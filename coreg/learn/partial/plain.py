@@ -10,7 +10,7 @@ from torch import Tensor
 
 from coreg.learn.coreg import ramp
 from coreg.learn.losses import divergence, log_probabilities, partial_cross_entropy, soft_cross_entropy
-from coreg.learn.partial.method import Outputs, PartialMethod, Passes, Step, mine, uniform, within, write
+from coreg.learn.partial.method import Outputs, PartialMethod, Passes, Step, my_rows, uniform, within, write
 
 _EPS = 1e-8  # keeps log(1 - f) finite, as in the LW authors' definition
 
@@ -22,7 +22,7 @@ class CC(PartialMethod):
     """
 
     def loss(self, outputs: Outputs, index: Tensor, step: Step) -> dict[str, Tensor]:
-        each = partial_cross_entropy(outputs.logits[0], self.candidates[mine(index)])
+        each = partial_cross_entropy(outputs.logits[0], self.candidates[my_rows(index)])
         return {"loss": each.sum() / len(index)}
 
 
@@ -37,12 +37,12 @@ class PRODEN(PartialMethod):
         self.register_buffer("confidence", uniform(candidates, dtype))
 
     def loss(self, outputs: Outputs, index: Tensor, step: Step) -> dict[str, Tensor]:
-        each = soft_cross_entropy(outputs.logits[0], self.confidence[mine(index)])
+        each = soft_cross_entropy(outputs.logits[0], self.confidence[my_rows(index)])
         return {"loss": each.sum() / len(index)}
 
     def update(self, outputs: Outputs, index: Tensor, step: Step) -> None:
         log_p = log_probabilities(outputs.logits[0])
-        write(self.confidence, index, within(log_p, self.candidates[mine(index)]))
+        write(self.confidence, index, within(log_p, self.candidates[my_rows(index)]))
 
 
 class RC(PRODEN):
@@ -71,13 +71,13 @@ class LWC(PartialMethod):
         return -log_p, -torch.log(1 - log_p.exp() + _EPS)
 
     def loss(self, outputs: Outputs, index: Tensor, step: Step) -> dict[str, Tensor]:
-        rows = mine(index)
+        rows = my_rows(index)
         inside, outside = self._class_losses(outputs.logits[0])
         each = torch.where(self.candidates[rows], inside, self.options.leverage * outside)
         return {"loss": (self.weights[rows] * each).sum() / len(index)}
 
     def update(self, outputs: Outputs, index: Tensor, step: Step) -> None:
-        log_p, members = log_probabilities(outputs.logits[0]), self.candidates[mine(index)]
+        log_p, members = log_probabilities(outputs.logits[0]), self.candidates[my_rows(index)]
         write(self.weights, index, within(log_p, members) + within(log_p, ~members))
 
 
@@ -106,7 +106,7 @@ class CRDPLL(PartialMethod):
         return Passes(views=("weak", "strong", "strong"))
 
     def loss(self, outputs: Outputs, index: Tensor, step: Step) -> dict[str, Tensor]:
-        rows, n = mine(index), len(index)
+        rows, n = my_rows(index), len(index)
         log_ps = [log_probabilities(logits) for logits in outputs.logits]
         consistency = sum(divergence(self.confidence[rows], log_p).sum() for log_p in log_ps) / n
         not_candidate = -torch.log(1 + 1e-7 - log_ps[0].exp())
@@ -117,4 +117,4 @@ class CRDPLL(PartialMethod):
 
     def update(self, outputs: Outputs, index: Tensor, step: Step) -> None:
         log_mean = torch.stack([log_probabilities(logits) for logits in outputs.logits]).mean(dim=0)
-        write(self.confidence, index, within(log_mean, self.candidates[mine(index)]))
+        write(self.confidence, index, within(log_mean, self.candidates[my_rows(index)]))
