@@ -92,58 +92,20 @@ def finish(
     weights = training.divisions.weights if training.divisions else []
 
     def write() -> dict[str, Any]:
-        train = found.samples["train"]
         if found.weak is not None:
             found.weak.save(root / WEAK_LABELS)
         splits = {split: _split(run, found, split) for split in found.logits}
-        paths = [store.paths[row] for row in train.tolist()]
-        needs_review = write_labels(
-            root / "labels.csv",
-            store.class_names,
-            paths,
-            found.logits["train"],
-            weights,
-            splits["train"].annotator,
-            found.temperature,
-            job.safe_csv,
-        )
-        named = found.classes["train"]
-        report = build_report(
-            method=method,
-            store=run.annotated,
-            seed=job.seed,
-            candidates=found.candidates,
-            samples=found.samples,
-            predictions={
-                split: {name: rows.argmax(axis=1) for name, rows in logits.items()} | {"ensemble": found.classes[split]}
-                for split, logits in found.logits.items()
-            },
-            part=_part(run),
-            refined=found.refined,
-            weak_labels=found.weak and found.weak.source | {"hash": found.weak.hash},
-            label_free=_without_labels(run, found),
-            labels_used=int((found.known >= 0).sum()),
-            needs_review=needs_review,
-            warnings=[
-                *few_shot_warnings(found.known, job.few_shot, store.class_names),
-                *collapse_warnings(named[named >= 0], store.class_names),
-            ],
-            last_epoch=training.curves[-1],
-            images_per_second=training.images_seen / training.seconds,
-            training_seconds=training.seconds,
-            making_batches=training.making_seconds / training.seconds,
-            wall_seconds=time.perf_counter() - run.started,
-            processes=run.accelerator.num_processes,
-            command=run.command,
-            **more,
-        )
+        paths = [store.paths[row] for row in found.samples["train"].tolist()]
+        own, annotator, names = found.logits["train"], splits["train"].annotator, store.class_names
+        review = write_labels(root / "labels.csv", names, paths, own, weights, annotator, found.temperature, job.safe_csv)
+        report = _report(run, training, found, method=method, needs_review=review, **more)
         record = RunRecord(
             report=report,
             settings=run.settings,
             curves=training.curves,
             folder=str(root),
             annotations=str(store.root),
-            class_names=store.class_names,
+            class_names=names,
             paths=paths,
             pixels=found.pixels,
             train=splits["train"],
@@ -160,6 +122,37 @@ def finish(
         return report
 
     return main_process_decides(run.accelerator, write)
+
+
+def _report(run: Run, training: Training, found: Predictions, **more: Any) -> dict[str, Any]:
+    job, names, named = run.job, run.store.class_names, found.classes["train"]
+    return build_report(
+        store=run.annotated,
+        seed=job.seed,
+        candidates=found.candidates,
+        samples=found.samples,
+        predictions={
+            split: {name: rows.argmax(axis=1) for name, rows in logits.items()} | {"ensemble": found.classes[split]}
+            for split, logits in found.logits.items()
+        },
+        part=_part(run),
+        refined=found.refined,
+        weak_labels=found.weak and found.weak.source | {"hash": found.weak.hash},
+        label_free=_without_labels(run, found),
+        labels_used=int((found.known >= 0).sum()),
+        warnings=[
+            *few_shot_warnings(found.known, job.few_shot, names),
+            *collapse_warnings(named[named >= 0], names),
+        ],
+        last_epoch=training.curves[-1],
+        images_per_second=training.images_seen / training.seconds,
+        training_seconds=training.seconds,
+        making_batches=training.making_seconds / training.seconds,
+        wall_seconds=time.perf_counter() - run.started,
+        processes=run.accelerator.num_processes,
+        command=run.command,
+        **more,
+    )
 
 
 def _card(report: dict[str, Any], export: Export, splits: dict[str, Split]) -> str:
@@ -310,20 +303,20 @@ def _chosen_epoch(run: Run, task: Task, training: Training) -> tuple[dict[str, A
     ]
     divisions.consider(training.epoch, consensus([rows.double().log_softmax(1).cpu().numpy() for rows in log_ps]))
     epoch = divisions.chosen["epoch"]
-    said = {"epoch": epoch, "epochs": training.epoch, "score": divisions.chosen["score"]}
+    summary = {"epoch": epoch, "epochs": training.epoch, "score": divisions.chosen["score"]}
     if epoch == training.epoch:
-        return said, []
+        return summary, []
     last = [copy.deepcopy(net.state_dict()) for net in divisions.nets]
     for net, weights in zip(divisions.nets, divisions.chosen["nets"]):
         net.load_state_dict(weights)
     classes = {split: rows["ensemble"].argmax(axis=1) for split, rows in logits_of(task, divisions.nets).items()}
     truth = {"train": task.weak.truth, "test": task.test_labels}
-    said["accuracy"] = {split: accuracy(rows, truth[split]) for split, rows in classes.items()}
+    summary["accuracy"] = {split: accuracy(rows, truth[split]) for split, rows in classes.items()}
     settings = _export(task, divisions.nets, run.folder.chosen_export)
     for net, weights in zip(divisions.nets, last):
         net.load_state_dict(weights)
     line = f"the networks of epoch {epoch} of {training.epoch}, which looked best without labels"
-    return said, [Export(run.folder.chosen_export, settings, line, classes)]
+    return summary, [Export(run.folder.chosen_export, settings, line, classes)]
 
 
 def _fitted_losses(task: Task, losses: list[list[np.ndarray]]) -> list[np.ndarray]:
