@@ -64,7 +64,6 @@ from torch import Tensor
 from annotate_vlm import annotate_digits
 from coreg.annotate.textual import class_embeddings, text_side
 from coreg.annotate.view import View, views_of
-from coreg.learn.collective import gather_rows, my_slice
 from coreg.learn.probe import SCALE, fit_cosine, fit_probe
 from coreg.nets.model import CoRegNet
 from coreg.process import main_process_decides
@@ -72,29 +71,16 @@ from coreg.report.report import summary
 from coreg.run.job import open_run
 from coreg.run.loop import Run
 from coreg.run.results import finish, finish_networks, predictions
-from coreg.run.task import Task, prepare
+from coreg.run.task import Task, pooled, prepare
 from coreg.run.training import Training, build_networks
+from coreg.run.trust import trust
 from coreg.store.store import AnnotationStore
-from coreg.views.resident import TrainingImages
-
-
-@torch.no_grad()
-def encoded(task: Task[ProbeOptions], net: CoRegNet, images: TrainingImages, rows: np.ndarray, mirrored: bool) -> Tensor:
-    """Pooled features (n, D) of some images, or of their mirror images; each process encodes its share."""
-    net.eval()
-    my_rows, size = rows[my_slice(len(rows))], 4 * task.job.batch_size
-    batches = images.in_batches("plain", my_rows, size, ()) if len(my_rows) else [images.view("plain", my_rows, ())]
-    pooled = [
-        net.backbone.forward_head(net.backbone.forward_features(x.flip(3) if mirrored else x), pre_logits=True).flatten(1)
-        for x in batches
-    ]
-    return gather_rows(torch.cat(pooled), len(rows))
 
 
 def frozen_features(task: Task[ProbeOptions], net: CoRegNet) -> Tensor:
     """Of the usable training images, then of their mirror images where views are mirrored: (n or 2n, D)."""
-    rows = np.flatnonzero(task.weak.usable)
-    return torch.cat([encoded(task, net, task.data, rows, mirrored) for mirrored in (False, True)[: 1 + task.look.flip]])
+    rows, size = np.flatnonzero(task.weak.usable), 4 * task.job.batch_size
+    return torch.cat([pooled(net, task.data, rows, size, mirrored) for mirrored in (False, True)[: 1 + task.look.flip]])
 
 
 def stored_features(run: Run, name: str) -> tuple[Tensor, np.ndarray]:
@@ -213,7 +199,7 @@ def _head(
     if stored is None:
         features = frozen_features(task, net).cpu()
         every = {
-            split: encoded(task, net, images, np.arange(len(images.samples)), False).cpu()
+            split: pooled(net, images, np.arange(len(images.samples)), 4 * task.job.batch_size).cpu()
             for split, images in splits.items()
         }
     else:
@@ -244,7 +230,9 @@ def _head(
     judged = {split: {"ensemble": rows} for split, rows in logits.items()}
     begun = "texts" if start is not None else "class means"
     more = {"began_with": begun} if method.head == "cosine" else {}
-    return finish(run, training, name, predictions(run, task, judged), parameters=parameters, temperature=1.0, **more)
+    found = predictions(run, task, judged)
+    more |= {"parameters": parameters, "temperature": 1.0, "trust": trust(run, task, found.classes)}
+    return finish(run, training, name, found, **more)
 
 
 if __name__ == "__main__":

@@ -74,10 +74,11 @@ class Labels:
     """labels: what the labels come from, and how many images are trained on."""
 
     candidates: str = option("union", "candidate rule: union, votes:V, topk:K, prob:P, ratio:R or cumulative:P")
-    refine: Literal["none", "own", "view"] = option(
+    refine: Literal["none", "auto", "own", "view"] = option(
         "none",
         "mend the annotator's evidence before training, by its own features or by a view, those of the backbone's "
-        "starting weights; the refined store lies in the run folder",
+        "starting weights; auto: by a view of pretrained weights, if it tells the classes apart well enough; the refined "
+        "store lies in the run folder",
     )
     few_shot: int = option(0, "true labels a class to train with, drawn from the store's own labels", (0, 1_000_000))
     labels: str | None = option(None, "CSV file (path,label) of images that a person labelled", job=False)

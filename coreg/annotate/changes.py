@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from coreg.plaintext import printable
+from coreg.report.trust import cannot_tell, reads_alone
 
 EVIDENCE = {1.0: "as a prior", 0.0: "through a confusion matrix"}
 BALANCE = {
@@ -45,6 +46,12 @@ def before_and_after(manifest: dict[str, Any]) -> list[str]:
         moved = shares_that_moved(manifest["class_names"], changed["shares"]["before"], changed["shares"]["after"])
         lines += [printable(f"  named more or less     {'; '.join(moved)}")] if moved else []
     evidence = EVIDENCE.get(refined["weight"], f"as a prior (weight {refined['weight']:g}) and through a confusion matrix")
+    if fit := refined.get("fit"):
+        lines.append(f"  without evidence       {reads_alone(fit)}")
+        if fit["hopeless"]:
+            lines.append(printable(f"  ! do not train on it: {cannot_tell(features, fit)}"))
+        elif not fit["mends"]:
+            lines.append("  ! not good enough to mend the evidence with: the annotator's own may be better")
     lines.append(
         f"  evidence read {evidence}, classes {BALANCE[refined['prior']]}, temperature {refined['temperature']:.2f}"
     )

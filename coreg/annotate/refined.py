@@ -27,8 +27,10 @@ from coreg.process import main_process_decides
 from coreg.store.manifest import REFINED, make_manifest
 from coreg.store.store import AnnotationStore
 from coreg.store.writer import StoreWriter, continued
-from coreg.weak.refine import Refinement, refine
+from coreg.weak.mixture import Subset
+from coreg.weak.refine import JUDGED_IMAGES, Refinement, drawn, refine
 from coreg.weak.rules import candidates_of
+from coreg.weak.trust import view_fit
 
 TEMPLATES = ("refined: best class", "refined: second class, or the best again")
 _ENTRIES = 1 << 22  # of (n, C), in a block
@@ -117,7 +119,9 @@ def _write(
     prior = None if config.prior == "auto" else config.prior
     refinement = refine(features, source.probs(), train, test, prior, config.weight)
     votes, changes = _changes(source, refinement, asked)
-    manifest["refined"] |= changes
+    judged = drawn(train, "judged")[:JUDGED_IMAGES]
+    z, evidence = refinement.projection(Subset(features, train[judged])), source.probs()[train[judged]]
+    manifest["refined"] |= changes | {"fit": view_fit(z, evidence, refinement.setting, train[judged])}
     writer = StoreWriter(output, manifest)
     writer.begin(images)
     writer.discard_damaged()

@@ -6,6 +6,8 @@ import html
 import re
 from typing import Any
 
+from coreg.report.trust import trust_lines
+
 FRONT = """---
 library_name: timm
 pipeline_tag: image-classification
@@ -99,6 +101,7 @@ def model_card(report: dict[str, Any], settings: dict[str, Any], which: str = ""
         "",
         *_accuracy_lines(report),
         "",
+        *([escaped(" ".join(verdict)), ""] if (verdict := trust_lines(report)) else []),
         "## Classes",
         "",
         *_class_lines(report, names),

@@ -25,6 +25,7 @@ from coreg.report.page_images import (
     write_label_next,
 )
 from coreg.report.page_record import RunRecord, Split
+from coreg.report.trust import trust_lines
 from coreg.scripts import launched
 from coreg.webpage import document, percent, table, text
 
@@ -79,6 +80,9 @@ def _headline(record: RunRecord) -> str:
         gain = f"; the annotator had {percent(before)} ({100 * (after - before):+.1f} points)" if _is_judged(record) else ""
         parts.append(f"<h1>{percent(after)} of the {name} images are right{gain}</h1>")
         parts.append(_intervals(record, name, split))
+    if verdict := trust_lines(report):
+        kind = "good" if report["trust"]["most"] == "student" else "bad"
+        parts.append(f'<p class="{kind}">{text(verdict[0])}</p><p class="note">{text(" ".join(verdict[1:]))}</p>')
     if report.get("unmatched_folders"):
         parts.append(f'<p class="note">Folders called like no class: {text(", ".join(report["unmatched_folders"]))}.</p>')
     if report.get("warnings"):

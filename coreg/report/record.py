@@ -16,6 +16,7 @@ SETTINGS = "config.yaml"
 _SHARE = Number(0, 1, whole=False)
 _AMOUNT = Number(0, LARGEST, whole=False)
 _COUNT = Number(0, LARGEST)
+_SCORE = Number(-LARGEST, LARGEST, whole=False)
 # what every report has to hold, of all that this package reads of one
 REPORT = {
     "method": str,
@@ -30,6 +31,17 @@ REPORT = {
             "covering_rate": Maybe(Each(_SHARE)),
             "approximated_accuracy": Maybe(Each(_SHARE)),
             "consensus": Maybe(_SHARE),
+        }
+    ),
+    "trust": Maybe(
+        {
+            "most": str,
+            "features": str,
+            "kind": str,
+            "split": str,
+            "images": _COUNT,
+            "agreement": Each(_SHARE),
+            "fit": {"score": _SCORE, "shuffled": _SCORE, "hopeless": bool},
         }
     ),
     "templates": Maybe(Each(Each(_SHARE))),

@@ -19,6 +19,7 @@ from coreg.files import replacing
 from coreg.plaintext import csv_rows, printable
 from coreg.report.metrics import accuracy, label_free_scores, per_class_accuracy, wilson_interval
 from coreg.report.record import SCHEMA
+from coreg.report.trust import trust_lines
 from coreg.store.store import AnnotationStore
 from coreg.weak.rules import candidate_sets, mean_candidates, partial_accuracy
 
@@ -291,6 +292,8 @@ def summary(report: dict[str, Any], root: Path) -> str:
         lines.append("No true labels are known, so there is no accuracy to report.")
     lines += known_labels_lines(report)
     lines += label_free_lines(report)
+    if verdict := trust_lines(report):
+        lines += ["", *verdict]
     chosen = report.get("chosen_epoch", {})
     if chosen.get("accuracy"):
         found = ", ".join(f"{share:.1%} on {split} images" for split, share in chosen["accuracy"].items())

@@ -27,6 +27,7 @@ class RunFolder:
         self.export = self.root / "export"
         self.chosen_export = self.root / "export_chosen"
         self.report = self.root / REPORT
+        self.held = False  # by this process
 
     @property
     def finished(self) -> bool:
@@ -101,8 +102,10 @@ class RunFolder:
                 raise UserError(
                     f"another job is running in {self.root}; wait for it, stop it, or choose another --output_dir"
                 ) from None
+            self.held = True
             yield
         finally:
+            self.held = False
             if lock in _held:
                 _held.remove(lock)
                 os.close(lock)

@@ -8,7 +8,7 @@ import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from accelerate import Accelerator
@@ -24,6 +24,7 @@ from coreg.process import all_or_none, build_accelerator, follow_launcher, main_
 from coreg.records import RecordError
 from coreg.report.record import TRAINED, read_report
 from coreg.report.report import summary
+from coreg.report.trust import cannot_tell, reads_alone
 from coreg.run.board import silent_thread, writing_curves
 from coreg.run.folder import RunFolder
 from coreg.run.loop import Run
@@ -85,11 +86,11 @@ def open_run(
         if look is not None:
             check_pixels(accelerator, look, len(store.class_names))
         annotated = store
-        if refines(job):
-            main_process_decides(accelerator, lambda: refuse_refining(store, job.refine))
+        if (features := refinement(job, look, store)) != "none":
+            main_process_decides(accelerator, lambda: refuse_refining(store, features))
             if job.annotations:
                 main_process_decides(accelerator, lambda: held.enter_context(folder.locked()))
-            store = refined(store, folder.root / "refined", job, look, accelerator)
+            store = refined(store, folder.root / "refined", features, job, look, accelerator)
         yield Run(accelerator, folder, store, annotated, known, job, look, identity, all_settings, command, started, held)
 
 
@@ -138,9 +139,16 @@ def finished_report(folder: RunFolder) -> dict[str, Any]:
         ) from None
 
 
-def refines(job: JobConfig) -> bool:
-    """Whether evidence is refined before training; methods that tune the annotator itself have no such option."""
-    return getattr(job, "refine", "none") != "none"
+def refinement(job: JobConfig, look: ImageConfig | None, store: AnnotationStore) -> Literal["none", "own", "view"]:
+    """By which features evidence is refined before training; methods that tune the annotator itself have no such option.
+
+    `--refine auto` is a view where there are pretrained weights to see with and evidence that an annotator gave.
+    """
+    asked = getattr(job, "refine", "none")
+    if asked != "auto":
+        return asked
+    given = "refined" in store.manifest or store.manifest["model"]["spec"].startswith("synthetic:")
+    return "none" if given or not (look.pretrained or look.backbone.startswith("local-dir:")) else "view"
 
 
 def refuse_refining(store: AnnotationStore, features: str) -> None:
@@ -152,17 +160,39 @@ def refuse_refining(store: AnnotationStore, features: str) -> None:
 
 
 def refined(
-    store: AnnotationStore, folder: Path, job: JobConfig, look: ImageConfig, accelerator: Accelerator
+    store: AnnotationStore,
+    folder: Path,
+    features: Literal["own", "view"],
+    job: JobConfig,
+    look: ImageConfig,
+    accelerator: Accelerator,
 ) -> AnnotationStore:
-    """The store that `--refine` makes of another one, by the features of the networks that are trained."""
+    """The store that `--refine` makes of another one, by the features of the networks that are trained.
+
+    With `--refine auto` it is the store itself where these features do not mend it.
+
+    Raises:
+        UserError: the features cannot tell the classes apart.
+    """
     names = ("backbone", "backbone_args", "pretrained", "image_size", "channels", "mean", "std")
     view = ViewConfig(**{name: getattr(look, name) for name in names}, workers=job.workers)
-    features = "its own features" if job.refine == "own" else look.backbone
-    accelerator.print(printable(f"Refining {store.root} by {features}."))
+    whose = "its own features" if features == "own" else look.backbone
+    accelerator.print(printable(f"Refining {store.root} by {whose}."))
     part = training_rows(job, store) if job.share != 1 else None
-    store = refine_store(store, folder, RefineConfig(str(folder), job.refine), view, accelerator, part)
-    accelerator.print("\n".join(before_and_after(store.manifest)))
-    return store
+    mended = refine_store(store, folder, RefineConfig(str(folder), features), view, accelerator, part)
+    fit = mended.manifest["refined"].get("fit")
+    if job.refine == "auto" and not (fit and fit["mends"]):
+        alone = f" ({reads_alone(fit)})" if fit else ""
+        accelerator.print(printable(f"The evidence is left as it is: {whose} is not good enough to mend it{alone}."))
+        return store
+    if fit and fit["hopeless"]:
+        raise UserError(
+            f"--refine {job.refine}: {cannot_tell(whose, fit)}; write --refine none to train on the annotator's own "
+            f"evidence, or name another --backbone",
+            silent=not accelerator.is_main_process,
+        )
+    accelerator.print("\n".join(before_and_after(mended.manifest)))
+    return mended
 
 
 def other_pixels(look: ImageConfig) -> str | None:

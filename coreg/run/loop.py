@@ -93,7 +93,7 @@ class Run:
 
     def _claim(self) -> None:
         # those that annotate or refine on the way hold it already
-        if self.job.annotations and self.store is self.annotated:
+        if not self.folder.held:
             self.held.enter_context(self.folder.locked())
         self.folder.claim(self.identity)
         write_atomically(self.folder.root / "config.yaml", as_yaml(self.settings))

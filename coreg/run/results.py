@@ -29,6 +29,7 @@ from coreg.run.board import show_features, show_numbers
 from coreg.run.loop import Run
 from coreg.run.task import Task, predict
 from coreg.run.training import Training
+from coreg.run.trust import trust
 from coreg.weak.labels import WeakLabels
 from coreg.weak.rules import mean_candidates, partial_accuracy
 
@@ -224,6 +225,7 @@ def finish_networks(
         [Export(run.folder.export, settings), *chosen_exports],
         parameters=sum(p.numel() for p in nets[0].backbone.parameters()),
         temperature=settings["temperature"],
+        trust=trust(run, task, found.classes),
         chosen_epoch=chosen,
         **more,
     )

@@ -212,3 +212,16 @@ def finite(task: Task, logits: Tensor, number: int, epoch: int) -> np.ndarray:
             silent=not task.accelerator.is_main_process,
         )
     return log_p
+
+
+@torch.no_grad()
+def pooled(net: CoRegNet, images: TrainingImages, rows: np.ndarray, batch_size: int, mirrored: bool = False) -> Tensor:
+    """Pooled features (n, D) of some images, or of their mirror images; each process encodes its share."""
+    net.eval()
+    my_rows = rows[my_slice(len(rows))]
+    batches = images.in_batches("plain", my_rows, batch_size, ()) if len(my_rows) else [images.view("plain", my_rows, ())]
+    features = [
+        net.backbone.forward_head(net.backbone.forward_features(x.flip(3) if mirrored else x), pre_logits=True).flatten(1)
+        for x in batches
+    ]
+    return gather_rows(torch.cat(features), len(rows))

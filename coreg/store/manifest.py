@@ -20,6 +20,9 @@ DRAWN = "synthetic:"  # how the spec begins where candidate sets were drawn from
 REFINED = "refined by "  # how the spec of a model begins whose evidence was refined
 JOB = ("class_names", "templates", "model", "images", "block_size")  # the manifest's entries that make two jobs differ
 MOST_BLOCKS = 1_000_000
+# how well the features of a refinement tell the classes apart (`coreg.weak.trust`)
+_SCORE, _SHARE = Number(-1e9, 1e9, whole=False), Number(0, 1, whole=False)
+FIT = {"score": _SCORE, "shuffled": _SCORE, "hopeless": bool, "mends": bool, "annotator": _SHARE, "itself": _SHARE}
 KIND = {
     "class_names": [str],
     "templates": [str],
@@ -30,7 +33,7 @@ KIND = {
     "data_root": str,
     "hashed_spec": Maybe(str),
     "notes": Maybe([str]),
-    "refined": Maybe({"source": str, "source_hash": str}),
+    "refined": Maybe({"source": str, "source_hash": str, "fit": Maybe(FIT)}),
 }
 
 

@@ -49,15 +49,21 @@ def foretold(z: np.ndarray, probs: np.ndarray, setting: Setting, parts: np.ndarr
     Args:
         z: (N, d). probs: (N, C). parts: int (N,), the fold that each image is left out of, -1 for none.
     """
-    total = 0.0
+    each = foretold_each(z, probs, setting, parts)
+    return float(sum(each[parts == part].sum() for part in np.unique(parts[parts >= 0])) / (parts >= 0).sum())
+
+
+def foretold_each(z: np.ndarray, probs: np.ndarray, setting: Setting, parts: np.ndarray) -> np.ndarray:
+    """What `foretold` is the mean of, (N,); NaN for images in no fold."""
+    each = np.full(len(z), np.nan)
     for part in np.unique(parts[parts >= 0]):
         held, kept = parts == part, parts != part
         if not kept.any():  # one image
             kept = held
         mixture = fit_mixture(z[kept], probs[kept], setting)
         explained = mixture.observed(normalised(probs[held]))
-        total += np.log((softmax(mixture.of_view(z[held]).astype(np.float64)) * explained).sum(axis=1)).sum()
-    return float(total / (parts >= 0).sum())
+        each[held] = np.log((softmax(mixture.of_view(z[held]).astype(np.float64)) * explained).sum(axis=1))
+    return each
 
 
 def choose(

@@ -1,0 +1,144 @@
+"""What the end of a run says of whom to trust: in report.json, on the page, in the card, on one and two processes."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from runs import refused, script
+
+from coreg.report.trust import trust_lines
+from coreg.store.manifest import read_manifest
+from coreg.store.store import AnnotationStore
+from coreg.store.writer import StoreWriter
+from coreg.weak.trust import verdict
+
+probe = script("probe")
+ROOT = Path(__file__).parents[1]
+JOB = [
+    "--recipe", "digits", "--dtype", "float64", "--channels", "3", "--image_size", "12", "--share", "300",
+    "--batch_size", "50", "--workers", "0", "--report_to", "none",
+]  # fmt: skip
+TINY = ["--backbone_args", '{"norm": "group", "widths": [8, 16], "depths": [1, 1]}']
+
+
+def report_of(folder):
+    return json.loads((folder / "report.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def run(digits, tmp_path_factory):
+    """A probe on features of untrained weights, which the annotator's own features judge."""
+    folder = tmp_path_factory.mktemp("runs") / "own"
+    probe.main(["--annotations", str(digits.root), *JOB, *TINY, "--refine", "none", "--output_dir", str(folder)])
+    return folder
+
+
+def test_a_report_says_whom_to_trust(run, digits, capsys):
+    trust = report_of(run)["trust"]
+    assert (trust["kind"], trust["split"], trust["images"]) == ("own", "test", 360) and not trust["fit"]["hopeless"]
+    # untrained features: the student is far below its annotator, and that is not silent
+    accuracy, before = report_of(run)["accuracy"]["test"]["ensemble"], report_of(run)["annotator"]["zero_shot_accuracy"]
+    assert accuracy < before["test"] - 0.05 and trust["most"] != "student"
+    # the numbers are those of the rule, of the images that the run was given
+    test = np.flatnonzero(digits.split == 1)
+    assert set(trust["agreement"]) == {"annotator", "student", "view"}
+    assert trust["agreement"]["student"] < trust["agreement"]["annotator"] < trust["agreement"]["view"]
+    chosen = np.flatnonzero(digits.split == 0)
+    of = [{"train": rows[chosen], "test": rows[test]} for rows in (digits.features(), digits.probs())]
+    whole = verdict(*of, chosen, digits.probs()[test].argmax(axis=1), refined=False)  # the annotator as its own student
+    assert whole["agreement"]["student"] == whole["agreement"]["annotator"] and whole["most"] == "view"
+    # in words: at the end, on the page, in the export
+    advice = trust_lines(report_of(run))[0]
+    assert ("annotator itself" if trust["most"] == "annotator" else "refined labels") in advice
+    assert "not Probe, soft labels" in advice and "annotator's own" in trust_lines(report_of(run))[2]
+    probe.main(["--annotations", str(digits.root), *JOB, *TINY, "--refine", "none", "--output_dir", str(run)])
+    assert advice in capsys.readouterr().out
+    assert advice in (run / "report.html").read_text()
+    assert "To be trusted most" in (run / "export" / "README.md").read_text()
+
+
+def test_pretrained_weights_judge_the_same_on_two_processes(run, digits, tmp_path):
+    words = ["--annotations", str(digits.root), *JOB, "--backbone_args", "{}", "--refine", "none"]
+    words += ["--backbone", f"local-dir:{run / 'export' / 'net1'}", "--output_dir"]
+    probe.main([*words, str(tmp_path / "one")])
+    config = ["--config_file", str(ROOT / "accelerate_configs" / "cpu.yaml"), "--num_processes", "2"]
+    done = subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.launch", *config, str(ROOT / "baselines" / "probe.py"), *words,
+         str(tmp_path / "two")],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True, timeout=300,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, two = (report_of(tmp_path / name)["trust"] for name in ("one", "two"))
+    assert one["kind"] == "weights" and one["agreement"] == two["agreement"] and one["most"] == two["most"]
+    assert one["fit"]["score"] == pytest.approx(two["fit"]["score"], abs=1e-9)
+
+
+def test_a_view_that_knows_nothing_is_refused_before_training(digits, tmp_path, capsys):
+    """Features that belong to other images."""
+    writer = StoreWriter(tmp_path / "ann", dict(digits.manifest))
+    writer.begin(digits.images())
+    strange = digits.features()[np.random.default_rng(0).permutation(len(digits))]
+    for index in range(len(writer.files)):
+        rows = slice(writer.rows(index).start, writer.rows(index).stop)
+        tensors = {"votes": digits.votes()[rows], "probs": digits.probs()[rows], "features": strange[rows]}
+        writer.write(index, tensors, {})
+    writer.finish(digits.paths)
+    words = ["--annotations", tmp_path / "ann", *JOB, *TINY, "--refine", "own", "--output_dir", tmp_path / "run"]
+    line = refused(capsys, probe.main, *words)
+    assert "cannot tell the classes apart" in line and "--refine none" in line
+    assert not (tmp_path / "run" / "report.json").exists()
+    # the store that was made says so, too, and a run without it starts in the same folder
+    fit = read_manifest(tmp_path / "run" / "refined")["refined"]["fit"]
+    assert fit["hopeless"] and fit["itself"] < 0.3
+    for name in ("report.txt", "report.html"):
+        assert "do not train on it" in (tmp_path / "run" / "refined" / name).read_text()
+    probe.main([str(word) for word in words[:-4]] + ["--refine", "none", "--output_dir", str(tmp_path / "run")])
+    trust = report_of(tmp_path / "run")["trust"]
+    assert trust["most"] == "annotator" and trust["fit"]["hopeless"]
+    assert "There is no referee" in capsys.readouterr().out
+
+
+def test_a_refined_store_says_how_well_its_features_read_alone(digits, tmp_path):
+    from coreg.annotate.tools import main
+
+    assert main(["refine", str(digits.root), "--features", "own", "--output_dir", str(tmp_path / "ann2")]) == 0
+    fit = AnnotationStore.open(tmp_path / "ann2").manifest["refined"]["fit"]
+    assert not fit["hopeless"] and fit["itself"] > fit["annotator"] + 0.05 and fit["score"] > fit["shuffled"] + 0.5
+    assert f"agree with each other on {fit['itself']:.1%} and" in (tmp_path / "ann2" / "report.txt").read_text()
+
+
+def test_evidence_is_mended_of_itself_where_pretrained_weights_can(run, digits, tmp_path, capsys, monkeypatch):
+    backbone = f"local-dir:{run / 'export' / 'net1'}"
+    shutil.copytree(digits.root, tmp_path / "ann")  # a view is written into it
+    words = ["--annotations", str(tmp_path / "ann"), *JOB, "--backbone_args", "{}", "--refine", "auto", "--output_dir"]
+    probe.main([*words, str(tmp_path / "a"), "--backbone", backbone])
+    report, fit = report_of(tmp_path / "a"), read_manifest(tmp_path / "a" / "refined")["refined"]["fit"]
+    # whichever it is, it is printed, and what is trained on is that
+    assert ("refined" in report) == fit["mends"]
+    printed = capsys.readouterr().out
+    assert ("before and after" in printed) == fit["mends"] != ("The evidence is left as it is" in printed)
+    # the other one
+    monkeypatch.setattr("coreg.weak.trust.REFEREES_AGREE", 1.1 if fit["mends"] else -1.0)
+    monkeypatch.setattr("coreg.weak.trust.ERRORS", 2.0 if fit["mends"] else -99.0)
+    probe.main([*words, str(tmp_path / "b"), "--backbone", backbone])
+    assert ("refined" in report_of(tmp_path / "b")) != fit["mends"]
+    # nothing to see with; refined already
+    capsys.readouterr()
+    probe.main([*words, str(tmp_path / "c"), *TINY])
+    mended = tmp_path / ("a" if fit["mends"] else "b") / "refined"
+    probe.main(["--annotations", str(mended), *words[2:], str(tmp_path / "d"), "--backbone", backbone])
+    assert "Refining" not in capsys.readouterr().out
+    assert not (tmp_path / "c" / "refined").exists() and not (tmp_path / "d" / "refined").exists()
+    assert report_of(tmp_path / "d")["trust"]["kind"] == "view"
+
+
+def test_words_of_a_report_that_comes_from_anywhere():
+    assert trust_lines({}) == [] == trust_lines({"method": "m", "trust": None})
+    strange = {"most": "me", "fit": {}, "agreement": {}}
+    assert trust_lines({"method": "m", "trust": strange}) == []
