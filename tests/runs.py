@@ -66,9 +66,9 @@ def as_votes(drawn, folder, spec="m"):
     votes[np.arange(votes.shape[1]) >= sets.sum(axis=1, keepdims=True)] = -1
     probs = (sets / sets.sum(axis=1, keepdims=True)).astype(np.float16)
     templates = [f"synthetic candidate {number} ({{}})" for number in range(1, votes.shape[1] + 1)]
-    told = {"features": None, "data_root": "data", "preprocessing": None, "versions": {}}
+    details = {"features": None, "data_root": "data", "preprocessing": None, "versions": {}}
     model = {"spec": spec, "weights": "w"}
-    manifest = make_manifest(images, store.class_names, templates, model, 40, **told)
+    manifest = make_manifest(images, store.class_names, templates, model, 40, **details)
     writer = StoreWriter(Path(folder), manifest)
     writer.begin(images)
     for index in range(len(writer.files)):

@@ -31,7 +31,7 @@ def store_of(
     images=None,
     block_size=10**6,
 ):
-    """A finished store with the given evidence, in one block if nothing else is said."""
+    """A finished store with the given evidence, in one block if nothing else is given."""
     votes = np.asarray(votes, np.int16)
     count, classes = len(votes), len(names)
     if probs is None:
@@ -40,8 +40,10 @@ def store_of(
     labels = None if labels is None else np.asarray(labels)
     images = images or ImageList("/somewhere", paths, labels, np.zeros(count, np.uint8), None, lambda row: None)
     templates = templates or [f"template {number} {{}}" for number in range(votes.shape[1])]
-    told = {"features": None if features is None else 4, "data_root": "data", "preprocessing": {}, "versions": {}}
-    writer = StoreWriter(root, make_manifest(images, names, templates, {"spec": "m", "weights": "w"}, block_size, **told))
+    details = {"features": None if features is None else 4, "data_root": "data", "preprocessing": {}, "versions": {}}
+    writer = StoreWriter(
+        root, make_manifest(images, names, templates, {"spec": "m", "weights": "w"}, block_size, **details)
+    )
     writer.begin(images)
     tensors = {"votes": votes, "probs": np.asarray(probs, np.float16)}
     tensors |= {} if features is None else {"features": np.asarray(features, np.float16)}
@@ -62,7 +64,7 @@ def test_numbers_by_hand(tmp_path):
     assert health.named.tolist() == [3 / 4, 3 / 4, 1 / 4]  # of the four images with a vote
     assert health.most_named.tolist() == [1, 2, 1]
     assert health.abstained.tolist() == [1 / 5, 1 / 5, 2 / 5]
-    assert health.contested.tolist() == [3, 2, 1, 0, 4]  # nothing said; 1/3; 2/3; then the less probable winner
+    assert health.contested.tolist() == [3, 2, 1, 0, 4]  # no vote; 1/3; 2/3; then the less probable winner
     # templates 0 and 1: rows 0, 1, 2, 4 of which 0 and 4; 0 and 2: rows 0, 1, 2 of which 0; 1 and 2: of which 0 and 1
     wanted = [[1, 2 / 4, 1 / 3], [2 / 4, 1, 2 / 3], [1 / 3, 2 / 3, 1]]
     assert np.allclose(health.agreement, wanted)
@@ -190,15 +192,15 @@ def test_the_page_is_whole_safe_and_alone(evil):
     assert not page.tags & {"script", "b", "i", "u", "link", "iframe", "object"} and page.tags >= {"table", "figure", "img"}
     assert all(source.startswith("data:image/png;base64,") for source in page.sources)
     assert not re.search(r"https?:|url\(", text)
-    said = " ".join(page.texts)
-    for words in (*store.class_names, *store.templates, "Most contested", "/some<i>where" if "/some" in said else "<u>"):
-        assert words in said
+    shown = " ".join(page.texts)
+    for words in (*store.class_names, *store.templates, "Most contested", "/some<i>where" if "/some" in shown else "<u>"):
+        assert words in shown
     # the gallery shows the most contested images themselves, most contested first
     shown = [Image.open(io.BytesIO(base64.b64decode(source.split(",")[1]))) for source in page.sources]
     assert len(shown) == len(health.contested) == 24
     for image, row in zip(shown, health.contested):
         assert abs(np.asarray(image.convert("L"), dtype=float).mean() - 8 * row) < 6 and max(image.size) <= 112
-    assert "1 images look to the model like copies" in said
+    assert "1 images look to the model like copies" in shown
 
 
 def test_the_text_says_the_same(evil):

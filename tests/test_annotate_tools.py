@@ -42,8 +42,10 @@ def evidence(count, templates, seed, features=4):
 def write_store(
     root, images, templates=("a {}", "the {}"), seed=0, skip=(), spec="m", errors=None, features=4, block_size=4
 ):
-    told = {"features": features, "data_root": "data", "preprocessing": {}, "versions": {}}
-    writer = StoreWriter(root, make_manifest(images, NAMES, templates, {"spec": spec, "weights": "w"}, block_size, **told))
+    details = {"features": features, "data_root": "data", "preprocessing": {}, "versions": {}}
+    writer = StoreWriter(
+        root, make_manifest(images, NAMES, templates, {"spec": spec, "weights": "w"}, block_size, **details)
+    )
     writer.begin(images)
     whole = evidence(len(images), len(templates), seed, features)
     for index in set(range(len(writer.files))) - set(skip):
@@ -154,21 +156,21 @@ def test_export_to_a_folder_that_torchvision_reads(place):
     root, images = place
     assert main(["export", str(root / "ann"), "--output", str(root / "out")]) == 0
     store = AnnotationStore.open(root / "ann")
-    found = {}
+    linked = {}
     for split in ("train", "test"):
         folder = ImageFolder(root / "out" / split)
         for path, label in folder.samples:
             number = Image.open(path).getpixel((0, 0))[0]
-            found[number] = (split, folder.classes[label])
+            linked[number] = (split, folder.classes[label])
     wanted = {}
     for row in set(range(11)) - {3}:
         name = NAMES[int(store.probs()[row].argmax())].replace("/", "_")
         wanted[images.load(row).getpixel((0, 0))[0]] = ("train", "test")[store.split[row]], name
-    assert found == wanted
+    assert linked == wanted
     digits = open_images("builtin:digits")
-    told = {"features": None, "data_root": "data", "preprocessing": {}, "versions": {}}
+    details = {"features": None, "data_root": "data", "preprocessing": {}, "versions": {}}
     writer = StoreWriter(
-        root / "digits", make_manifest(digits, digits.class_names, ["{}"], {"spec": "m", "weights": "w"}, 2000, **told)
+        root / "digits", make_manifest(digits, digits.class_names, ["{}"], {"spec": "m", "weights": "w"}, 2000, **details)
     )
     writer.begin(digits)
     probs = np.eye(10, dtype=np.float16)[digits.labels]
@@ -259,8 +261,8 @@ def test_answers_are_kept_by_merging(place):
     root, images = place
     more = open_images(str(photos(root / "more", count=3)), NAMES)
     for name, part in (("x", images), ("y", more)):
-        told = {"features": None, "data_root": "data", "preprocessing": {}, "versions": {}}
-        writer = StoreWriter(root / name, make_manifest(part, NAMES, ["{}"], {"spec": "m", "weights": "w"}, 4, **told))
+        details = {"features": None, "data_root": "data", "preprocessing": {}, "versions": {}}
+        writer = StoreWriter(root / name, make_manifest(part, NAMES, ["{}"], {"spec": "m", "weights": "w"}, 4, **details))
         writer.begin(part)
         for index in range(len(writer.files)):
             tensors = evidence(len(writer.rows(index)), 1, index, None)
@@ -291,8 +293,8 @@ def test_export_writes_nowhere_but_into_its_folder(tmp_path, capsys):
     images = open_images(str(tmp_path / "x.tar"))
     assert not any(path.startswith((".", "/")) and ".." in path.split("/") for path in images.paths)
     classes = ["../..", "nul", "a/b"]
-    told = {"features": None, "data_root": "data", "preprocessing": {}, "versions": {}}
-    manifest = make_manifest(images, classes, ["{}"], {"spec": "m", "weights": "w"}, 10, **told)
+    details = {"features": None, "data_root": "data", "preprocessing": {}, "versions": {}}
+    manifest = make_manifest(images, classes, ["{}"], {"spec": "m", "weights": "w"}, 10, **details)
     writer = StoreWriter(tmp_path / "ann", manifest)
     writer.begin(images)
     writer.write(0, {"votes": np.zeros((6, 1), np.int16), "probs": np.eye(3, dtype=np.float16)[np.arange(6) % 3]}, {})
@@ -306,7 +308,7 @@ def test_export_writes_nowhere_but_into_its_folder(tmp_path, capsys):
     hostile_tar(tmp_path / "y.tar", ["f.jpg", "f.jpg.png"])
     images = open_images(str(tmp_path / "y.tar"))
     writer = StoreWriter(
-        tmp_path / "two", make_manifest(images, classes, ["{}"], {"spec": "m", "weights": "w"}, 10, **told)
+        tmp_path / "two", make_manifest(images, classes, ["{}"], {"spec": "m", "weights": "w"}, 10, **details)
     )
     writer.begin(images)
     writer.write(0, {"votes": np.zeros((2, 1), np.int16), "probs": np.eye(3, dtype=np.float16)[[0, 0]]}, {})
@@ -395,8 +397,8 @@ def test_what_cannot_be_done_is_told_in_one_line(place, capsys):
     write_store(root / "other", more, spec="n")
     assert "other images and another model" in fails(capsys, "merge", ann, root / "other", "--output_dir", root / "new")
     shutil.copytree(ann, root / "names")
-    told = json.loads((ann / "manifest.json").read_text())
-    (root / "names" / "manifest.json").write_text(json.dumps(told | {"class_names": ["x", "y", "z"]}))
+    manifest = json.loads((ann / "manifest.json").read_text())
+    (root / "names" / "manifest.json").write_text(json.dumps(manifest | {"class_names": ["x", "y", "z"]}))
     line = fails(capsys, "merge", ann, root / "names", "--output_dir", root / "new")
     assert "damaged" in line or "other class names" in line
     assert not (root / "new").exists()

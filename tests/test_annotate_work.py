@@ -64,8 +64,8 @@ def folder(tmp_path_factory):
 def begun(folder, root, block_size=4):
     images = open_images(str(folder), NAMES)
     model = {"spec": "m", "weights": "w"}
-    told = {"features": None, "data_root": "data", "preprocessing": None, "versions": {}}
-    writer = StoreWriter(root, make_manifest(images, NAMES, ["{}"], model, block_size, **told))
+    details = {"features": None, "data_root": "data", "preprocessing": None, "versions": {}}
+    writer = StoreWriter(root, make_manifest(images, NAMES, ["{}"], model, block_size, **details))
     writer.begin(images)
     return images, writer
 
@@ -115,7 +115,7 @@ def test_too_many_errors_stop_the_job_and_a_higher_limit_goes_on(folder, tmp_pat
     message = str(raised.value)
     assert "1 images cannot be read and --max_errors is 0 (the first, '030.png': empty file)" in message
     assert "\n" not in message and len(list((writer.root / "blocks").iterdir())) == 8  # up to the block with 030.png
-    # another process counts what the first one found
+    # another process counts what the first one could not read
     with pytest.raises(UserError, match="2 images cannot be read and --max_errors is 1"):
         take_part(images, StoreWriter(writer.root, writer.manifest), Brightness(), max_errors=1)
     take_part(images, writer, Brightness(), max_errors=2)

@@ -1,4 +1,4 @@
-"""Images inside tar files and saved data sets: the same pixels as the files that went in, and damage told in one line."""
+"""Images inside tar files and saved data sets: the same pixels as the files that went in, and damage named in one line."""
 
 import io
 import os
@@ -91,8 +91,8 @@ def test_shards_and_folders_in_them_say_the_split(tmp_path):
     for name in ("set-train-0.tar", "set-val-0.tar", "plain.tar"):
         write_tar(tmp_path / name, [("test/1.png", png(1)), ("2.png", png(2))])
     images = open_images(str(tmp_path))
-    found = dict(zip(images.paths, images.split.tolist()))
-    assert found == {
+    split_of = dict(zip(images.paths, images.split.tolist()))
+    assert split_of == {
         "plain.tar/test/1.png": 1, "plain.tar/2.png": 0, "set-train-0.tar/test/1.png": 1, "set-train-0.tar/2.png": 0,
         "set-val-0.tar/test/1.png": 1, "set-val-0.tar/2.png": 1,
     }  # fmt: skip

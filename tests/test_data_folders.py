@@ -24,8 +24,8 @@ def splits(files, **more):
 
 @pytest.mark.parametrize(("train", "test"), [("train", "test"), ("Train", "TEST"), ("training", "Testing")])
 def test_usual_spellings_of_train_and_test(train, test):
-    found, notes = listed([f"{train}/cat/1.png", f"{test}/dog/2.png", "3.png"])
-    assert found == {
+    entries, notes = listed([f"{train}/cat/1.png", f"{test}/dog/2.png", "3.png"])
+    assert entries == {
         f"{train}/cat/1.png": ("cat", "train"),
         f"{test}/dog/2.png": ("dog", "test"),
         "3.png": (None, "train"),
@@ -36,11 +36,11 @@ def test_usual_spellings_of_train_and_test(train, test):
 @pytest.mark.parametrize("val", ["val", "Valid", "validation"])
 def test_validation_images_are_never_trained_on(val):
     """They are the test images where there are no others, and nothing at all where there are."""
-    found, notes = listed(["train/1.png", f"{val}/2.png"])
-    assert found == {"train/1.png": (None, "train"), f"{val}/2.png": (None, "test")}
+    entries, notes = listed(["train/1.png", f"{val}/2.png"])
+    assert entries == {"train/1.png": (None, "train"), f"{val}/2.png": (None, "test")}
     assert len(notes) == 1 and "'train' is train" in notes[0] and f"{val!r} is test (there is no other)" in notes[0]
-    found, notes = listed(["train/1.png", f"{val}/2.png", "test/3.png"])
-    assert [found[f][1] for f in ("train/1.png", f"{val}/2.png", "test/3.png")] == ["train", "held out", "test"]
+    entries, notes = listed(["train/1.png", f"{val}/2.png", "test/3.png"])
+    assert [entries[f][1] for f in ("train/1.png", f"{val}/2.png", "test/3.png")] == ["train", "held out", "test"]
     assert f"{val!r} is held out (neither trained on nor counted as test)" in notes[0]
 
 
@@ -48,8 +48,8 @@ def test_split_folders_below_one_that_holds_everything_or_in_every_folder():
     assert splits(["x/y/train/cat/1.png", "x/y/test/cat/2.png", "x/y/3.png"]) == {
         "x/y/train/cat/1.png": "train", "x/y/test/cat/2.png": "test", "x/y/3.png": "train",
     }  # fmt: skip
-    found, notes = listed(["cat/train/1.png", "cat/test/2.png", "dog/train/3.png", "dog/test/4.png"])
-    assert found == {
+    entries, notes = listed(["cat/train/1.png", "cat/test/2.png", "dog/train/3.png", "dog/test/4.png"])
+    assert entries == {
         "cat/train/1.png": ("cat", "train"), "cat/test/2.png": ("cat", "test"),
         "dog/train/3.png": ("dog", "train"), "dog/test/4.png": ("dog", "test"),
     }  # fmt: skip
@@ -57,8 +57,8 @@ def test_split_folders_below_one_that_holds_everything_or_in_every_folder():
 
 
 def test_a_folder_of_test_images_that_does_not_count_is_named():
-    found, notes = listed(["cat/1.png", "dog/test/2.png", "dog/test/3.png"])
-    assert {split for _, split in found.values()} == {"train"}
+    entries, notes = listed(["cat/1.png", "dog/test/2.png", "dog/test/3.png"])
+    assert {split for _, split in entries.values()} == {"train"}
     (note,) = notes
     assert note.startswith("2 images in folders such as 'dog/test' are trained on")
 
@@ -66,32 +66,32 @@ def test_a_folder_of_test_images_that_does_not_count_is_named():
 def test_a_split_folder_is_no_class():
     """CIFAR-100 has a class `train`."""
     names = ("apple", "train")
-    found, _ = listed(["train/1.png", "test/2.png"], names)
-    assert {label for label, _ in found.values()} == {None}
-    found, _ = listed(["train/1.png"], names)
-    assert found["train/1.png"] == (None, "train")
-    found, _ = listed(["train/train/1.png", "train/apple/2.png", "test/train/3.png", "train/4.png"], names)
-    assert found == {
+    entries, _ = listed(["train/1.png", "test/2.png"], names)
+    assert {label for label, _ in entries.values()} == {None}
+    entries, _ = listed(["train/1.png"], names)
+    assert entries["train/1.png"] == (None, "train")
+    entries, _ = listed(["train/train/1.png", "train/apple/2.png", "test/train/3.png", "train/4.png"], names)
+    assert entries == {
         "train/train/1.png": ("train", "train"), "train/apple/2.png": ("apple", "train"),
         "test/train/3.png": ("train", "test"), "train/4.png": (None, "train"),
     }  # fmt: skip
-    found, _ = listed(["test/1.png", "test/test/2.png", "other/3.png"], ("test", "cat"))
-    assert found == {"test/1.png": (None, "test"), "test/test/2.png": ("test", "test"), "other/3.png": (None, "train")}
+    entries, _ = listed(["test/1.png", "test/test/2.png", "other/3.png"], ("test", "cat"))
+    assert entries == {"test/1.png": (None, "test"), "test/test/2.png": ("test", "test"), "other/3.png": (None, "train")}
 
 
 def test_a_class_called_train_beside_other_classes_is_one():
-    found, notes = listed(["apple/1.png", "train/2.png"], ("apple", "train"))
-    assert found == {"apple/1.png": ("apple", "train"), "train/2.png": ("train", "train")} and notes == []
-    found, _ = listed(["apple/1.png", "test/2.png"], ("apple", "test"))
-    assert found["test/2.png"] == ("test", "train")
+    entries, notes = listed(["apple/1.png", "train/2.png"], ("apple", "train"))
+    assert entries == {"apple/1.png": ("apple", "train"), "train/2.png": ("train", "train")} and notes == []
+    entries, _ = listed(["apple/1.png", "test/2.png"], ("apple", "test"))
+    assert entries["test/2.png"] == ("test", "train")
     # with classes in it, it is a split
-    found, _ = listed(["apple/1.png", "test/apple/2.png", "test/3.png"], ("apple", "test"))
-    assert found["test/apple/2.png"] == ("apple", "test") and found["test/3.png"] == (None, "test")
+    entries, _ = listed(["apple/1.png", "test/apple/2.png", "test/3.png"], ("apple", "test"))
+    assert entries["test/apple/2.png"] == ("apple", "test") and entries["test/3.png"] == (None, "test")
 
 
 def test_the_innermost_class_counts_in_whatever_form_it_is_written():
-    found, _ = listed(["test/CAT/deep/er/1.png", "cat/dog/2.png", "cafe\u0301/3.png"], ("cat", "dog", "caf\u00e9"))
-    assert [label for label, _ in found.values()] == ["caf\u00e9", "dog", "cat"]
+    entries, _ = listed(["test/CAT/deep/er/1.png", "cat/dog/2.png", "cafe\u0301/3.png"], ("cat", "dog", "caf\u00e9"))
+    assert [label for label, _ in entries.values()] == ["caf\u00e9", "dog", "cat"]
 
 
 def test_lists_without_images_or_folders():
@@ -99,7 +99,7 @@ def test_lists_without_images_or_folders():
     assert splits(["a.tar/test/1.png", "b.tar/2.png"], skip=1) == {"a.tar/test/1.png": "test", "b.tar/2.png": "train"}
 
 
-# ---- what is said ---------------------------------------------------------------------------------------------------
+# ---- notes ---------------------------------------------------------------------------------------------------------
 
 
 def unmatched(files, class_names, spec="/photos"):

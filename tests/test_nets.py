@@ -158,29 +158,30 @@ def test_a_damaged_local_folder_is_one_line(tmp_path, content):
 
 
 @pytest.mark.parametrize(
-    ("name", "said"), [("resnet19", "did you mean resnet18"), ("local-dir:/nowhere", "no config.json"), ("../x", "unknown")]
+    ("name", "message"),
+    [("resnet19", "did you mean resnet18"), ("local-dir:/nowhere", "no config.json"), ("../x", "unknown")],
 )
-def test_a_wrong_backbone_is_named(name, said):
-    with pytest.raises(UserError, match=said):
+def test_a_wrong_backbone_is_named(name, message):
+    with pytest.raises(UserError, match=message):
         check_backbone(name)
 
 
-def test_pixels_unlike_those_that_weights_were_trained_with_are_told(tmp_path):
-    def told(backbone, mean, std, pretrained=True, channels=3):
+def test_pixels_unlike_those_that_weights_were_trained_with_are_named(tmp_path):
+    def warning(backbone, mean, std, pretrained=True, channels=3):
         return other_pixels(ImageConfig(backbone=backbone, mean=mean, std=std, pretrained=pretrained, channels=channels))
 
     wants = "--mean 0.485 0.456 0.406 --std 0.229 0.224 0.225"
-    assert told("resnet18", [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]) is None
-    assert told("tf_efficientnet_lite0", [0.5], [0.5]) is None
-    assert told("resnet18", [0.5], [0.5]).endswith(f"resnet18 was trained with other pixels; it wants {wants}")
-    assert told("resnet18", [0.485, 0.456, 0.406], [0.3]) is not None
-    assert told("resnet18", [0.5], [0.5], pretrained=False) is None  # it was not
-    assert told("resnet18", [0.5], [0.5], channels=1) is None  # timm adds up the colours' weights
-    for untold in ({"pretrained_cfg": {"mean": [0.1], "std": [0.2]}}, {}, []):  # one channel, nothing, no settings at all
-        (tmp_path / "config.json").write_text(json.dumps(untold))
-        assert told(f"local-dir:{tmp_path}", [0.5], [0.5], pretrained=False) is None
+    assert warning("resnet18", [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]) is None
+    assert warning("tf_efficientnet_lite0", [0.5], [0.5]) is None
+    assert warning("resnet18", [0.5], [0.5]).endswith(f"resnet18 was trained with other pixels; it wants {wants}")
+    assert warning("resnet18", [0.485, 0.456, 0.406], [0.3]) is not None
+    assert warning("resnet18", [0.5], [0.5], pretrained=False) is None  # it was not
+    assert warning("resnet18", [0.5], [0.5], channels=1) is None  # timm adds up the colours' weights
+    for config in ({"pretrained_cfg": {"mean": [0.1], "std": [0.2]}}, {}, []):  # one channel, nothing, no settings at all
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        assert warning(f"local-dir:{tmp_path}", [0.5], [0.5], pretrained=False) is None
     (tmp_path / "config.json").write_text(json.dumps({"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]}))
-    assert told(f"local-dir:{tmp_path}", [0.5], [0.5]).endswith("it wants --mean 0.5 0.5 0.5 --std 0.25 0.25 0.25")
+    assert warning(f"local-dir:{tmp_path}", [0.5], [0.5]).endswith("it wants --mean 0.5 0.5 0.5 --std 0.25 0.25 0.25")
 
 
 def test_without_network_pretrained_weights_are_given_up_within_seconds(monkeypatch, tmp_path):

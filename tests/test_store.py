@@ -39,8 +39,8 @@ def image_list(count=7, labels=True):
 
 def manifest(images, block_size=3, **changed):
     job = {"class_names": NAMES, "templates": TEMPLATES, "model": {"spec": "m", "weights": "w"}}
-    told = {"features": 4, "data_root": "data", "preprocessing": {}, "versions": {"coreg": "0"}}
-    return make_manifest(images, block_size=block_size, **(job | told | changed))
+    details = {"features": 4, "data_root": "data", "preprocessing": {}, "versions": {"coreg": "0"}}
+    return make_manifest(images, block_size=block_size, **(job | details | changed))
 
 
 def evidence(count, seed=0):
@@ -146,7 +146,7 @@ def test_the_hash_changes_with_the_job_the_evidence_and_the_split(tmp_path):
         hashes.add(AnnotationStore.open(tmp_path / str(number)).hash)
     assert len(hashes) == 7
     write_store(tmp_path / "versions", versions={"coreg": "9"})
-    assert AnnotationStore.open(tmp_path / "versions").hash in hashes  # tools' versions are told, and no more
+    assert AnnotationStore.open(tmp_path / "versions").hash in hashes  # tools' versions make no other job
 
 
 def test_folders_that_are_no_finished_store_are_told_in_one_line(tmp_path):
@@ -164,11 +164,11 @@ def test_folders_that_are_no_finished_store_are_told_in_one_line(tmp_path):
     assert "unfinished (0 of 3" in refused(AnnotationStore.open, tmp_path / "last")
 
     write_store(tmp_path / "next")
-    told = json.loads((tmp_path / "next" / "manifest.json").read_text())
-    (tmp_path / "next" / "manifest.json").write_text(json.dumps(told | {"version": 4}))
+    manifest = json.loads((tmp_path / "next" / "manifest.json").read_text())
+    (tmp_path / "next" / "manifest.json").write_text(json.dumps(manifest | {"version": 4}))
     assert "schema coreg-annotations version 4 but this coreg reads" in refused(AnnotationStore.open, tmp_path / "next")
-    told.pop("templates")
-    (tmp_path / "next" / "manifest.json").write_text(json.dumps(told))
+    manifest.pop("templates")
+    (tmp_path / "next" / "manifest.json").write_text(json.dumps(manifest))
     assert "there is no 'templates'" in refused(AnnotationStore.open, tmp_path / "next")
 
 

@@ -34,7 +34,7 @@ def test_a_block_is_taken_by_one_process_only(store):
         assert [three.claim() for _ in range(6)] == [1, 2, 3, 4, 5, None]
         three.clear()
         files[1].unlink(missing_ok=True)
-        assert three.claim() is None and not (root / "claims").exists()  # somebody found the job finished
+        assert three.claim() is None and not (root / "claims").exists()  # somebody saw the job finished
     assert not (root / "claims").exists()
 
 
@@ -126,7 +126,7 @@ def test_a_living_process_keeps_its_claims_however_long_a_block_takes(store, mon
         time.sleep(1.0)
         assert two.claim() == 0
         one.release(0)  # it comes back: the block is not its own any more
-        assert two.mine == {0} and (root / "claims" / "00000.claim").read_text() == two.name
+        assert two.claimed == {0} and (root / "claims" / "00000.claim").read_text() == two.name
 
 
 def test_a_folder_that_cannot_be_written_is_told_in_one_line(store):

@@ -1,4 +1,4 @@
-"""Adapters on real towers: they change nothing at first, are all that is trained, survive a file; dead ones are found."""
+"""Adapters on real towers: they change nothing at first, are all that is trained, survive a file; dead ones are named."""
 
 import json
 
@@ -143,8 +143,8 @@ def test_an_adapter_survives_a_file(model, tmp_path):
         "adapter_config.json",
         "adapter_model.safetensors",
     ]
-    told = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-    assert (told["peft_type"], told["r"], told["base_model_name_or_path"]) == ("LORA", 2, "some/base")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert (config["peft_type"], config["r"], config["base_model_name_or_path"]) == ("LORA", 2, "some/base")
     anew = load(folder, family)
     plain = outputs(anew)
     PeftModel.from_pretrained(anew.network, str(tmp_path / "adapter"))
@@ -163,14 +163,14 @@ def test_a_packed_projection_is_adapted_by_the_product_of_both_matrices(tmp_path
     with torch.no_grad():
         for weight in trained_weights(network).values():
             weight.normal_(0, 0.1)
-    said = towers.text(towers.tokenize(TEXTS))
+    text = towers.text(towers.tokenize(TEXTS))
     a, b = (
         trained_weights(network)[f"base_model.model.transformer.resblocks.0.attn.lora_{m}.default.weight"] for m in "AB"
     )
     plain = load(tmp_path / "tiny", "open_clip")
     with torch.no_grad():
         plain.network.transformer.resblocks[0].attn.in_proj_weight.copy_(packed + (b @ a) * 1.0 / 4**0.5)
-    torch.testing.assert_close(said, plain.text(plain.tokenize(TEXTS)), rtol=0, atol=1e-12)
+    torch.testing.assert_close(text, plain.text(plain.tokenize(TEXTS)), rtol=0, atol=1e-12)
 
 
 # ---- adapters that never act ----------------------------------------------------------------------------------------

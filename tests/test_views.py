@@ -20,7 +20,7 @@ from coreg.views.resident import TrainingImages
 
 MODES = {"bilinear": InterpolationMode.BILINEAR, "bicubic": InterpolationMode.BICUBIC}
 # Everything below is exact, but for blends: a compiler may fuse Pillow's float multiply and add, which moves one pixel
-# in a thousand by one grey level, and the operations behind it carry that on.
+# in a thousand by one grey level, and the operations after it carry that on.
 BLENDED = 2e-3
 
 
@@ -34,13 +34,13 @@ def _pictures(n, c, size, seed=0):
     return torch.from_numpy(images.astype(np.uint8))
 
 
-def _look(size=32, c=3, padding=4, flip=True, **fields):
+def _augmentation(size=32, c=3, padding=4, flip=True, **fields):
     return Augmentation(size, padding, flip, mean=(0.0,) * c, std=(1 / 255,) * c, **fields)
 
 
-def _view(look, kind, images, samples, key):
-    """Grey levels again, of a view of `_look`."""
-    normalised = look.view(kind, images, samples, key)
+def _view(augmentation, kind, images, samples, key):
+    """Grey levels again, of a view of `_augmentation`."""
+    normalised = augmentation.view(kind, images, samples, key)
     levels = normalised.round()
     assert normalised.is_contiguous() and (normalised - levels).abs().sum() < 1e-3 * max(1, levels.numel())
     return levels.to(torch.uint8)
@@ -119,7 +119,7 @@ def test_boxes_are_distributed_as_in_torchvision(side, scale):
         return [stats.ks_2samp(of(ours), of(theirs)).pvalue for of in pick]
 
     assert min(p_values(scale)) > 1e-4
-    assert min(p_values((scale[0] + 0.1, 1.0))) < 1e-4  # what a wrong law would look like
+    assert min(p_values((scale[0] + 0.1, 1.0))) < 1e-4  # what a wrong law would give
 
 
 def test_a_box_that_never_fits_is_the_whole_image():
@@ -138,7 +138,9 @@ def test_cr_weak_equals_torchvision(size, padding):
         image = F.crop(image, int(top * (2 * padding + 1)), int(left * (2 * padding + 1)), size, size)
         return F.hflip(image) if mirrored >= 0.5 else image
 
-    assert torch.equal(_view(_look(size, 3, padding), "cr_weak", images, samples, (4, "cr")), _one_by_one(images, make))
+    assert torch.equal(
+        _view(_augmentation(size, 3, padding), "cr_weak", images, samples, (4, "cr")), _one_by_one(images, make)
+    )
 
 
 # --- colours ---------------------------------------------------------------------------------------------------------
@@ -200,7 +202,7 @@ def test_pico_weak_equals_torchvision(c, size, side):
         image = F.resized_crop(image, *boxes[i], [size, size])
         return _jitter(F.hflip(image) if crops[i, -1] >= 0.5 else image, colours[i].numpy())
 
-    assert _wrong(_view(_look(size, c), "pico_weak", images, samples, key), _one_by_one(images, make)) <= BLENDED
+    assert _wrong(_view(_augmentation(size, c), "pico_weak", images, samples, key), _one_by_one(images, make)) <= BLENDED
 
 
 def test_jitter_is_drawn_as_in_torchvision(monkeypatch):
@@ -220,7 +222,7 @@ def test_jitter_is_drawn_as_in_torchvision(monkeypatch):
     factors = {name: [] for name in laws}
     for block, rows in enumerate(numbers):
         calls.clear()
-        _look(1).view("pico_weak", images[rows].to(torch.uint8), rows, (6,))
+        _augmentation(1).view("pico_weak", images[rows].to(torch.uint8), rows, (6,))
         for name, pixels, magnitudes in calls:
             factors[name] += magnitudes
             for pixel in pixels if name != "grey" else ():
@@ -238,12 +240,12 @@ def test_jitter_is_drawn_as_in_torchvision(monkeypatch):
 @pytest.mark.parametrize("c", [1, 3])
 def test_pico_strong_is_a_resized_crop_with_three_operations_and_cutout(c):
     images, samples, key = _pictures(300, c, 32), torch.arange(300), (7, "k")
-    look = _look(32, c)
+    augmentation = _augmentation(32, c)
     draws = keyed_uniform((*key, "resized crop"), samples, RESIZED_CROP_DRAWS)
     cropped = resized_crop(images, random_boxes(draws, 32, (0.2, 1.0)), draws[:, -1] >= 0.5, 32, "bilinear")
-    expected = _view(_look(32, c, 0, False, strong_count=3), "strong", cropped, samples, key)
-    assert torch.equal(_view(look, "pico_strong", images, samples, key), expected)
-    bare = _look(32, c, cutout=0.0, strong_ops=("identity",))
+    expected = _view(_augmentation(32, c, 0, False, strong_count=3), "strong", cropped, samples, key)
+    assert torch.equal(_view(augmentation, "pico_strong", images, samples, key), expected)
+    bare = _augmentation(32, c, cutout=0.0, strong_ops=("identity",))
     assert torch.equal(_view(bare, "pico_strong", images, samples, key), cropped)
 
 
@@ -277,8 +279,8 @@ def test_auto_augment_equals_torchvision(policy, c, size):
 )
 def test_cr_strong_equals_torchvision(kind, policy, size, side):
     images, samples, key = _pictures(100, 3, size), torch.arange(100), (9, "x1")
-    look = _look(size)
-    start = _view(look, "cr_weak", images, samples, key) if kind == "cr_strong" else images
+    augmentation = _augmentation(size)
+    start = _view(augmentation, "cr_weak", images, samples, key) if kind == "cr_strong" else images
     holes = (keyed_uniform(key, samples, 8)[:, 6:].double() * size).long().tolist()
     draws = keyed_uniform((*key, "policy"), samples, 5).tolist()
 
@@ -287,7 +289,7 @@ def test_cr_strong_equals_torchvision(kind, policy, size, side):
         pixels[max(y - side // 2, 0) : y + side // 2, max(x - side // 2, 0) : x + side // 2] = 0
         return _auto_augment(policy, draws[i])(Image.fromarray(pixels))
 
-    assert _wrong(_view(look, kind, images, samples, key), _one_by_one(start, make)) <= BLENDED
+    assert _wrong(_view(augmentation, kind, images, samples, key), _one_by_one(start, make)) <= BLENDED
 
 
 @pytest.mark.parametrize(("side", "size"), [(48, 48), (32, 56)])
@@ -300,7 +302,7 @@ def test_clip_train_equals_torchvision(side, size):
         image = F.resized_crop(image, *boxes[i], [size, size], InterpolationMode.BICUBIC)
         return F.hflip(image) if draws[i, -1] >= 0.5 else image
 
-    assert torch.equal(_view(_look(size), "clip_train", images, samples, key), _one_by_one(images, make))
+    assert torch.equal(_view(_augmentation(size), "clip_train", images, samples, key), _one_by_one(images, make))
 
 
 # --- all kinds -------------------------------------------------------------------------------------------------------
@@ -309,16 +311,24 @@ def test_clip_train_equals_torchvision(side, size):
 @pytest.mark.parametrize("c", [1, 3])
 @pytest.mark.parametrize("kind", VIEWS)
 def test_a_view_is_a_function_of_image_sample_and_key(kind, c):
-    look, images, samples, key = _look(16, c, 2), _pictures(60, c, 16), torch.arange(1000, 1060), (0, "train", 1)
-    before, whole = images.clone(), _view(look, kind, images, samples, key)
+    augmentation, images, samples, key = (
+        _augmentation(16, c, 2),
+        _pictures(60, c, 16),
+        torch.arange(1000, 1060),
+        (0, "train", 1),
+    )
+    before, whole = images.clone(), _view(augmentation, kind, images, samples, key)
     order = torch.from_numpy(np.random.default_rng(0).permutation(60))
-    assert torch.equal(_view(look, kind, images[order], samples[order], key), whole[order])
-    alone = [_view(look, kind, images[i : i + 1], samples[i : i + 1], key) for i in range(0, 60, 12)]
+    assert torch.equal(_view(augmentation, kind, images[order], samples[order], key), whole[order])
+    alone = [_view(augmentation, kind, images[i : i + 1], samples[i : i + 1], key) for i in range(0, 60, 12)]
     assert torch.equal(torch.cat(alone), whole[::12])
     strided = images.contiguous(memory_format=torch.channels_last)
-    assert torch.equal(_view(look, kind, strided, samples, key), whole)
+    assert torch.equal(_view(augmentation, kind, strided, samples, key), whole)
     assert torch.equal(images, before)
-    for other in (_view(look, kind, images, samples, (0, "train", 2)), _view(look, kind, images, samples + 1, key)):
+    for other in (
+        _view(augmentation, kind, images, samples, (0, "train", 2)),
+        _view(augmentation, kind, images, samples + 1, key),
+    ):
         assert torch.equal(other, whole) == (kind == "plain")
 
 
@@ -326,8 +336,8 @@ def test_a_view_is_a_function_of_image_sample_and_key(kind, c):
 @pytest.mark.parametrize("size", [1, 2, 3])
 @pytest.mark.parametrize("kind", VIEWS)
 def test_empty_batches_and_tiny_images(kind, size, n):
-    look = _look(size, 3, 2, cutout_fixed=1)
-    view = look.view(kind, _pictures(n, 3, size), torch.arange(n), (0,), torch.bfloat16)
+    augmentation = _augmentation(size, 3, 2, cutout_fixed=1)
+    view = augmentation.view(kind, _pictures(n, 3, size), torch.arange(n), (0,), torch.bfloat16)
     assert view.shape == (n, 3, size, size) and view.dtype == torch.bfloat16 and view.isfinite().all()
 
 
@@ -339,37 +349,37 @@ def test_nothing_is_mirrored_without_flip(kind, monkeypatch):
     monkeypatch.setattr("coreg.views.augment.colour_jitter", lambda images, draws: images)
     monkeypatch.setattr("coreg.views.augment.cut_out_square", lambda images, draws, side: images)
     for flip in (False, True):
-        view = _view(_look(16, 3, 2, flip, **fields), kind, ramp, torch.arange(400), (0,)).int()
+        view = _view(_augmentation(16, 3, 2, flip, **fields), kind, ramp, torch.arange(400), (0,)).int()
         mirrored = view[:, 0, 8, 5] > view[:, 0, 8, 10]
         assert mirrored.any() == flip
     assert stats.binomtest(int(mirrored.sum()), 400, 0.5).pvalue > 1e-4
 
 
 def test_views_that_do_not_exist_or_fit_are_refused():
-    look, rows = _look(16), torch.arange(2)
+    augmentation, rows = _augmentation(16), torch.arange(2)
     good = torch.zeros(2, 3, 16, 16, dtype=torch.uint8)
     with pytest.raises(ValueError, match="unknown view 'mixed'; the views are plain, weak, strong, pico_weak"):
-        look.view("mixed", good, rows, (0,))
+        augmentation.view("mixed", good, rows, (0,))
     larger = torch.zeros(2, 3, 20, 20, dtype=torch.uint8)
     for kind in VIEWS:
         for images, samples in ((good.float(), rows), (good[:, :1], rows), (good[..., :15], rows), (good, rows[:1])):
             with pytest.raises(ValueError, match=r"expected uint8|sample indices"):
-                look.view(kind, images, samples, (0,))
+                augmentation.view(kind, images, samples, (0,))
         if kind in RESIZED_VIEWS:
-            assert look.view(kind, larger, rows, (0,)).shape == good.shape
+            assert augmentation.view(kind, larger, rows, (0,)).shape == good.shape
         else:
             with pytest.raises(ValueError, match="expected uint8"):
-                look.view(kind, larger, rows, (0,))
+                augmentation.view(kind, larger, rows, (0,))
 
 
 def test_training_images_pass_the_kind_on():
     images, samples = _pictures(20, 3, 16), torch.arange(100, 120)
-    look = _look(16, 3, 2)
-    data = TrainingImages(images, samples, look, torch.device("cpu"), seed=4)
+    augmentation = _augmentation(16, 3, 2)
+    data = TrainingImages(images, samples, augmentation, torch.device("cpu"), seed=4)
     rows = np.array([7, 3, 3, 19])
     for kind in VIEWS:
         view = data.view(kind, rows, ("x", 1))
-        assert torch.equal(view, look.view(kind, images[rows], samples[rows], (4, "x", 1)))
+        assert torch.equal(view, augmentation.view(kind, images[rows], samples[rows], (4, "x", 1)))
         assert view.is_contiguous(memory_format=torch.channels_last)
 
 
@@ -387,20 +397,22 @@ def test_no_range_of_randaugment_moved():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("kind", VIEWS)
 def test_same_pixels_on_a_gpu_without_waiting_for_it(kind):
-    look, images, samples = _look(), _pictures(200, 3, 32), torch.arange(200)
+    augmentation, images, samples = _augmentation(), _pictures(200, 3, 32), torch.arange(200)
     on_gpu = images.cuda()
-    look.view(kind, on_gpu, samples, (1,))  # tables that are made once
+    augmentation.view(kind, on_gpu, samples, (1,))  # tables that are made once
     torch.cuda.set_sync_debug_mode("error")
     try:
-        view = look.view(kind, on_gpu, samples, (0,))
+        view = augmentation.view(kind, on_gpu, samples, (0,))
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert torch.equal(view.cpu().round(), look.view(kind, images, samples, (0,)).round())
+    assert torch.equal(view.cpu().round(), augmentation.view(kind, images, samples, (0,)).round())
 
 
 def test_partners_that_another_process_holds_are_the_views_that_it_makes():
     """A process that holds a part of two blocks of views mixes with the same as one that holds all."""
-    data = TrainingImages(_pictures(20, 3, 16), torch.arange(100, 120), _look(16, 3, 2), torch.device("cpu"), seed=4)
+    data = TrainingImages(
+        _pictures(20, 3, 16), torch.arange(100, 120), _augmentation(16, 3, 2), torch.device("cpu"), seed=4
+    )
     x, u = np.array([7, 3, 3, 19, 0]), np.array([1, 18, 4])
     blocks = [("weak", x, ("x", 1)), ("strong", u, ("u", 1))]
     whole = torch.cat([data.view(*block) for block in blocks])

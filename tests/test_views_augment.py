@@ -194,7 +194,7 @@ def test_whole_views_equal_pillow(c, size, fields):
     weak = torch.stack([_tensor(_pil_crop(_pil(i), aug.padding, aug.flip, u)) for i, u in zip(images, draws)])
     assert torch.equal(_grey(aug.weak(images, rows, key)), weak)
     strong = torch.stack([_tensor(_pil_strong(_pil(i), aug, u)) for i, u in zip(images, draws)])
-    # A blend off by one level may be carried on by the operations behind it, hence the share and no bound on the step.
+    # A blend off by one level may be carried on by the operations after it, hence the share and no bound on the step.
     assert (_grey(aug.strong(images, rows, key)) != strong).float().mean() <= 2e-3
     assert torch.equal(_grey(aug.plain(images)), images)
 

@@ -81,7 +81,7 @@ def tar_shards(spec: str, class_names: Sequence[str] | None, passed_over: Passed
         raise UserError(f"{spec} is compressed, so single images cannot be read from it; unpack it, or make a plain .tar")
     files = [root / name for name in shards_of(root)] if root.is_dir() else [root]
     passed_over = passed_over or PassedOver()
-    found: dict[bytes, tuple[int, int, int]] = {}
+    place_of: dict[bytes, tuple[int, int, int]] = {}
     written: dict[str, str] = {}
     for number, file in enumerate(files):
         prefix = f"{file.name}/" if root.is_dir() else ""
@@ -91,12 +91,12 @@ def tar_shards(spec: str, class_names: Sequence[str] | None, passed_over: Passed
                 written[prefix + posixpath.splitext(name)[0]] = content
             elif not member.isdir() and passed_over.takes(name):
                 place = (number, member.offset_data, member.size if member.isreg() else -1)
-                found[os.fsencode(prefix + name)] = place
-    if not found:
+                place_of[os.fsencode(prefix + name)] = place
+    if not place_of:
         seen = "".join(f" ({note})" for note in passed_over.notes())
         raise UserError(f"{spec} holds no image{seen}; put files such as .jpg or .png into it, or give another archive")
-    names = sorted(found)
-    file, offset, size = np.array([found[name] for name in names], dtype=np.int64).T
+    names = sorted(place_of)
+    file, offset, size = np.array([place_of[name] for name in names], dtype=np.int64).T
     paths = Paths(names)
     # in a folder of shards the first part is the shard, which may be called test-000.tar
     labels, split, notes = folder_labels(paths, class_names, skip=int(root.is_dir()))
@@ -161,7 +161,7 @@ def is_datasets_folder(spec: str) -> bool:
 
 @dataclass
 class _Rows:
-    """Pixels of rows of saved data sets, put one behind the other."""
+    """Pixels of rows of saved data sets, put one after the other."""
 
     parts: list[Any]
     columns: list[str]

@@ -62,7 +62,7 @@ def read_image(path: str | Path) -> Image.Image:
         UnreadableImage: missing, not a regular file, empty, or for the reasons of `decode_image`.
     """
     try:
-        # A FIFO that is called x.jpg would block the open for ever, so the kind of file is looked at first.
+        # A FIFO that is called x.jpg would block the open for ever, so the kind of file is checked first.
         status = Path(path).stat()
         if not stat.S_ISREG(status.st_mode):
             raise UnreadableImage("not a regular file")

@@ -21,7 +21,7 @@ SPLITS = {"": TRAIN, "train": TRAIN, "0": TRAIN, "test": TEST, "1": TEST}
 class Paths(Sequence[str]):
     """N paths in one block of bytes: some 60 bytes a path instead of 150, and not copied by worker processes.
 
-    (Python objects are written to when they are looked at, because references are counted; a list of a million strings
+    (Python objects are written to when they are read, because references are counted; a list of a million strings
     would be copied into every forked worker sooner or later.)
     """
 

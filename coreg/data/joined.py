@@ -17,7 +17,7 @@ PREFIX = "joined:"
 
 
 def joined_spec(specs: Sequence[str]) -> str:
-    """What `open_images` takes to open these sources one behind the other."""
+    """What `open_images` takes to open these sources one after the other."""
     return PREFIX + json.dumps(list(specs))
 
 

@@ -102,7 +102,7 @@ def keyed_generator(*key: int | str) -> np.random.Generator:
         ValueError: an integer exceeds 64 bits.
     """
     parts = _parts(key)
-    # Fixed-width words behind the length: SeedSequence pads with zeros, so that [1] and [1, 0] would be one seed.
+    # Fixed-width words after the length: SeedSequence pads with zeros, so that [1] and [1, 0] would be one seed.
     words = [len(parts)]
     for kind, value in parts:
         words += [kind, value & 0xFFFFFFFF, value >> 32]

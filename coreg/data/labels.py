@@ -59,7 +59,7 @@ def read_labels(csv_path: str, paths: Sequence[str], class_names: Sequence[str])
     """
     row_of = {path: row for row, path in enumerate(paths)}
     find = lookup(class_names)
-    found: dict[int, int] = {}
+    label_of: dict[int, int] = {}
     try:
         # file names need not be UTF-8; what is no UTF-8 finds its counterpart in the list
         with Path(csv_path).open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
@@ -83,17 +83,17 @@ def read_labels(csv_path: str, paths: Sequence[str], class_names: Sequence[str])
                 if index < 0:
                     hint = _did_you_mean(difflib.get_close_matches(label, class_names, n=1))
                     raise UserError(f"{place} has the label {label!r}, which is none of the class names{hint}")
-                if found.setdefault(row, index) != index:
+                if label_of.setdefault(row, index) != index:
                     raise UserError(
-                        f"{place} labels {path!r} as {label!r}, but a line before says {class_names[found[row]]!r}; "
+                        f"{place} labels {path!r} as {label!r}, but a line before says {class_names[label_of[row]]!r}; "
                         f"keep one of them"
                     )
     except (OSError, csv.Error) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise UserError(f"cannot read the labels in {csv_path}: {reason}; give a CSV file with path,label") from None
-    if not found:
+    if not label_of:
         raise UserError(f"{csv_path} labels no image; write one path,label a line below the header")
-    table = np.array(sorted(found.items()), dtype=np.int64)
+    table = np.array(sorted(label_of.items()), dtype=np.int64)
     return table[:, 0], table[:, 1]
 
 

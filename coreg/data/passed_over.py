@@ -1,4 +1,4 @@
-"""Which files of a folder are images, and what is said of those that are not."""
+"""Which files of a folder are images, and notes about those that are not."""
 
 from __future__ import annotations
 

@@ -95,7 +95,7 @@ def _walk(root: Path, passed_over: PassedOver) -> list[bytes]:
     Links to folders are followed, after all real folders and never twice into the same one, which ends loops. Broken
     links and odd files with an image suffix are listed: reading them will say what is wrong.
     """
-    found: list[bytes] = []
+    files: list[bytes] = []
     seen: set[tuple[int, int]] = set()
     pending, links = [""], []
     while pending or links:
@@ -114,11 +114,11 @@ def _walk(root: Path, passed_over: PassedOver) -> list[bytes]:
                         if not is_system_folder(entry.name):
                             (links if entry.is_symlink() else pending).append(path)
                     elif passed_over.takes(entry.name):
-                        found.append(os.fsencode(path))
+                        files.append(os.fsencode(path))
         except OSError as error:
             raise UserError(f"cannot list {Path(root, folder)}: {error.strerror}") from None
-    found.sort()
-    return found
+    files.sort()
+    return files
 
 
 def _is_folder(entry: os.DirEntry) -> bool:
@@ -150,7 +150,7 @@ def _folder(spec: str, class_names: Sequence[str] | None) -> ImageList:
 
 def _csv(spec: str, class_names: Sequence[str] | None) -> ImageList:
     path = absolute_path(spec)
-    found: dict[str, tuple[int, int]] = {}
+    entries: dict[str, tuple[int, int]] = {}
     find = lookup(class_names) if class_names is not None else lambda name: -1
     try:
         with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
@@ -165,7 +165,7 @@ def _csv(spec: str, class_names: Sequence[str] | None) -> ImageList:
                 name = posixpath.normpath(row["path"])
                 if not row["path"] or posixpath.isabs(name) or name.split("/")[0] == ".." or "\0" in name:
                     raise UserError(f"{place} names {row['path']!r}; paths must lie in the folder of the CSV file")
-                if name in found:
+                if name in entries:
                     raise UserError(f"{place} names {row['path']!r} a second time; list every image once")
                 if split not in SPLITS:
                     raise UserError(f"{place} has the split {split!r}; write train or test")
@@ -174,13 +174,13 @@ def _csv(spec: str, class_names: Sequence[str] | None) -> ImageList:
                     near = difflib.get_close_matches(label, class_names, n=1)
                     hint = f", did you mean {near[0]!r}?" if near else ""
                     raise UserError(f"{place} has the label {label!r}, which is none of the class names{hint}")
-                found[name] = (index, SPLITS[split])
+                entries[name] = (index, SPLITS[split])
     except (csv.Error, OSError) as error:
         raise UserError(f"cannot read {spec}: {error}") from None
-    if not found:
+    if not entries:
         raise UserError(f"{spec} lists no image; write one path a line below the header path[,label][,split]")
-    names = sorted(found, key=os.fsencode)
-    labels, split = np.array([found[name] for name in names], dtype=np.int64).T
+    names = sorted(entries, key=os.fsencode)
+    labels, split = np.array([entries[name] for name in names], dtype=np.int64).T
     paths = Paths([os.fsencode(name) for name in names])
     known = labels if (labels >= 0).any() else None
     return ImageList(str(path), paths, known, split.astype(np.uint8), None, _Files(path.parent, paths))

@@ -46,7 +46,7 @@ TORCHVISION: dict[str, list[str] | None] = {
 
 @dataclass
 class _Parts:
-    """Pixels of data sets that are put one behind the other."""
+    """Pixels of data sets that are put one after the other."""
 
     parts: list[Any]
 
@@ -93,13 +93,13 @@ def _torchvision_part(name: str, split: str, data_root: str) -> Any:
         pass  # not there yet
     is_new = not Path(data_root).exists()
     try:
-        if name == "FER2013":  # lies behind a login: torchvision cannot fetch it
+        if name == "FER2013":  # needs a login: torchvision cannot fetch it
             raise OSError("torchvision cannot download it; put fer2013.csv from Kaggle into a folder fer2013 there")
         with _network_timeout(20):
             return build(data_root, download=True, **choice)
     except Exception as error:  # torchvision lets every kind of network, archive and checksum error through
         reason = " ".join(str(error).split()) or type(error).__name__
-        if is_new:  # leave no folder with half a download behind
+        if is_new:  # leave no folder with half a download
             shutil.rmtree(data_root, ignore_errors=True)
         raise UserError(
             f"data set {name} is not in {data_root} and could not be had: {reason} "

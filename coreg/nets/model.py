@@ -121,7 +121,7 @@ def create_backbone(name: str, n_classes: int, channels: int, arguments: dict[st
     check_backbone(name)
     local = name.startswith("local-dir:")
     try:
-        # what is in the cache is not looked for on the network again
+        # what is in the cache is not asked for on the network again
         with cache_only(pretrained and not local and not _needs_the_hub(name)):
             return timm.create_model(
                 name, pretrained=pretrained or local, num_classes=n_classes, in_chans=channels, **arguments

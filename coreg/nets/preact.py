@@ -98,7 +98,7 @@ class PreActResNet(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
-# no weights to download; timm wants to know what the inputs look like and which layers come first and last
+# no weights to download; timm wants to know the inputs' shape and range and which layers come first and last
 _CFG = {
     "url": "",
     "num_classes": 1000,

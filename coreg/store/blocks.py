@@ -124,7 +124,7 @@ def check_evidence(tensors: dict[str, np.ndarray], errors: dict[int, str], rows:
 
     Args:
         tensors: votes int16 (n, T) of -1..C-1, probs float16 (n, C) of 0..1 whose rows sum to 1 but for rounding,
-            features float16 (n, D) where the manifest has their length; `answers` are not looked into. Without templates
+            features float16 (n, D) where the manifest has their length; `answers` are not checked. Without templates
             only candidates bool (n, C), one at least in every row.
         errors: rows of the whole list that could not be read.
         rows: those of the block.

@@ -37,14 +37,14 @@ class BlockQueue:
         Args:
             root: folder of the store.
             files: the files of all blocks; a block is finished when its file is there.
-            start: where to begin looking for free blocks, as a share in [0, 1); processes that begin at different
+            start: where to begin to try blocks, as a share in [0, 1); processes that begin at different
                 places seldom want the same block.
         """
         self.root, self.files = root / "claims", files
         self.order = [(int(start * len(files)) + step) % len(files) for step in range(len(files))]
         self.name = f"{this_machine()}.{os.getpid()}.{secrets.token_hex(4)}"
         self.alive = self.root / f"{self.name}.alive"
-        self.mine: set[int] = set()
+        self.claimed: set[int] = set()
         self._ended = threading.Event()
         self._beating = threading.Thread(target=self._keep_alive, daemon=True)
 
@@ -60,18 +60,18 @@ class BlockQueue:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._ended.set()
         self._beating.join()
-        for index in list(self.mine):
+        for index in list(self.claimed):
             self.release(index)
         with contextlib.suppress(OSError):
             self.alive.unlink()
 
     def _keep_alive(self) -> None:
         while not self._ended.wait(BEAT_SECONDS):
-            with contextlib.suppress(OSError):  # removed by a process that found the job finished
+            with contextlib.suppress(OSError):  # removed by a process that saw the job finished
                 os.utime(self.alive)
 
     def finished(self) -> list[bool]:
-        """Which blocks are there, by one look into the folder."""
+        """Which blocks are there, by listing the folder once."""
         names = set(os.listdir(self.files[0].parent))
         return [file.name in names for file in self.files]
 
@@ -79,17 +79,17 @@ class BlockQueue:
         """Take a free block; None when every block is finished or in work."""
         done = self.finished()
         for index in self.order:
-            if done[index] or index in self.mine or not self._take(index):
+            if done[index] or index in self.claimed or not self._take(index):
                 continue
-            self.mine.add(index)
-            if not self.files[index].exists():  # it may have been finished since the look into the folder
+            self.claimed.add(index)
+            if not self.files[index].exists():  # it may have been finished since the folder was listed
                 return index
             self.release(index)
         return None
 
     def release(self, index: int) -> None:
         """Give a block back, finished or not."""
-        self.mine.discard(index)
+        self.claimed.discard(index)
         with contextlib.suppress(OSError):
             if _owner(self._claim(index)) == self.name:
                 self._claim(index).unlink()
@@ -105,7 +105,7 @@ class BlockQueue:
             return True
         except FileExistsError:
             pass
-        except FileNotFoundError:  # another process found the job finished and cleared up
+        except FileNotFoundError:  # another process saw the job finished and cleared up
             return False
         except OSError as error:
             raise UserError(f"cannot write {claim}: {error.strerror}; run the same command again") from None
@@ -115,9 +115,9 @@ class BlockQueue:
             owner = _owner(claim)
             if not self._is_gone(self.root / f"{owner}.alive" if owner else claim, owner):
                 return False
-            mine = self.root / f"{self.name}.take"
-            mine.write_text(self.name, encoding="utf-8")
-            mine.replace(claim)
+            taken = self.root / f"{self.name}.take"
+            taken.write_text(self.name, encoding="utf-8")
+            taken.replace(claim)
             # Of two processes that take over at the same time, the one that wrote last has it.
             return _owner(claim) == self.name
         except OSError:  # released, or taken over by another process, at this very moment

@@ -47,7 +47,7 @@ def make_manifest(
     templates: Sequence[str],
     model: dict[str, str],
     block_size: int,
-    **told: Any,
+    **details: Any,
 ) -> dict[str, Any]:
     """The manifest of a job.
 
@@ -57,7 +57,7 @@ def make_manifest(
         templates: T prompt templates in order; none where candidate sets were drawn and nobody annotated.
         model: `spec` and `weights`, which identify the annotator, or how the sets were drawn and the hash of them.
         block_size: images a block.
-        told: what is written down but does not make another job: `features` (their length or None), `data_root`,
+        details: what is written down but does not make another job: `features` (their length or None), `data_root`,
             `preprocessing`, `versions`, `notes` (of the image list), and for a store that was refined `refined`.
 
     Raises:
@@ -73,7 +73,7 @@ def make_manifest(
         "model": model,
         "images": {"spec": images.spec, "count": len(images), "sha256": list_hash(images.paths)},
         "block_size": block_size,
-        **told,
+        **details,
     }
 
 

@@ -207,9 +207,10 @@ def _writer(
     model: dict[str, str],
     features: int | None,
 ) -> StoreWriter:
-    told = stores[0].manifest
-    kept = {key: told.get(key) for key in ("data_root", "preprocessing", "versions")}
-    manifest = make_manifest(images, told["class_names"], templates, model, told["block_size"], features=features, **kept)
+    manifest = stores[0].manifest
+    kept = {key: manifest.get(key) for key in ("data_root", "preprocessing", "versions")}
+    size, names = manifest["block_size"], manifest["class_names"]
+    manifest = make_manifest(images, names, templates, model, size, features=features, **kept)
     writer = StoreWriter(root, manifest, REMEDY)
     writer.begin(images)
     return writer

@@ -120,7 +120,7 @@ class AnnotationStore:
     def drawn(self) -> bool:
         """Whether candidate sets were drawn from true labels: nobody annotated, there are no votes and no features."""
         spec = self.manifest["model"]["spec"]
-        return spec.startswith(DRAWN) and " + " not in spec  # merged with what others said, sets were votes like theirs
+        return spec.startswith(DRAWN) and " + " not in spec  # merged with others' votes, sets were votes like theirs
 
     def need_annotator(self, remedy: str = "make another one with annotate_vlm.py") -> None:
         """Raise a UserError where nobody annotated."""

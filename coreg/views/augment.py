@@ -143,62 +143,62 @@ class Augmentation:
         return torch.cat([first, last], 1).long(), (_CUTOUT_COLOUR if len(self.mean) == 3 else _CUTOUT_GREY)
 
 
-# --- kinds of views: (look, images uint8, samples int64 (n,) on the CPU, key) -> uint8 (n, c, size, size) ------------
+# --- kinds of views: (augmentation, images uint8, samples int64 (n,) on the CPU, key) -> uint8 (n, c, size, size) -------
 
 
-def _weak(look: Augmentation, images: Tensor, samples: Tensor, key: tuple) -> Tensor:
+def _weak(augmentation: Augmentation, images: Tensor, samples: Tensor, key: tuple) -> Tensor:
     draws = keyed_uniform(key, samples, _FLIP + 1)
-    return crop_and_flip(images, draws, look.padding, look.flip)
+    return crop_and_flip(images, draws, augmentation.padding, augmentation.flip)
 
 
-def _strong(look: Augmentation, images: Tensor, samples: Tensor, key: tuple) -> Tensor:
-    draws = keyed_uniform(key, samples, _FIRST_OP + 2 * look.strong_count)
-    return look._strengthen(crop_and_flip(images, draws, look.padding, look.flip), draws)
+def _strong(augmentation: Augmentation, images: Tensor, samples: Tensor, key: tuple) -> Tensor:
+    draws = keyed_uniform(key, samples, _FIRST_OP + 2 * augmentation.strong_count)
+    return augmentation._strengthen(crop_and_flip(images, draws, augmentation.padding, augmentation.flip), draws)
 
 
-def _pico_weak(look: Augmentation, images: Tensor, samples: Tensor, key: tuple) -> Tensor:
+def _pico_weak(augmentation: Augmentation, images: Tensor, samples: Tensor, key: tuple) -> Tensor:
     """PiCO's queries: resized crop, flip, ColorJitter(0.4, 0.4, 0.4, 0.1) with chance 0.8, grey with chance 0.2."""
-    images = look._resized_crop(images, samples, key, _PICO_SCALE, "bilinear")
+    images = augmentation._resized_crop(images, samples, key, _PICO_SCALE, "bilinear")
     return colour_jitter(images, keyed_uniform((*key, "colour"), samples, COLOUR_JITTER_DRAWS))
 
 
-def _pico_strong(look: Augmentation, images: Tensor, samples: Tensor, key: tuple) -> Tensor:
+def _pico_strong(augmentation: Augmentation, images: Tensor, samples: Tensor, key: tuple) -> Tensor:
     """PiCO's keys: resized crop, flip, three operations of RandomAugment, cutout."""
-    images = look._resized_crop(images, samples, key, _PICO_SCALE, "bilinear")
-    draws = keyed_uniform(key, samples, _FIRST_OP + 2 * (_PICO_OPS if look.strong_ops else 0))
-    return look._strengthen(images, draws)
+    images = augmentation._resized_crop(images, samples, key, _PICO_SCALE, "bilinear")
+    draws = keyed_uniform(key, samples, _FIRST_OP + 2 * (_PICO_OPS if augmentation.strong_ops else 0))
+    return augmentation._strengthen(images, draws)
 
 
-def _cr_weak(look: Augmentation, images: Tensor, samples: Tensor, key: tuple) -> Tensor:
+def _cr_weak(augmentation: Augmentation, images: Tensor, samples: Tensor, key: tuple) -> Tensor:
     """Flip and crop with reflected padding, of CR (Wu, Wang and Zhang, ICML 2022)."""
     draws = keyed_uniform(key, samples, _FLIP + 1)
-    return crop_and_flip(images, draws, look.padding, look.flip, reflect=True)
+    return crop_and_flip(images, draws, augmentation.padding, augmentation.flip, reflect=True)
 
 
-def _cr_policy(look: Augmentation, images: Tensor, samples: Tensor, key: tuple, side: int, policy: str) -> Tensor:
+def _cr_policy(augmentation: Augmentation, images: Tensor, samples: Tensor, key: tuple, side: int, policy: str) -> Tensor:
     """A black square whose side is given for images of 32 pixels, then AutoAugment."""
     draws = keyed_uniform(key, samples, _FIXED_Y + 1)
-    images = cut_out_square(images, draws[:, [_FIXED_X, _FIXED_Y]], side * look.size // 32)
+    images = cut_out_square(images, draws[:, [_FIXED_X, _FIXED_Y]], side * augmentation.size // 32)
     return auto_augment(images, keyed_uniform((*key, "policy"), samples, AUTO_AUGMENT_DRAWS), policy)
 
 
-def _cr_strong(look: Augmentation, images: Tensor, samples: Tensor, key: tuple) -> Tensor:
+def _cr_strong(augmentation: Augmentation, images: Tensor, samples: Tensor, key: tuple) -> Tensor:
     """CR's strong view of CIFAR: the weak one, Cutout(16), AutoAugment's CIFAR-10 policy."""
-    return _cr_policy(look, _cr_weak(look, images, samples, key), samples, key, 16, "cifar10")
+    return _cr_policy(augmentation, _cr_weak(augmentation, images, samples, key), samples, key, 16, "cifar10")
 
 
-def _cr_strong_svhn(look: Augmentation, images: Tensor, samples: Tensor, key: tuple) -> Tensor:
+def _cr_strong_svhn(augmentation: Augmentation, images: Tensor, samples: Tensor, key: tuple) -> Tensor:
     """CR's strong view of SVHN, whose weak one is plain: Cutout(20), AutoAugment's SVHN policy."""
-    return _cr_policy(look, images, samples, key, 20, "svhn")
+    return _cr_policy(augmentation, images, samples, key, 20, "svhn")
 
 
-def _clip_train(look: Augmentation, images: Tensor, samples: Tensor, key: tuple) -> Tensor:
+def _clip_train(augmentation: Augmentation, images: Tensor, samples: Tensor, key: tuple) -> Tensor:
     """What CoOp and CLIP-LoRA train on: bicubic resized crop and flip."""
-    return look._resized_crop(images, samples, key, _CLIP_SCALE, "bicubic")
+    return augmentation._resized_crop(images, samples, key, _CLIP_SCALE, "bicubic")
 
 
 VIEWS: dict[str, Callable[[Augmentation, Tensor, Tensor, tuple], Tensor]] = {
-    "plain": lambda look, images, samples, key: images,
+    "plain": lambda augmentation, images, samples, key: images,
     "weak": _weak,
     "strong": _strong,
     "pico_weak": _pico_weak,

@@ -221,7 +221,7 @@ def apply_ops(images: Tensor, names: Sequence[str], which: Tensor, magnitudes: T
     """One operation per row: rows sorted by operation, so that each operation gets a slice and one call.
 
     Args:
-        images: uint8 (n, c, size, size). names: of `PIXEL_OPS` and, behind all of those, of `AFFINE_OPS`.
+        images: uint8 (n, c, size, size). names: of `PIXEL_OPS` and, after all of those, of `AFFINE_OPS`.
         which: int64 (n,) on the CPU, positions in `names`. magnitudes: float64 (n,) on the CPU.
 
     Returns:

@@ -18,18 +18,14 @@ from coreg.views.augment import Augmentation
 
 @dataclass
 class TrainingImages:
-    """The training images and how their views are made.
+    """The training images and how their views are made."""
 
-    images: uint8 (N, c, H, W), on the training device when it fits there. samples: int64 (N,) on the CPU.
-    device: the training device. seed: of all keys. dtype: of the views.
-    """
-
-    images: Tensor
-    samples: Tensor
+    images: Tensor  # uint8 (N, c, H, W), on the training device when it fits there
+    samples: Tensor  # int64 (N,) on the CPU
     augmentation: Augmentation
-    device: torch.device
-    seed: int
-    dtype: torch.dtype = torch.float32
+    device: torch.device  # that of training
+    seed: int  # of all keys
+    dtype: torch.dtype = torch.float32  # of the views
 
     def places(self, rows: np.ndarray) -> Tensor:
         """Row numbers, or other int64 (n,), on the training device, without waiting for it."""

@@ -107,23 +107,23 @@ def attach(
         warnings.filterwarnings("ignore", message="target_modules=.* no module was matched")
         adapted = get_peft_model(network, config)
     config.base_model_name_or_path = base
-    wanted, found = {*layers, *(name.rpartition(".")[0] for name in parameters)}, set()
+    wanted, adapted_parts = {*layers, *(name.rpartition(".")[0] for name in parameters)}, set()
     for name, weight in adapted.named_parameters():
         if "lora_" in name:
             part = name.removeprefix("base_model.model.").partition(".lora_")[0]
-            found.add(part)
+            adapted_parts.add(part)
             # PEFT reads a name as the end of a name, and so takes `visual.transformer` for `transformer` too; what it puts
             # there stays zero
             weight.requires_grad_(part in wanted)
         assert "lora_" in name or not weight.requires_grad, f"{name} is no adapter's and would be trained"
-    assert wanted and wanted <= found, f"without an adapter: {sorted(wanted - found)[:3]}"
+    assert wanted and wanted <= adapted_parts, f"without an adapter: {sorted(wanted - adapted_parts)[:3]}"
     return adapted
 
 
 def dead_parameters(weights: dict[str, nn.Parameter], output: Callable[[], Tensor]) -> list[str]:
     """Names of the parameters on which `output` does not depend.
 
-    The gradient of a random projection of the output is looked at. An adapter starts with B = 0, where that of A is zero
+    The gradient of a random projection of the output is examined. An adapter starts with B = 0, where that of A is zero
     too; so zeros are replaced by noise for the moment. Values, gradients and random generators are left as they were.
 
     Args:
@@ -135,7 +135,7 @@ def dead_parameters(weights: dict[str, nn.Parameter], output: Callable[[], Tenso
         if not given.requires_grad:
             return list(weights)
         gradients = torch.autograd.grad((given * torch.randn_like(given)).sum(), list(weights.values()), allow_unused=True)
-    return [name for name, found in zip(weights, gradients) if found is None or not found.any()]
+    return [name for name, gradient in zip(weights, gradients) if gradient is None or not gradient.any()]
 
 
 @contextmanager

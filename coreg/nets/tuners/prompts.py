@@ -1,7 +1,7 @@
 """Learned prompts for models of the CLIP family: context vectors in the place of a template's words.
 
 CoOp (Zhou et al., "Learning to Prompt for Vision-Language Models", IJCV 2022) trains M vectors V of the text side's word
-embeddings and nothing else. A prompt reads V_1 .. V_M, the class name and a full stop; the name may stand behind the
+embeddings and nothing else. A prompt reads V_1 .. V_M, the class name and a full stop; the name may stand after the
 vectors, before them, or in their middle.
 
 The prompts are real texts with a placeholder word where the vectors go, and a hook on the token embedding puts the vectors
@@ -30,14 +30,10 @@ CONTEXT_STD = 0.02  # of random context vectors
 
 @dataclass
 class PromptTokens:
-    """C prompts as a text tower reads them.
+    """C prompts as a text tower reads them."""
 
-    tokens: `input_ids` int64 (C, L) and whatever else the text side reads. slots: bool (C, L), where the context vectors
-    go, M in each row, in order.
-    """
-
-    tokens: Tokens
-    slots: Tensor
+    tokens: Tokens  # `input_ids` int64 (C, L) and whatever else the text side reads
+    slots: Tensor  # bool (C, L), where the context vectors go, M in each row, in order
 
 
 def _words_before(count: int, position: Position) -> int:
@@ -92,8 +88,8 @@ def _fit(
     """
     texts = [prompt_texts(class_names, [word] * count, position) for word in PLACEHOLDERS]
     bare = _bare(class_names, _words_before(count, position))
-    told = tokenize([*(text for part in texts for text in part), *bare, ""])
-    *rows, empty = told["input_ids"].split([len(class_names)] * (len(texts) + 1) + [1])
+    tokens = tokenize([*(text for part in texts for text in part), *bare, ""])
+    *rows, empty = tokens["input_ids"].split([len(class_names)] * (len(texts) + 1) + [1])
     kept = rows[0].shape[1] - count
     whole = rows.pop()
     if kept < 1 or (whole[:, kept:] != empty[0, -1]).any():
@@ -102,7 +98,7 @@ def _fit(
         slots = one != other
         if (slots.sum(1) == count).all() and torch.equal(one[~slots].view(-1, kept), whole[:, :kept]):
             start = first * len(class_names)
-            return PromptTokens({name: value[start : start + len(one)] for name, value in told.items()}, slots)
+            return PromptTokens({name: value[start : start + len(one)] for name, value in tokens.items()}, slots)
     return None
 
 
@@ -110,11 +106,11 @@ def text_ids(tokenize: Callable[[list[str]], Tokens], text: str, class_names: Se
     """Token ids int64 (M,) of words that stand before a class name, without special tokens.
 
     Raises:
-        UserError: they cannot be told apart from the name behind them, or leave no room for it.
+        UserError: they cannot be told apart from the name after them, or leave no room for it.
     """
     name = class_names[:1]
     bare, ids, empty = tokenize([*_bare(name, 1), *prompt_texts(name, [text], "end"), ""])["input_ids"]
-    first = int((bare == empty).long().cumprod(0).sum())  # behind the tokens with which every text begins
+    first = int((bare == empty).long().cumprod(0).sum())  # after the tokens with which every text begins
     count = int((bare == empty[-1]).sum()) - int((ids == empty[-1]).sum())
     rest = torch.cat([ids[:first], ids[first + max(count, 0) :]])
     if count > 0 and torch.equal(rest, bare[: len(rest)]):
@@ -123,18 +119,18 @@ def text_ids(tokenize: Callable[[list[str]], Tokens], text: str, class_names: Se
 
 
 def token_embedding(network: nn.Module, encode: Callable[[Tokens], Tensor], tokens: Tokens) -> nn.Embedding:
-    """The table in which a text tower looks up its tokens, found by watching it read.
+    """The table in which a text tower looks up its tokens, known by watching it read.
 
     Raises:
         UserError: it has none.
     """
     tables: list[nn.Embedding] = []
 
-    def look(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+    def note_table(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         if arguments and torch.equal(arguments[0], tokens["input_ids"]):
             tables.append(module)
 
-    hooks = [part.register_forward_pre_hook(look) for part in network.modules() if isinstance(part, nn.Embedding)]
+    hooks = [part.register_forward_pre_hook(note_table) for part in network.modules() if isinstance(part, nn.Embedding)]
     try:
         with torch.no_grad():
             encode(tokens)
