@@ -1,0 +1,117 @@
+"""The tables of `benchmarks.evidence`, from the reports of its runs; what is not finished is an empty cell."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.jobs import cpu_seconds
+from benchmarks.tables import as_markdown
+from coreg.report.record import read_report
+
+RAW, REFINED = "raw", "refined"
+NOTHING = "–"
+
+
+@dataclass
+class Runs:
+    """The finished runs of a method on one evidence, by seed.
+
+    seconds: CPU seconds of each.
+    """
+
+    reports: dict[int, dict[str, Any]]
+    seconds: list[float]
+
+    def accuracy(self) -> list[float]:
+        """Test accuracy of each, in percent."""
+        return [100 * report["accuracy"]["test"]["ensemble"] for report in self.reports.values()]
+
+    def without_labels(self, name: str) -> list[float]:
+        """A score that needs no label, of the training images, in percent; of runs that have it."""
+        scores = [(report.get("label_free") or {}).get(name) for report in self.reports.values()]
+        known = [score.get("train") if isinstance(score, dict) else score for score in scores]
+        return [100 * score for score in known if score is not None]
+
+
+def collect(root: Path, name: str, method: str, evidence: str, seeds: Iterable[int]) -> Runs:
+    """What is finished of a set's method."""
+    reports, seconds = {}, []
+    for seed in seeds:
+        run = f"{name}/{method}-{evidence}-{seed}"
+        if (root / run / "report.json").exists():
+            reports[seed] = read_report(root / run / "report.json")
+            seconds.append(cpu_seconds(root, run) or 0.0)
+    return Runs(reports, seconds)
+
+
+def labels(root: Path, name: str, evidence: str, job: str) -> Runs:
+    """The annotator itself, or its refined labels, with the seconds of the job that made them."""
+    file, seconds = root / name / f"labels-{evidence}" / "averaged" / "report.json", cpu_seconds(root, f"{name}/{job}")
+    return Runs({0: read_report(file)} if file.exists() else {}, [] if seconds is None else [seconds])
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean, and standard deviation (n - 1) where there are several."""
+    if not values:
+        return NOTHING
+    mean = f"{statistics.fmean(values):.1f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.1f}"
+
+
+def _rounded(seconds: Sequence[float]) -> str:
+    return f"{statistics.fmean(seconds):.0f}" if seconds else NOTHING
+
+
+def main_table(root: Path, names: dict[str, str], methods: dict[str, str], seeds: Sequence[int]) -> str:
+    """Rows: methods; columns: of every set test accuracy on raw and on refined labels, and CPU seconds of a run.
+
+    Args:
+        names: folder of a set -> its title. methods: name in the folders -> title.
+    """
+    rows = []
+    first = {"method": "the labels themselves, nothing trained"}
+    for name, title in names.items():
+        raw, refined = labels(root, name, RAW, "annotations"), labels(root, name, REFINED, "refined")
+        first |= _cells(title, raw, refined, refined.seconds)
+    rows.append(first)
+    for method, what in methods.items():
+        row = {"method": what}
+        for name, title in names.items():
+            raw, refined = (collect(root, name, method, evidence, seeds) for evidence in (RAW, REFINED))
+            row |= _cells(title, raw, refined, raw.seconds + refined.seconds)
+        rows.append(row)
+    return as_markdown(rows)
+
+
+def _cells(title: str, raw: Runs, refined: Runs, seconds: Sequence[float]) -> dict[str, str]:
+    cells = {f"{title}, {RAW}": spread(raw.accuracy()), REFINED: spread(refined.accuracy()), "CPU s": _rounded(seconds)}
+    return {f"{title} {column}" if column in (REFINED, "CPU s") else column: cell for column, cell in cells.items()}
+
+
+def scores_table(
+    root: Path, names: dict[str, str], variants: dict[str, str], seeds: Sequence[int], evidence: str = REFINED
+) -> str:
+    """Rows: variants of Co-Reg on each set, with what can be had without labels and, last, test accuracy."""
+    rows = []
+    for name, title in names.items():
+        for variant, what in variants.items():
+            runs = collect(root, name, variant, evidence, seeds)
+            scores = ("covering_rate", "approximated_accuracy", "consensus")
+            free = {score.replace("_", " "): spread(runs.without_labels(score)) for score in scores}
+            of_all = {"test": spread(runs.accuracy()), "seeds": str(len(runs.reports))}
+            rows.append({"set": title, "variant": what} | free | of_all)
+    return as_markdown(rows)
+
+
+def two_columns(root: Path, name: str, lines: dict[str, tuple[Runs, Runs]], head: str) -> str:
+    """Rows: settings of something on one set; columns: test accuracy on raw and on refined labels, CPU seconds, seeds."""
+    rows = []
+    for line, (raw, refined) in lines.items():
+        seeds = f"{len(raw.reports)}, {len(refined.reports)}"
+        cells = {RAW: spread(raw.accuracy()), REFINED: spread(refined.accuracy())}
+        rows.append({head: line} | cells | {"CPU s": _rounded(raw.seconds + refined.seconds), "seeds": seeds})
+    return as_markdown(rows)
