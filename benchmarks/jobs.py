@@ -101,7 +101,7 @@ def _ended(running: dict[int, tuple[Job, subprocess.Popen]], root: Path) -> list
     job, process = running.pop(pid)
     process.returncode = os.waitstatus_to_exitcode(status)
     with seconds_file(root, job.name).open("a") as file:
-        file.write(f"{used.ru_utime + used.ru_stime:.1f}\n")
+        file.write(f"{used.ru_utime + used.ru_stime:.2f}\n")
     if job.mark.exists():
         return []
     print(f"  {job.name} ended without a result; its log: {root / 'logs' / job.name}.log", flush=True)

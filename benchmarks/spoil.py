@@ -3,7 +3,7 @@
     python -m benchmarks.spoil ann --share 0.2 --output_dir worse
 
 Which images is drawn by key, a smaller share within a larger one. Features stay as they are: it is the judgement that is
-spoiled, not the sight. The mistakes are of the kind that is hardest to see, the same wrong class for every image of a class.
+spoiled, not the sight. Such mistakes are the hardest to see: they are the same for every image of a class.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from pathlib import Path
 
 import numpy as np
 
-from coreg.annotate.noise import uniforms
-from coreg.annotate.store import AnnotationStore, StoreWriter, make_manifest
 from coreg.annotate.summary import summary
 from coreg.data.images import ImageList
 from coreg.errors import UserError, exits_with_one_line
+from coreg.store.store import AnnotationStore, StoreWriter, make_manifest
+from coreg.weak.noise import uniforms
 
 
 def moved_on(votes: np.ndarray, probs: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
