@@ -15,97 +15,21 @@ finished are written to OUTPUT_DIR/evidence.md when the jobs end or are stopped.
 from __future__ import annotations
 
 import argparse
-import csv
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from benchmarks.evidence_tables import RAW, REFINED, collect, main_table, raw_and_refined, scores_table
+from benchmarks.evidence_sets import GLOSSES, SETS, ImageSet, write_lists
+from benchmarks.evidence_tables import RAW, REFINED, collect, main_table, raw_and_refined, scores_table, views_table
 from benchmarks.jobs import Job, run_jobs
 from coreg.errors import UserError, exits_with_one_line
 from coreg.files import write_atomically
 
 WEIGHTS = "lite0"  # folder of the students' and the view's ImageNet weights
 VIEW = 128  # pixels of the view
-STAGES = ("table", "robust", "questions")
-
-
-@dataclass(frozen=True)
-class ImageSet:
-    """A data set, its annotator, and how its students train.
-
-    Attributes:
-        annotator: `builtin`, `clip` (a tiny CLIP trained on the images that nobody else sees) or `conse`.
-        per_class: training images a class, the first by name. tested: test images a class.
-        size: pixels of the students' images. flip: whether a mirror image shows the same class.
-        epochs, warmup: of all methods, and those before the first division.
-        mixup: what the recipe does not do: the other value of --mixup_alpha in the second stage.
-        clip: options of the tiny CLIP.
-    """
-
-    title: str
-    annotator: str
-    per_class: int = 0
-    tested: int = 0
-    size: int = 0
-    flip: bool = True
-    epochs: int = 8
-    warmup: int = 3
-    mixup: float = 4
-    clip: tuple[str, ...] = ()
-
-    @property
-    def own_features(self) -> bool:
-        """Whether labels are refined by the annotator's own features and not by a view."""
-        return self.annotator == "builtin"
-
-
-SETS = {
-    "digits": ImageSet("digits", "builtin", epochs=30, warmup=6, mixup=0),
-    "gtsrb": ImageSet("GTSRB", "clip", 24, 24, 32, flip=False, clip=("--per_class", "76", "--steps", "1500", "--no_flip")),
-    "cifar10": ImageSet("CIFAR-10", "conse", 80, 100, 32),
-    "eurosat": ImageSet("EuroSAT", "clip", 80, 100, 48, clip=("--skip", "20", "--per_class", "100")),
-}
-GLOSSES = Path(__file__).parent / "glosses"
-
-
-# ---- lists of images --------------------------------------------------------------------------------------------------
-
-
-def spoken(folder: str) -> str:
-    """The class name of a folder: without a number before it, spaces for underscores."""
-    number, _, rest = folder.partition("_")
-    return (rest if number.isdigit() and rest else folder).replace("_", " ")
-
-
-def write_lists(data: Path, place: Path, chosen: ImageSet) -> None:
-    """Write images.csv, others.csv (training images that only the tiny CLIP sees) and classes.txt into `place`.
-
-    Their paths lead through a link to `data`: nothing is copied and nothing is written there.
-
-    Raises:
-        UserError: a class has too few images.
-    """
-    place.mkdir(parents=True, exist_ok=True)
-    link = place / "data"
-    if not link.is_symlink():
-        link.symlink_to(data.resolve(), target_is_directory=True)
-    names = sorted(folder.name for folder in (data / "train").iterdir() if folder.is_dir())
-    lists = {"images.csv": [], "others.csv": []}
-    for split, count in (("train", chosen.per_class), ("test", chosen.tested)):
-        for name in names:
-            files = sorted(file.name for file in (data / split / name).iterdir() if file.is_file())
-            if len(files) < count:
-                raise UserError(f"{data / split / name} holds {len(files)} images; {count} are wanted")
-            rows = [[f"data/{split}/{name}/{file}", spoken(name), split] for file in files]
-            lists["images.csv"] += rows[:count]
-            lists["others.csv"] += rows[count:] if split == "train" else []
-    write_atomically(place / "classes.txt", "".join(f"{spoken(name)}\n" for name in names))
-    for name, rows in lists.items():
-        with (place / name).open("w", encoding="utf-8", newline="") as file:
-            csv.writer(file).writerows([["path", "label", "split"], *rows])
+UNLABELLED = "unlabelled"  # folder of a network that was trained on a set without labels
+STAGES = ("table", "views", "robust", "questions")
 
 
 # ---- jobs ---------------------------------------------------------------------------------------------------------------
@@ -243,14 +167,18 @@ def trained(root: Path, name: str, method: str, evidence: str, seed: int, comman
     return Job(run, (*told, "--output_dir", f"{root / run}"), root / run / "report.json", tuple(needs))
 
 
+def judged(root: Path, name: str, evidence: str) -> Job:
+    """The job that reports on a store's own labels."""
+    store, run = store_of(root, name, evidence), f"{name}/labels-{evidence}"
+    told = ("baselines/zero_shot.py", "--annotations", f"{store}", "--variant", "averaged")
+    mark = root / run / "averaged" / "report.json"
+    return Job(run, (*told, "--output_dir", f"{root / run}"), mark, (mark_of(store),))
+
+
 def table(root: Path, names: Sequence[str], seeds: Sequence[int]) -> Iterator[Job]:
     """The first stage: every method on raw and refined labels."""
     for name in names:
-        for evidence in (RAW, REFINED):
-            store, run = store_of(root, name, evidence), f"{name}/labels-{evidence}"
-            told = ("baselines/zero_shot.py", "--annotations", f"{store}", "--variant", "averaged")
-            mark = root / run / "averaged" / "report.json"
-            yield Job(run, (*told, "--output_dir", f"{root / run}"), mark, (mark_of(store),))
+        yield from (judged(root, name, evidence) for evidence in (RAW, REFINED))
     for seed in seeds:
         for name in names:
             for method, command in methods(name).items():
@@ -259,8 +187,27 @@ def table(root: Path, names: Sequence[str], seeds: Sequence[int]) -> Iterator[Jo
             yield trained(root, name, "supervised", RAW, seed, (PLL, "--method", "supervised"))
 
 
+def views(root: Path, names: Sequence[str], seeds: Sequence[int]) -> Iterator[Job]:
+    """The second stage: labels refined by a network that was trained on the images themselves, without labels."""
+    for name in names:
+        chosen, raw, network = SETS[name], store_of(root, name, RAW), root / name / UNLABELLED
+        digits = chosen.own_features
+        look = ("--channels", "1") if digits else ()
+        size = f"{16 if digits else 32}"
+        told = (f"{raw}", "--size", size, *look, *(() if chosen.flip and not digits else ("--no_flip",)))
+        mark = network / "model.safetensors"
+        command = ("-m", "benchmarks.unlabelled", *told, "--output_dir", f"{network}")
+        yield Job(f"{name}/{UNLABELLED}", command, mark, (mark_of(raw),))
+        refined = store_of(root, name, f"refined_{UNLABELLED}")
+        mirror = () if chosen.flip and not digits else ("--mirror", "false")
+        seen = ("--backbone", f"local-dir:{network}", "--image_size", size, *look, *mirror, "--workers", "0")
+        command = ("-m", "coreg.annotate", "refine", f"{raw}", *seen, "--output_dir", f"{refined}")
+        yield Job(f"{name}/refined_{UNLABELLED}", command, mark_of(refined), (mark_of(raw), mark))
+        yield judged(root, name, f"refined_{UNLABELLED}")
+
+
 def robust(root: Path, names: Sequence[str], seeds: Sequence[int]) -> Iterator[Job]:
-    """The second stage: Co-Reg on refined labels with one default changed."""
+    """The third stage: Co-Reg on refined labels with one default changed."""
     for seed in seeds:
         for name in names:
             chosen = SETS[name]
@@ -276,7 +223,7 @@ def robust(root: Path, names: Sequence[str], seeds: Sequence[int]) -> Iterator[J
 
 
 def questions(root: Path, names: Sequence[str], seeds: Sequence[int]) -> Iterator[Job]:
-    """The third stage, on the digits alone: the papers' own questions."""
+    """The fourth stage, on the digits alone: the papers' own questions."""
     if "digits" not in names:
         return
     raw, coreg = store_of(root, "digits", RAW), (COREG, "--warmup_epochs", f"{SETS['digits'].warmup}")
@@ -308,7 +255,7 @@ def plan(root: Path, names: Sequence[str], seeds: Sequence[int], stages: Sequenc
     """All jobs in the order in which they are begun."""
     found = list(preparation(root, names))
     for stage in stages:
-        found += {"table": table, "robust": robust, "questions": questions}[stage](root, names, seeds)
+        found += {"table": table, "views": views, "robust": robust, "questions": questions}[stage](root, names, seeds)
     return found
 
 
@@ -318,6 +265,9 @@ def tables(root: Path, names: Sequence[str], seeds: Sequence[int], stages: Seque
     text = []
     if "table" in stages:
         text += ["## All methods", main_table(root, titles, TITLES, seeds)]
+    if "views" in stages:
+        stores = {"raw": RAW, "ImageNet view": REFINED, "view trained here": f"refined_{UNLABELLED}"}
+        text += ["## Labels refined by views of two origins", views_table(root, titles, stores)]
     if "robust" in stages:
         text += ["## Co-Reg on refined labels, one default changed", scores_table(root, titles, VARIANTS, seeds)]
     if "questions" in stages and "digits" in names:
@@ -368,6 +318,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 write_lists(args.data / name, args.output_dir / name, SETS[name])
         try:
             failed = run_jobs(jobs, args.output_dir, args.jobs)
+        except KeyboardInterrupt:
+            print("Stopped; the same command goes on.", file=sys.stderr)
+            return 130
         finally:
             write_atomically(args.output_dir / "evidence.md", tables(args.output_dir, names, args.seeds, args.stages))
             print(f"tables: {args.output_dir / 'evidence.md'}")

@@ -84,6 +84,22 @@ def main_table(root: Path, names: dict[str, str], methods: dict[str, str], seeds
     return as_markdown(rows)
 
 
+def views_table(root: Path, names: dict[str, str], stores: dict[str, str]) -> str:
+    """Rows: sets; columns: train and test accuracy of the labels in each store. stores: title -> evidence."""
+    rows = []
+    for name, title in names.items():
+        row = {"train / test accuracy": title}
+        for what, evidence in stores.items():
+            found = labels(root, name, evidence, evidence)
+            shares = [report["accuracy"] for report in found.reports.values()]
+            cells = [
+                spread([100 * one[split]["ensemble"] for one in shares if split in one]) for split in ("train", "test")
+            ]
+            row[what] = " / ".join(cells)
+        rows.append(row)
+    return as_markdown(rows)
+
+
 def scores_table(
     root: Path, names: dict[str, str], variants: dict[str, str], seeds: Sequence[int], evidence: str = REFINED
 ) -> str:

@@ -16,9 +16,10 @@ from torch import nn
 
 from benchmarks import evidence, spoil, unlabelled
 from benchmarks.conse import judged, placed, read_glosses
-from benchmarks.evidence import SETS, Job, plan, write_lists
+from benchmarks.evidence import plan
+from benchmarks.evidence_sets import GLOSSES, SETS, ImageSet, write_lists
 from benchmarks.evidence_tables import Runs, main_table, spread
-from benchmarks.jobs import cpu_seconds, run_jobs
+from benchmarks.jobs import Job, cpu_seconds, run_jobs
 from benchmarks.lite import named_like
 from coreg.errors import UserError
 from coreg.report.record import write_report
@@ -135,7 +136,7 @@ def test_lists_share_no_image_and_nothing_is_written_beside_the_data(tmp_path):
             for number in range(count):
                 Image.new("RGB", (4, 4)).save(data / split / folder / f"{number}.png")
     before = sorted(data.rglob("*"))
-    chosen = evidence.ImageSet("signs", "clip", per_class=2, tested=3)
+    chosen = ImageSet("signs", "clip", per_class=2, tested=3)
     write_lists(data, tmp_path / "out", chosen)
     write_lists(data, tmp_path / "out", chosen)  # again, as when a job goes on
     assert sorted(data.rglob("*")) == before
@@ -152,7 +153,7 @@ def test_lists_share_no_image_and_nothing_is_written_beside_the_data(tmp_path):
     )
     assert all((tmp_path / "out" / row["path"]).is_file() for listed in rows.values() for row in listed)
     with pytest.raises(UserError, match="holds 5 images; 6 are wanted"):
-        write_lists(data, tmp_path / "out", evidence.ImageSet("signs", "clip", per_class=6, tested=3))
+        write_lists(data, tmp_path / "out", ImageSet("signs", "clip", per_class=6, tested=3))
 
 
 # ---- annotators ---------------------------------------------------------------------------------------------------
@@ -200,7 +201,7 @@ def test_glosses_are_lines_with_a_name_and_a_description(tmp_path):
 
 
 def test_the_glosses_at_hand_name_the_classes_of_their_set():
-    assert list(read_glosses(str(evidence.GLOSSES / "cifar10.txt"))) == (
+    assert list(read_glosses(str(GLOSSES / "cifar10.txt"))) == (
         "airplane automobile bird cat deer dog frog horse ship truck".split()
     )
 
