@@ -11,7 +11,7 @@ Four stages, one after another: `table`, every method; `views`, labels refined b
 themselves; `robust`, Co-Reg with one default changed; `questions`, shares of the images, a larger network, spoiled
 annotations and thresholds, on the digits. Within a stage seeds are the outermost loop, so that one that is cut short leaves
 a whole table of fewer seeds. What is finished is skipped, what was stopped goes on. The tables of what is finished are
-written to OUTPUT_DIR/evidence.md when the jobs end or are stopped.
+written to OUTPUT_DIR/evidence.md, and into a page that has a place for them (--page), when the jobs end or are stopped.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from pathlib import Path
 from benchmarks.evidence_sets import GLOSSES, SETS, ImageSet, write_lists
 from benchmarks.evidence_tables import RAW, REFINED, collect, main_table, raw_and_refined, scores_table, views_table
 from benchmarks.jobs import Job, run_jobs
+from benchmarks.tables import fill
 from coreg.errors import UserError, exits_with_one_line
 from coreg.files import write_atomically
 
@@ -269,30 +270,31 @@ def plan(root: Path, names: Sequence[str], seeds: Sequence[int], stages: Sequenc
 
 def tables(root: Path, names: Sequence[str], seeds: Sequence[int], stages: Sequence[str]) -> str:
     """The Markdown tables of what is finished."""
-    titles = {name: SETS[name].title for name in names}
-    text = []
+    titles, found = {name: SETS[name].title for name in names}, {}
     if "table" in stages:
-        text += ["## All methods", main_table(root, titles, TITLES, seeds)]
+        found["All methods"] = main_table(root, titles, TITLES, seeds)
     if "views" in stages:
-        stores = {"raw": RAW, "ImageNet view": REFINED, "view trained here": f"refined_{UNLABELLED}"}
-        text += ["## Labels refined by views of two origins", views_table(root, titles, stores)]
+        stores = {RAW: RAW, "ImageNet view": REFINED, "view trained here": f"refined_{UNLABELLED}"}
+        found["Labels refined by views of two origins"] = views_table(root, titles, stores)
     if "robust" in stages:
-        text += ["## Co-Reg on refined labels, one default changed", scores_table(root, titles, VARIANTS, seeds)]
+        found["Co-Reg on refined labels, one default changed"] = scores_table(root, titles, VARIANTS, seeds)
     if "questions" in stages and "digits" in names:
         of = partial(collect, root, "digits", seeds=seeds)
-        shares = {s: (of(f"coreg_share_{s}_none", RAW), of(f"coreg_share_{s}_own", RAW)) for s in SHARES}
         usual = of("coreg", RAW), of("coreg", REFINED)
-        wide = {TITLES["coreg"]: usual} | {what: (of(name, RAW), of(name, REFINED)) for name, what in WIDER.items()}
+        shares = {s: (of(f"coreg_share_{s}_none", RAW), of(f"coreg_share_{s}_own", RAW)) for s in SHARES}
+        wide = {what: (of(name, RAW), of(name, REFINED)) for name, what in WIDER.items()}
         spoiled = {s: (of("coreg", f"spoiled_{s}"), of("coreg", f"spoiled_{s}_refined")) for s in SPOILED}
         sure = {t: (of(f"coreg_threshold_{t}", RAW), of(f"coreg_threshold_{t}", REFINED)) for t in THRESHOLDS}
-        for title, lines, head in (
-            ("A part of the images", shares | {"1": usual}, "share"),
-            ("One larger network", wide, "method"),
-            ("Spoiled annotations", {"0": usual} | spoiled, "share"),
-            ("Threshold of the division", dict(sorted((sure | {"0.5": usual}).items())), "threshold"),
+        for title, head, lines, same in (
+            ("A part of the images", "share", shares, "1"),
+            ("One larger network", "method", wide, TITLES["coreg"]),
+            ("Spoiled annotations", "share", spoiled, "0"),
+            ("Threshold of the division", "threshold", sure, "0.5"),
         ):
-            text += [f"## {title} (digits)", raw_and_refined(lines, head)]
-    return "\n\n".join(text) + "\n"
+            if any(raw.reports or refined.reports for raw, refined in lines.values()):
+                every = dict(sorted(({same: usual} | lines).items()))
+                found[f"{title} (digits)"] = raw_and_refined(every, head)
+    return "\n\n".join(f"### {title}\n\n{lines}" for title, lines in found.items() if lines) + "\n"
 
 
 @exits_with_one_line
@@ -305,6 +307,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="the outermost loop")
     parser.add_argument("--sets", nargs="+", choices=tuple(SETS), default=list(SETS), help="data sets")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="parts of the work, in order")
+    parser.add_argument("--tables", action="store_true", help="write the tables of what is finished, and run nothing")
+    parser.add_argument("--page", type=Path, help="Markdown file whose part between <!-- evidence --> lines they replace")
     parser.add_argument("--plan", action="store_true", help="list the commands, with what is done, and run none")
     args = parser.parse_args(argv)
     if args.jobs < 1:
@@ -317,21 +321,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             print(f"left out: {SETS[name].title}, because {folder} has no folders train/ and test/")
     jobs = plan(args.output_dir, names, args.seeds, args.stages)
-    failed = []
     if args.plan:
         print(*jobs, sep="\n")
-    else:
+        return 0
+    failed, stopped = [], False
+    if not args.tables:
         for name in names:
             if not SETS[name].own_features:
                 write_lists(args.data / name, args.output_dir / name, SETS[name])
         try:
             failed = run_jobs(jobs, args.output_dir, args.jobs)
         except KeyboardInterrupt:
-            print("Stopped; the same command goes on.", file=sys.stderr)
-            return 130
-        finally:
-            write_atomically(args.output_dir / "evidence.md", tables(args.output_dir, names, args.seeds, args.stages))
-            print(f"tables: {args.output_dir / 'evidence.md'}")
+            stopped = True
+    made = tables(args.output_dir, names, args.seeds, args.stages)
+    write_atomically(args.output_dir / "evidence.md", made)
+    if args.page:
+        write_atomically(args.page, fill(args.page.read_text(encoding="utf-8"), "evidence", made.strip()))
+    print(f"tables: {args.page or args.output_dir / 'evidence.md'}")
+    if stopped:
+        print("Stopped; the same command goes on.", file=sys.stderr)
+        return 130
     if failed:
         print(f"without a result: {' '.join(job.name for job in failed)}", file=sys.stderr)
     return 1 if failed else 0

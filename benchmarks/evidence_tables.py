@@ -14,6 +14,7 @@ from coreg.report.record import read_report
 
 RAW, REFINED = "raw", "refined"
 NOTHING = "–"
+NOTHING_OF_BOTH = f"{NOTHING} / {NOTHING}"
 
 
 @dataclass
@@ -62,31 +63,40 @@ def spread(values: Sequence[float]) -> str:
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.1f}"
 
 
+def _table(rows: Sequence[dict[str, str]], known: Sequence[bool]) -> str:
+    """The rows of which something is known, as Markdown; empty without any."""
+    there = [row for row, is_known in zip(rows, known) if is_known]
+    return as_markdown(there) if there else ""
+
+
 def _rounded(seconds: Sequence[float]) -> str:
     return f"{statistics.fmean(seconds):.0f}" if seconds else NOTHING
 
 
 def main_table(root: Path, names: dict[str, str], methods: dict[str, str], seeds: Sequence[int]) -> str:
-    """Rows: methods; columns: of every set test accuracy on raw and on refined labels, and CPU seconds of a run.
+    """Rows: methods of which a run is finished; columns: of every set test accuracy on raw and refined labels, CPU seconds.
 
     Args:
         names: folder of a set -> its title. methods: name in the folders -> title.
     """
     rows = [{"test accuracy": "the labels, nothing trained"}]
     rows += [{"test accuracy": what} for what in methods.values()]
+    known = [False] * len(rows)
     for name, title in names.items():
-        made = [labels(root, name, RAW, "annotations"), labels(root, name, REFINED, "refined")]
+        # the seconds of this row are those of refining
+        made = [Runs(labels(root, name, RAW, RAW).reports, []), labels(root, name, REFINED, REFINED)]
         pairs = [made, *([collect(root, name, method, e, seeds) for e in (RAW, REFINED)] for method in methods)]
-        for row, (raw, refined) in zip(rows, pairs):
+        for line, (row, (raw, refined)) in enumerate(zip(rows, pairs)):
+            known[line] |= bool(raw.reports or refined.reports)
             row[f"{title}, {RAW}"] = spread(raw.accuracy())
             row[f"{title}, {REFINED}"] = spread(refined.accuracy())
             row[f"{title}, CPU s"] = _rounded(raw.seconds + refined.seconds)
-    return as_markdown(rows)
+    return _table(rows, known)
 
 
 def views_table(root: Path, names: dict[str, str], stores: dict[str, str]) -> str:
     """Rows: sets; columns: train and test accuracy of the labels in each store. stores: title -> evidence."""
-    rows = []
+    rows, known = [], []
     for name, title in names.items():
         row = {"train / test accuracy": title}
         for what, evidence in stores.items():
@@ -97,14 +107,15 @@ def views_table(root: Path, names: dict[str, str], stores: dict[str, str]) -> st
             ]
             row[what] = " / ".join(cells)
         rows.append(row)
-    return as_markdown(rows)
+        known.append(any(cell != NOTHING_OF_BOTH for cell in list(row.values())[1:]))
+    return _table(rows, known)
 
 
 def scores_table(
     root: Path, names: dict[str, str], variants: dict[str, str], seeds: Sequence[int], evidence: str = REFINED
 ) -> str:
     """Rows: variants of Co-Reg on each set, with what can be had without labels and, last, test accuracy."""
-    rows = []
+    rows, known = [], []
     for name, title in names.items():
         for variant, what in variants.items():
             runs = collect(root, name, variant, evidence, seeds)
@@ -112,14 +123,16 @@ def scores_table(
             free = {score.replace("_", " "): spread(runs.without_labels(score)) for score in scores}
             of_all = {"test": spread(runs.accuracy()), "seeds": str(len(runs.reports))}
             rows.append({"set": title, "variant": what} | free | of_all)
-    return as_markdown(rows)
+            known.append(bool(runs.reports))
+    return _table(rows, known)
 
 
 def raw_and_refined(lines: dict[str, tuple[Runs, Runs]], head: str) -> str:
     """Rows: settings of something on one set; columns: test accuracy on raw and on refined labels, CPU seconds, seeds."""
-    rows = []
+    rows, known = [], []
     for line, (raw, refined) in lines.items():
         seeds = f"{len(raw.reports)}, {len(refined.reports)}"
         cells = {RAW: spread(raw.accuracy()), REFINED: spread(refined.accuracy())}
         rows.append({head: line} | cells | {"CPU s": _rounded(raw.seconds + refined.seconds), "seeds": seeds})
-    return as_markdown(rows)
+        known.append(bool(raw.reports or refined.reports))
+    return _table(rows, known)

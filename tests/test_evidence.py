@@ -268,11 +268,25 @@ def test_cells_are_means_and_spreads_of_what_is_finished(tmp_path):
         write_report(run / "report.json", report_of(accuracy, seed))
         (tmp_path / "logs" / "digits").mkdir(parents=True, exist_ok=True)
         (tmp_path / "logs" / "digits" / f"kd-raw-{seed}.seconds").write_text("10\n" if seed else "10\n20\n")
-    text = main_table(tmp_path, {"digits": "digits"}, {"kd": "KD"}, [0, 1, 2])
+    text = main_table(tmp_path, {"digits": "digits"}, {"kd": "KD", "coreg": "Co-Reg"}, [0, 1, 2])
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
     assert cells[0] == ["test accuracy", "digits, raw", "digits, refined", "digits, CPU s"]
-    assert cells[2] == ["the labels, nothing trained", "–", "–", "–"]
-    assert cells[3] == ["KD", "71.0 ± 1.4", "–", "20"]  # sd: 2 / sqrt(2); seconds: (30 + 10) / 2
+    assert cells[2:] == [["KD", "71.0 ± 1.4", "–", "20"]]  # sd: 2 / sqrt(2); seconds: (30 + 10) / 2
+
+
+def test_tables_of_nothing_are_left_out_and_a_page_has_a_place_for_them(tmp_path, capsys):
+    run, page = tmp_path / "out" / "digits" / "coreg-raw-1", tmp_path / "page.md"
+    run.mkdir(parents=True)
+    write_report(run / "report.json", report_of(0.7, 1))
+    page.write_text("Before.\n<!-- evidence -->\nold\n<!-- end of evidence -->\nAfter.\n")
+    told = ["--data", str(tmp_path), "--output_dir", str(tmp_path / "out"), "--tables", "--page", str(page)]
+    assert evidence.main(told) == 0
+    text = page.read_text()
+    assert text.startswith("Before.\n<!-- evidence -->\n\n### All methods\n") and text.endswith("-->\nAfter.\n")
+    assert "| Co-Reg" in text and "KD" not in text and "views" not in text and "old" not in text
+    # the usual setting is no answer to a question by itself
+    assert text.count("70.0") == 1 and "Threshold" not in text
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["digits", "evidence.md"]
 
 
 def test_one_run_has_no_spread_and_missing_scores_are_left_out():
