@@ -42,9 +42,9 @@ class ImageSet:
 
 SETS = {
     "digits": ImageSet("digits", "builtin", epochs=30, warmup=6, mixup=0),
-    "cifar10": ImageSet("CIFAR-10", "conse", 80, 100, 32),
-    "eurosat": ImageSet("EuroSAT", "clip", 80, 100, 48, clip=("--skip", "20", "--per_class", "100")),
-    "gtsrb": ImageSet("GTSRB", "clip", 24, 24, 32, flip=False, clip=("--per_class", "76", "--steps", "1500", "--no_flip")),
+    "cifar10": ImageSet("CIFAR-10", "conse", 80, 100, 40),
+    "eurosat": ImageSet("EuroSAT", "clip", 80, 100, 40, clip=("--skip", "20", "--per_class", "100")),
+    "gtsrb": ImageSet("GTSRB", "clip", 24, 24, 40, flip=False, clip=("--per_class", "76", "--steps", "1500", "--no_flip")),
 }
 GLOSSES = Path(__file__).parent / "glosses"
 
