@@ -32,7 +32,7 @@ from coreg.views.augment import Augmentation
 
 ARCHITECTURE = "preact_resnet_tiny"
 MEAN, STD = 0.5, 0.25
-BATCH_SIZE, LEARNING_RATE, WEIGHT_DECAY, TEMPERATURE, PROJECTION = 256, 2e-3, 1e-4, 0.2, 64
+BATCH_SIZE, LEARNING_RATE, WEIGHT_DECAY, TEMPERATURE, PROJECTION = 128, 2e-3, 1e-4, 0.2, 64
 
 
 def contrast(first: Tensor, second: Tensor, temperature: float = TEMPERATURE) -> Tensor:
@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("store", help="annotation store, whose training images are taken and nothing else")
     parser.add_argument("--size", type=int, default=32, help="side in pixels")
     parser.add_argument("--channels", type=int, choices=(1, 3), default=3, help="1 for grey images")
-    parser.add_argument("--epochs", type=int, default=100)
+    parser.add_argument("--epochs", type=int, default=40)
     parser.add_argument("--no_flip", action="store_true", help="mirror no image: where left and right make another class")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output_dir", type=Path, required=True, help="new folder")
