@@ -274,7 +274,7 @@ def tables(root: Path, names: Sequence[str], seeds: Sequence[int], stages: Seque
     if "table" in stages:
         found["All methods"] = main_table(root, titles, TITLES, seeds)
     if "views" in stages:
-        stores = {RAW: RAW, "ImageNet view": REFINED, "view trained here": f"refined_{UNLABELLED}"}
+        stores = {RAW: RAW, "ImageNet view (digits: own features)": REFINED, "view trained here": f"refined_{UNLABELLED}"}
         found["Labels refined by views of two origins"] = views_table(root, titles, stores)
     if "robust" in stages:
         found["Co-Reg on refined labels, one default changed"] = scores_table(root, titles, VARIANTS, seeds)
