@@ -40,7 +40,7 @@ from coreg.learn.memory import Prototypes
 from coreg.learn.pseudo import rescale
 from coreg.learn.two_nets import Divisions, Verdict, co_train_batch, warm_up_batch
 from coreg.process import main_process_decides
-from coreg.report.metrics import consensus, division_health
+from coreg.report.metrics import consensus, division_health, prototype_health
 from coreg.report.report import summary
 from coreg.run.epoch import count_statistics, judge
 from coreg.run.job import open_run
@@ -89,6 +89,8 @@ def divide_training_set(task: Task[CoRegOptions], training: Training) -> None:
     divisions.verdicts, divisions.weights = list(verdicts), [division.weight for division in found]
     names = task.store.class_names
     divisions.health = division_health(found, log_ps, task.weak.table, task.zero_shot, task.weak.truth, names)
+    # both learners share them
+    divisions.health |= prototype_health(training.learners[0].prototypes.value.cpu().numpy())
     divisions.consider(epoch, consensus(log_ps))
 
 

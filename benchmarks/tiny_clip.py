@@ -44,8 +44,13 @@ def chosen_rows(labels: np.ndarray, skip: int, per_class: int) -> np.ndarray:
     return np.concatenate(of_class) if of_class else np.zeros(0, dtype=np.int64)
 
 
-def train(pixels: torch.Tensor, labels: torch.Tensor, names: Sequence[str], steps: int, seed: int) -> CLIP:
-    """Train on pixels uint8 (n, 3, SIDE, SIDE) with labels int64 (n,) in 0..C-1 of C class names."""
+def train(
+    pixels: torch.Tensor, labels: torch.Tensor, names: Sequence[str], steps: int, seed: int, flip: bool = True
+) -> CLIP:
+    """Train on pixels uint8 (n, 3, SIDE, SIDE) with labels int64 (n,) in 0..C-1 of C class names.
+
+    `flip`: half of a batch is mirrored.
+    """
     torch.manual_seed(seed)
     model = CLIP(CONFIG["embed_dim"], CLIPVisionCfg(**CONFIG["vision_cfg"]), CLIPTextCfg(**CONFIG["text_cfg"]))
     texts = SimpleTokenizer(context_length=CONFIG["text_cfg"]["context_length"])(prompts(TEMPLATES, names))
@@ -56,7 +61,7 @@ def train(pixels: torch.Tensor, labels: torch.Tensor, names: Sequence[str], step
     for _ in tqdm(range(steps), desc="pre-training", unit="step"):
         rows = torch.randint(len(images), (BATCH_SIZE,))
         mirrored = torch.rand(BATCH_SIZE, 1, 1, 1) < 0.5
-        batch = torch.where(mirrored, images[rows].flip(3), images[rows])
+        batch = torch.where(mirrored, images[rows].flip(3), images[rows]) if flip else images[rows]
         text = model.encode_text(texts[torch.randint(len(texts), ())], normalize=True)
         logits = model.logit_scale.exp() * model.encode_image(batch, normalize=True) @ text.T
         loss = F.cross_entropy(logits, labels[rows])
@@ -86,6 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--skip", type=int, default=0, help="images of every class that are left alone, the first by name")
     parser.add_argument("--per_class", type=int, default=100, help="images of every class behind them")
     parser.add_argument("--steps", type=int, default=1000, help=f"of {BATCH_SIZE} images")
+    parser.add_argument("--no_flip", action="store_true", help="mirror no image: where left and right make another class")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output_dir", type=Path, required=True, help="new folder")
     args = parser.parse_args(argv)
@@ -104,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     pixels, labels = decode(images, rows, SIDE, 3, 2, failed), torch.from_numpy(images.labels[rows])
     for row, why in failed.items():
         raise UserError(f"{images.paths[row]!r} cannot be read ({why}); {len(failed)} in all: repair or remove them")
-    model = train(pixels, labels, names, args.steps, args.seed)
+    model = train(pixels, labels, names, args.steps, args.seed, not args.no_flip)
     print(f"trained on {len(rows)} images; use it with: --vlm {save_clip(args.output_dir, model, CONFIG, MEAN, STD)}")
     return 0
 

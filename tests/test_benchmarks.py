@@ -231,6 +231,21 @@ def test_a_tiny_clip_learns_the_classes_and_annotates_other_images(tmp_path, cap
     assert "07.png' cannot be read" in capsys.readouterr().err and not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize("flip", [True, False])
+def test_no_image_is_mirrored_where_left_and_right_make_another_class(flip, monkeypatch):
+    pixels = torch.zeros(4, 3, 32, 32, dtype=torch.uint8)
+    pixels[:, :, :, :16] = 200  # bright on the left
+    seen, encode = [], tiny_clip.CLIP.encode_image
+
+    def watched(model, images, normalize=False):
+        seen.append(images[:, 0, 0, 0] > images[:, 0, 0, 31])
+        return encode(model, images, normalize)
+
+    monkeypatch.setattr(tiny_clip.CLIP, "encode_image", watched)
+    tiny_clip.train(pixels, torch.arange(4) // 2, ("left", "right"), steps=1, seed=0, flip=flip)
+    assert torch.cat(seen).all() == (not flip)
+
+
 def test_the_tiny_clip_leaves_the_first_images_of_every_class_alone():
     labels = np.array([2, 0, 0, -1, 2, 0, 2, 0, 2])
     assert tiny_clip.chosen_rows(labels, 1, 2).tolist() == [2, 5, 4, 6]

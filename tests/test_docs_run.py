@@ -33,6 +33,11 @@ ELSEWHERE = {
     "benchmarks": "test_benchmarks.py",
     "benchmarks.annotate": "test_benchmarks.py",
     "benchmarks.tiny_clip": "test_benchmarks.py",
+    "benchmarks.evidence": "test_evidence.py",
+    "benchmarks.conse": "test_evidence.py",
+    "benchmarks.lite": "test_evidence.py",
+    "benchmarks.spoil": "test_evidence.py",
+    "benchmarks.unlabelled": "test_evidence.py",
 }
 # test_export.py and test_tuners_lora.py have stand-ins for the hub and for a chat model
 OUT_OF_REACH = ("--push_to_hub", "chat:llava-1.5-7b-hf")

@@ -17,6 +17,7 @@ from coreg.report.metrics import (
     label_free_scores,
     mean_prediction_entropy,
     per_class_accuracy,
+    prototype_health,
     wilson_interval,
 )
 from coreg.report.report import known_labels_lines
@@ -68,6 +69,20 @@ def test_division_health_by_hand():
     assert found["truth/candidate_coverage_in_P"] == pytest.approx(1.0)
     assert found["gmm/net1_mean_small"] == 0.1 and "gmm/net2_mean_small" not in found
     assert all(math.isfinite(value) for value in found.values())
+
+
+def test_prototype_health_by_hand():
+    # cosines of three pairs: 1/2 (60 degrees), 0 and 0; a class that was never seen does not count
+    apart = np.array([[1, 0, 0], [0.5, math.sqrt(0.75), 0], [0, 0, 1], [0, 0, 0]])
+    found = prototype_health(apart)
+    assert found["prototypes/mean_cosine"] == pytest.approx(0.5 / 3)
+    # eigenvalues of the matrix of cosines: 3/2, 1/2 and 1, as shares 1/2, 1/6 and 1/3
+    shares = (1 / 2, 1 / 6, 1 / 3)
+    assert found["prototypes/effective_rank"] == pytest.approx(math.exp(-sum(x * math.log(x) for x in shares)))
+    collapsed = prototype_health(np.tile(np.array([[0.6, 0.8]], dtype=np.float32), (4, 1)))
+    assert collapsed == pytest.approx({"prototypes/mean_cosine": 1, "prototypes/effective_rank": 1}, abs=1e-5)
+    assert prototype_health(np.eye(3)) == pytest.approx({"prototypes/mean_cosine": 0, "prototypes/effective_rank": 3})
+    assert prototype_health(np.zeros((3, 2))) == prototype_health(np.array([[0.0, 1.0], [0.0, 0.0]])) == {}
 
 
 def test_division_health_without_labels_says_nothing_about_truth():

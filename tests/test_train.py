@@ -56,6 +56,8 @@ def test_the_report_has_what_people_compare(finished):
     assert sum(row["n"] for row in report["per_class_accuracy"].values()) == 360
     for key in ("parameters", "images_per_second", "wall_seconds", "peak_memory_mb", "command", "versions", "seed"):
         assert report[key] not in (None, "", {})
+    assert -1 / 9 <= report["last_epoch"]["prototypes/mean_cosine"] <= 1  # ten directions cannot lie further apart
+    assert 1 <= report["last_epoch"]["prototypes/effective_rank"] <= 10
 
 
 def test_the_run_folder_is_complete(finished):

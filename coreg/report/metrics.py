@@ -150,6 +150,29 @@ def division_health(
     return health
 
 
+def prototype_health(prototypes: np.ndarray) -> dict[str, float]:
+    """Whether the prototypes of classes stay apart: 1 and 1 where all have become the same direction.
+
+    Args:
+        prototypes: (C, D), of length 1, or zero for a class that was never seen.
+
+    Returns:
+        `prototypes/mean_cosine` of different classes, and `prototypes/effective_rank`, exp of the entropy of the squared
+        singular values' shares (after Roy and Vetterli, "The Effective Rank", EUSIPCO 2007); nothing before two classes
+        were seen.
+    """
+    seen = prototypes[prototypes.any(axis=1)].astype(np.float64)
+    n = len(seen)
+    if n < 2:
+        return {}
+    seen /= np.linalg.norm(seen, axis=1, keepdims=True)
+    total = seen.sum(axis=0)
+    shares = np.linalg.svd(seen, compute_uv=False) ** 2 / n
+    entropy = -(shares * np.log(np.maximum(shares, 1e-300))).sum()
+    mean_cosine = (total @ total - n) / (n * (n - 1))
+    return {"prototypes/mean_cosine": float(mean_cosine), "prototypes/effective_rank": float(np.exp(entropy))}
+
+
 def few_shot_warnings(known: np.ndarray, per_class: int, class_names: list[str]) -> list[str]:
     """In words, which classes gave fewer labelled images than asked for. known: int64 (N,), -1 unknown."""
     counts = np.bincount(known[known >= 0], minlength=len(class_names))

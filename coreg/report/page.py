@@ -195,6 +195,7 @@ def _curves(record: RunRecord) -> str:
         line_chart("Agreement on the training images", lines(agreement, "ac"), True, since),
         line_chart("Loss", lines({f"loss/net{n}/total": f"net{n}" for n in (1, 2)}, "bc"), False, since),
         line_chart("Parts of the loss" + (", mean over networks" if several else ""), _parts_of_loss(record), False, since),
+        line_chart("Prototypes: mean cosine", lines({"prototypes/mean_cosine": "of different classes"}, "a"), False, since),
         line_chart("Learning rate", lines({"lr": "lr"}, "a"), False, since),
     ]
     notes = ["Shaded epochs are the warm-up, before the first division."] if since else []

