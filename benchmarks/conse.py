@@ -95,13 +95,13 @@ def read_glosses(path: str) -> dict[str, str]:
 def embedded(texts: Sequence[str], folder: Path) -> np.ndarray:
     """Sentence embeddings float64 (n, D) by the encoder in `folder`: the mean over the tokens."""
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
-    found = []
+    embeddings = []
     for start in range(0, len(texts), BATCH_SIZE):
         tokens = tokenizer(list(texts[start : start + BATCH_SIZE]), padding=True, truncation=True, return_tensors="pt")
         mask = tokens["attention_mask"][:, :, None]
         hidden = model(**tokens).last_hidden_state
-        found.append((hidden * mask).sum(dim=1) / mask.sum(dim=1))
-    return torch.cat(found).double().numpy()
+        embeddings.append((hidden * mask).sum(dim=1) / mask.sum(dim=1))
+    return torch.cat(embeddings).double().numpy()
 
 
 @torch.no_grad()

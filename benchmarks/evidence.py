@@ -66,17 +66,17 @@ def preparation(root: Path, names: Sequence[str]) -> Iterator[Job]:
         if chosen.annotator == "clip":
             others = ("--images", f"{here / 'others.csv'}", *classes, *chosen.clip, "--output_dir", f"{clip}")
             yield Job(f"{name}/clip", ("-m", "benchmarks.tiny_clip", *others), clip / "open_clip_config.json")
-            told = (*listed, *classes, "--vlm", f"local-dir:{clip}", "--workers", "0", *out)
-            yield Job(f"{name}/annotations", ("annotate_vlm.py", *told), mark_of(raw), (clip / "open_clip_config.json",))
+            words = (*listed, *classes, "--vlm", f"local-dir:{clip}", "--workers", "0", *out)
+            yield Job(f"{name}/annotations", ("annotate_vlm.py", *words), mark_of(raw), (clip / "open_clip_config.json",))
         elif chosen.annotator == "conse":
-            told = (*listed, "--glosses", f"{GLOSSES / name}.txt", *out)
-            yield Job(f"{name}/annotations", ("-m", "benchmarks.conse", *told), mark_of(raw))
+            words = (*listed, "--glosses", f"{GLOSSES / name}.txt", *out)
+            yield Job(f"{name}/annotations", ("-m", "benchmarks.conse", *words), mark_of(raw))
         else:
             yield Job(f"{name}/annotations", ("annotate_vlm.py", "--workers", "0", *out), mark_of(raw))
         yield refinement(name, raw, refined, f"{name}/refined", weights, chosen)
         if not chosen.own_features:  # the probe reads features beside the store that it learns from
-            told = (f"{refined}", *view_options(weights, chosen))
-            command = ("-m", "coreg.annotate.view", *told)
+            words = (f"{refined}", *view_options(weights, chosen))
+            command = ("-m", "coreg.annotate.view", *words)
             yield Job(f"{name}/view", command, view_mark(refined), (mark_of(refined), *needs))
 
 
@@ -90,8 +90,8 @@ def refinement(name: str, raw: Path, refined: Path, job: str, weights: Path, cho
     """The job that refines a store."""
     by = ("--features", "own") if chosen.own_features else view_options(weights, chosen)
     needs = (mark_of(raw), *(() if chosen.own_features else (weights / "model.safetensors",)))
-    told = ("-m", "coreg.annotate", "refine", f"{raw}", *by, "--output_dir", f"{refined}")
-    return Job(job, told, mark_of(refined), needs)
+    words = ("-m", "coreg.annotate", "refine", f"{raw}", *by, "--output_dir", f"{refined}")
+    return Job(job, words, mark_of(refined), needs)
 
 
 def student(root: Path, name: str) -> tuple[str, ...]:
@@ -99,7 +99,7 @@ def student(root: Path, name: str) -> tuple[str, ...]:
     chosen = SETS[name]
     if chosen.own_features:
         return ("--recipe", "digits", "--refine", "none", "--workers", "0")
-    look = (
+    pixels = (
         "--backbone",
         f"local-dir:{root / WEIGHTS}",
         "--image_size",
@@ -108,7 +108,7 @@ def student(root: Path, name: str) -> tuple[str, ...]:
         f"{chosen.size // 8}",
     )
     flip = () if chosen.flip else ("--flip", "false")
-    return ("--recipe", "folder", *look, *flip, "--epochs", f"{chosen.epochs}", "--workers", "0")
+    return ("--recipe", "folder", *pixels, *flip, "--epochs", f"{chosen.epochs}", "--workers", "0")
 
 
 SHARES = ("0.05", "0.1", "0.2", "0.4")
@@ -164,21 +164,21 @@ def trained(root: Path, name: str, method: str, evidence: str, seed: int, comman
     store = store_of(root, name, evidence)
     run = f"{name}/{method}-{evidence}-{seed}"
     script, *options = command
-    told = (script, *student(root, name), "--annotations", f"{store}", *options, "--seed", f"{seed}")
+    words = (script, *student(root, name), "--annotations", f"{store}", *options, "--seed", f"{seed}")
     needs = [mark_of(store)]
     if not SETS[name].own_features:
         needs.append(root / WEIGHTS / "model.safetensors")
         if method == "probe":  # refining has made the view of the raw store
             needs.append(mark_of(store_of(root, name, REFINED)) if evidence == RAW else view_mark(store))
-    return Job(run, (*told, "--output_dir", f"{root / run}"), root / run / "report.json", tuple(needs))
+    return Job(run, (*words, "--output_dir", f"{root / run}"), root / run / "report.json", tuple(needs))
 
 
 def judged(root: Path, name: str, evidence: str) -> Job:
     """The job that reports on a store's own labels."""
     store, run = store_of(root, name, evidence), f"{name}/labels-{evidence}"
-    told = ("baselines/zero_shot.py", "--annotations", f"{store}", "--variant", "averaged")
+    words = ("baselines/zero_shot.py", "--annotations", f"{store}", "--variant", "averaged")
     mark = root / run / "averaged" / "report.json"
-    return Job(run, (*told, "--output_dir", f"{root / run}"), mark, (mark_of(store),))
+    return Job(run, (*words, "--output_dir", f"{root / run}"), mark, (mark_of(store),))
 
 
 def table(root: Path, names: Sequence[str], seeds: Sequence[int]) -> Iterator[Job]:
@@ -201,15 +201,15 @@ def views(root: Path, names: Sequence[str], seeds: Sequence[int]) -> Iterator[Jo
     for name in names:
         chosen, raw, network = SETS[name], store_of(root, name, RAW), root / name / UNLABELLED
         digits = chosen.own_features
-        look = ("--channels", "1") if digits else ()
+        pixels = ("--channels", "1") if digits else ()
         size = f"{16 if digits else 32}"
-        told = (f"{raw}", "--size", size, *look, *(() if chosen.flip and not digits else ("--no_flip",)))
+        words = (f"{raw}", "--size", size, *pixels, *(() if chosen.flip and not digits else ("--no_flip",)))
         mark = network / "model.safetensors"
-        command = ("-m", "benchmarks.unlabelled", *told, "--output_dir", f"{network}")
+        command = ("-m", "benchmarks.unlabelled", *words, "--output_dir", f"{network}")
         yield Job(f"{name}/{UNLABELLED}", command, mark, (mark_of(raw),))
         refined = store_of(root, name, f"refined_{UNLABELLED}")
         mirror = () if chosen.flip and not digits else ("--mirror", "false")
-        seen = ("--backbone", f"local-dir:{network}", "--image_size", size, *look, *mirror, "--workers", "0")
+        seen = ("--backbone", f"local-dir:{network}", "--image_size", size, *pixels, *mirror, "--workers", "0")
         command = ("-m", "coreg.annotate", "refine", f"{raw}", *seen, "--output_dir", f"{refined}")
         yield Job(f"{name}/refined_{UNLABELLED}", command, mark_of(refined), (mark_of(raw), mark))
         yield judged(root, name, f"refined_{UNLABELLED}")
@@ -238,8 +238,8 @@ def questions(root: Path, names: Sequence[str], seeds: Sequence[int]) -> Iterato
     raw, coreg = store_of(root, "digits", RAW), (COREG, "--warmup_epochs", f"{SETS['digits'].warmup}")
     for share in SPOILED:
         spoiled = store_of(root, "digits", f"spoiled_{share}")
-        told = ("-m", "benchmarks.spoil", f"{raw}", "--share", share, "--output_dir", f"{spoiled}")
-        yield Job(f"digits/spoiled_{share}", told, mark_of(spoiled), (mark_of(raw),))
+        words = ("-m", "benchmarks.spoil", f"{raw}", "--share", share, "--output_dir", f"{spoiled}")
+        yield Job(f"digits/spoiled_{share}", words, mark_of(spoiled), (mark_of(raw),))
         refined = store_of(root, "digits", f"spoiled_{share}_refined")
         job = f"digits/spoiled_{share}_refined"
         yield refinement("digits", spoiled, refined, job, root / WEIGHTS, SETS["digits"])
@@ -262,22 +262,22 @@ def questions(root: Path, names: Sequence[str], seeds: Sequence[int]) -> Iterato
 
 def plan(root: Path, names: Sequence[str], seeds: Sequence[int], stages: Sequence[str]) -> list[Job]:
     """All jobs in the order in which they are begun."""
-    found = list(preparation(root, names))
+    jobs = list(preparation(root, names))
     for stage in stages:
-        found += {"table": table, "views": views, "robust": robust, "questions": questions}[stage](root, names, seeds)
-    return found
+        jobs += {"table": table, "views": views, "robust": robust, "questions": questions}[stage](root, names, seeds)
+    return jobs
 
 
 def tables(root: Path, names: Sequence[str], seeds: Sequence[int], stages: Sequence[str]) -> str:
     """The Markdown tables of what is finished."""
-    titles, found = {name: SETS[name].title for name in names}, {}
+    titles, parts = {name: SETS[name].title for name in names}, {}
     if "table" in stages:
-        found["All methods"] = main_table(root, titles, TITLES, seeds)
+        parts["All methods"] = main_table(root, titles, TITLES, seeds)
     if "views" in stages:
         stores = {RAW: RAW, "ImageNet view (digits: own features)": REFINED, "view trained here": f"refined_{UNLABELLED}"}
-        found["Labels refined by views of two origins"] = views_table(root, titles, stores)
+        parts["Labels refined by views of two origins"] = views_table(root, titles, stores)
     if "robust" in stages:
-        found["Co-Reg on refined labels, one default changed"] = scores_table(root, titles, VARIANTS, seeds)
+        parts["Co-Reg on refined labels, one default changed"] = scores_table(root, titles, VARIANTS, seeds)
     if "questions" in stages and "digits" in names:
         of = partial(collect, root, "digits", seeds=seeds)
         usual = of("coreg", RAW), of("coreg", REFINED)
@@ -293,8 +293,8 @@ def tables(root: Path, names: Sequence[str], seeds: Sequence[int], stages: Seque
         ):
             if any(raw.reports or refined.reports for raw, refined in lines.values()):
                 every = dict(sorted(({same: usual} | lines).items()))
-                found[f"{title} (digits)"] = raw_and_refined(every, head)
-    return "\n\n".join(f"### {title}\n\n{lines}" for title, lines in found.items() if lines) + "\n"
+                parts[f"{title} (digits)"] = raw_and_refined(every, head)
+    return "\n\n".join(f"### {title}\n\n{lines}" for title, lines in parts.items() if lines) + "\n"
 
 
 @exits_with_one_line

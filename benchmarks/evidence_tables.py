@@ -100,8 +100,8 @@ def views_table(root: Path, names: dict[str, str], stores: dict[str, str]) -> st
     for name, title in names.items():
         row = {"train / test accuracy": title}
         for what, evidence in stores.items():
-            found = labels(root, name, evidence, evidence)
-            shares = [report["accuracy"] for report in found.reports.values()]
+            of_store = labels(root, name, evidence, evidence)
+            shares = [report["accuracy"] for report in of_store.reports.values()]
             cells = [
                 spread([100 * one[split]["ensemble"] for one in shares if split in one]) for split in ("train", "test")
             ]

@@ -68,8 +68,8 @@ def test_the_commands_are_ones_that_the_programs_take(tmp_path):
 def test_a_missing_set_is_left_out_with_one_line_and_a_plan_runs_nothing(tmp_path, capsys):
     for split in ("train", "test"):
         (tmp_path / "data" / "gtsrb" / split).mkdir(parents=True)
-    told = ["--data", str(tmp_path / "data"), "--output_dir", str(tmp_path / "out"), "--plan"]
-    assert evidence.main(told) == 0
+    words = ["--data", str(tmp_path / "data"), "--output_dir", str(tmp_path / "out"), "--plan"]
+    assert evidence.main(words) == 0
     lines = capsys.readouterr().out.splitlines()
     left_out = [line for line in lines if line.startswith("left out")]
     assert [name in line for line, name in zip(left_out, ("CIFAR-10", "EuroSAT"))] == [True, True] and len(left_out) == 2
@@ -80,7 +80,7 @@ def test_a_missing_set_is_left_out_with_one_line_and_a_plan_runs_nothing(tmp_pat
 
 # ---- jobs, as real processes --------------------------------------------------------------------------------------
 
-TOUCH = "import sys, pathlib; sum(range(3_000_000)); pathlib.Path(sys.argv[1]).write_text('x'); print('told')"
+TOUCH = "import sys, pathlib; sum(range(3_000_000)); pathlib.Path(sys.argv[1]).write_text('x'); print('seen')"
 
 
 def job(root, name, needs=(), code=TOUCH):
@@ -93,7 +93,7 @@ def test_what_is_finished_is_skipped_and_needs_are_waited_for(tmp_path, capsys):
     assert run_jobs(jobs, tmp_path, 2) == []
     assert (tmp_path / "old").read_text() == "kept" and (tmp_path / "last").exists()
     assert [line.split()[1] for line in capsys.readouterr().out.splitlines()] == ["first", "last"]
-    assert (tmp_path / "logs" / "first.log").read_text() == "told\n"
+    assert (tmp_path / "logs" / "first.log").read_text() == "seen\n"
     assert 0 < cpu_seconds(tmp_path, "first") < 60 and cpu_seconds(tmp_path, "old") is None
     assert run_jobs(jobs, tmp_path, 2) == [] and capsys.readouterr().out == ""
 
@@ -235,8 +235,8 @@ def test_a_spoiled_row_is_moved_on_and_abstention_stays():
 def test_shares_of_spoiled_images_are_nested_and_features_stay(digits, tmp_path, capsys):
     spoiled = {}
     for share in ("0", "0.2", "0.6"):
-        told = [str(digits.root), "--share", share, "--output_dir", str(tmp_path / share)]
-        assert spoil.main(told) == 0
+        words = [str(digits.root), "--share", share, "--output_dir", str(tmp_path / share)]
+        assert spoil.main(words) == 0
         worse = AnnotationStore.open(tmp_path / share)
         rows = spoiled[share] = (worse.probs() != digits.probs()).any(axis=1)
         np.testing.assert_array_equal(worse.votes()[rows], (digits.votes()[rows] + 1) % 10)
@@ -279,8 +279,8 @@ def test_tables_of_nothing_are_left_out_and_a_page_has_a_place_for_them(tmp_path
     run.mkdir(parents=True)
     write_report(run / "report.json", report_of(0.7, 1))
     page.write_text("Before.\n<!-- evidence -->\nold\n<!-- end of evidence -->\nAfter.\n")
-    told = ["--data", str(tmp_path), "--output_dir", str(tmp_path / "out"), "--tables", "--page", str(page)]
-    assert evidence.main(told) == 0
+    words = ["--data", str(tmp_path), "--output_dir", str(tmp_path / "out"), "--tables", "--page", str(page)]
+    assert evidence.main(words) == 0
     text = page.read_text()
     assert text.startswith("Before.\n<!-- evidence -->\n\n### All methods\n") and text.endswith("-->\nAfter.\n")
     assert "| Co-Reg" in text and "KD" not in text and "views" not in text and "old" not in text
@@ -311,15 +311,15 @@ def test_contrast_is_its_formula():
 
 
 def test_a_network_is_trained_without_labels_and_gives_a_view(small_store, tmp_path, capsys):
-    told = [str(small_store), "--size", "8", "--channels", "1", "--epochs", "2", "--no_flip"]
+    words = [str(small_store), "--size", "8", "--channels", "1", "--epochs", "2", "--no_flip"]
     for name in ("a", "b"):
-        assert unlabelled.main([*told, "--output_dir", str(tmp_path / name)]) == 0
+        assert unlabelled.main([*words, "--output_dir", str(tmp_path / name)]) == 0
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("a", "b")]
     assert weights[0] == weights[1] and "use it with" in capsys.readouterr().out
     shutil.copytree(small_store, tmp_path / "store")
-    look = ["--image_size", "8", "--channels", "1", "--mirror", "false", "--workers", "0"]
-    assert view.main([str(tmp_path / "store"), "--backbone", f"local-dir:{tmp_path / 'a'}", *look]) in (0, None)
+    pixels = ["--image_size", "8", "--channels", "1", "--mirror", "false", "--workers", "0"]
+    assert view.main([str(tmp_path / "store"), "--backbone", f"local-dir:{tmp_path / 'a'}", *pixels]) in (0, None)
     store = AnnotationStore.open(tmp_path / "store")
     features = View.open(store.root / "views" / "a-8", store).features()
     assert features.shape == (len(store), 128) and features.std(axis=0).max() > 0
-    assert "exists" in refused(capsys, unlabelled.main, *told, "--output_dir", str(tmp_path / "a"))
+    assert "exists" in refused(capsys, unlabelled.main, *words, "--output_dir", str(tmp_path / "a"))
