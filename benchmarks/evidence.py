@@ -108,7 +108,7 @@ def student(root: Path, name: str) -> tuple[str, ...]:
         f"{chosen.size // 8}",
     )
     flip = () if chosen.flip else ("--flip", "false")
-    return ("--recipe", "folder", *pixels, *flip, "--epochs", f"{chosen.epochs}", "--workers", "0")
+    return ("--recipe", "folder", "--refine", "none", *pixels, *flip, "--epochs", f"{chosen.epochs}", "--workers", "0")
 
 
 SHARES = ("0.05", "0.1", "0.2", "0.4")

@@ -42,6 +42,9 @@ def test_seeds_are_the_outermost_loop_and_all_is_raw_and_refined(tmp_path):
                 assert [runs.count(f"{name}/{method}-{evidence_of}-{seed}") for seed in (0, 1)] == [1, 1]
             # no seed changes a probe
             assert [runs.count(f"{name}/probe-{evidence_of}-{seed}") for seed in (0, 1)] == [1, 0]
+    # what a recipe refines by itself would make raw runs refined ones
+    students = [job for job in jobs if "--recipe" in job.command]
+    assert students and all(" --refine none " in " ".join(job.command) for job in students)
     assert len({job.name for job in jobs}) == len({job.mark for job in jobs}) == len(jobs)
 
 
