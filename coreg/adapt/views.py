@@ -72,10 +72,12 @@ class Photos:
     def __init__(
         self, images: ImageList, preprocess: Callable[[Image.Image], Any], view: RandomView, seed: int, workers: int
     ) -> None:
-        """Take what is needed; nothing is decoded yet.
+        """Start the threads; nothing is decoded yet.
 
         Args:
+            images: of the store.
             preprocess: PIL image -> what a model takes.
+            view: of training images. seed: of the views. workers: threads.
         """
         self.images, self.preprocess, self.random_view, self.seed = images, preprocess, view, seed
         # Pillow releases the interpreter's lock while it decodes and resizes
