@@ -34,7 +34,7 @@ def read_settings(argv: Sequence[str] | None = None) -> AnnotateConfig:
 
 
 if __name__ == "__main__":
-    read_settings()  # what is wrong with it is told before the imports below, which take seconds
+    read_settings()  # what is wrong with it is reported before the imports below, which take seconds
 
 import platform
 from dataclasses import dataclass
@@ -68,17 +68,11 @@ from coreg.store.store import AnnotationStore, StoreWriter, continued, make_mani
 
 @dataclass
 class Job:
-    """What the main process found out before anything was written.
+    """What the main process knows before anything is written."""
 
-    Attributes:
-        manifest: the store's manifest; of a new store, but for what only the loaded model can tell.
-        model: the annotator's model.
-        finished: whether the store is there and whole.
-    """
-
-    manifest: dict[str, Any]
-    model: ModelSpec
-    finished: bool
+    manifest: dict[str, Any]  # of the store; of a new one, but for what only the loaded model can tell
+    model: ModelSpec  # the annotator's
+    finished: bool  # whether the store is there and whole
 
 
 def annotate(config: AnnotateConfig, accelerator: Accelerator | None = None) -> AnnotationStore:
@@ -98,10 +92,10 @@ def annotate(config: AnnotateConfig, accelerator: Accelerator | None = None) -> 
     check_bounds(config)
     accelerator = accelerator or build_accelerator(timeout_minutes=60)
     root = Path(config.output_dir)
-    # The main process looks at the files and everyone believes it; it keeps the list that it opened.
+    # The main process reads the files and everyone believes it; it keeps the list that it opened.
     opened: list[ImageList] = []
-    look = look_at_store if config.rescore else look_at_images
-    job: Job = main_process_decides(accelerator, lambda: look(config, opened))
+    make_job = job_on_store if config.rescore else job_on_images
+    job: Job = main_process_decides(accelerator, lambda: make_job(config, opened))
     if job.finished:
         accelerator.print(f"{printable(root)} holds these annotations already: nothing to do")
         store = AnnotationStore.open(root)
@@ -123,8 +117,8 @@ def annotate(config: AnnotateConfig, accelerator: Accelerator | None = None) -> 
     annotator = load_annotator(job.model, manifest["templates"], names, accelerator.device, precision, config.chat_mode)
     for note in annotator.notes:
         accelerator.print(f"note: {printable(note)}")
-    told = {"features": annotator.features, "preprocessing": annotator.preprocessing, "versions": versions()}
-    writer = StoreWriter(root, manifest | told)
+    details = {"features": annotator.features, "preprocessing": annotator.preprocessing, "versions": versions()}
+    writer = StoreWriter(root, manifest | details)
     for line in main_process_decides(accelerator, lambda: begin(writer, opened[0])):
         accelerator.print(f"damaged, annotated again: {printable(line)}")
 
@@ -160,12 +154,12 @@ def source_of_evidence(
     shared["batch_size"] = config.batch_size
     if config.rescore:
         source = AnnotationStore.open(config.rescore)
-        return partial(rescore_features, source=source.root, told=source.manifest, **shared)
+        return partial(rescore_features, source=source.root, manifest=source.manifest, **shared)
     (images,) = opened
     return partial(annotate_images, images=images, workers=config.workers, max_errors=config.max_errors, **shared)
 
 
-def look_at_images(config: AnnotateConfig, opened: list[ImageList]) -> Job:
+def job_on_images(config: AnnotateConfig, opened: list[ImageList]) -> Job:
     """Check the whole job before anything is written.
 
     Args:
@@ -188,16 +182,16 @@ def look_at_images(config: AnnotateConfig, opened: list[ImageList]) -> Job:
     identity = {"spec": model.spec, "weights": model.weights, "precision": config.precision}
     if model.kind == "chat":
         identity["mode"] = config.chat_mode
-    aside = {"data_root": str(absolute_path(config.data_root)), "notes": images.notes}
-    manifest = make_manifest(images, class_names, templates, identity, config.block_size, **aside)
-    manifest, finished = look_at_folder(config, manifest, images)
+    details = {"data_root": str(absolute_path(config.data_root)), "notes": images.notes}
+    manifest = make_manifest(images, class_names, templates, identity, config.block_size, **details)
+    manifest, finished = check_folder(config, manifest, images)
     if not finished:
         require_readable(images)
     return Job(manifest, model, finished)
 
 
-def look_at_store(config: AnnotateConfig, opened: list[ImageList]) -> Job:
-    """As `look_at_images`, for a store that is judged again.
+def job_on_store(config: AnnotateConfig, opened: list[ImageList]) -> Job:
+    """As `job_on_images`, for a store that is judged again.
 
     Raises:
         UserError: the first thing that is wrong.
@@ -213,9 +207,9 @@ def look_at_store(config: AnnotateConfig, opened: list[ImageList]) -> Job:
     labels = None if store.labels is None else translated(store.labels, store.class_names, class_names)
     images = ImageList(store.images_spec, store.paths, labels, store.split, None, pixels=lambda row: None)
     opened.append(images)
-    told = {key: store.manifest[key] for key in ("model", "block_size", "data_root")} | {"notes": notes_of(store.manifest)}
-    manifest = make_manifest(images, class_names, templates, **told)
-    manifest, finished = look_at_folder(config, manifest, images)
+    kept = {key: store.manifest[key] for key in ("model", "block_size", "data_root")} | {"notes": notes_of(store.manifest)}
+    manifest = make_manifest(images, class_names, templates, **kept)
+    manifest, finished = check_folder(config, manifest, images)
     return Job(manifest, model, finished)
 
 
@@ -224,7 +218,7 @@ def annotate_digits(folder: Path, accelerator: Accelerator) -> AnnotationStore:
     return annotate(AnnotateConfig(output_dir=str(folder)), accelerator)
 
 
-def look_at_folder(config: AnnotateConfig, manifest: dict[str, Any], images: ImageList) -> tuple[dict[str, Any], bool]:
+def check_folder(config: AnnotateConfig, manifest: dict[str, Any], images: ImageList) -> tuple[dict[str, Any], bool]:
     """The manifest to go on with, and whether --output_dir holds this very job, finished and whole.
 
     Raises:

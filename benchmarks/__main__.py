@@ -27,8 +27,8 @@ def _parts() -> str:
     alone = as_markdown([row for name in CASES for row in step.parts(name, JobConfig())])
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = [*launch, "-m", "benchmarks.step", "--networks", "demo", "--parts"]
-    said = subprocess.run(command, cwd=PAGE.parent.parent, capture_output=True, text=True, check=True).stdout
-    return alone + "\n\n" + "\n".join(line for line in said.split("\n") if line.startswith("|"))
+    printed = subprocess.run(command, cwd=PAGE.parent.parent, capture_output=True, text=True, check=True).stdout
+    return alone + "\n\n" + "\n".join(line for line in printed.split("\n") if line.startswith("|"))
 
 
 TABLES: dict[str, Callable[[], str]] = {

@@ -93,9 +93,9 @@ def end_to_end_rate(annotator: ClipAnnotator, classes: int, root: Path, folder: 
     """Images a second from files to blocks; loading the model and encoding the texts are left out."""
     names = NAMES[:classes]
     images = open_images(str(folder), names)
-    told = {"features": annotator.features, "data_root": "data", "preprocessing": {}, "versions": {}}
+    details = {"features": annotator.features, "data_root": "data", "preprocessing": {}, "versions": {}}
     model = {"spec": "random", "weights": "random"}
-    writer = StoreWriter(root, make_manifest(images, names, TEMPLATES, model, 2048, **told))
+    writer = StoreWriter(root, make_manifest(images, names, TEMPLATES, model, 2048, **details))
     writer.begin(images)
     start = time.perf_counter()
     with BlockQueue(root, writer.files) as queue:
@@ -141,8 +141,8 @@ def save_features(root: Path, spec: str, rows: int) -> None:
     paths = Paths([b"%08d.jpg" % row for row in range(rows)])
     images = ImageList("/nowhere", paths, None, np.zeros(rows, np.uint8), None, lambda row: None)
     model = {"spec": spec, "weights": resolve(spec).weights, "precision": "fp32"}
-    told = {"features": 512, "data_root": "data", "preprocessing": {}, "versions": {}}
-    writer = StoreWriter(root, make_manifest(images, NAMES, TEMPLATES, model, 2048, **told))
+    details = {"features": 512, "data_root": "data", "preprocessing": {}, "versions": {}}
+    writer = StoreWriter(root, make_manifest(images, NAMES, TEMPLATES, model, 2048, **details))
     writer.begin(images)
     generator = np.random.default_rng(0)
     for index in range(len(writer.files)):
@@ -157,10 +157,10 @@ def save_features(root: Path, spec: str, rows: int) -> None:
 def run_child(script: Path, *arguments: str) -> tuple[float, float]:
     """Seconds and peak resident memory (MB) of a Python script in a process of its own."""
     start = time.perf_counter()
-    said = subprocess.run(
+    printed = subprocess.run(
         [sys.executable, "-c", TELL_PEAK, str(script), *arguments], capture_output=True, text=True, check=True
     ).stdout
-    return time.perf_counter() - start, int(said.split("\n")[-2]) * 1024 / 1e6
+    return time.perf_counter() - start, int(printed.split("\n")[-2]) * 1024 / 1e6
 
 
 def rescore(options: argparse.Namespace, place: Path) -> list[dict[str, str]]:

@@ -130,7 +130,7 @@ def measure(size: int, batch: int, seconds: float) -> list[dict[str, str]]:
     for kind in kinds:
         row = {"view": f"{kind}, {size} x {size}"}
         for side in ("Pillow", "ours"):
-            taken = statistics.median(found[f"{kind}, {side}"] for found in rounds)
+            taken = statistics.median(times[f"{kind}, {side}"] for times in rounds)
             row[f"{side}, images/s"] = f"{batch / taken:,.0f}"
         table.append(row | {"ratio": f"{ratio(rounds, f'{kind}, Pillow', f'{kind}, ours'):.1f}"})
     return table

@@ -64,8 +64,8 @@ def rows(names: dict[tuple[str, str], str]) -> Iterator[str]:
     yield "|---|---|---|---|---|---|"
     for (module, word), name in names.items():
         try:
-            millions, size, said = outcome(name)
-            yield f"| {module} | {word} | {name} | {millions:.1f} | {size} | {said} |"
+            millions, size, result = outcome(name)
+            yield f"| {module} | {word} | {name} | {millions:.1f} | {size} | {result} |"
         except Exception as error:  # one family's trouble is a row of the table
             yield f"| {module} | {word} | {name} | | | {type(error).__name__}: {error} |"
 

@@ -57,13 +57,13 @@ def measure(n: int, classes: int) -> list[dict[str, str]]:
     def timed(step: str, work: Callable[[], Any]) -> Any:
         Path("/proc/self/clear_refs").write_text("5")  # forget the peak until here
         start = time.process_time()
-        found = work()
+        result = work()
         seconds, most = time.process_time() - start, (resident()[1] - before) / 1e6
         rows.append({"step": step, "seconds": f"{seconds:,.0f}", "MB": f"{max(most, 0):,.0f}"})
-        return found
+        return result
 
     def right() -> np.ndarray:
-        named = [np.stack([p.argmax(axis=1) for p in (probs[part], found.part(part))]) for part in _parts(n)]
+        named = [np.stack([p.argmax(axis=1) for p in (probs[part], refinement.part(part))]) for part in _parts(n)]
         return (np.concatenate(named, axis=1) == labels).mean(axis=1)
 
     with threadpool_limits(1):
@@ -72,7 +72,7 @@ def measure(n: int, classes: int) -> list[dict[str, str]]:
         setting, scores = timed("prior and weight chosen", lambda: choose(z, probs, ids))
         temperature = timed("temperature, from two halves", lambda: fit_two_halves(z, probs, setting, ids))
         mixture = timed("the mixture", lambda: fit_mixture(z, probs, setting))
-        found = Refinement(
+        refinement = Refinement(
             setting, scores, temperature, 0.0, projection, mixture, features, probs, np.ones(n, dtype=np.int8)
         )
         annotator, mended = timed("probabilities", right)

@@ -64,7 +64,7 @@ class PlainCoReg:
         return loss.item()
 
     def loss(self, views: dict[str, Tensor], p: Tensor, w: Tensor, kept: float, order: Tensor, ramp: float) -> Tensor:
-        """The whole objective behind the gate; moves prototypes, key encoder and queue.
+        """The whole objective once the gate is open; moves prototypes, key encoder and queue.
 
         Args:
             views: (n, c, h, w) each, the names of `VIEWS`. kept: MixUp's lambda. order: its permutation.

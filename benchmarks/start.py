@@ -39,8 +39,8 @@ def measure() -> list[dict[str, str]]:
     """One row for each command."""
     rows = []
     for name, arguments in COMMANDS.items():
-        found = [seconds_of(arguments) for _ in range(3)]
-        clock, processor = (min(column) for column in zip(*found))
+        times = [seconds_of(arguments) for _ in range(3)]
+        clock, processor = (min(column) for column in zip(*times))
         rows.append({"command": name, "seconds": f"{clock:.2f}", "of the processor": f"{processor:.2f}"})
     return rows
 

@@ -156,11 +156,11 @@ def peaks(name: str, sides: Sequence[str]) -> dict[str, float]:
     """Peak megabytes of every side above a process that holds the images alone, each in a process of its own."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["coreg.run.training"])
-    found = {}
+    megabytes = {}
     for side in (None, *sides):
         with context.Pool(1) as pool:
-            found[side] = pool.apply(peak_megabytes, (name, side))
-    return {side: found[side] - found[None] for side in sides}
+            megabytes[side] = pool.apply(peak_megabytes, (name, side))
+    return {side: megabytes[side] - megabytes[None] for side in sides}
 
 
 # ---- the program -----------------------------------------------------------------------------------------------------
@@ -175,7 +175,7 @@ def measure(name: str, seconds: float, job: JobConfig) -> list[dict[str, Any]]:
     rows = []
     for side in sides:
         floor = "passes, fast" if side.endswith("fast") else "passes"
-        rate = 2 * bench.case.batch / statistics.median(found[side] for found in rounds)
+        rate = 2 * bench.case.batch / statistics.median(times[side] for times in rounds)
         rows.append(
             {
                 "network": name,

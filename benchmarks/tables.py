@@ -49,6 +49,6 @@ def fill(page: str, name: str, text: str) -> str:
     """
     first, last = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
     if page.count(first) != 1 or page.count(last) != 1 or page.index(first) > page.index(last):
-        raise ValueError(f"the page needs one line {first.strip()} and behind it one line {last}")
+        raise ValueError(f"the page needs one line {first.strip()} and after it one line {last}")
     before, _, rest = page.partition(first)
     return f"{before}{first}\n{text}\n\n{last}{rest.partition(last)[2]}"

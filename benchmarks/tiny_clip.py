@@ -2,7 +2,7 @@
 
     python -m benchmarks.tiny_clip --images eurosat/train --classes classes.txt --skip 100 --per_class 100 --output_dir clip
 
-Of every class the images behind the first `--skip` by name are taken, so that the first ones stay unseen. Every image is
+Of every class the images after the first `--skip` by name are taken, so that the first ones stay unseen. Every image is
 matched with its class among all class names in the words of a template that is drawn for each step: what is learned is a
 vision-language model that annotates like a real one, only worse. Written as an open_clip folder (`--vlm local-dir:clip`).
 """
@@ -39,7 +39,7 @@ BATCH_SIZE, LEARNING_RATE, WEIGHT_DECAY = 100, 1e-3, 0.1
 
 
 def chosen_rows(labels: np.ndarray, skip: int, per_class: int) -> np.ndarray:
-    """Sample indices, int64, of at most `per_class` images of every class, behind its first `skip`."""
+    """Sample indices, int64, of at most `per_class` images of every class, after its first `skip`."""
     of_class = [np.flatnonzero(labels == label)[skip : skip + per_class] for label in range(labels.max() + 1)]
     return np.concatenate(of_class) if of_class else np.zeros(0, dtype=np.int64)
 
@@ -77,8 +77,8 @@ def save_clip(folder: Path, model: CLIP, config: dict, mean: float, std: float) 
     folder.mkdir(parents=True)
     weights = {name: value.contiguous() for name, value in model.state_dict().items()}
     save_file(weights, folder / "open_clip_model.safetensors")
-    told = {"model_cfg": config, "preprocess_cfg": {"mean": [mean] * 3, "std": [std] * 3, "resize_mode": "squash"}}
-    (folder / "open_clip_config.json").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+    config = {"model_cfg": config, "preprocess_cfg": {"mean": [mean] * 3, "std": [std] * 3, "resize_mode": "squash"}}
+    (folder / "open_clip_config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
     return f"local-dir:{folder}"
 
 
@@ -89,10 +89,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--images", required=True, help="images with labels, as of annotate_vlm.py")
     parser.add_argument("--classes", required=True, help="text file, one class name a line")
     parser.add_argument("--skip", type=int, default=0, help="images of every class that are left alone, the first by name")
-    parser.add_argument("--per_class", type=int, default=100, help="images of every class behind them")
-    parser.add_argument("--steps", type=int, default=1000, help=f"of {BATCH_SIZE} images")
+    parser.add_argument(
+        "--per_class", type=int, default=100, help="images of every class that are taken, those after the skipped ones"
+    )
+    parser.add_argument("--steps", type=int, default=1000, help=f"training steps, each of {BATCH_SIZE} images")
     parser.add_argument("--no_flip", action="store_true", help="mirror no image: where left and right make another class")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights and batches")
     parser.add_argument("--output_dir", type=Path, required=True, help="new folder")
     args = parser.parse_args(argv)
     if args.skip < 0 or min(args.per_class, args.steps) < 1:

@@ -16,7 +16,7 @@ def in_turns(
 ) -> list[dict[str, float]]:
     """Seconds that every side takes in every round, after one round that is not counted.
 
-    Every second round goes backwards, so that no side is always the first behind another.
+    Every second round goes backwards, so that no side always comes after the same other one.
 
     Args:
         sides: functions of the round's number.
@@ -27,19 +27,19 @@ def in_turns(
     rounds: list[dict[str, float]] = []
     end = float("inf")
     while len(rounds) <= least or time.perf_counter() < end:
-        found = {}
+        times = {}
         for name in sorted(sides, reverse=len(rounds) % 2 == 1):
             wait()
             start = clock()
             sides[name](len(rounds))
             wait()
-            found[name] = clock() - start
+            times[name] = clock() - start
         if not rounds:
             end = time.perf_counter() + seconds
-        rounds.append(found)
+        rounds.append(times)
     return rounds[1:]
 
 
 def ratio(rounds: list[dict[str, float]], above: str, below: str) -> float:
     """Median over the rounds of the time of one side by that of another."""
-    return statistics.median(found[above] / found[below] for found in rounds)
+    return statistics.median(times[above] / times[below] for times in rounds)

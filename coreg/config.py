@@ -5,8 +5,8 @@
     3. the recipe
     4. the command line
 
-One parser reads them all, as if every layer had been typed: unknown keys, wrong types and wrong choices are found wherever
-they were written.
+One parser reads them all, as if every layer had been typed: unknown keys, wrong types and wrong choices are reported
+wherever they were written.
 """
 
 from __future__ import annotations
@@ -320,11 +320,11 @@ def parse(
         values = {key: value for layer in layers for key, value in layer.items()}
         return tuple(group(**{key: values[key] for key in values.keys() & names_of(group)}) for group in groups)
 
-    found = filled(below, recipe, typed)
+    configs = filled(below, recipe, typed)
     if preset:
-        found = filled(below, parser.layer(_as_arguments(preset(*found))), recipe, typed)
-    check_bounds(*found)
-    return found
+        configs = filled(below, parser.layer(_as_arguments(preset(*configs))), recipe, typed)
+    check_bounds(*configs)
+    return configs
 
 
 def check_bounds(*configs: Any) -> None:

@@ -11,7 +11,7 @@ from coreg.plaintext import printable
 
 
 class UserError(Exception):
-    """Bad input: the message says what was found, what was expected and what to type next, in one line.
+    """Bad input: the message says what was given, what was expected and what to type next, in one line.
 
     `silent` is set where another process has the same error to tell, so that a job of many processes says it once.
     """

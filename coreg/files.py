@@ -24,7 +24,7 @@ from coreg.errors import UserError
 def reason_of(error: BaseException) -> str | None:
     """Why a file could not be written, in a few words, or None for an error that is not the file system's.
 
-    Libraries wrap what the system said: torch in a RuntimeError, safetensors in one of its own.
+    Libraries wrap the system's message: torch in a RuntimeError, safetensors in one of its own.
     """
     if isinstance(error, OSError):
         return error.strerror or str(error)

@@ -1,4 +1,4 @@
-"""The model hub, asked so that a machine without network is told within seconds, and never asked for code."""
+"""The model hub, asked so that without network an error comes within seconds, and never asked for code."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NETWORK_SECONDS = 8.0
 
 @contextlib.contextmanager
 def cache_only(enabled: bool) -> Iterator[None]:
-    """Let huggingface_hub look into its cache only, and other downloads give up soon."""
+    """Let huggingface_hub read its cache only, and other downloads give up soon."""
     before = huggingface_hub.constants.HF_HUB_OFFLINE, socket.getdefaulttimeout()
     if enabled:
         huggingface_hub.constants.HF_HUB_OFFLINE = True

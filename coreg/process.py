@@ -86,18 +86,18 @@ def follow_launcher(job: JobConfig) -> None:
     Raises:
         UserError: the configuration asks for a precision that there is not.
     """
-    said = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if said not in ("no", "bf16"):
-        raise UserError(f"the launcher's configuration says mixed_precision: {said}; write bf16 or 'no'")
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if precision not in ("no", "bf16"):
+        raise UserError(f"the launcher's configuration says mixed_precision: {precision}; write bf16 or 'no'")
     if job.mixed_precision == "no":
-        job.mixed_precision = said
+        job.mixed_precision = precision
     job.compile = job.compile or os.environ.get("ACCELERATE_DYNAMO_BACKEND", "NO").upper() != "NO"
 
 
 def main_process_decides(accelerator: Accelerator, decide: Callable[[], T]) -> T:
     """Run `decide` on the main process alone and give every process its result, or its `UserError`.
 
-    Processes may see different files on a shared disk; one looks, all believe it.
+    Processes may see different files on a shared disk; one reads them, all believe it.
     """
     answer: list[object] = [None, None]
     if accelerator.is_main_process:

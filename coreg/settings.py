@@ -192,7 +192,7 @@ def check(job: JobConfig) -> None:
     """Refuse settings that no method can be trained with.
 
     Raises:
-        UserError: the first one found.
+        UserError: the first thing that is wrong.
     """
     if job.share > 1 and job.share != int(job.share):
         raise UserError(

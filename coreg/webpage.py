@@ -1,6 +1,6 @@
 """One HTML file that stands alone: every text is escaped, pictures are inside, nothing is loaded and nothing runs.
 
-Shared by the annotation health report and by the report of a run, so that both look the same, in light and in dark.
+Shared by the annotation health report and by the report of a run, so that both have one style, in light and in dark.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def text(value: object) -> str:
 
 
 def document(title: str, *parts: str, style: str = "") -> str:
-    """A whole page. title: plain text. parts: HTML of the body. style: rules behind the common ones."""
+    """A whole page. title: plain text. parts: HTML of the body. style: rules after the common ones."""
     # a browser refuses whatever is not inside, should an escape ever be forgotten
     policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
     return "\n".join(

@@ -86,13 +86,13 @@ def item(ids, pixels=(1, 3, 2, 2)):
 
 
 def test_questions_and_answers_are_joined_as_worked_out_by_hand():
-    told, labels = join([item([11, 12, 13]), item([11, 12, 13, 14, 15])], [[21, 22, 2], [31, 2]])
-    assert told["input_ids"].tolist() == [[11, 12, 13, 21, 22, 2, 0], [11, 12, 13, 14, 15, 31, 2]]
-    assert told["attention_mask"].tolist() == [[1, 1, 1, 1, 1, 1, 0], [1] * 7]
-    assert told["kinds"].tolist() == [[0, 1, 0, 0, 0, 0, 0], [0, 1, 0, 1, 0, 0, 0]]
+    inputs, labels = join([item([11, 12, 13]), item([11, 12, 13, 14, 15])], [[21, 22, 2], [31, 2]])
+    assert inputs["input_ids"].tolist() == [[11, 12, 13, 21, 22, 2, 0], [11, 12, 13, 14, 15, 31, 2]]
+    assert inputs["attention_mask"].tolist() == [[1, 1, 1, 1, 1, 1, 0], [1] * 7]
+    assert inputs["kinds"].tolist() == [[0, 1, 0, 0, 0, 0, 0], [0, 1, 0, 1, 0, 0, 0]]
     n = IGNORED
     assert labels.tolist() == [[n, n, n, 21, 22, 2, n], [n, n, n, n, n, 31, 2]]
-    assert told["pixel_values"].shape == (2, 3, 2, 2)
+    assert inputs["pixel_values"].shape == (2, 3, 2, 2)
     with pytest.raises(UserError, match="--batch_size 1"):
         join([item([1]), item([1], pixels=(1, 3, 4, 2))], [[2], [2]])
 
@@ -105,8 +105,8 @@ def annotator(tmp_path_factory):
     return made
 
 
-def doubled(told):
-    return {name: value.double() if value.is_floating_point() else value for name, value in told.items()}
+def doubled(inputs):
+    return {name: value.double() if value.is_floating_point() else value for name, value in inputs.items()}
 
 
 @pytest.mark.parametrize("keeps_logits", [True, False])
@@ -117,29 +117,29 @@ def test_the_loss_sees_the_answers_tokens_alone(annotator, keeps_logits):
     asked[1]["text"][0]["input_ids"] = asked[1]["text"][0]["input_ids"][:-3]  # a shorter question
     answers = [[*annotator.names[index], 2] for index in classes]
     assert len({len(answer) for answer in answers}) > 1
-    told, labels = join(asked, answers)
+    inputs, labels = join(asked, answers)
     tokens = sum(map(len, answers))
     learner = ChatLearner(annotator.network, keeps_logits)
-    parts = learner(ChatBatch(doubled(told), labels, 4, tokens))
+    parts = learner(ChatBatch(doubled(inputs), labels, 4, tokens))
     total, right = 0.0, 0
     for one, answer in zip(asked, answers):
         ids = one["text"][0]["input_ids"].tolist()
         for token in answer:
             seen = {"input_ids": torch.tensor([ids]), "pixel_values": one["pixels"]["pixel_values"].double()}
             with torch.no_grad():
-                said = annotator.network(**seen, attention_mask=torch.ones(1, len(ids))).logits[0, -1]
-            total -= float(said.log_softmax(dim=0)[token])
-            right += int(said.argmax()) == token
+                logits = annotator.network(**seen, attention_mask=torch.ones(1, len(ids))).logits[0, -1]
+            total -= float(logits.log_softmax(dim=0)[token])
+            right += int(logits.argmax()) == token
             ids.append(token)
     assert float(parts["loss"].detach()) == pytest.approx(total / tokens, rel=1e-5)  # the model's softmax is float32
     assert float(parts["accuracy"]) == pytest.approx(right / tokens)
 
 
 def test_a_process_without_conversations_has_no_gradient(annotator):
-    told, labels = join([annotator.preprocess(pictures(1)[0][0])], [[5, 2]])
+    inputs, labels = join([annotator.preprocess(pictures(1)[0][0])], [[5, 2]])
     weight = annotator.network.get_input_embeddings().weight.requires_grad_(True)
     try:
-        parts = ChatLearner(annotator.network, True)(ChatBatch(doubled(told), labels.fill_(IGNORED), 3, 6))
+        parts = ChatLearner(annotator.network, True)(ChatBatch(doubled(inputs), labels.fill_(IGNORED), 3, 6))
         parts["loss"].backward()
         assert float(parts["loss"].detach()) == 0 and not weight.grad.any()
     finally:
@@ -149,9 +149,9 @@ def test_a_process_without_conversations_has_no_gradient(annotator):
 
 def test_places_beyond_the_answer_do_not_matter(annotator):
     asked = [annotator.preprocess(image) for image in pictures(2)[0]]
-    told, labels = join(asked, [[5, 2], [6, 7, 8, 2]])
+    inputs, labels = join(asked, [[5, 2], [6, 7, 8, 2]])
     learner = ChatLearner(annotator.network, True)
-    before = learner(ChatBatch(doubled(told), labels, 2, 6))["loss"]
-    told["input_ids"][0, -2:] = 9
-    assert torch.equal(learner(ChatBatch(doubled(told), labels, 2, 6))["loss"], before)
+    before = learner(ChatBatch(doubled(inputs), labels, 2, 6))["loss"]
+    inputs["input_ids"][0, -2:] = 9
+    assert torch.equal(learner(ChatBatch(doubled(inputs), labels, 2, 6))["loss"], before)
     assert np.isfinite(float(before.detach()))

@@ -104,7 +104,7 @@ def test_a_view_depends_on_seed_number_and_row_alone(photos):
     assert [tuple(image.shape) for image in plain] == [(20, 30 + row, 3) for row in rows]
 
 
-def test_an_image_that_has_gone_since_is_told_in_one_line(photos, tmp_path):
+def test_an_image_that_has_gone_since_ends_in_one_line(photos, tmp_path):
     (tmp_path / "2.png").write_bytes(b"")
     with pytest.raises(
         UserError,

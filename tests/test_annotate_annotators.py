@@ -1,4 +1,4 @@
-"""Annotators against a softmax written out template by template; models that cannot be had are told in one line."""
+"""Annotators against a softmax written out template by template; models that cannot be had end in one line."""
 
 import json
 import math
@@ -60,8 +60,8 @@ def batch(count=20, seed=0):
 
 
 def judged(annotator, images):
-    found = annotator.annotate(images)
-    return found["votes"], found["probs"], found["features"]
+    evidence = annotator.annotate(images)
+    return evidence["votes"], evidence["probs"], evidence["features"]
 
 
 def written_out(folder, images, templates, names):
@@ -152,8 +152,8 @@ def save_family(folder, build, config):
     state = build(**config).state_dict()
     folder.mkdir()
     save_file({name: value.clone().contiguous() for name, value in state.items()}, folder / "open_clip_model.safetensors")
-    told = {"model_cfg": config | {"custom_text": True}, "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.25] * 3}}
-    (folder / "open_clip_config.json").write_text(json.dumps(told))
+    config = {"model_cfg": config | {"custom_text": True}, "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.25] * 3}}
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
     return folder
 
 
@@ -189,20 +189,20 @@ FAMILIES = {
 @pytest.mark.parametrize("family", FAMILIES)
 def test_other_families_in_every_precision(tmp_path, family):
     spec = resolve(f"local-dir:{save_family(tmp_path / 'model', *FAMILIES[family])}")
-    found = {}
+    outputs = {}
     for precision in ("fp32", "bf16", "fp16"):
         annotator = ClipAnnotator(spec, TEMPLATES, NAMES, precision=precision)
         images = [annotator.preprocess(Image.new("RGB", (50, 40), colour)) for colour in ("red", "blue", "gray")]
         votes, probs, features = judged(annotator, annotator.collate(images))
         assert (votes.shape, probs.shape, features.shape) == ((3, 4), (3, 3), (3, 16))
-        found[precision] = features.float(), annotator.towers.scale, annotator.towers.bias
-    for features, *scale_and_bias in found.values():
-        assert scale_and_bias == list(found["fp32"][1:])  # not rounded, whatever the weights are
-        assert ((features * found["fp32"][0]).sum(dim=1) > 0.99).all()
+        outputs[precision] = features.float(), annotator.towers.scale, annotator.towers.bias
+    for features, *scale_and_bias in outputs.values():
+        assert scale_and_bias == list(outputs["fp32"][1:])  # not rounded, whatever the weights are
+        assert ((features * outputs["fp32"][0]).sum(dim=1) > 0.99).all()
     model, _, _ = open_clip.create_model_and_transforms(spec.name)
     with torch.no_grad():
         wanted = model.eval().encode_image(torch.stack(images), normalize=True)
-    assert torch.allclose(found["fp32"][0], wanted, atol=2e-3)
+    assert torch.allclose(outputs["fp32"][0], wanted, atol=2e-3)
 
 
 def test_preprocessing_is_the_models_own(tiny):
@@ -370,7 +370,7 @@ def test_a_name_server_that_never_answers_does_not_hang(monkeypatch):
 
 @pytest.mark.parametrize("changes", [{"mean": ["a", 0.5, 0.5]}, {"std": [0.0, 0.5, 0.5]}, {"mean": [0.5, 0.5]}])
 def test_a_configuration_that_loads_and_cannot_be_used_is_one_line(tmp_path, changes):
-    """Libraries look at some of its values when the first image comes, which would be after the store was begun."""
+    """Libraries read some of its values when the first image comes, which would be after the store was begun."""
     save_tiny_clip(tmp_path)
     file = tmp_path / "open_clip_config.json"
     config = json.loads(file.read_text())

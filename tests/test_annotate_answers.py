@@ -75,8 +75,8 @@ def test_every_name_is_its_own_answer():
     names = ["German Traffic Sign: Caution!", "Curve (to the left)", "Curve (to the right)", "No entry", "Stop", "Ümläut ß"]
     parse = AnswerParser(names)
     for index, name in enumerate(names):
-        for said in (name, name.upper(), f"{name}.", f"A {name}", plain(name)):
-            assert parse(said) == index, said
+        for answer in (name, name.upper(), f"{name}.", f"A {name}", plain(name)):
+            assert parse(answer) == index, answer
 
 
 def test_answers_are_packed_without_loss():

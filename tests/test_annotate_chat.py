@@ -49,8 +49,8 @@ def tiny_tokenizer(words=()):
         [*CHAT_TEMPLATES, "USER: ASSISTANT:", *words] * 3,
         trainers.BpeTrainer(vocab_size=420, special_tokens=special, initial_alphabet=alphabet, show_progress=False),
     )
-    told = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, extra_special_tokens={"image_token": "<image>"}, **told)
+    special_tokens = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, extra_special_tokens={"image_token": "<image>"}, **special_tokens)
 
 
 def save_tiny_llava(folder, seed=0, conversation=CONVERSATION):
@@ -136,8 +136,8 @@ def taught(tmp_path_factory):
 
 def prompt_of(processor, template, number):
     question = questions([*CHAT_TEMPLATES[:number], template], NAMES)[number]
-    said = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
-    return processor.apply_chat_template(said, add_generation_prompt=True)
+    conversation = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
+    return processor.apply_chat_template(conversation, add_generation_prompt=True)
 
 
 def plain_likelihoods(folder, images, templates):
@@ -149,10 +149,10 @@ def plain_likelihoods(folder, images, templates):
         for i, image in enumerate(images):
             before = processor(images=image, text=prompt, return_tensors="pt")["input_ids"].shape[1]
             for c, name in enumerate(NAMES):
-                told = processor(images=image, text=f"{prompt} {name}", return_tensors="pt")
+                inputs = processor(images=image, text=f"{prompt} {name}", return_tensors="pt")
                 with torch.no_grad():
-                    logp = model(**told).logits[0].log_softmax(dim=-1)
-                ids = told["input_ids"][0]
+                    logp = model(**inputs).logits[0].log_softmax(dim=-1)
+                ids = inputs["input_ids"][0]
                 scores[t, i, c] = torch.stack([logp[k - 1, ids[k]] for k in range(before, len(ids))]).mean()
     return scores
 
@@ -200,8 +200,8 @@ def test_answers_are_those_of_greedy_generation(tiny):
     for t, template in enumerate(templates):
         prompt = prompt_of(processor, template, t)
         for i, image in enumerate(images):
-            told = processor(images=image, text=prompt, return_tensors="pt")
-            ids = model.generate(**told, do_sample=False, max_new_tokens=length)[0, told["input_ids"].shape[1] :]
+            inputs = processor(images=image, text=prompt, return_tensors="pt")
+            ids = model.generate(**inputs, do_sample=False, max_new_tokens=length)[0, inputs["input_ids"].shape[1] :]
             assert judged["answers"][i][t] == processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
     assert (judged["votes"] == -1).all()  # a model of noise says nothing: no vote, and no preference
     assert torch.allclose(judged["probs"].float(), torch.full((3, 4), 0.25), atol=1e-3)

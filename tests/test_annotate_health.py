@@ -192,15 +192,20 @@ def test_the_page_is_whole_safe_and_alone(evil):
     assert not page.tags & {"script", "b", "i", "u", "link", "iframe", "object"} and page.tags >= {"table", "figure", "img"}
     assert all(source.startswith("data:image/png;base64,") for source in page.sources)
     assert not re.search(r"https?:|url\(", text)
-    shown = " ".join(page.texts)
-    for words in (*store.class_names, *store.templates, "Most contested", "/some<i>where" if "/some" in shown else "<u>"):
-        assert words in shown
+    words_shown = " ".join(page.texts)
+    for words in (
+        *store.class_names,
+        *store.templates,
+        "Most contested",
+        "/some<i>where" if "/some" in words_shown else "<u>",
+    ):
+        assert words in words_shown
     # the gallery shows the most contested images themselves, most contested first
     shown = [Image.open(io.BytesIO(base64.b64decode(source.split(",")[1]))) for source in page.sources]
     assert len(shown) == len(health.contested) == 24
     for image, row in zip(shown, health.contested):
         assert abs(np.asarray(image.convert("L"), dtype=float).mean() - 8 * row) < 6 and max(image.size) <= 112
-    assert "1 images look to the model like copies" in shown
+    assert "1 images look to the model like copies" in words_shown
 
 
 def test_the_text_says_the_same(evil):

@@ -112,13 +112,13 @@ def evil(tmp_path):
     other, beside = save_tiny_clip(tmp_path / "other"), save_tiny_clip(tmp_path / "beside")
     change_text(other, hf_model_name=str(tmp_path / "plain"), hf_tokenizer_name="plain")
     change_text(beside, hf_model_name="plain", hf_tokenizer_name="plain")
-    told = save_tiny_clip(tmp_path / "told")
-    bring_code(told, marker)
-    change_text(told, hf_tokenizer_name="told", tokenizer_kwargs={"trust_remote_code": True})
+    asking = save_tiny_clip(tmp_path / "asking")
+    bring_code(asking, marker)
+    change_text(asking, hf_tokenizer_name="asking", tokenizer_kwargs={"trust_remote_code": True})
     return [
         f"transformers:{tmp_path}/plain",
         f"chat:{tmp_path}/plain",
-        *(f"local-dir:{f}" for f in (own, other, beside, told)),
+        *(f"local-dir:{f}" for f in (own, other, beside, asking)),
     ]
 
 

@@ -150,7 +150,7 @@ def bad_files(root):
     }
     if features.check("webp"):
         files |= {"cut.webp": (cut("webp"), "")}
-    return {root / name: told for name, told in files.items()}
+    return {root / name: content for name, content in files.items()}
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning", "ignore::PIL.Image.DecompressionBombWarning")
@@ -174,7 +174,7 @@ def corpus(tmp_path_factory):
     (place / "classes.txt").write_text("\n".join(NAMES))
     options = f"--images {root} --vlm local-dir:{place}/model --classes {place}/classes.txt --batch_size 8 --block_size 16"
     main([*options.split(), "--output_dir", str(place / "ann"), "--workers", "2"])
-    return place, {str(p.relative_to(root)): told for p, told in good.items()}, {
+    return place, {str(p.relative_to(root)): content for p, content in good.items()}, {
         str(p.relative_to(root)): reason for p, (_, reason) in bad.items()
     }  # fmt: skip
 

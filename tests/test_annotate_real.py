@@ -43,9 +43,9 @@ def place(tmp_path_factory):
     for step in range(90):
         rows = [(step * 16 + place) % len(asked) for place in range(16)]
         prompt = asked[0]["text"][step % len(CHAT_TEMPLATES)]["input_ids"].expand(16, -1)
-        told = [[*annotator.names[labels[row]], 2] for row in rows]
-        longest = max(map(len, told))
-        answer = torch.tensor([one + [4] * (longest - len(one)) for one in told])
+        tokens = [[*annotator.names[labels[row]], 2] for row in rows]
+        longest = max(map(len, tokens))
+        answer = torch.tensor([one + [4] * (longest - len(one)) for one in tokens])
         pixels = torch.cat([asked[row]["pixels"]["pixel_values"] for row in rows])
         logits = network(input_ids=torch.cat([prompt, answer], dim=1), pixel_values=pixels).logits
         logits = logits[:, prompt.shape[1] - 1 : -1].flatten(0, 1)

@@ -82,7 +82,7 @@ def test_names_beyond_the_context_are_refused_where_they_become_equal(specs, kin
     model = resolve(specs[kind])
     line = refused(load_annotator, model, ["a {}", "my {}"], TWINS)
     assert repr(TWINS[0]) in line and repr(TWINS[2]) in line and "'cat'" not in line
-    # told apart by their beginnings, but not read to the end
+    # distinguished by their beginnings, but not read to the end
     (note,) = load_annotator(model, ["a {}", "my {}"], [f"black {LONG}", "cat", f"white {LONG}"]).notes
     assert "2 of 3 classes" in note and "'cat'" not in note
     assert load_annotator(model, ["a {}", "my {}"], ["cat", "dog"]).notes == []

@@ -379,7 +379,7 @@ def test_images_that_were_moved_are_named_in_a_new_place(place, capsys):
     assert "--images" in fails(capsys, "export", root / "ann", "--output", root / "x", "--images", root / "new")
 
 
-def test_what_cannot_be_done_is_told_in_one_line(place, capsys):
+def test_what_cannot_be_done_ends_in_one_line(place, capsys):
     root, _ = place
     ann = root / "ann"
     assert "unknown command check" in fails(capsys, "check", ann)

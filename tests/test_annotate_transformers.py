@@ -80,9 +80,9 @@ def test_votes_and_probabilities_are_those_of_transformers(model):
     for t, template in enumerate(TEMPLATES):
         padding = "max_length" if family == "siglip" else True
         texts = [template.format(name) for name in NAMES]
-        told = processor(images=images, text=texts, padding=padding, return_tensors="pt")
+        inputs = processor(images=images, text=texts, padding=padding, return_tensors="pt")
         with torch.no_grad():
-            logits = network(**told).logits_per_image
+            logits = network(**inputs).logits_per_image
         assert torch.equal(judged["votes"][:, t].long(), logits.argmax(dim=1))
         if family == "siglip":  # its own sigmoids, as shares
             mean += logits.sigmoid() / logits.sigmoid().sum(dim=1, keepdim=True) / len(TEMPLATES)

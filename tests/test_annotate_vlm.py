@@ -223,7 +223,7 @@ def test_another_job_does_not_touch_the_folder(place, finished, tmp_path, capsys
     assert block_bytes(finished) == before and len(TEMPLATES) == 27
 
 
-def test_bad_input_is_told_in_one_line_and_leaves_nothing(place, tmp_path, capsys):
+def test_bad_input_ends_in_one_line_and_leaves_nothing(place, tmp_path, capsys):
     broken = tmp_path / "broken"
     broken.mkdir()
     (broken / "a.jpg").write_bytes(b"")

@@ -212,8 +212,8 @@ def test_a_tiny_clip_learns_the_classes_and_annotates_other_images(tmp_path, cap
             noise = generator.integers(0, 100, (20, 24, 3)) + tint
             Image.fromarray(noise.astype(np.uint8)).save(tmp_path / "images" / name / f"{i:02}.png")
     (tmp_path / "classes.txt").write_text("dark thing\nbright thing\n")
-    told = ["--images", str(tmp_path / "images"), "--classes", str(tmp_path / "classes.txt"), "--skip", "4"]
-    assert tiny_clip.main([*told, "--steps", "12", "--output_dir", str(tmp_path / "clip")]) == 0
+    arguments = ["--images", str(tmp_path / "images"), "--classes", str(tmp_path / "classes.txt"), "--skip", "4"]
+    assert tiny_clip.main([*arguments, "--steps", "12", "--output_dir", str(tmp_path / "clip")]) == 0
     assert "trained on 16 images" in capsys.readouterr().out
     spec = f"local-dir:{tmp_path / 'clip'}"
     annotator = ClipAnnotator(resolve(spec), TEMPLATES, ["dark thing", "bright thing"])
@@ -223,11 +223,11 @@ def test_a_tiny_clip_learns_the_classes_and_annotates_other_images(tmp_path, cap
     for wrong, why in ((["--skip", "12"], "smaller --skip"), (["--skip", "-1"], "0 or more"), ([], "exists")):
         folder = tmp_path / ("new" if wrong else "clip")
         with pytest.raises(SystemExit):
-            tiny_clip.main([*told, *wrong, "--output_dir", str(folder)])
+            tiny_clip.main([*arguments, *wrong, "--output_dir", str(folder)])
         assert why in capsys.readouterr().err and (wrong == [] or not folder.exists())
     (tmp_path / "images" / "dark thing" / "07.png").write_bytes(b"no image")
     with pytest.raises(SystemExit):
-        tiny_clip.main([*told, "--output_dir", str(tmp_path / "new")])
+        tiny_clip.main([*arguments, "--output_dir", str(tmp_path / "new")])
     assert "07.png' cannot be read" in capsys.readouterr().err and not (tmp_path / "new").exists()
 
 
@@ -260,5 +260,5 @@ def test_the_record_of_results_sees_one_bit_shape_and_dtype():
     assert len({record.digest(record.bytes_of(tensor)) for tensor in different}) == 5
     assert record.digest(record.bytes_of(zeros.t().contiguous().t())) == record.digest(record.bytes_of(zeros))
     assert record.digest(b"a", b"bc") != record.digest(b"ab", b"c")
-    found = record.tensors_in({"epoch": 3, "nets": [{"w": zeros}, {"w": other, "chosen": None}], "t": (zeros,)})
-    assert [id(tensor) for tensor in found] == [id(zeros), id(other), id(zeros)]
+    tensors = record.tensors_in({"epoch": 3, "nets": [{"w": zeros}, {"w": other, "chosen": None}], "t": (zeros,)})
+    assert [id(tensor) for tensor in tensors] == [id(zeros), id(other), id(zeros)]

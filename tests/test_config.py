@@ -83,21 +83,21 @@ def test_a_preset_goes_by_what_recipe_and_command_line_say(tmp_path):
 
 
 def test_a_recipe_can_tell_one_script_alone(tmp_path):
-    told = {"rate": 3, "train_coreg.py": {"rate": 5, "count": 7}, "baselines/pll.py": {"rate": 9}}
+    settings = {"rate": 3, "train_coreg.py": {"rate": 5, "count": 7}, "baselines/pll.py": {"rate": 9}}
     for prog, rate, count in (
         ("train_coreg.py", 5, 7),
         ("baselines/pll.py", 9, 3),
         ("baselines/distill.py", 3, 3),
         (None, 3, 3),
     ):
-        first, second = parse(First, Second, argv=recipe(tmp_path, **told), prog=prog)
+        first, second = parse(First, Second, argv=recipe(tmp_path, **settings), prog=prog)
         assert (first.rate, second.count) == (rate, count)
-    first, _ = parse(First, Second, argv=[*recipe(tmp_path, **told), "--rate", "1"], prog="train_coreg.py")
+    first, _ = parse(First, Second, argv=[*recipe(tmp_path, **settings), "--rate", "1"], prog="train_coreg.py")
     assert first.rate == 1
 
 
 @pytest.mark.parametrize(
-    ("argv", "said"),
+    ("argv", "message"),
     [
         (["--ratee", "1"], "did you mean --rate?"),
         (["--rate", "much"], "invalid float value: 'much'"),
@@ -109,13 +109,13 @@ def test_a_recipe_can_tell_one_script_alone(tmp_path):
         (["stray"], "unknown option stray"),
     ],
 )
-def test_bad_arguments(argv, said):
-    with pytest.raises(UserError, match=said.replace("?", r"\?")):
+def test_bad_arguments(argv, message):
+    with pytest.raises(UserError, match=message.replace("?", r"\?")):
         parse(First, Second, argv=argv, preset=preset)
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         ({"ratee": 1}, "unknown key ratee, did you mean --rate"),
         ({"rate": None}, "gives rate no plain value"),
@@ -131,15 +131,15 @@ def test_bad_arguments(argv, said):
         ({"rate": "much"}, "invalid float"),
     ],
 )
-def test_bad_recipes(tmp_path, settings, said):
-    with pytest.raises(UserError, match=said):
+def test_bad_recipes(tmp_path, settings, message):
+    with pytest.raises(UserError, match=message):
         parse(First, Second, argv=recipe(tmp_path, **settings), prog="train_coreg.py")
 
 
 def test_a_recipe_that_is_no_mapping(tmp_path):
-    for text, said in (("- a\n- b\n", "holds a list"), ("a: [1\n", "not a valid YAML")):
+    for text, message in (("- a\n- b\n", "holds a list"), ("a: [1\n", "not a valid YAML")):
         (tmp_path / "odd.yaml").write_text(text)
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             parse(First, argv=["--recipe", str(tmp_path / "odd.yaml")])
 
 
@@ -284,8 +284,8 @@ def test_dashes_are_underscores_in_names_and_nowhere_else():
         some_path: str = option("", "a path")
         wide: list[float] = option([0.0], "numbers")
 
-    (found,) = parse(Dashed, argv=["--some-path=a-b", "--wide", "-1", "2"])
-    assert (found.some_path, found.wide) == ("a-b", [-1.0, 2.0])
+    (config,) = parse(Dashed, argv=["--some-path=a-b", "--wide", "-1", "2"])
+    assert (config.some_path, config.wide) == ("a-b", [-1.0, 2.0])
 
 
 def option_groups():

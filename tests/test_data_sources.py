@@ -255,7 +255,7 @@ def test_a_csv_list_gives_paths_labels_and_split(tmp_path):
         ("path,label\na,b.png,cat\n", "more fields than the header"),
     ],
 )
-def test_a_bad_csv_list_is_told_in_one_line(tmp_path, text, words):
+def test_a_bad_csv_list_ends_in_one_line(tmp_path, text, words):
     (tmp_path / "list.csv").write_text(text)
     with pytest.raises(UserError) as raised:
         open_images(str(tmp_path / "list.csv"), ["cat", "dog"])
@@ -336,7 +336,7 @@ def test_cifar10_keeps_its_own_split_names_and_labels(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["CIFAR10", "CIFAR100", "SVHN", "FashionMNIST", "EuroSAT", "FER2013", "GTSRB"])
-def test_a_data_set_that_cannot_be_downloaded_is_told_in_one_line(tmp_path, monkeypatch, name):
+def test_a_data_set_that_cannot_be_downloaded_ends_in_one_line(tmp_path, monkeypatch, name):
     def no_network(*args, **kwargs):
         raise urllib.error.URLError("no network")
 

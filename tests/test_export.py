@@ -57,22 +57,22 @@ def predictions(model, tmp_path, images="builtin:digits"):
 
 @pytest.mark.parametrize("model", [".", "export", "export/model.onnx"])
 def test_predictions_are_the_runs_own(run, programs, tmp_path, model):
-    found = predictions(run / model, tmp_path)
+    predicted = predictions(run / model, tmp_path)
     mine = purified(run)
-    assert len(mine) == 1437 and len(found) == 1797
-    same = [found[row["path"]]["label"] == row["label"] for row in mine]
+    assert len(mine) == 1437 and len(predicted) == 1797
+    same = [predicted[row["path"]]["label"] == row["label"] for row in mine]
     # a tie in the last bit may fall either way; there is at most one such image here
     assert sum(same) >= len(mine) - 1
     for row in mine:
-        assert float(found[row["path"]]["probability"]) == pytest.approx(float(row["probability"]), abs=2e-4)
+        assert float(predicted[row["path"]]["probability"]) == pytest.approx(float(row["probability"]), abs=2e-4)
 
 
 def test_accuracy_of_an_export_is_the_one_in_the_report(run, tmp_path):
     report = json.loads((run / "report.json").read_text())
-    found, target = predictions(run, tmp_path), load_digits().target
+    predicted, target = predictions(run, tmp_path), load_digits().target
     split = {row["path"] for row in purified(run)}
-    names = sorted(found)
-    right = [found[path]["label"] == NAMES[target[int(re.search(r"\d+", path)[0])]] for path in names if path in split]
+    names = sorted(predicted)
+    right = [predicted[path]["label"] == NAMES[target[int(re.search(r"\d+", path)[0])]] for path in names if path in split]
     assert np.mean(right) == pytest.approx(report["accuracy"]["train"]["ensemble"], abs=1e-3)
 
 
@@ -84,11 +84,11 @@ def test_an_exported_program_computes_the_ensemble_for_any_batch(programs, n):
     with torch.no_grad():
         both = [net(torch.from_numpy(x).float()).double() for net in nets]
     logits = (both[0] + both[1]) / 2 / settings["temperature"]
-    told = {"coreg.json": ""}
-    program = torch.export.load(str(programs / "model.pt2"), extra_files=told)
-    assert json.loads(told["coreg.json"]) == {"class_names": NAMES, "image_size": 16, "channels": 1}
-    for found, wanted in zip(program.module()(torch.from_numpy(images)), (logits, logits.softmax(1))):
-        torch.testing.assert_close(found.double(), wanted, atol=1e-4, rtol=1e-4)
+    extra = {"coreg.json": ""}
+    program = torch.export.load(str(programs / "model.pt2"), extra_files=extra)
+    assert json.loads(extra["coreg.json"]) == {"class_names": NAMES, "image_size": 16, "channels": 1}
+    for output, wanted in zip(program.module()(torch.from_numpy(images)), (logits, logits.softmax(1))):
+        torch.testing.assert_close(output.double(), wanted, atol=1e-4, rtol=1e-4)
 
 
 def test_what_was_compared_is_on_record(run, programs):
@@ -134,7 +134,7 @@ def test_numbers_that_are_none_do_not_agree():
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         ([], "--run is missing"),
         (["--run", "RUN"], "nothing to do"),
@@ -144,11 +144,11 @@ def test_numbers_that_are_none_do_not_agree():
         (["--run", "RUN", "--labels", "nowhere.csv"], "nowhere.csv does not exist"),
     ],
 )
-def test_bad_input_of_the_command_is_one_line(run, capsys, words, said):
+def test_bad_input_of_the_command_is_one_line(run, capsys, words, message):
     with pytest.raises(SystemExit) as stopped:
         exporting.main([str(run) if word == "RUN" else word for word in words])
     error = capsys.readouterr().err
-    assert stopped.value.code == 2 and said in error and error.count("\n") == 1
+    assert stopped.value.code == 2 and message in error and error.count("\n") == 1
 
 
 def test_an_export_without_its_run_needs_images(run, tmp_path):
@@ -347,12 +347,12 @@ def test_the_chosen_epoch_is_exported_with_a_card_of_its_own(tmp_path, monkeypat
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     chosen = report["chosen_epoch"]
     assert chosen["epoch"] < 4 and chosen["epochs"] == 4
-    found = predictions(tmp_path / "run" / "export_chosen", tmp_path)
+    predicted = predictions(tmp_path / "run" / "export_chosen", tmp_path)
     target = load_digits().target
     trained_on = {row["path"] for row in purified(tmp_path / "run")}
     for split, n in (("train", 1437), ("test", 360)):
-        paths = [path for path in found if (path in trained_on) == (split == "train")]
-        right = np.mean([found[path]["label"] == NAMES[target[int(re.search(r"\d+", path)[0])]] for path in paths])
+        paths = [path for path in predicted if (path in trained_on) == (split == "train")]
+        right = np.mean([predicted[path]["label"] == NAMES[target[int(re.search(r"\d+", path)[0])]] for path in paths])
         assert len(paths) == n and right == pytest.approx(chosen["accuracy"][split], abs=1.5 / n)
     text = (tmp_path / "run" / "export_chosen" / "README.md").read_text()
     assert f"the networks of epoch {chosen['epoch']} of 4, which looked best without labels" in text

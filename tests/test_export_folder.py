@@ -101,9 +101,9 @@ def test_every_flipped_bit_of_a_folder_is_noticed_or_harmless(whole, tmp_path):
         content = path.read_bytes()
         for damaged in [*(flipped(content, rng) for _ in range(10)), content[: len(content) // 2], b""]:
             path.write_bytes(damaged)
-            found = answer(folder)
-            assert found == right or isinstance(found, str), path
-            noticed += isinstance(found, str)
+            given = answer(folder)
+            assert given == right or isinstance(given, str), path
+            noticed += isinstance(given, str)
         path.write_bytes(content)
     assert noticed >= 0.9 * 12 * len(files) and answer(folder) == right
 

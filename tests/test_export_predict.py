@@ -80,7 +80,7 @@ def test_predictions_equal_the_networks_own(exported, photos, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"--model": "nowhere"}, "no exported model"),
         ({"--images": "nowhere"}, "nowhere"),
@@ -89,12 +89,12 @@ def test_predictions_equal_the_networks_own(exported, photos, tmp_path, capsys):
         ({"--top_k": "x"}, "--top_k"),
     ],
 )
-def test_bad_input_is_one_line(exported, photos, tmp_path, capsys, monkeypatch, change, said):
+def test_bad_input_is_one_line(exported, photos, tmp_path, capsys, monkeypatch, change, message):
     monkeypatch.chdir(tmp_path)
     arguments = {"--model": str(exported[0]), "--images": str(photos), "--output": "out.csv"} | change
     with pytest.raises(SystemExit) as stopped:
         predict.main([word for pair in arguments.items() for word in pair])
-    assert stopped.value.code == 2 and said in capsys.readouterr().err
+    assert stopped.value.code == 2 and message in capsys.readouterr().err
     assert not list(tmp_path.glob("*out.csv*"))
 
 
@@ -216,7 +216,7 @@ def test_unreadable_files_are_listed_in_full_in_the_csv_and_a_few_on_the_termina
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "said"),
+    ("name", "content", "message"),
     [
         ("model.pt2", b"x", "could run code"),
         ("model.onnx", b"x", "no ONNX model"),
@@ -225,7 +225,7 @@ def test_unreadable_files_are_listed_in_full_in_the_csv_and_a_few_on_the_termina
         ("missing.onnx", None, "cannot read"),
     ],
 )
-def test_other_files_are_refused_in_one_line(photos, tmp_path, capsys, name, content, said):
+def test_other_files_are_refused_in_one_line(photos, tmp_path, capsys, name, content, message):
     pytest.importorskip("onnxruntime")
     (tmp_path / "folder.onnx").mkdir()
     os.mkfifo(tmp_path / "fifo.onnx")
@@ -234,7 +234,7 @@ def test_other_files_are_refused_in_one_line(photos, tmp_path, capsys, name, con
     with pytest.raises(SystemExit) as stopped:
         predict.main(["--model", str(tmp_path / name), "--images", str(photos)])
     error = capsys.readouterr().err
-    assert stopped.value.code == 2 and said in error and error.count("\n") == 1
+    assert stopped.value.code == 2 and message in error and error.count("\n") == 1
 
 
 def test_ties_go_to_the_first_class():

@@ -114,8 +114,8 @@ except KeyboardInterrupt:
 def test_only_the_programs_of_this_package_are_answered_for():
     """From Python one gets what Python does, a `KeyboardInterrupt`."""
     code = f"import time\nfrom coreg.errors import exits_with_one_line\n@exits_with_one_line\ndef main(): {WAIT}\nmain()"
-    code, said = pressed([sys.executable, "-c", code], is_ready)
-    assert code == -signal.SIGINT and said.rstrip().endswith("KeyboardInterrupt") and LINE not in said
+    code, output = pressed([sys.executable, "-c", code], is_ready)
+    assert code == -signal.SIGINT and output.rstrip().endswith("KeyboardInterrupt") and LINE not in output
 
 
 @pytest.mark.parametrize(("before", "answered"), [(signal.SIG_DFL, True), (signal.SIG_IGN, False)])
@@ -156,8 +156,8 @@ def test_annotating_with_decoding_processes(tmp_path):
     def has_workers(process):
         return len(Path(children.format(process.pid)).read_text().split()) >= 2
 
-    code, said = pressed(command, has_workers)
-    lines = [line for line in said.splitlines() if line and not line.startswith("annotating:")]
+    code, output = pressed(command, has_workers)
+    lines = [line for line in output.splitlines() if line and not line.startswith("annotating:")]
     assert (code, lines) == (-signal.SIGINT, [LINE])
     assert not [path for path in tmp_path.rglob("*") if "tmp" in path.name or "partial" in path.name]
     assert not list(itertools.chain(tmp_path.rglob("*.alive"), tmp_path.rglob("*.claim")))

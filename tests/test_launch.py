@@ -70,27 +70,27 @@ def test_a_configuration_is_short_and_shows_its_own_command(name):
 )
 def test_the_launcher_understands_a_configuration(name, expected):
     """MULTI_CPU, or a key that the launcher does not know, would show here."""
-    found = vars(resolved(name))
-    assert {key: found[key] for key in expected} == expected
-    assert found["mixed_precision"] == expected.get("mixed_precision", "no")
-    assert str(found["dynamo_backend"]).upper() == expected.get("dynamo_backend", "NO")
+    settings = vars(resolved(name))
+    assert {key: settings[key] for key in expected} == expected
+    assert settings["mixed_precision"] == expected.get("mixed_precision", "no")
+    assert str(settings["dynamo_backend"]).upper() == expected.get("dynamo_backend", "NO")
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_no_key_of_a_configuration_is_ignored(name):
     """The launcher drops some keys without a word: those whose option has a default of its own."""
-    found = vars(resolved(name))
+    settings = vars(resolved(name))
     written = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
     nested = written.pop("dynamo_config", {})
     for key in ("compute_environment", "distributed_type"):
         written.pop(key)
-    assert {key: found[key] for key in written | nested} == written | nested
+    assert {key: settings[key] for key in written | nested} == written | nested
 
 
 @pytest.mark.parametrize("name", ["bf16", "compile"])
 def test_options_of_one_gpu_extend_to_several(name):
-    found = resolved(name, "--multi_gpu", "--num_processes", "8")
-    assert found.multi_gpu and found.num_processes == 8 and found.num_machines == 1
+    settings = resolved(name, "--multi_gpu", "--num_processes", "8")
+    assert settings.multi_gpu and settings.num_processes == 8 and settings.num_machines == 1
 
 
 PROBE = """
@@ -120,8 +120,8 @@ def test_several_processes_see_each_other(tmp_path, name, more, processes):
     (tmp_path / "probe.py").write_text(PROBE)
     done = launch(name, *more, script=tmp_path / "probe.py", arguments=[str(ROOT)])
     assert done.returncode == 0, done.stderr[-2000:]
-    said = sorted(line.split()[1:] for line in done.stdout.splitlines() if line.startswith("PROBE"))
-    assert said == [[str(rank), str(processes), "gloo"] for rank in range(processes)]
+    lines = sorted(line.split()[1:] for line in done.stdout.splitlines() if line.startswith("PROBE"))
+    assert lines == [[str(rank), str(processes), "gloo"] for rank in range(processes)]
 
 
 def job(small_store, output):
@@ -228,8 +228,8 @@ def test_only_an_interrupted_job_goes_back_into_the_queue(slurm, tmp_path, code,
     assert done.returncode == code
     assert calls[0].endswith("MASTER_ADDR=localhost MASTER_PORT=23456 WORLD_SIZE=3")
     assert calls[1:] == (["scontrol requeue 123456"] if requeued else [])
-    said = sorted(line for line in done.stdout.splitlines() if line.startswith("RANK"))
-    assert said == [
+    lines = sorted(line for line in done.stdout.splitlines() if line.startswith("RANK"))
+    assert lines == [
         f"RANK={rank} LOCAL_RANK={rank} WORLD_SIZE=3 -m train_coreg --output_dir runs/with a blank" for rank in range(3)
     ]
 

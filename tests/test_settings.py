@@ -99,8 +99,8 @@ def test_a_flat_recipe_wins_over_official_values_and_its_defaults_do_not(method,
     note = official_notes(OFFICIAL[method], "It", job, options)
     kept = ["lr 0.123", "batch_size 7"] if method not in ("lws", "lwc") else ["batch_size 7", "lr 0.123"]
     assert note == f"note: --preset official but for {', '.join(kept)}, from recipe or command line"
-    found = settings("pll", *official, str(layered))
-    assert (found["lr"], found["momentum"]) == (OFFICIAL[method]["cifar10"]["lr"], 0.4)
+    values = settings("pll", *official, str(layered))
+    assert (values["lr"], values["momentum"]) == (OFFICIAL[method]["cifar10"]["lr"], 0.4)
     assert settings("pll", "--method", method, "--recipe", str(layered))["lr"] == 0.123
 
 
@@ -116,8 +116,8 @@ def listed(name, capsys, *arguments):
 )
 def test_help_lists_at_most_thirty_options_and_help_all_every_one(name, more, capsys):
     few, every = listed(name, capsys, *more, "--help"), listed(name, capsys, *more, "--help_all")
-    found = SCRIPTS[name].read_settings(more)
-    groups = found if isinstance(found, tuple) else (found,)
+    groups = SCRIPTS[name].read_settings(more)
+    groups = groups if isinstance(groups, tuple) else (groups,)
     assert every == {f.name for group in groups for f in dataclasses.fields(group)} | {"help", "help_all", "recipe"}
     assert few <= every and len(few) <= 30
 

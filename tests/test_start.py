@@ -1,4 +1,4 @@
-"""A wrong option is told at once: nothing that takes seconds to import has been imported by then."""
+"""A wrong option is refused at once: nothing that takes seconds to import has been imported by then."""
 
 import subprocess
 import sys
@@ -40,7 +40,7 @@ def test_help_groups_options_and_shows_defaults_and_an_example(script):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (("annotate_vlm.py", "--image", "photos"), "unknown option --image, did you mean --images?"),
         (("annotate_vlm.py", "--batch_size", "0"), "--batch_size is 0"),
@@ -64,10 +64,10 @@ def test_help_groups_options_and_shows_defaults_and_an_example(script):
         (("baselines/zero_shot.py", "--variant", "best"), "invalid choice: 'best'"),
     ],
 )
-def test_a_wrong_option_is_told_before_anything_slow_is_imported(arguments, said):
+def test_a_wrong_option_is_refused_before_anything_slow_is_imported(arguments, message):
     code, _, err = start(*arguments)
     assert code == 2 and err[-1] == "imported:" and len(err) == 2
-    assert err[0].startswith("error: ") and said in err[0]
+    assert err[0].startswith("error: ") and message in err[0]
 
 
 def test_the_spy_sees_what_is_imported():

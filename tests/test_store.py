@@ -278,7 +278,7 @@ def test_labels_that_came_later_are_taken_over(tmp_path):
     assert (AnnotationStore.open(tmp_path / "ann").labels == images.labels).all()
 
 
-def test_a_full_disk_is_told_in_one_line_and_leaves_no_half_block(tmp_path, monkeypatch):
+def test_a_full_disk_ends_in_one_line_and_leaves_no_half_block(tmp_path, monkeypatch):
     writer, whole = write_store(tmp_path / "ann", skip={2}, finish=False)
 
     def full(descriptor):

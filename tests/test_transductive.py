@@ -59,18 +59,18 @@ def by_hand(features, text, k, a, b, rounds, sweeps):
 @pytest.mark.parametrize(("n", "k"), [(25, 3), (7, 4)])
 def test_it_is_the_method_written_out(n, k):
     features, text, _ = data(n)
-    found = transduce(features, text, neighbours=k, text_weight=0.7, likelihood_weight=0.3, rounds=3, sweeps=2)
-    np.testing.assert_allclose(found, by_hand(features, text, k, 0.7, 0.3, 3, 2), rtol=1e-8, atol=1e-12)
+    assigned = transduce(features, text, neighbours=k, text_weight=0.7, likelihood_weight=0.3, rounds=3, sweeps=2)
+    np.testing.assert_allclose(assigned, by_hand(features, text, k, 0.7, 0.3, 3, 2), rtol=1e-8, atol=1e-12)
 
 
 def test_neighbours_are_those_of_scikit_learn_whatever_the_chunk(monkeypatch):
     features, _, _ = data(50)
-    found = NearestNeighbors(n_neighbors=5, metric="cosine").fit(features).kneighbors(return_distance=True)
+    distances_and_rows = NearestNeighbors(n_neighbors=5, metric="cosine").fit(features).kneighbors(return_distance=True)
     for at_once in (1 << 24, 50 * 7, 1):
         monkeypatch.setattr(neighbours, "SIMILARITIES_AT_ONCE", at_once)
         rows, cosines = nearest(features, 5)
-        assert torch.equal(rows, torch.from_numpy(found[1]))
-        np.testing.assert_allclose(cosines, np.maximum(1 - found[0], 0), atol=1e-12)
+        assert torch.equal(rows, torch.from_numpy(distances_and_rows[1]))
+        np.testing.assert_allclose(cosines, np.maximum(1 - distances_and_rows[0], 0), atol=1e-12)
 
 
 def test_the_pull_is_the_product_with_the_symmetric_matrix():
@@ -106,14 +106,14 @@ def test_every_sweep_lowers_the_objective_where_the_affinity_is_positive_semidef
     rows = torch.arange(12).repeat(12, 1)  # everybody is everybody's neighbour, itself included
     cosines = features @ features.T
     w = cosines / 12
-    told = text.log() + 0.1 * log_likelihood(features, features[:3], torch.full((5,), 0.2, dtype=torch.float64))
+    evidence = text.log() + 0.1 * log_likelihood(features, features[:3], torch.full((5,), 0.2, dtype=torch.float64))
 
     def objective(z):
-        return (torch.xlogy(z, z) - z * told).sum() - (z @ z.T * w).sum() / 2
+        return (torch.xlogy(z, z) - z * evidence).sum() - (z @ z.T * w).sum() / 2
 
     z, values = text, [objective(text)]
     for _ in range(10):
-        z = torch.softmax(told + pull(z, rows, cosines), dim=1)
+        z = torch.softmax(evidence + pull(z, rows, cosines), dim=1)
         values.append(objective(z))
     assert all(after <= before + 1e-12 for before, after in zip(values, values[1:])) and values[-1] < values[0]
 
@@ -143,8 +143,8 @@ def test_odd_sets():
     # a share that float16 rounded to zero does not shut a class out, and a class that nobody names does no harm
     text = text.clone()
     text[:, 2] = 0
-    found = transduce(features, text / text.sum(1, keepdim=True))
-    assert found.isfinite().all() and (found[:, 2] > 0).all() and found[:, 2].max() < 100 * SMALLEST_SHARE
+    assigned = transduce(features, text / text.sum(1, keepdim=True))
+    assert assigned.isfinite().all() and (assigned[:, 2] > 0).all() and assigned[:, 2].max() < 100 * SMALLEST_SHARE
     # half precision, as stored
     assert transduce(features.half().float(), text.half()).isfinite().all()
 

@@ -20,7 +20,7 @@ from coreg.run.loop import Run
 
 
 def join(items: Sequence[dict[str, Any]], answers: Sequence[list[int]]) -> tuple[dict[str, Tensor], Tensor]:
-    """Questions with their answers behind them as one batch, padded behind.
+    """Questions with their answers after them as one batch, padded at the end.
 
     Args:
         items: n results of `ChatAnnotator.preprocess`, of which the first question is taken. answers: their tokens.
@@ -35,18 +35,18 @@ def join(items: Sequence[dict[str, Any]], answers: Sequence[list[int]]) -> tuple
     starts = [len(text["input_ids"]) for text in texts]
     longest = max(start + len(answer) for start, answer in zip(starts, answers))
     labels = torch.full((len(items), longest), IGNORED)
-    told = {name: value.new_zeros(len(items), longest) for name, value in texts[0].items()}
-    told["attention_mask"] = torch.zeros(len(items), longest, dtype=torch.int64)
+    inputs = {name: value.new_zeros(len(items), longest) for name, value in texts[0].items()}
+    inputs["attention_mask"] = torch.zeros(len(items), longest, dtype=torch.int64)
     for row, (text, start, answer) in enumerate(zip(texts, starts, answers)):
         for name, value in text.items():
-            told[name][row, :start] = value
+            inputs[name][row, :start] = value
         stop = start + len(answer)
-        told["input_ids"][row, start:stop] = labels[row, start:stop] = torch.tensor(answer)
-        told["attention_mask"][row, :stop] = 1
+        inputs["input_ids"][row, start:stop] = labels[row, start:stop] = torch.tensor(answer)
+        inputs["attention_mask"][row, :stop] = 1
     pixels = {name: [item["pixels"][name] for item in items] for name in items[0]["pixels"]}
     if any(len({part.shape[1:] for part in parts}) > 1 for parts in pixels.values()):
         raise UserError("this model makes tensors of different shapes of these images; train with --batch_size 1")
-    return told | {name: torch.cat(parts) for name, parts in pixels.items()}, labels
+    return inputs | {name: torch.cat(parts) for name, parts in pixels.items()}, labels
 
 
 class ChatImages:
@@ -66,17 +66,17 @@ class ChatImages:
         my_places = places[my_slice(len(places))]
         some = my_places if len(my_places) else places[:1]
         seen = self.photos.views(self.labelled.rows[some], epoch)
-        told, labels = join(seen, [self.answers[index] for index in self.labelled.classes[some]])
+        inputs, labels = join(seen, [self.answers[index] for index in self.labelled.classes[some]])
         if not len(my_places):
             labels.fill_(IGNORED)
         tokens = sum(len(self.answers[index]) for index in self.labelled.classes[places])
-        return ChatBatch(self._send(told), labels.to(self.annotator.device, non_blocking=True), len(places), tokens)
+        return ChatBatch(self._send(inputs), labels.to(self.annotator.device, non_blocking=True), len(places), tokens)
 
-    def _send(self, told: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _send(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         device, dtype = self.annotator.device, self.annotator.dtype
         return {
             name: value.to(device, dtype if value.is_floating_point() else None, non_blocking=True)
-            for name, value in told.items()
+            for name, value in inputs.items()
         }
 
     def judge(self) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
@@ -97,5 +97,6 @@ class ChatImages:
         return logits, named
 
     def _ask(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
-        said = self.annotator.annotate(self.annotator.collate(self.photos.plain(rows)))
-        return said["votes"][:, 0].long().to(self.annotator.device), said["probs"].float().to(self.annotator.device)
+        evidence = self.annotator.annotate(self.annotator.collate(self.photos.plain(rows)))
+        device = self.annotator.device
+        return evidence["votes"][:, 0].long().to(device), evidence["probs"].float().to(device)

@@ -18,30 +18,22 @@ IGNORED = -100  # label of what is not learnt; torch's cross-entropy leaves it o
 
 @dataclass
 class ClipBatch:
-    """This process's share of a step on labelled images.
+    """This process's share of a step on labelled images."""
 
-    images: float (l, 3, H, W), preprocessed; or their features (l, E) of length 1, where `encoded`. classes: int64 (l,),
-    `IGNORED` for an image that is there only because a process cannot be without one. size: images of the global batch.
-    """
-
-    images: Tensor
+    images: Tensor  # float (l, 3, H, W), preprocessed; where `encoded`, their features (l, E) of length 1
     encoded: bool
-    classes: Tensor
-    size: int
+    classes: Tensor  # int64 (l,), `IGNORED` for an image that is there only because a process cannot be without one
+    size: int  # images of the global batch
 
 
 @dataclass
 class ChatBatch:
-    """This process's share of a step on conversations.
+    """This process's share of a step on conversations."""
 
-    told: what the model's forward takes, l rows of L tokens padded behind. labels: int64 (l, L), the answers' tokens, and
-    `IGNORED` for every other. size, tokens: conversations and answer tokens of the global batch.
-    """
-
-    told: dict[str, Any]
-    labels: Tensor
-    size: int
-    tokens: int
+    inputs: dict[str, Any]  # what the model's forward takes, l rows of L tokens padded at the end
+    labels: Tensor  # int64 (l, L), the answers' tokens, and `IGNORED` for every other
+    size: int  # conversations of the global batch
+    tokens: int  # answer tokens of the global batch
 
 
 class Learner(nn.Module):
@@ -86,7 +78,7 @@ class ClipLearner(Learner):
     def __init__(
         self, trained: nn.Module, text: Callable[[], Tensor], image: Callable[[Tensor], Tensor], scale: float
     ) -> None:
-        """Take the parts.
+        """Use a model's two sides; they may be parts of `trained`.
 
         Args:
             trained: holds the parameters that are trained. text: -> (C, E) features of length 1.
@@ -116,7 +108,7 @@ class ChatLearner(Learner):
     """A chat model that learns to answer: cross-entropy of the answers' tokens and of nothing else."""
 
     def __init__(self, network: nn.Module, keeps_logits: bool) -> None:
-        """Take the parts.
+        """Train a chat model's parameters that have a gradient.
 
         Args:
             network: an image-text-to-text model of transformers. keeps_logits: whether it can be asked for the last
@@ -129,11 +121,11 @@ class ChatLearner(Learner):
         """What the model says where an answer's token comes next, (k, V) in float32, and those tokens, int64 (k,)."""
         first = max(1, int((batch.labels != IGNORED).long().argmax(dim=1).min()))
         kept = batch.labels.shape[1] - first + 1  # a token is predicted by the one before it
-        told = batch.told | ({"logits_to_keep": kept} if self.keeps_logits else {})
-        said = self.trained(**told, use_cache=False, return_dict=True).logits[:, -kept:-1]
+        inputs = batch.inputs | ({"logits_to_keep": kept} if self.keeps_logits else {})
+        logits = self.trained(**inputs, use_cache=False, return_dict=True).logits[:, -kept:-1]
         labels = batch.labels[:, -(kept - 1) :]
         answers = labels != IGNORED
-        return said[answers].float(), labels[answers]
+        return logits[answers].float(), labels[answers]
 
     def forward(self, batch: ChatBatch) -> dict[str, Tensor]:
         """`loss` with gradient, and `accuracy`: this process's shares of means over all answer tokens of the batch."""

@@ -61,18 +61,15 @@ class ViewOptions:
 
 @dataclass
 class Outlook:
-    """What a job is about, found out before anything is opened.
+    """What a job is about, known before images and models are opened."""
 
-    spec: spelling of the model to tune. classes: C. digits: whether the images are the built-in digits.
-    """
-
-    spec: str
-    classes: int
-    digits: bool
+    spec: str  # spelling of the model to tune
+    classes: int  # C
+    digits: bool  # whether the images are the built-in digits
 
     @classmethod
     def of(cls, job: TuningJob) -> Outlook:
-        """Look into the store's manifest.
+        """Read the store's manifest.
 
         Raises:
             UserError: there is no such store.

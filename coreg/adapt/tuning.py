@@ -31,29 +31,25 @@ SHOWN = 64  # side in pixels of the images on a run's page
 
 @dataclass
 class Labelled:
-    """The images whose labels are given away, and all that are judged at the end.
+    """The images whose labels are given away, and all that are judged at the end."""
 
-    rows, classes: int64 (n,), rows of the store and their labels. samples: for `train` and `test` the rows that could be
-    read. model: what is tuned. same: whether it is the model that made the store, unchanged.
-    """
-
-    rows: np.ndarray
-    classes: np.ndarray
-    samples: dict[str, np.ndarray]
-    model: ModelSpec
-    same: bool
+    rows: np.ndarray  # int64 (n,), of the store
+    classes: np.ndarray  # int64 (n,), their labels
+    samples: dict[str, np.ndarray]  # for `train` and `test` the rows that could be read
+    model: ModelSpec  # what is tuned
+    same: bool  # whether it is the model that made the store, unchanged
 
     @classmethod
     def of(cls, run: Run) -> Labelled:
-        """Find out what `run` is about; it belongs to the run's identity which weights are tuned.
+        """Read what `run` is about; it belongs to the run's identity which weights are tuned.
 
         Raises:
             UserError: the model does not exist, or there is no label to learn from.
         """
-        store, told = run.store, run.store.manifest["model"]
+        store, annotator = run.store, run.store.manifest["model"]
         if not run.job.vlm:
             all_or_none(run.accelerator, lambda: store.need_annotator("name the model to tune with --vlm"))
-        model = main_process_decides(run.accelerator, lambda: resolve(run.job.vlm or told["spec"]))
+        model = main_process_decides(run.accelerator, lambda: resolve(run.job.vlm or annotator["spec"]))
         run.identity["tuned"] = {"spec": model.spec, "weights": model.weights}
         rows = np.flatnonzero(run.known >= 0)
         if not len(rows):
@@ -68,7 +64,7 @@ class Labelled:
         samples = {
             split: np.flatnonzero((store.split == number) & ~store.unreadable) for number, split in enumerate(SPLITS)
         }
-        same = (model.spec, model.weights) == (told["spec"], told["weights"])
+        same = (model.spec, model.weights) == (annotator["spec"], annotator["weights"])
         return cls(rows, run.known[rows], samples, model, same)
 
     def predictions(
@@ -92,10 +88,10 @@ class Labelled:
 
     def method(self, name: str, job: TuningJob) -> str:
         """What the report calls the method."""
-        said = "1 label" if len(self.rows) == 1 else f"{len(self.rows)} labels"
+        labels = "1 label" if len(self.rows) == 1 else f"{len(self.rows)} labels"
         if not job.labels:
-            said = "1 shot" if job.shots == 1 else f"{job.shots} shots"
-        return f"{name} ({said})"
+            labels = "1 shot" if job.shots == 1 else f"{job.shots} shots"
+        return f"{name} ({labels})"
 
 
 def load_towers(model: ModelSpec, run: Run, precision: str = "fp32") -> Towers:

@@ -27,15 +27,11 @@ DRAWS = 4 * TRIES + 1  # uniform numbers a view
 
 @dataclass(frozen=True)
 class RandomView:
-    """What a training view may do to an image.
+    """What a training view may do to an image."""
 
-    area: smallest share of the image that a crop keeps; at 1 nothing is cropped. flip: mirror every other view.
-    size: side to which a crop is resized, in pixels; None leaves it to the model.
-    """
-
-    area: float
-    flip: bool
-    size: int | None
+    area: float  # smallest share of the image that a crop keeps; at 1 nothing is cropped
+    flip: bool  # mirror every other view
+    size: int | None  # side to which a crop is resized, in pixels; None leaves it to the model
 
     @property
     def random(self) -> bool:
@@ -76,10 +72,12 @@ class Photos:
     def __init__(
         self, images: ImageList, preprocess: Callable[[Image.Image], Any], view: RandomView, seed: int, workers: int
     ) -> None:
-        """Take what is needed; nothing is decoded yet.
+        """Start the threads; nothing is decoded yet.
 
         Args:
+            images: of the store.
             preprocess: PIL image -> what a model takes.
+            view: of training images. seed: of the views. workers: threads.
         """
         self.images, self.preprocess, self.random_view, self.seed = images, preprocess, view, seed
         # Pillow releases the interpreter's lock while it decodes and resizes

@@ -31,7 +31,9 @@ class AnswerParser:
         self.exact: dict[str, int] = {}
         for index, name in enumerate(class_names):
             key = plain(name)
-            self.exact[key] = ABSTAIN if key in self.exact else index  # two names that look alike are told apart by none
+            self.exact[key] = (
+                ABSTAIN if key in self.exact else index
+            )  # no answer names one of two that are plainly the same
         self.exact.pop("", None)
         words = sorted(self.exact, key=len, reverse=True)
         self.inside = re.compile("|".join(map(_as_words, words))) if words else None
@@ -47,9 +49,9 @@ class AnswerParser:
             return self.exact[text]
         if not words or self.inside is None or DENIALS & set(words):
             return ABSTAIN
-        found = {match.group() for match in self.inside.finditer(text)}
-        if found:
-            return self.exact[found.pop()] if len(found) == 1 else ABSTAIN
+        names = {match.group() for match in self.inside.finditer(text)}
+        if names:
+            return self.exact[names.pop()] if len(names) == 1 else ABSTAIN
         near = [name for name in self.exact if _alike(words, name.split())]
         return self.exact[near[0]] if len(near) == 1 else ABSTAIN
 

@@ -58,14 +58,14 @@ class Asked:
         image = image.convert("RGB")
         text, pixels = [], {}
         for number, prompt in enumerate(self.prompts):
-            told = self.processor(
+            inputs = self.processor(
                 images=[image], text=[prompt], return_tensors="pt", add_special_tokens=self.special_tokens
             )
-            shape = told["input_ids"].shape
-            told.pop("attention_mask", None)  # one image and one text: nothing is padded
-            text.append({name: value[0] for name, value in told.items() if value.shape == shape})
+            shape = inputs["input_ids"].shape
+            inputs.pop("attention_mask", None)  # one image and one text: nothing is padded
+            text.append({name: value[0] for name, value in inputs.items() if value.shape == shape})
             if number == 0:  # the image becomes the same under every question
-                pixels = {name: value for name, value in told.items() if value.shape != shape}
+                pixels = {name: value for name, value in inputs.items() if value.shape != shape}
         return {"text": text, "pixels": pixels}
 
 
@@ -82,7 +82,7 @@ class Read:
     cache: Any = None
 
     def copied(self, times: int = 1) -> Read:
-        """An independent copy with every conversation `times` times, one behind the other."""
+        """An independent copy with every conversation `times` times, one after the other."""
         cache = copy.deepcopy(self.cache)
         if cache is not None and times > 1:
             cache.batch_repeat_interleave(times)
@@ -146,16 +146,16 @@ class ChatAnnotator:
 
     @staticmethod
     def _prompt(model: ModelSpec, processor: Any, question: str) -> str:
-        said = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
+        conversation = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
         try:
-            return processor.apply_chat_template(said, add_generation_prompt=True, tokenize=False).rstrip(" ")
+            return processor.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False).rstrip(" ")
         except Exception as error:
             raise UserError(
                 f"{model.spec} cannot be asked: {one_line(error)}; use a chat model whose folder has a chat_template"
             ) from None
 
     def _name_tokens(self, prompt: str, name: str, special: bool) -> list[int]:
-        """The tokens with which the answer `name` goes on behind `prompt`."""
+        """The tokens with which the answer `name` goes on after `prompt`."""
         answer = name if prompt[-1:].isspace() else f" {name}"
         before = self.tokenizer(prompt, add_special_tokens=special)["input_ids"]
         whole = self.tokenizer(prompt + answer, add_special_tokens=special)["input_ids"]
@@ -172,23 +172,23 @@ class ChatAnnotator:
         """Let every conversation of `read` go on with tokens `ids` (n, k); `read` is changed.
 
         Returns:
-            float32 (n, keep, V): logits behind the last `keep` of the tokens.
+            float32 (n, keep, V): logits after the last `keep` of the tokens.
         """
         old = read.ids.shape[1]
         read.ids = torch.cat([read.ids, ids], dim=1)
-        told: dict[str, Any] = {"logits_to_keep": keep} if self.keeps_logits else {}
+        inputs: dict[str, Any] = {"logits_to_keep": keep} if self.keeps_logits else {}
         if old == 0 or read.cache is None:
             for name in read.pixels[0]:
                 value = torch.cat([row[name] for row in read.pixels]).to(self.device)
-                told[name] = value.to(self.dtype) if value.is_floating_point() else value
+                inputs[name] = value.to(self.dtype) if value.is_floating_point() else value
             length = read.ids.shape[1]
             for name, value in read.types.items():  # tokens of an answer are of type 0, as in generation
-                told[name] = torch.nn.functional.pad(value, (0, max(0, length - value.shape[1])))[:, :length]
+                inputs[name] = torch.nn.functional.pad(value, (0, max(0, length - value.shape[1])))[:, :length]
             tokens = read.ids
-            told["attention_mask"] = torch.ones_like(tokens)
+            inputs["attention_mask"] = torch.ones_like(tokens)
         else:  # nothing is padded; from a mask of all tokens Qwen would count the positions of all, not of the new ones
-            tokens, told["past_key_values"] = ids, read.cache
-        output = self.network(input_ids=tokens, use_cache=self.cached, return_dict=True, **told)
+            tokens, inputs["past_key_values"] = ids, read.cache
+        output = self.network(input_ids=tokens, use_cache=self.cached, return_dict=True, **inputs)
         read.cache = output.past_key_values if self.cached else None
         return output.logits[:, -keep:].float()
 
@@ -209,7 +209,7 @@ class ChatAnnotator:
         image_token = getattr(self.network.config, "image_token_id", None)
         if not self.cached or image_token is None or any((ids[shared:] == image_token).any() for ids in tokens):
             shared = 0  # an image is read in one piece
-        # behind the images all tokens are of the same type
+        # after the images all tokens are of the same type
         types = [{name: value[: shared or None].expand(count, -1) for name, value in text.items()} for text in texts]
         read = Read(tokens[0].new_empty(count, 0), types[0], [item["pixels"] for item in items])
         if shared:
@@ -246,11 +246,11 @@ class ChatAnnotator:
                     named = scores.argmax(dim=1)
                     probs[places] += scores.softmax(dim=1)
                 else:
-                    said = self._generate(read, ids)
-                    named = torch.tensor([self.parse(answer) for answer in said])
+                    replies = self._generate(read, ids)
+                    named = torch.tensor([self.parse(answer) for answer in replies])
                     certain = torch.nn.functional.one_hot(named.clamp(min=0), classes).float()
                     probs[places] += torch.where(named[:, None] >= 0, certain, torch.tensor(1 / classes))
-                    for place, answer in zip(places, said):
+                    for place, answer in zip(places, replies):
                         answers[place].append(answer)
                 votes[places, number] = named.to(torch.int16)
         judged: dict[str, torch.Tensor | list] = {"votes": votes, "probs": (probs / count).half()}
@@ -273,23 +273,23 @@ class ChatAnnotator:
                 logits = logits.log_softmax(dim=-1).view(len(ids), len(names), longest - 1, -1)
                 wanted = tokens[:, 1:].expand(len(ids), -1, -1)[..., None]
                 each = torch.cat([each, logits.gather(-1, wanted)[..., 0]], dim=2)
-            counts = torch.arange(longest, device=self.device) < lengths[:, None]  # not the padding behind a name
+            counts = torch.arange(longest, device=self.device) < lengths[:, None]  # not the padding after a name
             scores.append((each * counts).sum(dim=2) / lengths)
         return torch.cat(scores, dim=1)
 
     def _generate(self, read: Read, ids: torch.Tensor) -> list[str]:
         """The n greedy answers."""
         ended = torch.zeros(len(ids), dtype=torch.bool, device=self.device)
-        said = []
+        generated = []
         for _ in range(max(map(len, self.names)) + EXTRA_TOKENS):
             token = self._read(read, ids, keep=1)[:, -1].argmax(dim=-1)
             token = torch.where(ended, self.ends[-1], token)
-            said.append(token)
+            generated.append(token)
             ended |= torch.isin(token, self.ends)
             if bool(ended.all()):
                 break
             ids = token[:, None]
-        return [text.strip() for text in self.tokenizer.batch_decode(torch.stack(said, 1), skip_special_tokens=True)]
+        return [text.strip() for text in self.tokenizer.batch_decode(torch.stack(generated, 1), skip_special_tokens=True)]
 
     @torch.inference_mode()
     def _cache_works(self) -> bool:

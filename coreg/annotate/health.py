@@ -142,7 +142,7 @@ def about(store: AnnotationStore) -> list[str]:
 
 
 def notes_of(manifest: dict[str, Any]) -> list[str]:
-    """What the image list said of itself when it was annotated; stores of earlier versions say nothing."""
+    """The image list's notes from when it was annotated; stores of earlier versions have none."""
     notes = manifest.get("notes")
     return [note for note in notes if isinstance(note, str)] if isinstance(notes, list) else []
 
@@ -188,7 +188,7 @@ def _verdicts(store: AnnotationStore, health: Health) -> list[str]:
     """What a person should know before training, most serious first."""
     names, total, bad = store.class_names, len(store), int(store.unreadable.sum())
     readable = total - bad
-    found = []
+    verdicts = []
     if not readable:
         return ["No image could be read: see errors.csv for the reasons."]
     mean = float(np.arange(len(health.sizes)) @ health.sizes) / readable
@@ -196,34 +196,36 @@ def _verdicts(store: AnnotationStore, health: Health) -> list[str]:
     always = np.flatnonzero(health.named >= NEARLY_ALWAYS)
     few = np.flatnonzero((health.most_named < FEW_IMAGES) & (health.named > 0))
     if mean > len(names) / 2:
-        found.append(
+        verdicts.append(
             f"An image has {mean:.1f} of {len(names)} classes as candidates on average: the model hardly tells them apart. "
             "Try a larger --vlm, or class names that describe what is seen."
         )
     if len(never):
-        found.append(
+        verdicts.append(
             f"Never named: {_some(names, never)}. Either there are no such images, or the model does not know the name; "
             "try another wording."
         )
     if len(always) and len(names) > 2:
-        found.append(f"Named for nearly every image: {_some(names, always)}. The name is too general; try a narrower one.")
+        verdicts.append(
+            f"Named for nearly every image: {_some(names, always)}. The name is too general; try a narrower one."
+        )
     if len(few):
-        found.append(
+        verdicts.append(
             f"Fewer than {FEW_IMAGES} images lead to: {_some(names, few)}. They will be learned badly; add images."
         )
     if health.abstained.mean() > 0.2:
-        found.append(
+        verdicts.append(
             f"{health.abstained.mean():.0%} of the answers named no class. Try other class names or --chat_mode likelihood."
         )
     if bad > 0.05 * total:
-        found.append(f"{bad} of {total} images cannot be read: see errors.csv.")
+        verdicts.append(f"{bad} of {total} images cannot be read: see errors.csv.")
     if health.duplicates and len(health.duplicates) > 0.05 * readable:
-        found.append(
+        verdicts.append(
             f"{len(health.duplicates)} images look like copies of others, which may be in training and test at once."
         )
     if health.sizes[1] == readable:
-        found.append("Every image has one candidate: the templates always agree, so there is nothing to choose from.")
-    return found
+        verdicts.append("Every image has one candidate: the templates always agree, so there is nothing to choose from.")
+    return verdicts
 
 
 def _some(names: Sequence[str], chosen: np.ndarray) -> str:

@@ -23,18 +23,18 @@ def page(store: AnnotationStore, health: Health, images: ImageList | None, comma
 
     Args:
         store: the annotation store.
-        health: what `examine` found.
+        health: what `examine` gave.
         images: where pictures come from; None for a report without them.
         command: what to type next.
     """
-    told = store.manifest
+    manifest = store.manifest
     verdicts = "".join(f'<p class="bad">{text(line)}</p>' for line in health.verdicts)
     parts = [
         f"<h1>Annotation health: {text(store.root)}</h1>",
         f"<p>{len(store)} images, {len(store.class_names)} classes, {len(store.templates)} templates, "
-        f"by {text(told['model'].get('spec', ''))}</p>",
+        f"by {text(manifest['model'].get('spec', ''))}</p>",
         "".join(f"<p>{text(line)}</p>" for line in health.about),
-        *(f"<p>{text(line)}</p>" for line in before_and_after(told)),
+        *(f"<p>{text(line)}</p>" for line in before_and_after(manifest)),
         verdicts or '<p class="good">Nothing looks wrong.</p>',
         f"<p>Next: <code>{text(command)}</code></p>",
         "<h2>How many candidates an image has</h2>",
@@ -87,9 +87,9 @@ def _templates(store: AnnotationStore, health: Health) -> str:
     ]
     matrix = "".join(f"<tr>{''.join(line)}</tr>" for line in cells)
     off = shown[~np.eye(len(shown), dtype=bool)]
-    said = f"from {np.nanmin(off):.1%} (faint) to {np.nanmax(off):.1%} (full)" if np.isfinite(off).any() else "not known"
+    scale = f"from {np.nanmin(off):.1%} (faint) to {np.nanmax(off):.1%} (full)" if np.isfinite(off).any() else "not known"
     matrix = f"<div class='scroll'><table class='small'>{matrix}</table></div>"
-    return f"{table(head, rows)}<p>Share of images on which two templates agree, {said}:</p>{matrix}"
+    return f"{table(head, rows)}<p>Share of images on which two templates agree, {scale}:</p>{matrix}"
 
 
 def _gallery(store: AnnotationStore, health: Health, images: ImageList | None) -> list[str]:
@@ -98,8 +98,8 @@ def _gallery(store: AnnotationStore, health: Health, images: ImageList | None) -
     for row in map(int, health.contested):
         named, counts = np.unique(votes[row][votes[row] >= 0], return_counts=True)
         order = np.argsort(-counts, kind="stable")[:3]
-        said = ", ".join(f"{store.class_names[named[k]]} {counts[k]}" for k in order) or "no vote"
-        caption = f"<figcaption>{text(store.paths[row])}<br>{text(said)}</figcaption>"
+        named_most = ", ".join(f"{store.class_names[named[k]]} {counts[k]}" for k in order) or "no vote"
+        caption = f"<figcaption>{text(store.paths[row])}<br>{text(named_most)}</figcaption>"
         shown.append(f"<figure>{_picture(images, row)}{caption}</figure>")
     return shown or ["<p>None.</p>"]
 

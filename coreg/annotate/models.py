@@ -300,7 +300,7 @@ def one_line(error: Exception) -> str:
 def loading() -> Iterator[None]:
     """How models are loaded: no code of theirs is run, and without the libraries' progress bars and log lines.
 
-    Those would come before an error told in one line.
+    Those would stand before the one line of an error.
     """
     before, bars = logging.root.manager.disable, transformers.utils.logging.is_progress_bar_enabled()
     logging.disable(logging.CRITICAL)

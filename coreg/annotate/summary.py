@@ -1,4 +1,4 @@
-"""What an annotation store holds, said to a person in a few lines."""
+"""What an annotation store holds, for a person, in a few lines."""
 
 from __future__ import annotations
 
@@ -45,6 +45,6 @@ def summary(store: AnnotationStore) -> str:
 
 def some(names: Sequence[str], chosen: np.ndarray) -> str:
     """The chosen names, shortened to ten; "none" without any."""
-    found = [names[index] for index in np.flatnonzero(chosen)]
-    more = f" and {len(found) - 10} more" if len(found) > 10 else ""
-    return ", ".join(found[:10]) + more if found else "none"
+    picked = [names[index] for index in np.flatnonzero(chosen)]
+    more = f" and {len(picked) - 10} more" if len(picked) > 10 else ""
+    return ", ".join(picked[:10]) + more if picked else "none"

@@ -21,13 +21,13 @@ def text_side(store: AnnotationStore, templates: Sequence[str], device: torch.de
             changed since.
     """
     store.need_annotator()
-    told = store.manifest["model"]
+    made_by = store.manifest["model"]
     if store.manifest["features"] is None:
         raise UserError(f"{store.root} keeps no features, its annotator gives none")
-    model = resolve(told["spec"])
-    if model.weights != told["weights"]:
+    model = resolve(made_by["spec"])
+    if model.weights != made_by["weights"]:
         raise UserError(f"{model.spec} is not what made {store.root}: its files changed")
-    return ClipAnnotator(model, templates, store.class_names, device, told["precision"])
+    return ClipAnnotator(model, templates, store.class_names, device, made_by["precision"])
 
 
 def single_template_probabilities(store: AnnotationStore, device: torch.device | str = "cpu") -> np.ndarray:

@@ -67,7 +67,7 @@ def verify(folder: str) -> tuple[str, bool]:
     """Check every byte of a store.
 
     Returns:
-        what was found, for a person; whether the store is finished and whole.
+        the result, for a person; whether the store is finished and whole.
     """
     root = Path(folder)
     manifest = read_manifest(root)
@@ -233,8 +233,8 @@ def _info(folders: list[str], options: list[str]) -> int:
 
 
 def _verify(folders: list[str], options: list[str]) -> int:
-    said, whole = verify(_only(folders))
-    print(printable(said, lines=True))
+    result, whole = verify(_only(folders))
+    print(printable(result, lines=True))
     return 0 if whole else 1
 
 

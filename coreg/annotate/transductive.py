@@ -1,7 +1,7 @@
 """Judging images together: zero-shot predictions corrected by how the images' features lie, without labels or training.
 
 Text predictions judge one image at a time. Here all images of a set are judged at once: images of a class form a
-Gaussian in feature space, near neighbours belong together, and nobody strays far from what the text side said. In the
+Gaussian in feature space, near neighbours belong together, and nobody strays far from what the text side predicts. In the
 manner of TransCLIP, its zero-shot form: Zanella, Gérin and Ben Ayed, "Boosting Vision-Language Models with
 Transduction" (NeurIPS 2024).
 
@@ -85,9 +85,9 @@ def transduce(
     means = features[surest].mean(dim=0)
     variance = torch.full_like(features[0], 1 / features.shape[1])
     for number in range(rounds + 1):
-        told = prior + likelihood_weight * log_likelihood(features, means, variance)
+        evidence = prior + likelihood_weight * log_likelihood(features, means, variance)
         for _ in range(sweeps):
-            z = torch.softmax(told + pull(z, rows, cosines), dim=1)
+            z = torch.softmax(evidence + pull(z, rows, cosines), dim=1)
         if number < rounds:
             means, variance = fit(features, z, means)
     return z

@@ -37,7 +37,7 @@ class Progress:
 
     def __init__(self, queue: BlockQueue, writer: BlockWriter, shown: bool, doing: str = "annotating") -> None:
         self.queue, self.sizes = queue, np.array([len(writer.rows(index)) for index in range(len(writer.files))])
-        self.looked, self.written = time.monotonic(), self._written()
+        self.counted_at, self.written = time.monotonic(), self._written()
         self.few_bits = 0  # images of this process that are nearly black because they use few of their 16 bits
         self.bar = tqdm(
             total=int(self.sizes.sum()),
@@ -55,8 +55,8 @@ class Progress:
         """Draw; `unwritten` is the number of images this process has annotated and not written yet."""
         if self.bar.disable:
             return
-        if time.monotonic() - self.looked > POLL_SECONDS or not unwritten:
-            self.looked, self.written = time.monotonic(), self._written()
+        if time.monotonic() - self.counted_at > POLL_SECONDS or not unwritten:
+            self.counted_at, self.written = time.monotonic(), self._written()
         # The bar never goes back, as it would when a block is written by somebody else in the meantime.
         self.bar.update(max(0, min(self.written + unwritten, self.bar.total) - self.bar.n))
 
@@ -241,25 +241,28 @@ def _joined(parts: list[dict[str, torch.Tensor | list]]) -> dict[str, np.ndarray
 def rescore_features(
     first: int,
     source: Path,
-    told: dict[str, Any],
+    manifest: dict[str, Any],
     annotator: ClipAnnotator,
     writer: StoreWriter,
     queue: BlockQueue,
     progress: Progress,
     batch_size: int,
 ) -> None:
-    """As `annotate_images`, but from the features in the blocks of another store, whose manifest is `told`.
+    """As `annotate_images`, but from the features in the blocks of another store.
+
+    Args:
+        source: its folder. manifest: its manifest. The others are those of `annotate_images`.
 
     Raises:
         UserError: a block of that store is damaged.
     """
-    files, job = block_files(source, told), job_hash(told)
+    files, job = block_files(source, manifest), job_hash(manifest)
     index: int | None = first
     while index is not None:
         try:
             tensors, errors, _ = read_block(files[index], index, job)
         except DamagedBlockError as error:
-            raise UserError(f"{files[index]} is damaged: {error}; {same_command(told)}") from None
+            raise UserError(f"{files[index]} is damaged: {error}; {same_command(manifest)}") from None
         features = tensors["features"]
         parts = [annotator.judge(features[start : start + batch_size]) for start in range(0, len(features), batch_size)]
         writer.write(index, _joined(parts) | {"features": features}, errors)

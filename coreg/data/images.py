@@ -26,7 +26,7 @@ class Paths(Sequence[str]):
     """
 
     def __init__(self, encoded: Sequence[bytes]) -> None:
-        """Take file-system-encoded paths, in order."""
+        """Keep `encoded`, paths as the file system encodes them, in order."""
         self.bytes = b"".join(encoded)
         self.ends = np.cumsum(np.fromiter(map(len, encoded), dtype=np.int64, count=len(encoded)))
 

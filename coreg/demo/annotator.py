@@ -24,7 +24,7 @@ from coreg.errors import UserError
 SHIPPED = Path(__file__).parent / "glyph_clip"
 CONFIG_FILE = "open_clip_config.json"  # open_clip's own name, in the compact and in the full folder
 COMPACT_FILE = "compact.safetensors"
-FULL_FILE = "open_clip_model.safetensors"  # what open_clip looks for first
+FULL_FILE = "open_clip_model.safetensors"  # what open_clip tries first
 TOKEN_TABLE = "token_embedding.weight"
 TOKEN_IDS = "token_ids"
 TEMPLATES_FILE = Path(__file__).parent / "templates.txt"

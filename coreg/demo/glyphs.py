@@ -56,25 +56,18 @@ FONT_STROKES = (0, 2, 4)  # extra outline in pixels at FONT_POINTS
 
 @dataclass(frozen=True)
 class Source:
-    """One kind of picture with its wording.
+    """One kind of picture: its shapes, its wording, and how it is rendered."""
 
-    shapes: a kind of font, or an alphabet of strokes; captions: how such a picture is described, `{}` is the number word;
-    the rest are rendering parameters: standard deviation of the rotation (radians), mean and standard deviation of
-    the slant, standard deviation of the warp (of a font's grid, in half frames; of a stroke's control points, in heights
-    of a digit), share of blurred images, range of the contrast, mean log of width over height, range of the pen's width
-    (frames).
-    """
-
-    shapes: str | Alphabet
-    captions: tuple[str, ...]
-    rotation: float = 0.08
-    slant: float = 0.0
-    slant_spread: float = 0.08
-    warp: float = 0.04
-    blurred: float = 0.3
-    contrast: tuple[float, float] = (0.6, 1.1)
-    aspect: float = 0.0
-    pen: tuple[float, float] = (0.08, 0.14)
+    shapes: str | Alphabet  # a kind of font, or an alphabet of strokes
+    captions: tuple[str, ...]  # how such a picture is described; `{}` is the number word
+    rotation: float = 0.08  # standard deviation, radians
+    slant: float = 0.0  # mean
+    slant_spread: float = 0.08  # standard deviation
+    warp: float = 0.04  # standard deviation, half frames for a font's grid, heights of a digit for strokes
+    blurred: float = 0.3  # share of blurred images
+    contrast: tuple[float, float] = (0.6, 1.1)  # range
+    aspect: float = 0.0  # mean log of width over height
+    pen: tuple[float, float] = (0.08, 0.14)  # range of the pen's width, frames
 
 
 SOURCES = {

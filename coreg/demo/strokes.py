@@ -152,16 +152,12 @@ def _line_row(position: float, points: int) -> list[float]:
 
 @dataclass(frozen=True)
 class StrokeBank:
-    """Skeletons as tensors, K of them: a point on the pen's path is a fixed linear function of the control points.
+    """Skeletons as tensors, K of them: a point on the pen's path is a fixed linear function of the control points."""
 
-    control: float32 (K, P, 2), zero-padded; path: float32 (K, S, P) maps control points to S path points;
-    pen_down: bool (K, S - 1), whether path point i is joined to i + 1; digit: int64 (K,).
-    """
-
-    control: torch.Tensor
-    path: torch.Tensor
-    pen_down: torch.Tensor
-    digit: torch.Tensor
+    control: torch.Tensor  # float32 (K, P, 2), zero-padded
+    path: torch.Tensor  # float32 (K, S, P), maps control points to S path points
+    pen_down: torch.Tensor  # bool (K, S - 1), whether path point i is joined to i + 1
+    digit: torch.Tensor  # int64 (K,)
 
 
 def stroke_bank(alphabet: Alphabet) -> StrokeBank:

@@ -76,7 +76,7 @@ def _class_lines(report: dict[str, Any], class_names: list[str]) -> list[str]:
 
 
 def model_card(report: dict[str, Any], settings: dict[str, Any], which: str = "") -> str:
-    """Markdown with the hub's front matter; everything that came from outside is escaped, and no path is told.
+    """Markdown with the hub's front matter; everything that came from outside is escaped, and no path is in it.
 
     Args:
         report: as `coreg.report.report.build_report` gives it. settings: the export's `coreg.json`.

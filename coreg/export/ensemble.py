@@ -262,9 +262,9 @@ def push_to_hub(folder: Path, name: str) -> str:
         api.create_repo(name, private=True, exist_ok=True)
         return str(api.upload_folder(repo_id=name, folder_path=folder, commit_message="Exported by coreg-export"))
     except Exception as error:  # of the hub, of its client's network library, whichever that is in this version
-        said = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"{name} could not be uploaded ({said}); check the name, the network and `hf auth login`, then try again"
+            f"{name} could not be uploaded ({reason}); check the name, the network and `hf auth login`, then try again"
         ) from None
 
 

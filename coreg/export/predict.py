@@ -53,16 +53,12 @@ class PredictConfig:
 
 @dataclass
 class Classifier:
-    """An exported ensemble, from whatever file.
+    """An exported ensemble, from whatever file."""
 
-    class_names: C names. image_size, channels: what images are decoded to.
-    run: uint8 (n, channels, image_size, image_size) on the CPU -> probabilities float32 (n, C) on the CPU.
-    """
-
-    class_names: list[str]
-    image_size: int
-    channels: int
-    run: Callable[[Tensor], Tensor]
+    class_names: list[str]  # C names
+    image_size: int  # side in pixels to which images are decoded
+    channels: int  # 1 or 3, of decoded images
+    run: Callable[[Tensor], Tensor]  # uint8 (n, channels, image_size, image_size) -> float32 (n, C), both on the CPU
 
     def batches(
         self, images: ImageList, batch_size: int = 256, workers: int = 2

@@ -67,7 +67,7 @@ def _as_torch(program: torch.export.ExportedProgram, about: dict[str, Any]) -> t
 
 
 def _as_onnx(program: torch.export.ExportedProgram, about: dict[str, Any]) -> tuple[bytes, Callable[[Tensor], Tensor]]:
-    # the exporter reports its stages on stdout, whatever it is told
+    # the exporter reports its stages on stdout, even with verbose=False
     with contextlib.redirect_stdout(None):
         onnx = torch.onnx.export(
             program, input_names=["images"], output_names=["logits", "probabilities"], dynamo=True, verbose=False
@@ -122,7 +122,7 @@ def open_onnx(model: bytes, name: str, gpu: bool) -> tuple[Any, dict[str, Any]]:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 4  # what goes wrong is raised, and once is enough
-    # of the two formats that it reads, the one that was looked through
+    # of the two formats that it reads, the one that was checked
     options.add_session_config_entry("session.load_model_format", "ONNX")
     cuda = ["CUDAExecutionProvider"] if gpu and "CUDAExecutionProvider" in onnxruntime.get_available_providers() else []
     try:

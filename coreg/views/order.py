@@ -34,7 +34,7 @@ class ShuffledRows:
     """
 
     def __init__(self, rows: np.ndarray, batch_size: int, key: tuple[int | str, ...], smallest: int = 2) -> None:
-        """Take the rows.
+        """Prepare endless rounds over `rows`, each in an order of its own.
 
         Args:
             rows: int64 (n,), possibly none. batch_size: at least `smallest`. key: names the orders.

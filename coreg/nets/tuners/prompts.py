@@ -163,9 +163,10 @@ class PromptLearner(nn.Module):
         table: nn.Embedding,
         encode: Callable[[Tokens], Tensor],
     ) -> None:
-        """Take the parts.
+        """Make the context trainable and leave the text tower as it is.
 
         Args:
+            prompts: the layout.
             context: (M, D) shared by all classes, or (C, M, D) for each its own.
             table: the text tower's token embedding, with vectors of length D.
             encode: prompts as `tokens` -> features (C, E), through `table`, with gradient.
