@@ -20,11 +20,11 @@ from coreg.settings import ImageConfig, JobConfig, check_warm_up, read_student
 @exits_with_one_line
 def read_settings(argv: Sequence[str]) -> tuple[JobConfig, ImageConfig, CoRegOptions]:
     """Preset, recipe and command line, checked."""
-    job, look, method = read_student(
-        argv, "train_coreg.py", __doc__, CoRegOptions, preset=lambda job, look, method: PRESETS[method.preset]
+    job, image_options, method = read_student(
+        argv, "train_coreg.py", __doc__, CoRegOptions, preset=lambda job, image_options, method: PRESETS[method.preset]
     )
     check_warm_up(method.warmup_epochs, job.epochs)
-    return job, look, method
+    return job, image_options, method
 
 
 if __name__ == "__main__":
@@ -133,7 +133,7 @@ def co_train(run: Run, task: Task[CoRegOptions], training: Training, lr: float) 
 def build_learners(task: Task[CoRegOptions]) -> list[CoRegLearner]:
     """Two networks of one architecture with different initialisation, which share prototypes and learn from each other."""
     method, n_classes = task.method, len(task.store.class_names)
-    nets = build_networks(task.accelerator, task.job, task.look, n_classes, method.projection_dim, count=2)
+    nets = build_networks(task.accelerator, task.job, task.image_options, n_classes, method.projection_dim, count=2)
     prototypes = Prototypes(n_classes, method.projection_dim)
     learners = [CoRegLearner(net, prototypes, method) for net in nets]
     for learner, peer in zip(learners, reversed(nets)):
@@ -145,8 +145,8 @@ def build_learners(task: Task[CoRegOptions]) -> list[CoRegLearner]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse, check, annotate where there is no store yet, train, report."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    job, look, method = read_settings(argv)
-    with open_run("train_coreg.py", argv, (job, look, method), annotate_digits, "runs/demo") as run:
+    job, image_options, method = read_settings(argv)
+    with open_run("train_coreg.py", argv, (job, image_options, method), annotate_digits, "runs/demo") as run:
         if run is None:
             return
         task = prepare(run, method, method.alignment)

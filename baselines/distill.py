@@ -97,8 +97,10 @@ def make_batch(task: Task[DistillOptions], teacher: Tensor, rows: np.ndarray, ep
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse, check, annotate where there is no store yet, train, report."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    job, look, method = read_settings(argv)
-    with open_run("baselines/distill.py", argv, (job, look, method), annotate_digits, f"runs/kd_{method.teacher}") as run:
+    job, image_options, method = read_settings(argv)
+    with open_run(
+        "baselines/distill.py", argv, (job, image_options, method), annotate_digits, f"runs/kd_{method.teacher}"
+    ) as run:
         if run is None:
             return
         all_or_none(run.accelerator, run.store.need_annotator)
@@ -106,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         probs, told = main_process_decides(run.accelerator, lambda: teacher_of(task))
         teacher = torch.from_numpy(probs).to(run.accelerator.device, task.data.dtype)
         taught = np.concatenate([np.flatnonzero(task.weak.usable), task.repeated])
-        nets = build_networks(run.accelerator, job, look, len(run.store.class_names), projection_dim=1, count=1)
+        nets = build_networks(run.accelerator, job, image_options, len(run.store.class_names), projection_dim=1, count=1)
         learner = placed(DistillLearner(nets[0], method.kd_temperature), run.accelerator, job)
         training = run.begin([learner], [build_optimizer(nets[0], job)])
 

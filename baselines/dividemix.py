@@ -21,15 +21,15 @@ NAMES = {"single": "DivideMix, single template", "averaged": "DivideMix, average
 @exits_with_one_line
 def read_settings(argv: Sequence[str]) -> tuple[JobConfig, ImageConfig, DivideMixOptions]:
     """Preset, recipe and command line, checked."""
-    job, look, method = read_student(
+    job, image_options, method = read_student(
         argv,
         "baselines/dividemix.py",
         __doc__,
         DivideMixOptions,
-        preset=lambda job, look, method: official(OFFICIAL, job.dataset, method.preset)[1],
+        preset=lambda job, image_options, method: official(OFFICIAL, job.dataset, method.preset)[1],
     )
     check_warm_up(method.warmup_epochs, job.epochs)
-    return job, look, method
+    return job, image_options, method
 
 
 if __name__ == "__main__":
@@ -136,7 +136,9 @@ def learning_rate(job: JobConfig, schedule: str, epoch: int) -> float:
 
 def build_learners(task: Task[DivideMixOptions]) -> list[DivideMixLearner]:
     """Two networks of one architecture with different initialisation, which learn from each other."""
-    nets = build_networks(task.accelerator, task.job, task.look, len(task.store.class_names), projection_dim=1, count=2)
+    nets = build_networks(
+        task.accelerator, task.job, task.image_options, len(task.store.class_names), projection_dim=1, count=2
+    )
     learners = [DivideMixLearner(net, task.method) for net in nets]
     for learner, peer in zip(learners, reversed(nets)):
         learner.set_peer(peer)
@@ -147,9 +149,13 @@ def build_learners(task: Task[DivideMixOptions]) -> list[DivideMixLearner]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse, check, annotate where there is no store yet, train, report."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    job, look, method = read_settings(argv)
+    job, image_options, method = read_settings(argv)
     with open_run(
-        "baselines/dividemix.py", argv, (job, look, method), annotate_digits, f"runs/dividemix_{method.labels_from}"
+        "baselines/dividemix.py",
+        argv,
+        (job, image_options, method),
+        annotate_digits,
+        f"runs/dividemix_{method.labels_from}",
     ) as run:
         if run is None:
             return

@@ -53,20 +53,20 @@ for seed in $SEEDS; do
         --rule flip --q "$Q" --eta "$ETA" --seed "$seed" --output_dir "$OUT/store-$seed" || exit 1
 done
 
-look=(--recipe folder --backbone "$BACKBONE" --image_size "$SIZE" --padding $((SIZE / 8)) --workers 0)
+image_options=(--recipe folder --backbone "$BACKBONE" --image_size "$SIZE" --padding $((SIZE / 8)) --workers 0)
 for seed in $SEEDS; do
-    job=("${look[@]}" --annotations "$OUT/store-$seed" --seed "$seed")
+    job=("${image_options[@]}" --annotations "$OUT/store-$seed" --seed "$seed")
     start "coreg-$seed" train_coreg "${job[@]}" --epochs "$EPOCHS"
     start "partial-$seed" train_coreg "${job[@]}" --epochs "$EPOCHS" --warmup_epochs "$EPOCHS"
     start "supervised-$seed" coreg.baselines.pll --method supervised "${job[@]}" --epochs "$EPOCHS"
 done
 # about as many passes as Co-Reg's
 for seed in $SEEDS; do
-    start "partial_longer-$seed" train_coreg "${look[@]}" --annotations "$OUT/store-$seed" --seed "$seed" \
+    start "partial_longer-$seed" train_coreg "${image_options[@]}" --annotations "$OUT/store-$seed" --seed "$seed" \
         --epochs $((5 * EPOCHS)) --warmup_epochs $((5 * EPOCHS))
 done
 first=${SEEDS%% *}
-job=("${look[@]}" --annotations "$OUT/store-$first" --seed "$first" --epochs "$EPOCHS")
+job=("${image_options[@]}" --annotations "$OUT/store-$first" --seed "$first" --epochs "$EPOCHS")
 start "without_co-$first" train_coreg "${job[@]}" --co_pseudo_labels false
 start "without_u-$first" train_coreg "${job[@]}" --use_unlabeled false
 start "without_contrast-$first" train_coreg "${job[@]}" --contrast_weight 0

@@ -21,17 +21,17 @@ from coreg.settings import ImageConfig, JobConfig, official, official_notes, rea
 @exits_with_one_line
 def read_settings(argv: Sequence[str]) -> tuple[JobConfig, ImageConfig, PartialOptions]:
     """Preset, recipe and command line, checked; the options are those of the method."""
-    job, look, method = read_student(
+    job, image_options, method = read_student(
         argv,
         "baselines/pll.py",
         __doc__,
-        preset=lambda job, look, method: official(OFFICIAL[method.method], job.dataset, method.preset)[1],
+        preset=lambda job, image_options, method: official(OFFICIAL[method.method], job.dataset, method.preset)[1],
         kinds=("method", OPTIONS),
     )
     momenta = getattr(method, "confidence_momentum", [0, 0])
     if len(momenta) != 2:
         raise UserError(f"--confidence_momentum is {' '.join(map(str, momenta))}; give two numbers: first and last")
-    return job, look, method
+    return job, image_options, method
 
 
 if __name__ == "__main__":
@@ -91,7 +91,7 @@ def build_method(task: Task[PartialOptions]) -> tuple[PartialMethod, dict[str, A
         rate, source = noise_rate(task)
         options, fields["noise_rate"] = dataclasses.replace(options, noise_rate=rate), {"value": rate, "source": source}
     n_classes = len(task.store.class_names)
-    (net,) = build_networks(accelerator, task.job, task.look, n_classes, options.projection_dim, count=1)
+    (net,) = build_networks(accelerator, task.job, task.image_options, n_classes, options.projection_dim, count=1)
     candidates, certain = torch.from_numpy(task.weak.table), torch.from_numpy(task.weak.certain)
     method = METHODS[options.method](net, candidates, options, certain, task.data.dtype)
     return placed(method, accelerator, task.job), fields
@@ -164,8 +164,10 @@ def train(run: Run, task: Task[PartialOptions], training: Training, lr: float) -
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse, check, annotate where there is no store yet, train, report."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    job, look, options = read_settings(argv)
-    with open_run("baselines/pll.py", argv, (job, look, options), annotate_digits, f"runs/{options.method}") as run:
+    job, image_options, options = read_settings(argv)
+    with open_run(
+        "baselines/pll.py", argv, (job, image_options, options), annotate_digits, f"runs/{options.method}"
+    ) as run:
         if run is None:
             return
         name = NAMES[options.method]

@@ -80,7 +80,9 @@ from coreg.store.store import AnnotationStore
 def frozen_features(task: Task[ProbeOptions], net: CoRegNet) -> Tensor:
     """Of the usable training images, then of their mirror images where views are mirrored: (n or 2n, D)."""
     rows, size = np.flatnonzero(task.weak.usable), 4 * task.job.batch_size
-    return torch.cat([pooled(net, task.data, rows, size, mirrored) for mirrored in (False, True)[: 1 + task.look.flip]])
+    return torch.cat(
+        [pooled(net, task.data, rows, size, mirrored) for mirrored in (False, True)[: 1 + task.image_options.flip]]
+    )
 
 
 def stored_features(run: Run, name: str) -> tuple[Tensor, np.ndarray]:
@@ -145,8 +147,8 @@ def default_folder(method: ProbeOptions) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse, check, annotate where there is no store yet, fit, report."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    job, look, method = read_settings(argv)
-    with open_run("baselines/probe.py", argv, (job, look, method), annotate_digits, default_folder(method)) as run:
+    job, image_options, method = read_settings(argv)
+    with open_run("baselines/probe.py", argv, (job, image_options, method), annotate_digits, default_folder(method)) as run:
         if run is None:
             return
         task = prepare(run, method)
@@ -154,10 +156,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise UserError(
                 f"no template named a class of any training image in {run.store.root}; there is nothing to learn"
             )
-        nets = build_networks(run.accelerator, job, look, len(run.store.class_names), projection_dim=1, count=1)
+        nets = build_networks(run.accelerator, job, image_options, len(run.store.class_names), projection_dim=1, count=1)
         classifier = nets[0].backbone.get_classifier()
         if not nets[0].linear_head or classifier.bias is None:
-            raise UserError(f"backbone {look.backbone} has no single linear classifier with a bias; choose another one")
+            raise UserError(
+                f"backbone {image_options.backbone} has no single linear classifier with a bias; choose another one"
+            )
         nets[0].to(run.accelerator.device, task.data.dtype)
         stored = None if method.features == "student" else stored_features(run, method.features)
         training = run.begin([], [])  # nothing is trained step by step

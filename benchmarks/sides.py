@@ -77,8 +77,8 @@ class Bench:
         )
 
     def networks(self, count: int) -> list[nn.Module]:
-        look = ImageConfig(backbone=self.case.backbone, channels=self.case.channels)
-        return build_networks(self.accelerator, self.job, look, self.case.classes, 128, count)
+        image_options = ImageConfig(backbone=self.case.backbone, channels=self.case.channels)
+        return build_networks(self.accelerator, self.job, image_options, self.case.classes, 128, count)
 
     def rows(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """The step's rows of P and of U."""

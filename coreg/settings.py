@@ -171,7 +171,7 @@ class ImageConfig(Views, Pixels, Network):
     """What the networks are and what they see."""
 
     def augmentation(self) -> Augmentation:
-        """The views these settings describe; `check_look` has said what is wrong with them."""
+        """The views these settings describe; `check_image_options` has refused impossible ones."""
         # here and not above: whatever can be said about settings is said before PyTorch is imported
         from coreg.views.augment import Augmentation
 
@@ -202,16 +202,16 @@ def check(job: JobConfig) -> None:
         raise UserError("--few_shot and --labels exclude each other; give one of them")
 
 
-def check_look(look: ImageConfig) -> None:
+def check_image_options(image_options: ImageConfig) -> None:
     """Refuse images that cannot be made or seen like that.
 
     Raises:
         UserError: the first thing that is wrong.
     """
-    unknown = [name for name in look.strong_ops if name not in RANDAUGMENT]
+    unknown = [name for name in image_options.strong_ops if name not in RANDAUGMENT]
     if unknown:
         raise UserError(f"unknown --strong_ops {' '.join(unknown)} (there are: {', '.join(RANDAUGMENT)})")
-    check_pixels(look)
+    check_pixels(image_options)
 
 
 def check_pixels(pixels: Pixels) -> None:
@@ -270,7 +270,7 @@ def read_student(
     Raises:
         UserError: the first thing that is wrong.
     """
-    job, look, method = parse(
+    job, image_options, method = parse(
         JobConfig,
         ImageConfig,
         *groups,
@@ -283,9 +283,9 @@ def read_student(
         description=description,
     )
     check(job)
-    check_look(look)
+    check_image_options(image_options)
     parse_rule(job.candidates)
-    return job, look, method
+    return job, image_options, method
 
 
 def official(

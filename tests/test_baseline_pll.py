@@ -154,8 +154,8 @@ def test_a_recipe_of_ones_own_names_its_data_set_and_the_command_line_wins(tmp_p
     recipe = tmp_path / "mine.yaml"
     recipe.write_text("dataset: cifar100\nimage_size: 64\n")
     official = ["--method", "pico_plus", "--preset", "official", "--recipe", str(recipe)]
-    _, look, method = settings(*official)
-    assert (look.image_size, method.prototype_start, method.neighbours) == (64, 50, 5)
+    _, image_options, method = settings(*official)
+    assert (image_options.image_size, method.prototype_start, method.neighbours) == (64, 50, 5)
     assert settings(*official, "--neighbours", "7")[2].neighbours == 7
     assert settings(*official, "--dataset", "cifar10")[2].prototype_start == 5
     matched = settings("--method", "pico_plus", "--recipe", str(recipe))[2]
@@ -184,12 +184,12 @@ def test_one_line_where_the_authors_give_no_values(small_store, tmp_path, capsys
 def test_the_authors_settings_win_over_the_recipe_and_the_command_line_over_both():
     job, _, method = settings("--recipe", "cifar10", "--method", "alim_scale")
     assert (job.epochs, job.batch_size, job.weight_decay, method.weak_view) == (800, 256, 5e-4, "weak")
-    job, look, method = settings(
+    job, image_options, method = settings(
         "--recipe", "cifar10", "--method", "alim_scale", "--preset", "official", "--batch_size", "64"
     )
     assert (job.epochs, job.batch_size, job.weight_decay) == (1000, 64, 1e-3)
     assert (method.weak_view, method.strong_view, method.correction_start) == ("pico_weak", "pico_strong", 0.08)
-    assert look.mean == [0.4914, 0.4822, 0.4465]  # what belongs to the data stays the recipe's
+    assert image_options.mean == [0.4914, 0.4822, 0.4465]  # what belongs to the data stays the recipe's
     for name in METHODS:
         job, _, method = settings("--recipe", "folder", "--method", name, "--preset", "official")
         assert job.optimizer == "sgd"  # their learning rates would be far too large for the recipe's

@@ -269,8 +269,8 @@ def test_official_settings_win_over_the_recipe_and_the_command_line_over_both(ca
 
 def test_weak_views_train_on_what_was_guessed_from():
     images = torch.randint(0, 256, (9, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    look = Augmentation(8, 2, False, mean=(0.5,), std=(0.5,))
-    data = TrainingImages(images, torch.arange(9), look, torch.device("cpu"), seed=0)
+    augmentation = Augmentation(8, 2, False, mean=(0.5,), std=(0.5,))
+    data = TrainingImages(images, torch.arange(9), augmentation, torch.device("cpu"), seed=0)
     verdict = Verdict(torch.ones(9), torch.eye(3)[torch.arange(9) % 3], np.arange(9) < 6)
     made = co_train_batch(data, np.arange(6), np.arange(6, 9), verdict, (1, 0, 2), mixup_alpha=4.0, view="weak")
     assert torch.equal(made.strong, torch.cat([*made.x_weak, *made.u_weak]))
@@ -411,8 +411,9 @@ def test_flips_trains_co_reg_its_parts_and_partial_cross_entropy(tmp_path):
         *(f"{name}-{seed}" for name in ("coreg", "partial", "partial_longer", "supervised") for seed in (4, 5)),
         *(f"without_{part}-4" for part in parts), "with_mixup-4", "supervised_contrast-4", "fast-4",
     }  # fmt: skip
-    for name, (job, look, *_) in jobs.items():
-        assert job.annotations.endswith(f"store-{name[-1]}") and job.seed == int(name[-1]) and look.backbone == "resnet18"
+    for name, (job, image_options, *_) in jobs.items():
+        assert job.annotations.endswith(f"store-{name[-1]}") and job.seed == int(name[-1])
+        assert image_options.backbone == "resnet18"
     method = {name: read[-1] for name, read in jobs.items()}
     assert method["coreg-4"].warmup_epochs < 24 == method["partial-4"].warmup_epochs
     assert method["partial_longer-4"].warmup_epochs == jobs["partial_longer-4"][0].epochs == 120

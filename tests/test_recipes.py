@@ -50,14 +50,16 @@ def test_all_data_sets_are_there():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_recipe_can_be_trained_with(name):
-    _, look, method = settings(name)
-    views = look.augmentation()
+    _, image_options, method = settings(name)
+    views = image_options.augmentation()
     images = torch.from_numpy(
-        np.random.default_rng(0).integers(0, 256, (2, look.channels, views.size, views.size), np.uint8)
+        np.random.default_rng(0).integers(0, 256, (2, image_options.channels, views.size, views.size), np.uint8)
     )
     seen = views.strong(images, torch.arange(2), (0, "view"))
     assert seen.shape == images.shape and seen.isfinite().all()
-    backbone = create_backbone(look.backbone, 3, look.channels, parse_backbone_args(look.backbone_args), False)
+    backbone = create_backbone(
+        image_options.backbone, 3, image_options.channels, parse_backbone_args(image_options.backbone_args), False
+    )
     net = CoRegNet(backbone.eval(), method.projection_dim)
     with torch.no_grad():
         maps, (logits, features) = backbone.forward_features(seen), net(seen)
@@ -67,15 +69,21 @@ def test_a_recipe_can_be_trained_with(name):
 
 
 def test_the_recipe_for_ones_own_images_says_how_to_do_without_the_hub(monkeypatch):
-    _, look, _ = settings("folder")
-    assert look.pretrained
+    _, image_options, _ = settings("folder")
+    assert image_options.pretrained
 
     def unreachable(name, pretrained, **more):
         raise OSError("We could not connect to the hub\nand some more lines")
 
     monkeypatch.setattr("timm.create_model", unreachable)
     with pytest.raises(UserError, match=r"could not connect to the hub\); .* --pretrained false$"):
-        create_backbone(look.backbone, 3, look.channels, parse_backbone_args(look.backbone_args), look.pretrained)
+        create_backbone(
+            image_options.backbone,
+            3,
+            image_options.channels,
+            parse_backbone_args(image_options.backbone_args),
+            image_options.pretrained,
+        )
 
 
 # name: W, epochs, channels, size, padding, flip, RandomAugment, mean, std; from the tables of the reference implementation
@@ -94,17 +102,17 @@ PUBLISHED = {
 @pytest.mark.parametrize("name", PAPERS)
 def test_the_values_are_the_published_ones(name):
     warmup, epochs, channels, size, padding, flip, operations, mean, std = PUBLISHED[name]
-    job, look, method = settings(name)
-    views = look.augmentation()
-    assert (method.warmup_epochs, job.epochs, look.channels) == (warmup, epochs, channels)
+    job, image_options, method = settings(name)
+    views = image_options.augmentation()
+    assert (method.warmup_epochs, job.epochs, image_options.channels) == (warmup, epochs, channels)
     assert (views.size, views.padding, views.flip, views.mean, views.std) == (size, padding, flip, mean, std)
     if operations:
         assert (views.strong_count, views.cutout, views.cutout_fixed) == (1, 0.5, 0)
         assert set(views.strong_ops) == set(RANDAUGMENT)
     else:
         assert (views.strong_count, views.cutout, views.cutout_fixed) == (0, 0, 16)
-    assert (look.backbone, method.preset) == ("preact_resnet18", "reference")
-    assert parse_backbone_args(look.backbone_args).get("first_stride", 1) == (2 if size == 64 else 1)
+    assert (image_options.backbone, method.preset) == ("preact_resnet18", "reference")
+    assert parse_backbone_args(image_options.backbone_args).get("first_stride", 1) == (2 if size == 64 else 1)
     assert (job.batch_size, job.lr, job.lr_floor, job.momentum, job.weight_decay) == (256, 0.01, 1e-5, 0.9, 5e-4)
     assert job.lr_horizon == 800
     assert (method.temperature, method.queue_size, method.projection_dim, method.mixup_alpha) == (0.5, 8192, 128, 4)

@@ -29,7 +29,7 @@ from coreg.run.board import silent_thread, writing_curves
 from coreg.run.folder import RunFolder
 from coreg.run.loop import Run
 from coreg.run.task import known_labels, training_rows
-from coreg.settings import ImageConfig, JobConfig, check_look, check_tracker
+from coreg.settings import ImageConfig, JobConfig, check_image_options, check_tracker
 from coreg.store.store import AnnotationStore
 from coreg.weak.rules import parse_rule
 
@@ -62,8 +62,8 @@ def open_run(
         yield None
         return
     job.output_dir = job.output_dir or default_folder
-    look = next((group for group in settings if isinstance(group, ImageConfig)), None)
-    check_settings(settings, look)
+    image_options = next((group for group in settings if isinstance(group, ImageConfig)), None)
+    check_settings(settings, image_options)
     folder, all_settings = RunFolder(job.output_dir), as_settings(*settings)
     identity = {"script": script} | {k: v for k, v in all_settings.items() if k not in beside_the_job(*settings)}
     accelerator = build_accelerator(job.mixed_precision, job.report_to, job.output_dir, job.timeout_minutes)
@@ -83,18 +83,20 @@ def open_run(
             accelerator.print(f"\nThis run is finished; choose another --output_dir, or delete {place} to repeat it.")
             yield None
             return
-        if look is not None:
-            check_pixels(accelerator, look, len(store.class_names))
+        if image_options is not None:
+            check_pixels(accelerator, image_options, len(store.class_names))
         annotated = store
-        if (features := refinement(job, look, store)) != "none":
+        if (features := refinement(job, image_options, store)) != "none":
             main_process_decides(accelerator, lambda: refuse_refining(store, features))
             if job.annotations:
                 main_process_decides(accelerator, lambda: held.enter_context(folder.locked()))
-            store = refined(store, folder.root / "refined", features, job, look, accelerator)
-        yield Run(accelerator, folder, store, annotated, known, job, look, identity, all_settings, command, started, held)
+            store = refined(store, folder.root / "refined", features, job, image_options, accelerator)
+        yield Run(
+            accelerator, folder, store, annotated, known, job, image_options, identity, all_settings, command, started, held
+        )
 
 
-def check_settings(settings: tuple[Any, ...], look: ImageConfig | None) -> None:
+def check_settings(settings: tuple[Any, ...], image_options: ImageConfig | None) -> None:
     """Refuse what no script can work with, before anything is opened.
 
     Raises:
@@ -106,22 +108,24 @@ def check_settings(settings: tuple[Any, ...], look: ImageConfig | None) -> None:
     parse_rule(job.candidates)
     if not job.annotations and (job.images or job.data_root):
         raise UserError("--images and --data_root say where the images of --annotations are now; give that too")
-    if look is not None:
-        check_look(look)
-        check_backbone(look.backbone, look.backbone_args)
+    if image_options is not None:
+        check_image_options(image_options)
+        check_backbone(image_options.backbone, image_options.backbone_args)
 
 
-def check_pixels(accelerator: Accelerator, look: ImageConfig, n_classes: int) -> None:
+def check_pixels(accelerator: Accelerator, image_options: ImageConfig, n_classes: int) -> None:
     """Refuse a network that these images do not fit, and print a note where its weights want other pixels.
 
     Raises:
         UserError: it cannot be had, or cannot be trained on such images.
     """
-    if look.pretrained:
-        all_or_none(accelerator, lambda: check_weights(look.backbone))
-    size, arguments = look.image_size, parse_backbone_args(look.backbone_args)
-    main_process_decides(accelerator, lambda: check_network(look.backbone, n_classes, size, look.channels, arguments))
-    if advice := other_pixels(look):
+    if image_options.pretrained:
+        all_or_none(accelerator, lambda: check_weights(image_options.backbone))
+    size, arguments = image_options.image_size, parse_backbone_args(image_options.backbone_args)
+    main_process_decides(
+        accelerator, lambda: check_network(image_options.backbone, n_classes, size, image_options.channels, arguments)
+    )
+    if advice := other_pixels(image_options):
         accelerator.print(printable(advice))
 
 
@@ -139,7 +143,7 @@ def finished_report(folder: RunFolder) -> dict[str, Any]:
         ) from None
 
 
-def refinement(job: JobConfig, look: ImageConfig | None, store: AnnotationStore) -> Literal["none", "own", "view"]:
+def refinement(job: JobConfig, image_options: ImageConfig | None, store: AnnotationStore) -> Literal["none", "own", "view"]:
     """By which features evidence is refined before training; methods that tune the annotator itself have no such option.
 
     `--refine auto` is a view where there are pretrained weights to see with and evidence that an annotator gave.
@@ -148,7 +152,7 @@ def refinement(job: JobConfig, look: ImageConfig | None, store: AnnotationStore)
     if asked != "auto":
         return asked
     given = "refined" in store.manifest or store.manifest["model"]["spec"].startswith("synthetic:")
-    return "none" if given or not (look.pretrained or look.backbone.startswith("local-dir:")) else "view"
+    return "none" if given or not (image_options.pretrained or image_options.backbone.startswith("local-dir:")) else "view"
 
 
 def refuse_refining(store: AnnotationStore, features: str) -> None:
@@ -164,7 +168,7 @@ def refined(
     folder: Path,
     features: Literal["own", "view"],
     job: JobConfig,
-    look: ImageConfig,
+    image_options: ImageConfig,
     accelerator: Accelerator,
 ) -> AnnotationStore:
     """The store that `--refine` makes of another one, by the features of the networks that are trained.
@@ -175,8 +179,8 @@ def refined(
         UserError: the features cannot tell the classes apart.
     """
     names = ("backbone", "backbone_args", "pretrained", "image_size", "channels", "mean", "std")
-    view = ViewConfig(**{name: getattr(look, name) for name in names}, workers=job.workers)
-    whose = "its own features" if features == "own" else look.backbone
+    view = ViewConfig(**{name: getattr(image_options, name) for name in names}, workers=job.workers)
+    whose = "its own features" if features == "own" else image_options.backbone
     accelerator.print(printable(f"Refining {store.root} by {whose}."))
     part = training_rows(job, store) if job.share != 1 else None
     mended = refine_store(store, folder, RefineConfig(str(folder), features), view, accelerator, part)
@@ -195,16 +199,16 @@ def refined(
     return mended
 
 
-def other_pixels(look: ImageConfig) -> str | None:
+def other_pixels(image_options: ImageConfig) -> str | None:
     """What to say where weights would see other pixels than those they were trained with."""
-    has_weights = look.pretrained or look.backbone.startswith("local-dir:")
-    pixels = trained_with(look.backbone) if has_weights else None
-    if pixels is None or len(pixels[0]) != look.channels:
+    has_weights = image_options.pretrained or image_options.backbone.startswith("local-dir:")
+    pixels = trained_with(image_options.backbone) if has_weights else None
+    if pixels is None or len(pixels[0]) != image_options.channels:
         return None
-    if all(np.allclose(wanted, given, atol=5e-3) for wanted, given in zip(pixels, (look.mean, look.std))):
+    if all(np.allclose(wanted, given, atol=5e-3) for wanted, given in zip(pixels, (image_options.mean, image_options.std))):
         return None
     wanted = [" ".join(f"{number:g}" for number in numbers) for numbers in pixels]
-    return f"note: {look.backbone} was trained with other pixels; it wants --mean {wanted[0]} --std {wanted[1]}"
+    return f"note: {image_options.backbone} was trained with other pixels; it wants --mean {wanted[0]} --std {wanted[1]}"
 
 
 @contextlib.contextmanager

@@ -53,7 +53,7 @@ class Run:
     annotated: AnnotationStore
     known: np.ndarray
     job: JobConfig
-    look: ImageConfig | None
+    image_options: ImageConfig | None
     identity: dict[str, Any]
     settings: dict[str, Any]
     command: str

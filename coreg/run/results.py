@@ -267,7 +267,7 @@ def logits_of(task: Task, nets: Sequence[CoRegNet]) -> dict[str, dict[str, np.nd
 
 def _export(task: Task, nets: Sequence[CoRegNet], folder: Path) -> dict[str, Any]:
     """Calibrate the networks as they are, on every process, and write them, on one; gives their settings."""
-    job, look, views = task.job, task.look, task.data.augmentation
+    job, image_options, views = task.job, task.image_options, task.data.augmentation
     weak = [
         predict(net, task.data, "weak", ("calibration", number), 4 * job.batch_size)[0].cpu().numpy()
         for number, net in enumerate(nets)
@@ -278,12 +278,12 @@ def _export(task: Task, nets: Sequence[CoRegNet], folder: Path) -> dict[str, Any
         lambda: export(
             folder,
             [net.backbone for net in nets],
-            look.backbone,
-            parse_backbone_args(look.backbone_args),
+            image_options.backbone,
+            parse_backbone_args(image_options.backbone_args),
             check=task.data.view("plain", spread_rows(len(task.data.samples)), ()),
             class_names=task.store.class_names,
-            image_size=look.image_size,
-            channels=look.channels,
+            image_size=image_options.image_size,
+            channels=image_options.channels,
             mean=views.mean,
             std=views.std,
             **calibration,

@@ -33,7 +33,7 @@ Options = TypeVar("Options")
 class Task(Generic[Options]):
     """What is trained on, and how: everything that stays the same while training.
 
-    job, look, method: the options common to all scripts, and the method's own.
+    job, image_options, method: the options common to all scripts, and the method's own.
     weak: of the N training images; table: its candidate sets on the device. prior: (C,) for distribution alignment.
     annotator: int64 (N,), the best class of the evidence that is trained on; zero_shot: the same before `--refine`, for
     reports. repeated: rows with a person's label that P gets on top; extra: such rows for an extra supervised term.
@@ -42,7 +42,7 @@ class Task(Generic[Options]):
 
     accelerator: Accelerator
     job: JobConfig
-    look: ImageConfig
+    image_options: ImageConfig
     method: Options
     store: AnnotationStore
     data: TrainingImages
@@ -120,7 +120,7 @@ def prepare(run: Run, method: Options, alignment: str = "uniform") -> Task[Optio
         UserError: the images are not those that were annotated, some cannot be read any more, or too few could be read
             when they were annotated.
     """
-    accelerator, job, look, store = run.accelerator, run.job, run.look, run.store
+    accelerator, job, image_options, store = run.accelerator, run.job, run.image_options, run.store
     labels = np.full(len(store.paths), -1) if store.labels is None else store.labels
     train = training_rows(job, store)
     test = np.flatnonzero((store.split == 1) & ~store.unreadable)
@@ -135,7 +135,7 @@ def prepare(run: Run, method: Options, alignment: str = "uniform") -> Task[Optio
     return Task(
         accelerator=accelerator,
         job=job,
-        look=look,
+        image_options=image_options,
         method=method,
         store=store,
         data=train_images,
@@ -168,16 +168,18 @@ def _weak_labels(run: Run, train: np.ndarray) -> WeakLabels:
 
 def _images(run: Run, *splits: np.ndarray) -> list[TrainingImages]:
     """The images at these rows of the store on the device; on every process a UserError where some cannot be read."""
-    images, job, look, device = run.store.images(), run.job, run.look, run.accelerator.device
+    images, job, image_options, device = run.store.images(), run.job, run.image_options, run.accelerator.device
 
     def read() -> list[Tensor]:
         failed: dict[int, str] = {}
-        pixels = [decode(images, rows, look.image_size, look.channels, job.workers, failed) for rows in splits]
+        pixels = [
+            decode(images, rows, image_options.image_size, image_options.channels, job.workers, failed) for rows in splits
+        ]
         if failed:
             raise no_longer_readable(images, failed)
         return pixels
 
-    augmentation, dtype = look.augmentation(), getattr(torch, job.dtype)
+    augmentation, dtype = image_options.augmentation(), getattr(torch, job.dtype)
     return [
         TrainingImages(pixels.to(device), torch.from_numpy(rows), augmentation, device, job.seed, dtype)
         for pixels, rows in zip(all_or_none(run.accelerator, read), splits)

@@ -174,14 +174,16 @@ def _own(shares: Tensor) -> Tensor:
 
 
 def build_networks(
-    accelerator: Accelerator, job: JobConfig, look: ImageConfig, n_classes: int, projection_dim: int, count: int
+    accelerator: Accelerator, job: JobConfig, image_options: ImageConfig, n_classes: int, projection_dim: int, count: int
 ) -> list[CoRegNet]:
     """Networks of one architecture with different initialisation, in channels_last format, not yet on the device."""
-    arguments = parse_backbone_args(look.backbone_args)
+    arguments = parse_backbone_args(image_options.backbone_args)
     nets = []
     for number in range(1, count + 1):
         set_seed(1000 * job.seed + number)
-        backbone = create_backbone(look.backbone, n_classes, look.channels, arguments, look.pretrained)
+        backbone = create_backbone(
+            image_options.backbone, n_classes, image_options.channels, arguments, image_options.pretrained
+        )
         net = CoRegNet(backbone, projection_dim)
         if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
             net = nn.SyncBatchNorm.convert_sync_batchnorm(net)

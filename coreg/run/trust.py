@@ -43,7 +43,7 @@ def trust(run: Run, task: Task, predicted: dict[str, np.ndarray]) -> dict[str, A
     rows = {split: np.sort(drawn(images.samples.numpy(), "trust")[:most]) for split, images in splits.items()}
     features = {}
     if kind == "weights":
-        (net,) = build_networks(task.accelerator, task.job, task.look, classes, 1, count=1)
+        (net,) = build_networks(task.accelerator, task.job, task.image_options, classes, 1, count=1)
         net.to(task.accelerator.device, task.data.dtype)
         size = 4 * task.job.batch_size
         features = {split: pooled(net, images, rows[split], size).cpu().numpy() for split, images in splits.items()}
@@ -57,7 +57,7 @@ def trust(run: Run, task: Task, predicted: dict[str, np.ndarray]) -> dict[str, A
         probs = source.probs()
         evidence = {split: probs[chosen] for split, chosen in samples.items()}
         judged = "test" if "test" in samples else "train"
-        weights = Path(task.look.backbone.removeprefix("local-dir:")).name  # where it lies is nobody's business
+        weights = Path(task.image_options.backbone.removeprefix("local-dir:")).name  # where it lies is nobody's business
         name = {"view": task.store.manifest.get("refined", {}).get("view"), "weights": weights}.get(kind)
         return {"features": name or "the annotator’s own", "kind": kind, "split": judged} | verdict(
             features, evidence, samples["train"], predicted[judged][rows[judged]], "refined" in task.store.manifest
@@ -76,7 +76,7 @@ def _features_of(run: Run, task: Task) -> Features | None:
             return "view"
     except UserError:  # it is gone, or another one lies there
         pass
-    if task.look.pretrained or task.look.backbone.startswith("local-dir:"):
+    if task.image_options.pretrained or task.image_options.backbone.startswith("local-dir:"):
         return "weights"
     return None if source.manifest["features"] is None else "own"
 

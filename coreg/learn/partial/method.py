@@ -167,7 +167,7 @@ class PartialMethod(nn.Module):
 
         The parts are those of `loss`, and `supervised`, a mean over the labelled rows.
         """
-        outputs = self._look(batch)
+        outputs = self._outputs(batch)
         parts = self.loss(outputs, batch.index, batch.step)
         if batch.labelled is not None:
             images, classes = batch.labelled
@@ -189,11 +189,11 @@ class PartialMethod(nn.Module):
         if self.reads_again:
             self._unread.append(batch)
             for one in self._unread if moved else ():
-                self.update(self._look(one), one.index, one.step)
+                self.update(self._outputs(one), one.index, one.step)
             if moved:
                 self._unread.clear()
 
-    def _look(self, batch: PartialBatch) -> Outputs:
+    def _outputs(self, batch: PartialBatch) -> Outputs:
         """Every view is a batch of its own to the network's batch statistics."""
         logits, features = zip(*(self.net(view) for view in batch.views))
         outputs = Outputs(logits, features)
