@@ -13,7 +13,8 @@ import timm
 import torch
 from PIL import Image
 
-from coreg.export import ensemble_logits, export, predict
+from coreg.export import predict
+from coreg.export.ensemble import ensemble_logits, export
 from coreg.export.folder import load_export, write_settings
 from coreg.nets.model import create_backbone
 
