@@ -22,18 +22,13 @@ from coreg.views.resident import TrainingImages
 
 @dataclass
 class Verdict:
-    """What one network's division says about the training set; the other network trains on it.
+    """One network's division of the training set; the other network trains on it."""
 
-    weight: (N,) w. targets: (N, C), p, predictions rescaled to the candidate sets. trusted: bool (N,), P.
-    guess, features: (N, C) and (N, D), mean prediction of two weak views and features of the first, where they are made
-    once an epoch.
-    """
-
-    weight: Tensor
-    targets: Tensor
-    trusted: np.ndarray
-    guess: Tensor | None = None
-    features: Tensor | None = None
+    weight: Tensor  # (N,) w
+    targets: Tensor  # (N, C), p, predictions rescaled to the candidate sets
+    trusted: np.ndarray  # bool (N,), P
+    guess: Tensor | None = None  # (N, C), mean prediction of two weak views, where it is made once an epoch
+    features: Tensor | None = None  # (N, D), of the first of these views, likewise
 
     def state_dict(self) -> dict[str, Tensor | None]:
         return vars(self) | {"trusted": torch.from_numpy(self.trusted)}
