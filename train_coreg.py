@@ -28,7 +28,7 @@ def read_settings(argv: Sequence[str]) -> tuple[JobConfig, ImageConfig, CoRegOpt
 
 
 if __name__ == "__main__":
-    read_settings(sys.argv[1:])  # what is wrong with them is told before the imports below, which take seconds
+    read_settings(sys.argv[1:])  # faults in them are reported before the imports below, which take seconds
 
 import numpy as np
 import torch
@@ -85,10 +85,10 @@ def divide_training_set(task: Task[CoRegOptions], training: Training) -> None:
         for learner in training.learners:
             learner.reset_keys()
     epoch, divisions = training.epoch, training.divisions
-    found, verdicts, log_ps = zip(*(divide_by(task, divisions, epoch, number) for number in (0, 1)))
-    divisions.verdicts, divisions.weights = list(verdicts), [division.weight for division in found]
+    both, verdicts, log_ps = zip(*(divide_by(task, divisions, epoch, number) for number in (0, 1)))
+    divisions.verdicts, divisions.weights = list(verdicts), [division.weight for division in both]
     names = task.store.class_names
-    divisions.health = division_health(found, log_ps, task.weak.table, task.zero_shot, task.weak.truth, names)
+    divisions.health = division_health(both, log_ps, task.weak.table, task.zero_shot, task.weak.truth, names)
     # both learners share them
     divisions.health |= prototype_health(training.learners[0].prototypes.value.cpu().numpy())
     divisions.consider(epoch, consensus(log_ps))
@@ -113,20 +113,21 @@ def co_train(run: Run, task: Task[CoRegOptions], training: Training, lr: float) 
     epoch, number, job, method = training.epoch, training.number, task.job, task.method
     own, verdict = (training.divisions.verdicts[of] for of in (number, 1 - number if method.co_pseudo_labels else number))
     key = (job.seed, epoch, number)
-    trusted = np.concatenate([np.flatnonzero(verdict.trusted), task.repeated])
-    x = ShuffledRows(trusted, job.batch_size, ("P", *key))
-    u = ShuffledRows(np.flatnonzero(~verdict.trusted & method.use_unlabeled), job.batch_size, ("U", *key))
+    trusted = ShuffledRows(np.concatenate([np.flatnonzero(verdict.trusted), task.repeated]), job.batch_size, ("P", *key))
+    rest = ShuffledRows(np.flatnonzero(~verdict.trusted & method.use_unlabeled), job.batch_size, ("U", *key))
     labelled = ShuffledRows(task.extra, job.batch_size, ("labelled", *key))
     gate_epoch = method.warmup_epochs + method.contrast_after + 1
-    for step in run.steps(training, x.per_round):
+    for step in run.steps(training, trusted.per_round):
         at = (epoch, number, step)
         guessed = own if method.guesses == "epoch" else None
-        batch = co_train_batch(task.data, x.batch(step), u.batch(step), verdict, at, method.mixup_alpha, own=guessed)
+        batch = co_train_batch(
+            task.data, trusted.batch(step), rest.batch(step), verdict, at, method.mixup_alpha, own=guessed
+        )
         batch.labelled, batch.n_labelled = task.labelled(labelled.batch(step), "weak", at)
-        batch.ramp = ramp(epoch - method.warmup_epochs + step / x.per_round, method.rampup_epochs)
+        batch.ramp = ramp(epoch - method.warmup_epochs + step / trusted.per_round, method.rampup_epochs)
         batch.gate = epoch >= gate_epoch
         # keys made long before the gate opens will have left the queue by then
-        batch.fill_queue = epoch >= gate_epoch - n_batches(method.queue_size, len(x.rows))
+        batch.fill_queue = epoch >= gate_epoch - n_batches(method.queue_size, len(trusted.rows))
         training.learn(batch, lr)
 
 

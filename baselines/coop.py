@@ -5,7 +5,7 @@
     accelerate launch baselines/coop.py --annotations ann --shots 1 --context per_class --context_init "a photo of a"
 
 M context vectors stand in a prompt where a template has its words. The defaults are those of its authors: 16 vectors that
-all classes share, the class name behind them, random at first; SGD with a cosine schedule behind one epoch of warming up.
+all classes share, the class name after them, random at first; SGD with a cosine schedule after one epoch of warming up.
 
 The run folder is the job: the same command again goes on where it stopped, and a finished run says so.
 """
@@ -63,7 +63,7 @@ def read_settings(argv: Sequence[str]) -> tuple[TuningJob, ViewOptions, CoOpOpti
 
 
 if __name__ == "__main__":
-    read_settings(sys.argv[1:])  # what is wrong with them is told before the imports below, which take seconds
+    read_settings(sys.argv[1:])  # faults in them are reported before the imports below, which take seconds
 
 import json
 import math
@@ -118,11 +118,11 @@ def build_prompts(run: Run, method: CoOpOptions, towers: Towers) -> PromptLearne
     )
 
 
-def save_prompts(folder: Path, learner: PromptLearner, told: dict[str, Any]) -> None:
+def save_prompts(folder: Path, learner: PromptLearner, record: dict[str, Any]) -> None:
     """Write prompt.safetensors: `context`, (M, D) or (C, M, D), and what it belongs to as JSON metadata `coreg`."""
     context = learner.context.detach().float().cpu().contiguous()
     with making_folder(folder, replace=True) as temporary:
-        (temporary / "prompt.safetensors").write_bytes(save({"context": context}, {"coreg": json.dumps(told)}))
+        (temporary / "prompt.safetensors").write_bytes(save({"context": context}, {"coreg": json.dumps(record)}))
 
 
 @exits_with_one_line
@@ -151,13 +151,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             run.log(training, {"lr": rate(job, method, epoch)})
 
         logits = judge(learner, images, labelled)
-        told = {
+        record = {
             "model": labelled.model.spec,
             "weights": labelled.model.weights,
             "class_names": run.store.class_names,
             "class_position": method.class_position,
         }
-        main_process_decides(run.accelerator, lambda: save_prompts(run.folder.root / "prompt", prompts, told))
+        main_process_decides(run.accelerator, lambda: save_prompts(run.folder.root / "prompt", prompts, record))
         report = finish(
             run,
             training,

@@ -40,7 +40,7 @@ def read_settings(argv: Sequence[str]) -> tuple[JobConfig, ImageConfig, DistillO
 
 
 if __name__ == "__main__":
-    read_settings(sys.argv[1:])  # what is wrong with them is told before the imports below, which take seconds
+    read_settings(sys.argv[1:])  # faults in them are reported before the imports below, which take seconds
 
 import numpy as np
 import torch
@@ -69,21 +69,21 @@ def teacher_of(task: Task[DistillOptions]) -> tuple[np.ndarray, str]:
     the annotator cannot be loaded, its vote has to do. Labels that a person gave stand in for either.
     """
     store, rows, n_classes = task.store, task.data.samples.numpy(), len(task.store.class_names)
-    told = "mean of the probabilities over all templates"
+    description = "mean of the probabilities over all templates"
     if task.method.teacher == "averaged":
         probs = store.probs()[rows]
     else:
         try:
             probs = single_template_probabilities(store, task.accelerator.device)[rows]
-            told = "probabilities under the first template"
+            description = "probabilities under the first template"
         except UserError as error:
             votes = store.votes()[rows, 0]
             # no vote is no opinion
             probs = np.where(votes[:, None] < 0, 1 / n_classes, votes[:, None] == np.arange(n_classes))
-            told = f"votes of the first template, because {error}"
+            description = f"votes of the first template, because {error}"
     given = task.weak.certain
     probs[given] = task.weak.known[given, None] == np.arange(n_classes)
-    return probs, told
+    return probs, description
 
 
 def make_batch(task: Task[DistillOptions], teacher: Tensor, rows: np.ndarray, epoch: int) -> DistillBatch:
@@ -105,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             return
         all_or_none(run.accelerator, run.store.need_annotator)
         task = prepare(run, method)
-        probs, told = main_process_decides(run.accelerator, lambda: teacher_of(task))
+        probs, description = main_process_decides(run.accelerator, lambda: teacher_of(task))
         teacher = torch.from_numpy(probs).to(run.accelerator.device, task.data.dtype)
         taught = np.concatenate([np.flatnonzero(task.weak.usable), task.repeated])
         nets = build_networks(run.accelerator, job, image_options, len(run.store.class_names), projection_dim=1, count=1)
@@ -119,8 +119,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 training.learn(make_batch(task, teacher, order.batch(step), epoch), lr)
             run.log(training, {"lr": lr} | judge(task, training))
 
-        report = finish_networks(run, task, training, nets, NAMES[method.teacher], teacher=told)
-        run.accelerator.print(f"Teacher: {printable(told)}.", summary(report, run.folder.root), sep="\n")
+        report = finish_networks(run, task, training, nets, NAMES[method.teacher], teacher=description)
+        run.accelerator.print(f"Teacher: {printable(description)}.", summary(report, run.folder.root), sep="\n")
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ def read_settings(argv: Sequence[str]) -> tuple[JobConfig, ImageConfig, DivideMi
 
 
 if __name__ == "__main__":
-    read_settings(sys.argv[1:])  # what is wrong with them is told before the imports below, which take seconds
+    read_settings(sys.argv[1:])  # faults in them are reported before the imports below, which take seconds
 
 import dataclasses
 
@@ -97,10 +97,10 @@ def divide_by(
 def divide_training_set(task: Task[DivideMixOptions], training: Training) -> None:
     """Both networks divide before either of them trains."""
     epoch, divisions = training.epoch, training.divisions
-    found, verdicts, log_ps = zip(*(divide_by(task, divisions, epoch, number) for number in (0, 1)))
-    divisions.verdicts, divisions.weights = list(verdicts), [division.weight for division in found]
+    both, verdicts, log_ps = zip(*(divide_by(task, divisions, epoch, number) for number in (0, 1)))
+    divisions.verdicts, divisions.weights = list(verdicts), [division.weight for division in both]
     names = task.store.class_names
-    divisions.health = division_health(found, log_ps, task.weak.table, task.zero_shot, task.weak.truth, names)
+    divisions.health = division_health(both, log_ps, task.weak.table, task.zero_shot, task.weak.truth, names)
 
 
 def warm_up(run: Run, task: Task[DivideMixOptions], training: Training, lr: float) -> None:
@@ -116,14 +116,16 @@ def co_train(run: Run, task: Task[DivideMixOptions], training: Training, lr: flo
     """Train the present network for an epoch on the split that the other one made."""
     epoch, number, job, method = training.epoch, training.number, task.job, task.method
     verdict, key = training.divisions.verdicts[1 - number], (job.seed, epoch, number)
-    x = ShuffledRows(np.concatenate([np.flatnonzero(verdict.trusted), task.repeated]), job.batch_size, ("P", *key))
-    u = ShuffledRows(np.flatnonzero(~verdict.trusted), job.batch_size, ("U", *key))
+    trusted = ShuffledRows(np.concatenate([np.flatnonzero(verdict.trusted), task.repeated]), job.batch_size, ("P", *key))
+    rest = ShuffledRows(np.flatnonzero(~verdict.trusted), job.batch_size, ("U", *key))
     labelled = ShuffledRows(task.extra, job.batch_size, ("labelled", *key))
-    for step in run.steps(training, x.per_round):
+    for step in run.steps(training, trusted.per_round):
         at = (epoch, number, step)
-        batch = co_train_batch(task.data, x.batch(step), u.batch(step), verdict, at, method.mixup_alpha, method.train_view)
+        batch = co_train_batch(
+            task.data, trusted.batch(step), rest.batch(step), verdict, at, method.mixup_alpha, method.train_view
+        )
         batch.labelled, batch.n_labelled = task.labelled(labelled.batch(step), "weak", at)
-        batch.ramp = ramp(epoch - method.warmup_epochs + step / x.per_round, method.rampup_epochs)
+        batch.ramp = ramp(epoch - method.warmup_epochs + step / trusted.per_round, method.rampup_epochs)
         training.learn(batch, lr)
 
 

@@ -22,7 +22,7 @@ OUT=runs/flips IMAGES="" CLASSES="" BACKBONE="" PER_CLASS=100 SIZE=48 Q=0.1 ETA=
 while (($#)); do
     case $1 in
     --images | --classes | --backbone | --per_class | --size | --q | --eta | --epochs | --seeds | --jobs | --output_dir)
-        (($# > 1)) || { echo "error: $1 needs a value behind it" >&2 && exit 2; } ;;
+        (($# > 1)) || { echo "error: $1 needs a value after it" >&2 && exit 2; } ;;
     *) sed -n '2,/^set -u/{s/^# \{0,1\}//p}' "$0" >&2 && exit 2 ;;
     esac
     case $1 in

@@ -6,7 +6,7 @@ PYTHON=${PYTHON:-$([ -x "$VENV/bin/python" ] && echo "$VENV/bin/python" || echo 
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 mkdir -p "$OUT/logs" || exit 2
 STARTED=()
-# told to stop, runs write a checkpoint first
+# runs that are stopped write a checkpoint first
 trap 'kill $(jobs -p) 2>/dev/null; wait; exit 130' INT TERM
 
 # zero_shot has a report for each of its variants

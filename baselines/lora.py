@@ -82,7 +82,7 @@ def read_settings(argv: Sequence[str]) -> tuple[TuningJob, ViewOptions, LoraOpti
 
 
 if __name__ == "__main__":
-    read_settings(sys.argv[1:])  # what is wrong with them is told before the imports below, which take seconds
+    read_settings(sys.argv[1:])  # faults in them are reported before the imports below, which take seconds
 
 import numpy as np
 import torch
@@ -154,13 +154,13 @@ def clip_learner(run: Run, labelled: Labelled, view: ViewOptions, method: LoraOp
     runs = {"image": lambda: encoded or towers.image(pixels), "text": lambda: towers.text(tokens)}
     layers, parameters = [], []
     for tower in runs if method.towers == "both" else [method.towers]:
-        found = attention_targets(towers.network, runs[tower])
-        if not any(found):
+        targets = attention_targets(towers.network, runs[tower])
+        if not any(targets):
             raise UserError(
                 f"the {tower} tower of {labelled.model.spec} has no attention layer that an adapter could be put on; "
                 f"adapt the other one with --towers {'text' if tower == 'image' else 'image'}"
             )
-        layers, parameters = layers + found[0], parameters + found[1]
+        layers, parameters = layers + targets[0], parameters + targets[1]
     with torch.no_grad():
         fixed = normalize(towers.text(tokens), dim=-1) if method.towers == "image" else None
     adapted = adapt(run, labelled, method, towers.network, layers, parameters)

@@ -35,7 +35,7 @@ def read_settings(argv: Sequence[str]) -> tuple[JobConfig, ImageConfig, PartialO
 
 
 if __name__ == "__main__":
-    read_settings(sys.argv[1:])  # what is wrong with them is told before the imports below, which take seconds
+    read_settings(sys.argv[1:])  # faults in them are reported before the imports below, which take seconds
 
 import dataclasses
 
@@ -76,9 +76,9 @@ def noise_rate(task: Task[PartialOptions]) -> tuple[float, str]:
     if task.method.noise_rate >= 0:
         return task.method.noise_rate, "given"
     offered = candidate_sets(task.store, task.job.candidates)[task.data.samples.numpy()]
-    found = partial_accuracy(offered, task.weak.known)
-    if found is not None:
-        return 1 - found, f"counted on {task.weak.certain.sum()} labelled images"
+    covered = partial_accuracy(offered, task.weak.known)
+    if covered is not None:
+        return 1 - covered, f"counted on {task.weak.certain.sum()} labelled images"
     return -1.0, f"unknown; classes outside the sets weigh {task.method.importance}"
 
 

@@ -33,7 +33,7 @@ class ProbeOptions:
         "linear", "logits linear in the features, or a scale times the cosine to one vector a class"
     )
     features: str = option(
-        "student", "whose: the student's starting weights, own (the annotator's), or a stored view's name"
+        "student", "whose features: the student's starting weights', own (the annotator's), or a stored view by name"
     )
     targets: Literal["probabilities", "sets"] = option(
         "probabilities", "the annotator's mean probabilities, or candidate sets by partial cross-entropy"
@@ -53,7 +53,7 @@ def read_settings(argv: Sequence[str]) -> tuple[JobConfig, ImageConfig, ProbeOpt
 
 
 if __name__ == "__main__":
-    read_settings(sys.argv[1:])  # what is wrong with them is told before the imports below, which take seconds
+    read_settings(sys.argv[1:])  # faults in them are reported before the imports below, which take seconds
 
 import time
 
@@ -231,12 +231,12 @@ def _head(
     what = {"student": "", "own": ", own features"}.get(method.features, f", {method.features}")
     name = NAMES[method.targets] + (", cosine" if method.head == "cosine" else "") + what
     run.accelerator.print("There is no export: this head reads features of another network, or is no layer of one.")
-    judged = {split: {"ensemble": rows} for split, rows in logits.items()}
+    named_logits = {split: {"ensemble": rows} for split, rows in logits.items()}
     begun = "texts" if start is not None else "class means"
     more = {"began_with": begun} if method.head == "cosine" else {}
-    found = predictions(run, task, judged)
-    more |= {"parameters": parameters, "temperature": 1.0, "trust": trust(run, task, found.classes)}
-    return finish(run, training, name, found, **more)
+    predicted = predictions(run, task, named_logits)
+    more |= {"parameters": parameters, "temperature": 1.0, "trust": trust(run, task, predicted.classes)}
+    return finish(run, training, name, predicted, **more)
 
 
 if __name__ == "__main__":

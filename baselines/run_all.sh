@@ -18,12 +18,12 @@
 # its output lies in OUTPUT_DIR/logs.
 set -u
 
-OUT=runs/compare RECIPE=digits ANNOTATIONS="" JOBS=1 SEEDS="0 1 2" SHOTS="1 4 16" MATCHED=0 EPOCHS="" REFINE=none ONLY="" TUNING="" FOUND=""
+OUT=runs/compare RECIPE=digits ANNOTATIONS="" JOBS=1 SEEDS="0 1 2" SHOTS="1 4 16" MATCHED=0 EPOCHS="" REFINE=none ONLY="" TUNING="" ANY=""
 while (($#)); do
     case $1 in
     --compute_matched) MATCHED=1 && shift && continue ;;
     --output_dir | --recipe | --annotations | --jobs | --seeds | --shots | --epochs | --refine | --only | --tuning)
-        (($# > 1)) || { echo "error: $1 needs a value behind it" >&2 && exit 2; } ;;
+        (($# > 1)) || { echo "error: $1 needs a value after it" >&2 && exit 2; } ;;
     *) sed -n '2,/^set -u/{s/^# \{0,1\}//p}' "$0" >&2 && exit 2 ;;
     esac
     case $1 in
@@ -44,10 +44,10 @@ source "$(dirname "$0")/jobs.sh"
 run() {
     local prefix wanted=""
     for prefix in ${ONLY:-""}; do [[ $1 == "$prefix"* ]] && wanted=yes; done
-    [ -z "$wanted" ] || { FOUND=yes && start "$@" --annotations "$ANNOTATIONS"; }
+    [ -z "$wanted" ] || { ANY=yes && start "$@" --annotations "$ANNOTATIONS"; }
 }
 
-# what every method that trains a student is told, and what those are told that tune the annotator
+# options of every method that trains a student, and of those that tune the annotator
 student=(--recipe "$RECIPE" --workers 0 ${EPOCHS:+--epochs "$EPOCHS"})
 tuning=(--workers 0)
 if [ -z "$ANNOTATIONS" ]; then
@@ -86,13 +86,13 @@ for seed in $SEEDS; do
     evidence=none mark="" learn supervised "$seed" # true labels are not refined
     for evidence in $REFINE; do
         mark=$([ "$evidence" = none ] || echo "-$evidence")
-        told=("${student[@]}" --refine "$evidence" --seed "$seed")
-        run "coreg-$seed$mark" train_coreg "${told[@]}"
+        options=("${student[@]}" --refine "$evidence" --seed "$seed")
+        run "coreg-$seed$mark" train_coreg "${options[@]}"
         for targets in probabilities sets; do
-            run "probe_$targets-$seed$mark" coreg.baselines.probe "${told[@]}" --targets "$targets"
+            run "probe_$targets-$seed$mark" coreg.baselines.probe "${options[@]}" --targets "$targets"
         done
         for method in "${!PASSES[@]}"; do learn "$method" "$seed"; done
-        for shots in $SHOTS; do run "coreg_$shots-$seed$mark" train_coreg "${told[@]}" --few_shot "$shots"; done
+        for shots in $SHOTS; do run "coreg_$shots-$seed$mark" train_coreg "${options[@]}" --few_shot "$shots"; done
         if ((MATCHED)); then
             for method in "${!PASSES[@]}"; do
                 learn "$method" "$seed" -matched --epochs $((EPOCHS * COREG / PASSES[$method]))
@@ -100,5 +100,5 @@ for seed in $SEEDS; do
         fi
     done
 done
-[ -n "$FOUND" ] || { echo "error: no run's name begins like one of --only \"$ONLY\"; --help shows them" >&2 && exit 2; }
+[ -n "$ANY" ] || { echo "error: no run's name begins like one of --only \"$ONLY\"; --help shows them" >&2 && exit 2; }
 show_table

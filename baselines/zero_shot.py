@@ -44,7 +44,7 @@ def read_settings(argv: Sequence[str]) -> ZeroShotConfig:
 
 
 if __name__ == "__main__":
-    read_settings(sys.argv[1:])  # what is wrong with them is told before the imports below, which take seconds
+    read_settings(sys.argv[1:])  # faults in them are reported before the imports below, which take seconds
 
 import shlex
 import time
@@ -118,12 +118,12 @@ def _split_by_split(store: AnnotationStore, judged: Callable[[torch.Tensor, torc
         raise UserError(f"{store.root} keeps no features, its annotator gives none")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     probs = store.probs()
-    found = probs.astype(np.float32)
+    mended = probs.astype(np.float32)
     for split in range(len(SPLITS)):
         rows = np.flatnonzero((store.split == split) & ~store.unreadable)
         if len(rows):
-            found[rows] = judged(*(torch.from_numpy(x[rows]).to(device).float() for x in (features, probs))).cpu().numpy()
-    return of_probabilities(found)
+            mended[rows] = judged(*(torch.from_numpy(x[rows]).to(device).float() for x in (features, probs))).cpu().numpy()
+    return of_probabilities(mended)
 
 
 def refined(store: AnnotationStore) -> Judged:
@@ -165,7 +165,7 @@ def template_table(store: AnnotationStore) -> dict[str, dict[str, float]]:
     return table
 
 
-def judge(store: AnnotationStore, variant: str, folder: RunFolder, command: str) -> dict[str, Any]:
+def report_variant(store: AnnotationStore, variant: str, folder: RunFolder, command: str) -> dict[str, Any]:
     """Compute a variant and write its report; gives the report.
 
     Raises:
@@ -201,12 +201,13 @@ def identity(store: AnnotationStore, variant: str) -> dict[str, Any]:
     return {"script": "baselines/zero_shot.py", "variant": variant, "store": store.hash}
 
 
-def say(reports: list[dict[str, Any]]) -> str:
+def accuracy_lines(reports: list[dict[str, Any]]) -> str:
     """The variants and templates with their accuracies, as lines of text."""
     if not any(report.get("accuracy") for report in reports):
         return "No true labels are known, so there is no accuracy to report."
     rows = [
-        (report["method"], {split: found["ensemble"] for split, found in report["accuracy"].items()}) for report in reports
+        (report["method"], {split: shares["ensemble"] for split, shares in report["accuracy"].items()})
+        for report in reports
     ]
     rows += [(f"  {text}", shares) for report in reports for text, shares in report.get("templates", {}).items()]
     width = max(len(text) for text, _ in rows) + 2
@@ -244,13 +245,18 @@ def main(argv: Sequence[str] | None = None) -> None:
                     ) from None
                 continue
             try:
-                reports.append(judge(store, variant, folder, command))
+                reports.append(report_variant(store, variant, folder, command))
             except UserError as error:
                 if len(chosen) == 1:
                     raise
                 lines.append(f"left out: {VARIANTS[variant][0]} ({error})")
         return "\n".join(
-            [*lines, say(reports), "", f"reports: {root}/*/report.json; coreg-report {root} makes a table of them"]
+            [
+                *lines,
+                accuracy_lines(reports),
+                "",
+                f"reports: {root}/*/report.json; coreg-report {root} makes a table of them",
+            ]
         )
 
     # files alone, and seconds of work: one process does it

@@ -41,7 +41,7 @@ def test_curves_are_those_of_the_run_in_groups(finished):
             found = {event.step: event.value for event in events.Scalars(name)}
             assert found[epoch] == pytest.approx(value, rel=1e-6)
     groups = {tag.split("/")[0] for tag in events.Tags()["scalars"]}
-    assert groups == {"accuracy", "division", "final", "gmm", "loss", "lr", "pseudo_labels", "time", "truth"}
+    assert groups == {"accuracy", "division", "final", "gmm", "loss", "lr", "prototypes", "pseudo_labels", "time", "truth"}
     assert {"loss/net1/total", "loss/net2/trusted", "pseudo_labels/b", "accuracy/test/ensemble"} <= set(
         events.Tags()["scalars"]
     )

@@ -63,19 +63,12 @@ MANIFEST = {
 
 @dataclass
 class View:
-    """An opened, verified and finished view.
+    """An opened, verified and finished view."""
 
-    Attributes:
-        root: its folder.
-        manifest: the content of manifest.json.
-        unreadable: bool (N,), images that could not be read; their features are zero.
-        hash: sha256 (hex) over its job and all checksums.
-    """
-
-    root: Path
-    manifest: dict[str, Any]
-    unreadable: np.ndarray
-    hash: str
+    root: Path  # its folder
+    manifest: dict[str, Any]  # the content of manifest.json
+    unreadable: np.ndarray  # bool (N,), images that could not be read; their features are zero
+    hash: str  # sha256 (hex) over its job and all checksums
 
     @classmethod
     def open(cls, root: Path, store: AnnotationStore) -> View:
@@ -273,10 +266,10 @@ def _sized(config: ViewConfig) -> dict[str, int]:
     """The argument that a network of one input size, such as most transformers, needs for another one."""
     if config.backbone.startswith("local-dir:"):
         try:
-            told = read_record(Path(config.backbone.removeprefix("local-dir:")) / "config.json")
+            record = read_record(Path(config.backbone.removeprefix("local-dir:")) / "config.json")
         except RecordError:
             return {}  # `create_backbone` says what is wrong with the folder
-        fixed = isinstance(told.get("pretrained_cfg"), dict) and told["pretrained_cfg"].get("fixed_input_size")
+        fixed = isinstance(record.get("pretrained_cfg"), dict) and record["pretrained_cfg"].get("fixed_input_size")
     else:
         fixed = timm.get_pretrained_cfg(config.backbone, allow_unregistered=True).fixed_input_size
     return {"img_size": config.image_size} if fixed else {}

@@ -37,16 +37,12 @@ def ramp(progress: float, length: float) -> float:
 
 @dataclass
 class WarmUpBatch:
-    """This process's share of a warm-up step.
+    """This process's share of a warm-up step."""
 
-    images: (l, c, H, W). candidates: bool (l, C). n, n_informative: rows of the global batch, and those of them whose
-    candidate set is not full.
-    """
-
-    images: Tensor
-    candidates: Tensor
-    n: int
-    n_informative: int
+    images: Tensor  # (l, c, H, W)
+    candidates: Tensor  # bool (l, C)
+    n: int  # rows of the global batch
+    n_informative: int  # those of them whose candidate set is not full
 
     @property
     def size(self) -> int:
@@ -56,49 +52,38 @@ class WarmUpBatch:
 
 @dataclass
 class Guess:
-    """What the networks said about weak views of this process's rows before the step.
+    """The networks' predictions for weak views of this process's rows of P (x) and U (u), before the step."""
 
-    x: (l_x, C), p-bar, the own network's mean. u: (l_u, C), mean of both. x_features, u_features: (l, D), the own q.
-    """
-
-    x: Tensor
-    u: Tensor
-    x_features: Tensor
-    u_features: Tensor
+    x: Tensor  # (l_x, C), p-bar, the own network's mean
+    u: Tensor  # (l_u, C), mean of both networks
+    x_features: Tensor  # (l_x, D), the own q
+    u_features: Tensor  # (l_u, D), likewise
 
 
 @dataclass
 class CoRegBatch:
     """This process's share of a co-training step: views, the peer's verdict on P, and the MixUp draw.
 
-    x_weak, u_weak: two weak views each of the P and U rows, (l, c, H, W).
-    strong: (2 l_x + 2 l_u, c, H, W), strong views [x_s1; x_s2; u_s1; u_s2].
-    partners: the same shape, the views that `strong` is mixed with.
-    position, partner_position: (2 l_x + 2 l_u,) int64, where these rows stand in the global [x_s1; x_s2; u_s1; u_s2].
-    x_targets: (l_x, C), p, the dividing network's prediction rescaled to the candidate set. x_weight: (l_x,), w.
-    n_x, n_u: rows of the global batch. share_kept: MixUp's lambda. ramp: factor of lambda_u.
-    gate: whether the prototype and contrastive losses count. fill_queue: whether keys are wanted at all.
-    guess: predictions of the weak views made before, if any; `x_weak` and `u_weak` are then empty.
-    labelled: images (l, c, H, W) and classes (l,) of an extra supervised term, if any, of n_labelled rows.
+    x are rows of P, trusted, and u of U, the rest.
     """
 
-    x_weak: tuple[Tensor, ...]
-    u_weak: tuple[Tensor, ...]
-    strong: Tensor
-    partners: Tensor
-    position: Tensor
-    partner_position: Tensor
-    x_targets: Tensor
-    x_weight: Tensor
-    n_x: int
-    n_u: int
-    share_kept: float
-    ramp: float = 1.0
-    gate: bool = False
-    fill_queue: bool = False
-    guess: Guess | None = None
-    labelled: tuple[Tensor, Tensor] | None = None
-    n_labelled: int = 0
+    x_weak: tuple[Tensor, ...]  # two weak views of the P rows, (l_x, c, H, W); none where `guess` was made before
+    u_weak: tuple[Tensor, ...]  # likewise of the U rows, (l_u, c, H, W)
+    strong: Tensor  # (2 l_x + 2 l_u, c, H, W), strong views [x_s1; x_s2; u_s1; u_s2]
+    partners: Tensor  # the same shape, the views that `strong` is mixed with
+    position: Tensor  # int64 (2 l_x + 2 l_u,), where these rows stand in the global [x_s1; x_s2; u_s1; u_s2]
+    partner_position: Tensor  # int64 (2 l_x + 2 l_u,), likewise of their partners
+    x_targets: Tensor  # (l_x, C), p, the dividing network's prediction rescaled to the candidate set
+    x_weight: Tensor  # (l_x,), w
+    n_x: int  # rows of P in the global batch
+    n_u: int  # rows of U in it
+    share_kept: float  # MixUp's lambda
+    ramp: float = 1.0  # factor of lambda_u
+    gate: bool = False  # whether the prototype and contrastive losses count
+    fill_queue: bool = False  # whether keys are wanted at all
+    guess: Guess | None = None  # predictions of the weak views made before, if any
+    labelled: tuple[Tensor, Tensor] | None = None  # images (l, c, H, W) and classes (l,) of an extra supervised term
+    n_labelled: int = 0  # rows of that in the global batch
 
     @property
     def size(self) -> int:

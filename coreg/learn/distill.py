@@ -17,11 +17,11 @@ from coreg.nets.model import CoRegNet
 
 @dataclass
 class DistillBatch:
-    """This process's share of a step: images (l, c, H, W), teacher probabilities (l, C), and n rows of the global batch."""
+    """This process's share of a step."""
 
-    images: Tensor
-    teacher: Tensor
-    n: int
+    images: Tensor  # (l, c, H, W)
+    teacher: Tensor  # (l, C), its probabilities
+    n: int  # rows of the global batch
 
     @property
     def size(self) -> int:

@@ -51,18 +51,14 @@ def smoothed(history: np.ndarray) -> np.ndarray:
 
 @dataclass
 class Division:
-    """What a division found.
+    """Weights and the split into trusted images P and the rest U, with the mixture fitted to the losses."""
 
-    weight: (N,) w, the posterior of the small-loss component. trusted: bool (N,), P.
-    means, shares, deviations: the mixture's two means (smaller first), weights and standard deviations; NaN where nothing
-    was fitted.
-    """
-
-    weight: np.ndarray
-    trusted: np.ndarray
+    weight: np.ndarray  # (N,) w, the posterior of the small-loss component
+    trusted: np.ndarray  # bool (N,), P
+    # of the components, the smaller mean first; NaN where nothing was fitted
     means: list[float] = field(default_factory=lambda: [float("nan")] * 2)
-    shares: list[float] = field(default_factory=lambda: [float("nan")] * 2)
-    deviations: list[float] = field(default_factory=lambda: [float("nan")] * 2)
+    shares: list[float] = field(default_factory=lambda: [float("nan")] * 2)  # their weights in the mixture, likewise
+    deviations: list[float] = field(default_factory=lambda: [float("nan")] * 2)  # their standard deviations, likewise
 
 
 def divide(
@@ -93,7 +89,7 @@ def divide(
     if not usable.any():
         return Division(weight, np.zeros_like(usable))
     smooth = smoothed(history[:, usable])
-    found = Division(weight, np.zeros_like(usable))
+    division = Division(weight, np.zeros_like(usable))
     if smooth.max() - smooth.min() < SMALLEST_RANGE:
         weight[usable] = 1.0
     else:
@@ -105,16 +101,16 @@ def divide(
         means = mixture.means_[:, 0]
         small = int(means.argmin())
         order = [small, 1 - small]
-        found.means, found.shares = means[order].tolist(), mixture.weights_[order].tolist()
-        found.deviations = np.sqrt(mixture.covariances_[order, 0, 0]).tolist()
+        division.means, division.shares = means[order].tolist(), mixture.weights_[order].tolist()
+        division.deviations = np.sqrt(mixture.covariances_[order, 0, 0]).tolist()
         if mixture.weights_.min() * len(smooth) < 1e-3:
             weight[usable] = 1.0
         else:
             at = smooth.clip(means[small], means[1 - small]) if monotone else smooth
             weight[usable] = mixture.predict_proba(at[:, None])[:, small]
-    found.trusted = weight > threshold
-    if found.trusted.sum() < smallest:
+    division.trusted = weight > threshold
+    if division.trusted.sum() < smallest:
         rows = np.flatnonzero(usable)[np.argsort(smooth, kind="stable")[:smallest]]
         weight[rows] = 1.0
-        found.trusted = weight > threshold
-    return found
+        division.trusted = weight > threshold
+    return division

@@ -30,7 +30,7 @@ class Prototypes(nn.Module):
         Args:
             features: (n, D) in global order. labels: (n,) int64. momentum: gamma in 0..1.
             taken: bool (n,), rows that count, as if the others were not there; all by default. (Leaving them out would
-                make a GPU wait until it has told how many are left.)
+                make a GPU wait until the number of those that are left is known.)
         """
         member = F.one_hot(labels, len(self.value)).to(self.value.dtype)
         if taken is not None:
@@ -58,7 +58,7 @@ class Queue(nn.Module):
 
     @torch.no_grad()
     def enqueue(self, keys: Tensor, labels: Tensor, confident: Tensor) -> None:
-        """Write rows behind the last ones, wrapping round; of more rows than fit, the last `size` stay.
+        """Write rows after the last ones, wrapping round; of more rows than fit, the last `size` stay.
 
         Args:
             keys: (n, D). labels: (n,) int64. confident: (n,) bool.

@@ -136,7 +136,9 @@ class PiCOPlusOptions(PiCOOptions):
     pure_ratio: float = option(0.6, "share of the images that count as reliable", (0.001, 1))
     neighbours: int = option(16, "nearest features that an unreliable image is drawn to, its own included", (1, 1_000_000))
     neighbour_start: float = option(
-        0.125, "share of the epochs before that begins, from when on --contrast_weight is that of reliable images", (0, 1)
+        0.125,
+        "share of the epochs before neighbours count, from when on --contrast_weight is that of reliable images",
+        (0, 1),
     )
 
 

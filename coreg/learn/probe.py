@@ -66,12 +66,12 @@ def fit_probe(features: Tensor, targets: Tensor, penalty: float) -> tuple[Tensor
 
 @dataclass
 class CosineHead:
-    """Logits s cos(w_c, f - m): mean (D,), weight (C, D) of length 1, scale s; loss: what the fit reached."""
+    """Logits s cos(w_c, f - m)."""
 
-    mean: Tensor
-    weight: Tensor
-    scale: float
-    loss: float
+    mean: Tensor  # (D,), m
+    weight: Tensor  # (C, D), rows of length 1
+    scale: float  # s
+    loss: float  # what the fit reached
 
     def __call__(self, features: Tensor) -> Tensor:
         """(n, D) to logits (n, C), float64."""

@@ -22,18 +22,13 @@ from coreg.views.resident import TrainingImages
 
 @dataclass
 class Verdict:
-    """What one network's division says about the training set; the other network trains on it.
+    """One network's division of the training set; the other network trains on it."""
 
-    weight: (N,) w. targets: (N, C), p, predictions rescaled to the candidate sets. trusted: bool (N,), P.
-    guess, features: (N, C) and (N, D), mean prediction of two weak views and features of the first, where they are made
-    once an epoch.
-    """
-
-    weight: Tensor
-    targets: Tensor
-    trusted: np.ndarray
-    guess: Tensor | None = None
-    features: Tensor | None = None
+    weight: Tensor  # (N,) w
+    targets: Tensor  # (N, C), p, predictions rescaled to the candidate sets
+    trusted: np.ndarray  # bool (N,), P
+    guess: Tensor | None = None  # (N, C), mean prediction of two weak views, where it is made once an epoch
+    features: Tensor | None = None  # (N, D), of the first of these views, likewise
 
     def state_dict(self) -> dict[str, Tensor | None]:
         return vars(self) | {"trusted": torch.from_numpy(self.trusted)}
@@ -117,27 +112,28 @@ def warm_up_batch(
 
 def co_train_batch(
     data: TrainingImages,
-    x: np.ndarray,
-    u: np.ndarray,
+    trusted: np.ndarray,
+    rest: np.ndarray,
     verdict: Verdict,
     key: tuple[int | str, ...],
     mixup_alpha: float,
     view: str = "strong",
     own: Verdict | None = None,
 ) -> CoRegBatch:
-    """This process's share of a co-training step on the global batches x of P and u of U.
+    """This process's share of a co-training step on the global batches `trusted` of P and `rest` of U.
 
-    MixUp's lambda and permutation are drawn over the global rows [x_1; x_2; u_1; u_2] of the views that are trained on.
+    MixUp's lambda and permutation are drawn over the global rows [x_1; x_2; u_1; u_2] of the views that are trained on, x
+    of P and u of U.
 
     Args:
-        x, u: int64 (n_x,), (n_u,). verdict: of the peer's division, on the training device.
+        trusted, rest: int64 (n_x,), (n_u,). verdict: of the peer's division, on the training device.
         key: (epoch, network, step). `mixup_alpha`: 0 means no MixUp.
         view: what is trained on: `strong`, or `weak` for the very views that are predicted.
         own: the own network's verdict, where weak views were predicted once for the epoch.
     """
-    lengths = (len(x), len(x), len(u), len(u))
-    my_x, my_u = x[my_slice(len(x))], u[my_slice(len(u))]
-    each = ((x, my_x, data.pixels(my_x), "x"), (u, my_u, data.pixels(my_u), "u"))
+    lengths = (len(trusted), len(trusted), len(rest), len(rest))
+    my_trusted, my_rest = trusted[my_slice(len(trusted))], rest[my_slice(len(rest))]
+    each = ((trusted, my_trusted, data.pixels(my_trusted), "x"), (rest, my_rest, data.pixels(my_rest), "u"))
 
     def views(kind: str) -> list[Tensor]:
         return [
@@ -152,11 +148,11 @@ def co_train_batch(
     starts = np.cumsum((0, *lengths[:-1]))
     position = np.concatenate([start + np.arange(n)[my_slice(n)] for start, n in zip(starts, lengths)])
     blocks = [(view, rows, (f"{split}-{view[0]}{number}", *key)) for rows, _, _, split in each for number in (1, 2)]
-    where, where_u = data.places(my_x), data.places(my_u)
+    at_trusted, at_rest = data.places(my_trusted), data.places(my_rest)
     guess = None
     if own is not None:
-        both = (own.guess[where_u] + verdict.guess[where_u]) / 2
-        guess = Guess(own.guess[where], both, own.features[where], own.features[where_u])
+        both = (own.guess[at_rest] + verdict.guess[at_rest]) / 2
+        guess = Guess(own.guess[at_trusted], both, own.features[at_trusted], own.features[at_rest])
     return CoRegBatch(
         x_weak=tuple(weak[:2]) if own is None else (),
         u_weak=tuple(weak[2:]) if own is None else (),
@@ -164,10 +160,10 @@ def co_train_batch(
         partners=data.partners(trained, blocks, order[position]) if mixup_alpha else trained,
         position=data.places(position),
         partner_position=data.places(order[position]),
-        x_targets=verdict.targets[where],
-        x_weight=verdict.weight[where],
-        n_x=len(x),
-        n_u=len(u),
+        x_targets=verdict.targets[at_trusted],
+        x_weight=verdict.weight[at_trusted],
+        n_x=len(trusted),
+        n_u=len(rest),
         share_kept=kept,
         guess=guess,
     )

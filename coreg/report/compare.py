@@ -40,14 +40,14 @@ class CompareConfig:
 
 def find_reports(paths: Sequence[str]) -> tuple[list[Path], list[str]]:
     """The report.json files at or under `paths`, each once and in order, and a line for each path without any."""
-    found: dict[Path, None] = {}
-    said = []
+    reports: dict[Path, None] = {}
+    left_out = []
     for path in map(Path, paths):
         here = [path] if path.is_file() else sorted(path.rglob("report.json"))
         if not here:
-            said.append(f"{path} holds no report.json" if path.exists() else f"{path} does not exist")
-        found |= dict.fromkeys(here)
-    return list(found), said
+            left_out.append(f"{path} holds no report.json" if path.exists() else f"{path} does not exist")
+        reports |= dict.fromkeys(here)
+    return list(reports), left_out
 
 
 def read_run(path: Path) -> Run:
@@ -73,15 +73,15 @@ def read_settings(path: Path) -> dict[str, str]:
         settings = read_yaml(path)
     except RecordError:
         return {}
-    settings, told = settings if isinstance(settings, dict) else {}, {}
+    settings, texts = settings if isinstance(settings, dict) else {}, {}
     own = OPTIONS.get(str(settings.get("method")))
     # older versions gave every method the options of all
     others = names_of(*OPTIONS.values()) - names_of(own) if own else set()
     for name, value in settings.items():
         parts = value if isinstance(value, list) else [value]
         if name not in NOT_THE_METHOD | others and all(isinstance(part, (str, int, float)) for part in parts):
-            told[str(name)] = " ".join(map(str, parts))
-    return told
+            texts[str(name)] = " ".join(map(str, parts))
+    return texts
 
 
 @exits_with_one_line
@@ -95,15 +95,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError("no runs are named; write for example: coreg-report runs/*")
     if config.output is not None:
         check_writable(config.output, "--output")
-    reports, said = find_reports(paths)
+    reports, left_out = find_reports(paths)
     runs = []
     for path in reports:
         try:
             runs.append(read_run(path))
         except UserError as error:
-            said.append(str(error))
+            left_out.append(str(error))
     tables, repeated = compare(runs)
-    for line in [*said, *repeated]:
+    for line in [*left_out, *repeated]:
         print(f"left out: {printable(line)}", file=sys.stderr)
     if not tables:
         raise UserError(f"{paths[0]} holds no report that can be read; give the folders of finished runs, such as runs/*")

@@ -97,8 +97,8 @@ def label_free_scores(
     filled = [split for split, predicted in predictions.items() if len(predicted)]
     scores: dict[str, Any] = {"covering_rate": {s: covering_rate(predictions[s], candidates[s]) for s in filled}}
     if log_p is not None:
-        found = {s: approximated_accuracy(log_p[s], predictions[s], candidates[s]) for s in filled}
-        scores["approximated_accuracy"] = found
+        approximated = {s: approximated_accuracy(log_p[s], predictions[s], candidates[s]) for s in filled}
+        scores["approximated_accuracy"] = approximated
     return scores | ({"consensus": consensus(networks)} if len(networks) == 2 else {})
 
 
@@ -134,11 +134,11 @@ def division_health(
     if len(class_names) <= MOST_CURVES:
         health |= {f"pseudo_labels/{name}": float(n) for name, n in zip(class_names, counts.mean(axis=0))}
     for number, division in enumerate(divisions, start=1):
-        found = {"mean": division.means, "share": division.shares, "deviation": division.deviations}
-        for name, values in found.items():
-            for component, value in zip(("small", "large"), values):
+        components = {"mean": division.means, "share": division.shares, "deviation": division.deviations}
+        for name, values in components.items():
+            for size, value in zip(("small", "large"), values):
                 if math.isfinite(value):
-                    health[f"gmm/net{number}_{name}_{component}"] = value
+                    health[f"gmm/net{number}_{name}_{size}"] = value
     known = labels >= 0
     if known.any():
         inside = candidates[np.arange(len(labels)), np.maximum(labels, 0)]
@@ -192,15 +192,15 @@ def collapse_warnings(predictions: np.ndarray, class_names: list[str]) -> list[s
     """
     counts = np.bincount(predictions, minlength=len(class_names))
     lost = [name for name, count in zip(class_names, counts) if count < len(predictions) / len(class_names) / 10]
-    said = []
+    warnings = []
     if lost:
         named = ", ".join(lost[:5]) + (", …" if len(lost) > 5 else "")
-        said.append(f"{len(lost)} of {len(class_names)} classes are hardly ever predicted ({named})")
+        warnings.append(f"{len(lost)} of {len(class_names)} classes are hardly ever predicted ({named})")
     if len(class_names) > 3 and counts.max() > len(predictions) / 2:
-        said.append(f"more than half of all images are called {class_names[counts.argmax()]}")
-    if said:
-        said.append(
+        warnings.append(f"more than half of all images are called {class_names[counts.argmax()]}")
+    if warnings:
+        warnings.append(
             "unless your images are like that, the labels have collapsed: look at what the annotator names, then try "
             "other templates or class names, or give a few true labels with --labels"
         )
-    return said
+    return warnings

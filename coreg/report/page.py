@@ -116,8 +116,8 @@ def _intervals(record: RunRecord, name: str, split: Split) -> str:
     )
     paired = paired if _is_judged(record) else ""
     counts = f"{int(known.sum()):,} of {len(known):,} {name} images have a known label"
-    said = f"{counts}; lines are 95% intervals (Wilson).{paired}"
-    return f'<div class="intervals">{interval_chart(rows)}</div><p class="note">{said}</p>'
+    note = f"{counts}; lines are 95% intervals (Wilson).{paired}"
+    return f'<div class="intervals">{interval_chart(rows)}</div><p class="note">{note}</p>'
 
 
 def _health(record: RunRecord) -> str:
@@ -174,7 +174,7 @@ def _curves(record: RunRecord) -> str:
         return ""
 
     def lines(names: dict[str, str], colours: str) -> list[Line]:
-        return [Line(said, _series(record, name), colour) for (name, said), colour in zip(names.items(), colours)]
+        return [Line(label, _series(record, name), colour) for (name, label), colour in zip(names.items(), colours)]
 
     tested = {"accuracy/test/ensemble": record.method, "accuracy/test/net1": "net1", "accuracy/test/net2": "net2"}
     tested = lines(tested, "abc")
@@ -228,18 +228,18 @@ def _changed(record: RunRecord) -> str:
     train, rows = record.train, changed_rows(record)
     if not len(rows):
         return "<h2>Labels that were changed</h2><p>None: every label is the annotator’s.</p>"
-    said = f"{len(rows):,} of {len(record.paths):,} labels differ from the annotator’s."
+    note = f"{len(rows):,} of {len(record.paths):,} labels differ from the annotator’s."
     known = rows[train.labels[rows] >= 0]
     if len(known):
         before, after = (p[known] == train.labels[known] for p in (train.annotator, train.predicted))
-        said += (
+        note += (
             f" Of {len(known):,} whose truth is known, {int(after.sum()):,} became right, {int(before.sum()):,} became "
             f"wrong, {int((~before & ~after).sum()):,} stay wrong."
         )
-    said += f" Shown are {min(SHOWN, len(rows))}: each kind of change in turn, the surest first. All are in labels.csv."
+    note += f" Shown are {min(SHOWN, len(rows))}: each kind of change in turn, the surest first. All are in labels.csv."
     if record.weights:
-        said += " Trust is how far each network believes the candidate set (above 0.5: P)."
-    return f"<h2>Labels that were changed</h2><p>{said}</p>" + changed_gallery(record, rows[:SHOWN])
+        note += " Trust is how far each network believes the candidate set (above 0.5: P)."
+    return f"<h2>Labels that were changed</h2><p>{note}</p>" + changed_gallery(record, rows[:SHOWN])
 
 
 def _unsure(record: RunRecord) -> str:
@@ -247,16 +247,16 @@ def _unsure(record: RunRecord) -> str:
     if not len(rows):
         return ""
     folder = Path(record.folder)
-    told = {
+    chosen = {
         "recipe": folder / "config.yaml",
         "annotations": record.annotations,
         "labels": folder / "label_next.csv",
         "output_dir": folder.with_name(f"{folder.name}-labelled"),
     }
     # labels that were drawn stand in the file, too
-    told |= {"few_shot": 0} if record.settings.get("few_shot") else {}
+    chosen |= {"few_shot": 0} if record.settings.get("few_shot") else {}
     script = next(iter(shlex.split(record.report.get("command", ""))), "train_coreg.py")
-    options = shlex.join(word for name, value in told.items() for word in (f"--{name}", str(value)))
+    options = shlex.join(word for name, value in chosen.items() for word in (f"--{name}", str(value)))
     return (
         "<h2>Label these next</h2><p>The images whose label would tell most: those it is least sure of, each class in "
         f"turn. <code>{text(folder / 'label_next.csv')}</code> lists {min(LABEL_NEXT, len(rows))} of them with an empty "
@@ -277,7 +277,9 @@ def _colophon(record: RunRecord) -> str:
         "seed": ("seed", "{}"),
         "hardware": ("hardware", "{}"),
     }
-    rows = [(said, text(form.format(report[key]))) for said, (key, form) in measured.items() if report.get(key) is not None]
+    rows = [
+        (label, text(form.format(report[key]))) for label, (key, form) in measured.items() if report.get(key) is not None
+    ]
     rows += [(text(name), text(version)) for name, version in report.get("versions", {}).items()]
     settings = table(("option", "value"), ((text(k), text(v)) for k, v in record.settings.items()), "facts")
     return (

@@ -35,11 +35,11 @@ svg .name{fill:var(--ink);font-weight:600;font-size:12px}
 
 @dataclass(frozen=True)
 class Line:
-    """One line of a chart: a value for every epoch, NaN where there is none. colour: one of `COLOURS`, or `muted`."""
+    """One line of a chart."""
 
     name: str
-    values: np.ndarray
-    colour: str
+    values: np.ndarray  # a value for every epoch, NaN where there is none
+    colour: str  # one of `COLOURS`, or `muted`
     kind: str = ""  # thin or dashed
 
 
@@ -56,10 +56,10 @@ def nice_ticks(low: float, high: float, most: int = 5) -> list[float]:
     return [number * step for number in range(first, last + 1)]
 
 
-def _frame(title: str, keys: str, said: str, drawn: str) -> str:
+def _frame(title: str, keys: str, description: str, drawn: str) -> str:
     return (
         f'<figure class="chart"><h3>{text(title)}</h3><div class="keys">{keys}</div>'
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{text(said)}">{drawn}</svg></figure>'
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{text(description)}">{drawn}</svg></figure>'
     )
 
 
@@ -100,7 +100,7 @@ def line_chart(title: str, lines: Sequence[Line], shares: bool, since: int = 0) 
     epochs = max(len(line.values) for line in lines)
     x, y = _scale(1, epochs, LEFT, WIDTH - RIGHT), _scale(low, high, HEIGHT - BOTTOM, TOP)
     form = (lambda value: f"{value:.1%}") if shares else (lambda value: f"{value:.3g}")
-    drawn, keys, said = [], [], []
+    drawn, keys, description = [], [], []
     if since:
         width = min(x(since + 0.5), WIDTH - RIGHT) - LEFT
         drawn.append(f'<path class="phase" d="M{LEFT} {TOP}h{width:.1f}V{HEIGHT - BOTTOM}H{LEFT}z"/>')
@@ -117,8 +117,8 @@ def line_chart(title: str, lines: Sequence[Line], shares: bool, since: int = 0) 
         if line.kind != "dashed":
             drawn.append(f'<circle class="dot" {style} cx="{x(rows[-1] + 1):.1f}" cy="{y(last):.1f}" r="3"/>')
         keys.append(f'<span class="key" {style}>{text(line.name)} <b>{form(last)}</b></span>')
-        said.append(f"{line.name} from {form(first)} in epoch {rows[0] + 1} to {form(last)} in epoch {rows[-1] + 1}")
-    return _frame(title, "".join(keys[::-1]), f"{title}: {'; '.join(said[::-1])}", "".join(drawn))
+        description.append(f"{line.name} from {form(first)} in epoch {rows[0] + 1} to {form(last)} in epoch {rows[-1] + 1}")
+    return _frame(title, "".join(keys[::-1]), f"{title}: {'; '.join(description[::-1])}", "".join(drawn))
 
 
 def mixture_chart(title: str, losses: np.ndarray, trusted: np.ndarray, parts: Sequence[tuple[float, float, float]]) -> str:
@@ -164,20 +164,20 @@ def mixture_chart(title: str, losses: np.ndarray, trusted: np.ndarray, parts: Se
     )
     if parts:
         keys += '<span class="key" style="--k:var(--ink)">mixture</span>'
-    said = "; ".join(f"{rows.sum()} images {name}" for _, name, rows in named)
-    said += "".join(f"; component of share {share:.0%} around {mean:.2f}" for mean, _, share in parts)
-    return _frame(title, keys, f"{title}: {said}", "".join(drawn))
+    description = "; ".join(f"{rows.sum()} images {name}" for _, name, rows in named)
+    description += "".join(f"; component of share {share:.0%} around {mean:.2f}" for mean, _, share in parts)
+    return _frame(title, keys, f"{title}: {description}", "".join(drawn))
 
 
 @dataclass(frozen=True)
 class Interval:
-    """An accuracy with its interval, all in [0, 1], and its colour."""
+    """An accuracy with its interval."""
 
     name: str
-    share: float
+    share: float  # this and the bounds in [0, 1]
     low: float
     high: float
-    colour: str
+    colour: str  # as of `Line`
 
 
 def interval_chart(rows: Sequence[Interval]) -> str:
@@ -198,5 +198,5 @@ def interval_chart(rows: Sequence[Interval]) -> str:
         drawn.append(f'<path class="line" {style} d="M{x(row.low):.1f} {y:.1f}H{x(row.high):.1f}"/>')
         drawn.append(f'<circle class="dot" {style} cx="{x(row.share):.1f}" cy="{y:.1f}" r="5"/>')
         drawn.append(f'<text class="name" x="{WIDTH}" y="{y + 4:.1f}" text-anchor="end">{row.share:.1%}</text>')
-    said = "; ".join(f"{row.name} {row.share:.1%}, from {row.low:.1%} to {row.high:.1%}" for row in rows)
-    return f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{text(said)}">{"".join(drawn)}</svg>'
+    description = "; ".join(f"{row.name} {row.share:.1%}, from {row.low:.1%} to {row.high:.1%}" for row in rows)
+    return f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{text(description)}">{"".join(drawn)}</svg>'

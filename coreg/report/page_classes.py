@@ -102,10 +102,10 @@ def _table(record: RunRecord) -> str:
         row += [f"{before[c]:,}", f"{after[c]:,}", percent(sure[c] if after[c] else None, 0)]
         row += [percent(trusted[c] if before[c] else None, 0)] if record.weights else []
         rows.append(row)
-    found = table(head, rows)
+    shown = table(head, rows)
     if len(names) > LONG:
-        return f"<details><summary>All {len(names)} classes</summary>{found}</details>"
-    return f"<h3>Each class</h3>{found}"
+        return f"<details><summary>All {len(names)} classes</summary>{shown}</details>"
+    return f"<h3>Each class</h3>{shown}"
 
 
 def _recalls(split: Split, n_classes: int) -> list[tuple[float | None, float | None, int]]:

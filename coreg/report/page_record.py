@@ -13,17 +13,13 @@ from scipy.special import softmax
 
 @dataclass
 class Split:
-    """What networks, annotator and truth say about n images.
+    """The predictions of networks and annotator for n images, and the truth."""
 
-    logits: (n, C) by name: `ensemble`, the method's own prediction (the sum over its networks), and each network where
-    there are several. annotator: int64 (n,), its zero-shot prediction. labels: int64 (n,), -1 unknown. temperature: what
-    logits are divided by for probabilities.
-    """
-
+    # (n, C) by name: `ensemble` (the method's own, the sum over its networks), and each of several
     logits: dict[str, np.ndarray]
-    annotator: np.ndarray
-    labels: np.ndarray
-    temperature: float = 1.0
+    annotator: np.ndarray  # int64 (n,), its zero-shot prediction
+    labels: np.ndarray  # int64 (n,), -1 unknown
+    temperature: float = 1.0  # what logits are divided by for probabilities
 
     @property
     def known(self) -> bool:
@@ -54,28 +50,22 @@ class Split:
 
 @dataclass
 class RunRecord:
-    """A finished run. Row i of everything about training images is the same image.
+    """A finished run. Row i of everything about training images is the same image."""
 
-    report: as `build_report` gives it. settings: every option by name. curves: one mapping of scalars an epoch.
-    folder: the run folder and annotations the store, as a person would type them.
-    paths: of the N training images. pixels: rows (n,) -> their images, uint8 (n, c, H, W).
-    train, test: test is None where there are no test images. known: int64 (N,), classes that a person gave, -1 elsewhere.
-    weights: w (N,) of each network's last division; losses: (N,) what its mixture was fitted to, NaN for images left out;
-    both empty where the method does not divide.
-    """
-
-    report: dict[str, Any]
-    settings: dict[str, Any]
-    curves: list[dict[str, float]]
-    folder: str
-    annotations: str
+    report: dict[str, Any]  # as `build_report` gives it
+    settings: dict[str, Any]  # every option by name
+    curves: list[dict[str, float]]  # one mapping of scalars an epoch
+    folder: str  # the run folder, as a person would type it
+    annotations: str  # the store, likewise
     class_names: list[str]
-    paths: list[str]
-    pixels: Callable[[np.ndarray], np.ndarray]
+    paths: list[str]  # of the N training images
+    pixels: Callable[[np.ndarray], np.ndarray]  # rows (n,) -> their images, uint8 (n, c, H, W)
     train: Split
-    test: Split | None
-    known: np.ndarray
+    test: Split | None  # None where there are no test images
+    known: np.ndarray  # int64 (N,), classes that a person gave, -1 elsewhere
+    # w (N,) of each network's last division; none where the method does not divide
     weights: list[np.ndarray] = field(default_factory=list)
+    # (N,) what each mixture was fitted to, NaN for images left out; none likewise
     losses: list[np.ndarray] = field(default_factory=list)
 
     @property

@@ -39,13 +39,13 @@ PACKAGES = (
 
 def versions() -> dict[str, str]:
     """Of Python and the packages that results depend on."""
-    found = {"python": platform.python_version()}
+    installed = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
-            found[name] = importlib.metadata.version(name)
+            installed[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 def peak_memory_mb() -> float:
@@ -192,7 +192,7 @@ def build_report(
                 "partial_accuracy": partial_accuracy(candidates, truth["train"]),
                 "mean_candidates": mean_candidates(candidates),
             },
-            "accuracy": {split: accuracies(found, truth[split]) for split, found in predictions.items() if found},
+            "accuracy": {split: accuracies(by_name, truth[split]) for split, by_name in predictions.items() if by_name},
             "per_class_accuracy": per_class(
                 names, truth[judged], None if store.drawn else zero_shot[judged], predictions[judged].get("ensemble")
             ),
@@ -242,9 +242,9 @@ def label_free_lines(report: dict[str, Any]) -> list[str]:
         return []
     head = "".join(f"{split:>8}" for split in splits)
     lines = ["", f"{'without labels':<24}{head}   (train: the images that were trained on)"]
-    for name, found in shares.items():
-        if found:
-            lines.append(f"{name:<24}" + "".join(f"{_percent(found.get(split), 1):>8}" for split in splits))
+    for name, by_split in shares.items():
+        if by_split:
+            lines.append(f"{name:<24}" + "".join(f"{_percent(by_split.get(split), 1):>8}" for split in splits))
     lines += [f"{'consensus':<24}{scores['consensus']:>8.1%}"] if "consensus" in scores else []
     return lines
 
@@ -296,8 +296,11 @@ def summary(report: dict[str, Any], root: Path) -> str:
         lines += ["", *verdict]
     chosen = report.get("chosen_epoch", {})
     if chosen.get("accuracy"):
-        found = ", ".join(f"{share:.1%} on {split} images" for split, share in chosen["accuracy"].items())
-        lines += ["", f"Epoch {chosen['epoch']} of {chosen['epochs']} looked best without labels ({found}): export_chosen."]
+        shares = ", ".join(f"{share:.1%} on {split} images" for split, share in chosen["accuracy"].items())
+        lines += [
+            "",
+            f"Epoch {chosen['epoch']} of {chosen['epochs']} looked best without labels ({shares}): export_chosen.",
+        ]
     if report.get("warnings"):
         lines += ["", "Warning: " + "; ".join(report["warnings"]) + "."]
     tuned = f" ({report['trainable_parameters']:,} of them trained)" if "trainable_parameters" in report else ""

@@ -52,11 +52,11 @@ READING = (
 
 @dataclass
 class Run:
-    """A report, and the settings beside it that make its method what it is, as short texts."""
+    """A report, and the settings beside it that make its method what it is."""
 
     path: Path
     report: dict[str, Any]
-    settings: dict[str, str] = field(default_factory=dict)
+    settings: dict[str, str] = field(default_factory=dict)  # as short texts
 
     def judged(self, split: str) -> dict[str, Any] | None:
         """Accuracy `ensemble` and its `interval` on a split, None where no label is known."""
@@ -138,23 +138,23 @@ class Table:
 def compare(runs: Sequence[Run]) -> tuple[list[Table], list[str]]:
     """Sort runs into tables; also gives a line for each run that repeats another one and is left out."""
     methods: dict[tuple[str, str, str], dict[tuple, dict[int, Run]]] = {}
-    said = []
+    repeated = []
     for run in runs:
         report = run.report
         variants = methods.setdefault((report["dataset"], report["annotator"]["name"], report["method"]), {})
         seeds = variants.setdefault((report["labels_used"], *sorted(run.settings.items())), {})
         first = seeds.setdefault(report["seed"], run)
         if first is not run:
-            said.append(f"{run.path} repeats {first.path}: the same method, settings and seed")
+            repeated.append(f"{run.path} repeats {first.path}: the same method, settings and seed")
     tables: dict[tuple[str, str], Table] = {}
     for (dataset, annotator, method), variants in methods.items():
         shown = tables.setdefault((dataset, annotator), Table(dataset, annotator, []))
         members = [[seeds[seed] for seed in sorted(seeds)] for seeds in variants.values()]
-        words = special_settings([found[0].settings for found in members])
-        shown.rows += [Row(method, special, found) for special, found in zip(words, members)]
+        words = special_settings([group[0].settings for group in members])
+        shown.rows += [Row(method, special, group) for special, group in zip(words, members)]
     for shown in tables.values():
         shown.rows.sort(key=lambda row: row.place)
-    return [tables[key] for key in sorted(tables)], said
+    return [tables[key] for key in sorted(tables)], repeated
 
 
 def special_settings(variants: Sequence[dict[str, str]]) -> list[str]:
@@ -162,15 +162,15 @@ def special_settings(variants: Sequence[dict[str, str]]) -> list[str]:
 
     Epochs have a column of their own.
     """
-    told: list[list[str]] = [[] for _ in variants]
+    differences: list[list[str]] = [[] for _ in variants]
     for name in sorted({name for settings in variants for name in settings} - {"epochs"}):
         values = [settings.get(name, "none") for settings in variants]
         counts = Counter(values).most_common(2)
         usual = None if len(counts) == 2 and counts[0][1] == counts[1][1] else counts[0][0]
-        for lines, value in zip(told, values):
+        for words, value in zip(differences, values):
             if value != usual:
-                lines.append(f"{name} {value}")
-    return [", ".join(lines) for lines in told]
+                words.append(f"{name} {value}")
+    return [", ".join(words) for words in differences]
 
 
 # ---- writing --------------------------------------------------------------------------------------------------------

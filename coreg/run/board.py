@@ -191,7 +191,9 @@ def show_numbers(accelerator: Accelerator, report: dict[str, Any], identity: dic
 def final_numbers(report: dict[str, Any]) -> dict[str, float]:
     """What runs are compared by, from a report: accuracies where truth is known, review and time always."""
     accuracies = {
-        f"final/accuracy_{split}": found["ensemble"] for split, found in report.get("accuracy", {}).items() if found
+        f"final/accuracy_{split}": accuracy["ensemble"]
+        for split, accuracy in report.get("accuracy", {}).items()
+        if accuracy
     }
     zero_shot = report["annotator"].get("zero_shot_accuracy", {})
     accuracies |= {f"final/annotator_{split}": share for split, share in zero_shot.items()}

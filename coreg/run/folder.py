@@ -34,7 +34,7 @@ class RunFolder:
         return self.report.is_file()
 
     def refuse_other(self, identity: dict[str, Any]) -> None:
-        """Look, without writing anything, whether the folder is free for this job or already belongs to it.
+        """Check, without writing anything, whether the folder is free for this job or already belongs to it.
 
         Args:
             identity: plain values that make the job what it is; those missing here or in the folder are not compared.

@@ -42,7 +42,7 @@ def open_run(
     annotate_default: Callable[[Path, Accelerator], AnnotationStore],
     default_folder: str,
 ) -> Iterator[Run | None]:
-    """Check what every script is told, open the store, take the run folder.
+    """Check a script's settings, open the store, take the run folder.
 
     Gives None where nothing is to be run: the settings were asked for and are printed, or the run is already finished.
 

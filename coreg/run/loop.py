@@ -38,32 +38,25 @@ BAR = "{desc} {percentage:3.0f}%|{bar}| epoch {n:.1f}/{total} [{elapsed}<{remain
 
 @dataclass
 class Run:
-    """A job that holds its run folder.
-
-    store: what is trained on; annotated: the same before `--refine`.
-    known: int64 over all rows of the store, classes that a person gave, -1 elsewhere. command: as it was typed.
-    identity: what makes the job what it is, plain values. settings: every option. held: locks, let go of at the end.
-    started: when the process began, on the clock of `time.perf_counter`. watch, bar, saved_at, epoch_began, made_before:
-    of the loop, from its first epoch on.
-    """
+    """A job that holds its run folder."""
 
     accelerator: Accelerator
     folder: RunFolder
-    store: AnnotationStore
-    annotated: AnnotationStore
-    known: np.ndarray
+    store: AnnotationStore  # what is trained on
+    annotated: AnnotationStore  # the same before `--refine`
+    known: np.ndarray  # int64 over all rows of the store, classes that a person gave, -1 elsewhere
     job: JobConfig
-    image_options: ImageConfig | None
-    identity: dict[str, Any]
-    settings: dict[str, Any]
-    command: str
-    started: float
-    held: contextlib.ExitStack
-    watch: Watch = field(init=False)
+    image_options: ImageConfig | None  # None where no network of our own is trained
+    identity: dict[str, Any]  # plain values that make the job what it is
+    settings: dict[str, Any]  # every option by name
+    command: str  # as it was typed
+    started: float  # when the process began, on the clock of `time.perf_counter`
+    held: contextlib.ExitStack  # locks, let go of at the end
+    watch: Watch = field(init=False)  # this and the rest: of the loop, from its first epoch on
     bar: tqdm = field(init=False)
-    saved_at: float = field(init=False)
-    epoch_began: float = field(init=False)
-    made_before: float = field(init=False)
+    saved_at: float = field(init=False)  # when the loop began, or the last checkpoint was written, on that clock
+    epoch_began: float = field(init=False)  # on that clock, too
+    made_before: float = field(init=False)  # `Training.making_seconds` at that time
 
     def begin(
         self,
@@ -193,11 +186,11 @@ class Run:
 
     def _begin_curves(self) -> None:
         # TensorBoard gets the settings at the end, beside what they led to (`coreg.run.board.show_numbers`)
-        told = None if self.job.report_to == "tensorboard" else {k: str(v) for k, v in self.identity.items()}
-        begin = writing_curves()(lambda: self.accelerator.init_trackers("tensorboard", config=told))
-        main_process_decides(self.accelerator, begin)
+        config = None if self.job.report_to == "tensorboard" else {k: str(v) for k, v in self.identity.items()}
+        start = writing_curves()(lambda: self.accelerator.init_trackers("tensorboard", config=config))
+        main_process_decides(self.accelerator, start)
         if not self.accelerator.is_main_process:
-            begin()
+            start()
 
     def _refuse_nan(self, curves: dict[str, float], epoch: int) -> None:
         """Curves are the same on every process, and so all of them leave."""

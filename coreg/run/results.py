@@ -38,51 +38,41 @@ WEAK_LABELS = "weak_labels.safetensors"
 
 @dataclass
 class Predictions:
-    """What a method predicts in the end. Row i of everything about a split is the same image.
+    """What a method predicts in the end. Row i of everything about a split is the same image."""
 
-    samples: for `train` and `test` int64 (n,), rows of the store. logits: of each split by name, (n, C): `ensemble`, the
-    method's own prediction (the sum over its networks), and each network where there are several; a split without images
-    is absent.
-    known: int64 (N,), classes of training images that a person gave, -1 elsewhere. candidates: bool (N, C), the sets that
-    the annotator is judged by. pixels: rows (n,) of the training images -> their pictures for the page, uint8 (n, c, H, W).
-    classes: int64 (n,) of each split, -1 for none, where the prediction is not the largest logit.
-    temperature: what the networks' mean logits are divided by for probabilities. losses: (N,) what each network's last
-    division was fitted to, NaN for images left out. refined: what the report says of the evidence that `--refine` made.
-    weak: what was trained on, where it was not labels alone; saved in the run folder.
-    """
-
-    samples: dict[str, np.ndarray]
+    samples: dict[str, np.ndarray]  # of `train` and `test`: int64 (n,), rows of the store
+    # of each split, (n, C) by name: `ensemble` (the method's own, the sum over its networks), and each of several
     logits: dict[str, dict[str, np.ndarray]]
-    known: np.ndarray
-    candidates: np.ndarray
+    known: np.ndarray  # int64 (N,), classes of training images that a person gave, -1 elsewhere
+    candidates: np.ndarray  # bool (N, C), the sets that the annotator is judged by
+    # rows (n,) of the training images -> their pictures for the page, uint8 (n, c, H, W)
     pixels: Callable[[np.ndarray], np.ndarray]
+    # int64 (n,) of each split, -1 for none, where the prediction is not the largest logit
     classes: dict[str, np.ndarray] = field(default_factory=dict)
-    temperature: float = 1.0
+    temperature: float = 1.0  # what the networks' mean logits are divided by for probabilities
+    # (N,) what each network's last division was fitted to, NaN for images left out
     losses: list[np.ndarray] = field(default_factory=list)
-    refined: dict[str, Any] | None = None
-    weak: WeakLabels | None = None
+    refined: dict[str, Any] | None = None  # what the report says of the evidence that `--refine` made
+    weak: WeakLabels | None = None  # what was trained on, where it was not labels alone; saved in the run folder
 
     def __post_init__(self) -> None:
-        own = {split: found["ensemble"].argmax(axis=1) for split, found in self.logits.items()}
+        own = {split: rows["ensemble"].argmax(axis=1) for split, rows in self.logits.items()}
         self.classes = own | self.classes
 
 
 @dataclass
 class Export:
-    """Networks that were exported.
-
-    settings: of their export. epoch: their epoch in words, and classes: int64 (n,) of each split, what they predict, where
-    it is not the last one.
-    """
+    """Networks that were exported."""
 
     folder: Path
-    settings: dict[str, Any]
-    epoch: str = ""
+    settings: dict[str, Any]  # of their export
+    epoch: str = ""  # which epoch they are of, in words
+    # int64 (n,) of each split, what they predict, where it is not the last epoch
     classes: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 def finish(
-    run: Run, training: Training, method: str, found: Predictions, exports: Sequence[Export] = (), **more: Any
+    run: Run, training: Training, method: str, predicted: Predictions, exports: Sequence[Export] = (), **more: Any
 ) -> dict[str, Any]:
     """Purified labels, the page and the report, written by the main process; gives the report.
 
@@ -93,13 +83,15 @@ def finish(
     weights = training.divisions.weights if training.divisions else []
 
     def write() -> dict[str, Any]:
-        if found.weak is not None:
-            found.weak.save(root / WEAK_LABELS)
-        splits = {split: _split(run, found, split) for split in found.logits}
-        paths = [store.paths[row] for row in found.samples["train"].tolist()]
-        own, annotator, names = found.logits["train"], splits["train"].annotator, store.class_names
-        review = write_labels(root / "labels.csv", names, paths, own, weights, annotator, found.temperature, job.safe_csv)
-        report = _report(run, training, found, method=method, needs_review=review, **more)
+        if predicted.weak is not None:
+            predicted.weak.save(root / WEAK_LABELS)
+        splits = {split: _split(run, predicted, split) for split in predicted.logits}
+        paths = [store.paths[row] for row in predicted.samples["train"].tolist()]
+        own, annotator, names = predicted.logits["train"], splits["train"].annotator, store.class_names
+        review = write_labels(
+            root / "labels.csv", names, paths, own, weights, annotator, predicted.temperature, job.safe_csv
+        )
+        report = _report(run, training, predicted, method=method, needs_review=review, **more)
         record = RunRecord(
             report=report,
             settings=run.settings,
@@ -108,12 +100,12 @@ def finish(
             annotations=str(store.root),
             class_names=names,
             paths=paths,
-            pixels=found.pixels,
+            pixels=predicted.pixels,
             train=splits["train"],
             test=splits.get("test"),
-            known=found.known,
+            known=predicted.known,
             weights=weights,
-            losses=found.losses,
+            losses=predicted.losses,
         )
         write_page(root, record)
         show_numbers(run.accelerator, report, run.identity, training.epoch)
@@ -125,24 +117,24 @@ def finish(
     return main_process_decides(run.accelerator, write)
 
 
-def _report(run: Run, training: Training, found: Predictions, **more: Any) -> dict[str, Any]:
-    job, names, named = run.job, run.store.class_names, found.classes["train"]
+def _report(run: Run, training: Training, predicted: Predictions, **more: Any) -> dict[str, Any]:
+    job, names, named = run.job, run.store.class_names, predicted.classes["train"]
     return build_report(
         store=run.annotated,
         seed=job.seed,
-        candidates=found.candidates,
-        samples=found.samples,
+        candidates=predicted.candidates,
+        samples=predicted.samples,
         predictions={
-            split: {name: rows.argmax(axis=1) for name, rows in logits.items()} | {"ensemble": found.classes[split]}
-            for split, logits in found.logits.items()
+            split: {name: rows.argmax(axis=1) for name, rows in logits.items()} | {"ensemble": predicted.classes[split]}
+            for split, logits in predicted.logits.items()
         },
         part=_part(run),
-        refined=found.refined,
-        weak_labels=found.weak and found.weak.source | {"hash": found.weak.hash},
-        label_free=_without_labels(run, found),
-        labels_used=int((found.known >= 0).sum()),
+        refined=predicted.refined,
+        weak_labels=predicted.weak and predicted.weak.source | {"hash": predicted.weak.hash},
+        label_free=_without_labels(run, predicted),
+        labels_used=int((predicted.known >= 0).sum()),
         warnings=[
-            *few_shot_warnings(found.known, job.few_shot, names),
+            *few_shot_warnings(predicted.known, job.few_shot, names),
             *collapse_warnings(named[named >= 0], names),
         ],
         last_epoch=training.curves[-1],
@@ -170,12 +162,12 @@ def _card(report: dict[str, Any], export: Export, splits: dict[str, Split]) -> s
     return model_card(report | without_missing(own), export.settings, f"These are {export.epoch}.")
 
 
-def _split(run: Run, found: Predictions, split: str) -> Split:
+def _split(run: Run, predicted: Predictions, split: str) -> Split:
     """Predictions beside the annotator's, before `--refine`, and the truth."""
-    rows, truth = found.samples[split], run.store.labels
+    rows, truth = predicted.samples[split], run.store.labels
     annotator = run.annotated.probs()[rows].argmax(axis=1)
     labels = np.full(len(rows), -1) if truth is None else truth[rows]
-    return Split(found.logits[split], annotator, labels, found.temperature)
+    return Split(predicted.logits[split], annotator, labels, predicted.temperature)
 
 
 def _part(run: Run) -> dict[str, Any] | None:
@@ -185,15 +177,15 @@ def _part(run: Run) -> dict[str, Any] | None:
     return None if asked == 1 else {"asked": asked, "available": available}
 
 
-def _without_labels(run: Run, found: Predictions) -> dict[str, Any] | None:
+def _without_labels(run: Run, predicted: Predictions) -> dict[str, Any] | None:
     """What the report says without labels."""
-    nets = [rows for name, rows in found.logits["train"].items() if name != "ensemble"]
+    nets = [rows for name, rows in predicted.logits["train"].items() if name != "ensemble"]
     return without_labels(
         run.annotated,
         run.job.candidates,
-        found.samples,
-        found.classes,
-        {split: rows["ensemble"] / (max(len(nets), 1) * found.temperature) for split, rows in found.logits.items()},
+        predicted.samples,
+        predicted.classes,
+        {split: rows["ensemble"] / (max(len(nets), 1) * predicted.temperature) for split, rows in predicted.logits.items()},
         [log_softmax(rows.astype(np.float64), axis=1) for rows in nets],
     )
 
@@ -207,10 +199,10 @@ def finish_networks(
     """`finish` for trained networks, which are exported, and those of the epoch chosen without labels beside them."""
     chosen, chosen_exports = _chosen_epoch(run, task, training)
     logits, settings = logits_of(task, nets), _export(task, nets, run.folder.export)
-    found = predictions(run, task, logits, settings["temperature"])
+    predicted = predictions(run, task, logits, settings["temperature"])
     if training.divisions:
-        found.losses = _fitted_losses(task, training.divisions.losses)
-    names = {"label": found.classes["train"], "annotator": task.zero_shot, "truth": task.weak.truth}
+        predicted.losses = _fitted_losses(task, training.divisions.losses)
+    names = {"label": predicted.classes["train"], "annotator": task.zero_shot, "truth": task.weak.truth}
     if (task.weak.truth < 0).all():
         del names["truth"]
     main_process_decides(
@@ -221,11 +213,11 @@ def finish_networks(
         run,
         training,
         method,
-        found,
+        predicted,
         [Export(run.folder.export, settings), *chosen_exports],
         parameters=sum(p.numel() for p in nets[0].backbone.parameters()),
         temperature=settings["temperature"],
-        trust=trust(run, task, found.classes),
+        trust=trust(run, task, predicted.classes),
         chosen_epoch=chosen,
         **more,
     )
@@ -257,12 +249,12 @@ def predictions(run: Run, task: Task, logits: dict[str, dict[str, np.ndarray]], 
 def logits_of(task: Task, nets: Sequence[CoRegNet]) -> dict[str, dict[str, np.ndarray]]:
     """Logits (n, C) of the networks' common prediction (`ensemble`, the sum over them) and of each of two, by split."""
     splits = {"train": task.data} | ({} if task.test is None else {"test": task.test})
-    found = {}
+    logits = {}
     for split, images in splits.items():
         each = [predict(net, images, "plain", (), 4 * task.job.batch_size)[0].cpu().numpy() for net in nets]
         named = {f"net{number}": rows for number, rows in enumerate(each, start=1)} if len(each) > 1 else {}
-        found[split] = {"ensemble": sum(each)} | named
-    return found
+        logits[split] = {"ensemble": sum(each)} | named
+    return logits
 
 
 def _export(task: Task, nets: Sequence[CoRegNet], folder: Path) -> dict[str, Any]:

@@ -110,10 +110,10 @@ def _check_rows(value: torch.Tensor, images: int, where: str, dimension: int = 0
 
 def _check_optimizer(optimizer: torch.optim.Optimizer, own: list[dict[str, Any]], where: str) -> None:
     """Settings are this job's, but for the learning rate, which every epoch sets; averages have their weights' shapes."""
-    for group, mine in zip(optimizer.param_groups, own):
-        for name in (group.keys() & mine.keys()) - {"params", "lr", "initial_lr"}:
-            if group[name] != mine[name]:
-                raise RecordError(f"{where}.{name} is {str(group[name])[:40]}, expected {mine[name]}")
+    for group, own_group in zip(optimizer.param_groups, own):
+        for name in (group.keys() & own_group.keys()) - {"params", "lr", "initial_lr"}:
+            if group[name] != own_group[name]:
+                raise RecordError(f"{where}.{name} is {str(group[name])[:40]}, expected {own_group[name]}")
         for weight in group["params"]:
             averages = optimizer.state.get(weight, {})
             check_record(averages, dict, f"{where}.state")

@@ -31,30 +31,23 @@ Options = TypeVar("Options")
 
 @dataclass
 class Task(Generic[Options]):
-    """What is trained on, and how: everything that stays the same while training.
-
-    job, image_options, method: the options common to all scripts, and the method's own.
-    weak: of the N training images; table: its candidate sets on the device. prior: (C,) for distribution alignment.
-    annotator: int64 (N,), the best class of the evidence that is trained on; zero_shot: the same before `--refine`, for
-    reports. repeated: rows with a person's label that P gets on top; extra: such rows for an extra supervised term.
-    test: the test images with their labels, or None.
-    """
+    """What is trained on, and how: everything that stays the same while training N images of C classes."""
 
     accelerator: Accelerator
-    job: JobConfig
-    image_options: ImageConfig
-    method: Options
+    job: JobConfig  # options common to all scripts
+    image_options: ImageConfig  # what the networks are and what they see
+    method: Options  # the method's own options
     store: AnnotationStore
-    data: TrainingImages
-    weak: WeakLabels
-    table: Tensor
-    prior: np.ndarray
-    annotator: np.ndarray
-    zero_shot: np.ndarray
-    repeated: np.ndarray
-    extra: np.ndarray
-    test: TrainingImages | None
-    test_labels: np.ndarray
+    data: TrainingImages  # the training images
+    weak: WeakLabels  # their candidate sets
+    table: Tensor  # bool (N, C), the candidate sets on the device
+    prior: np.ndarray  # (C,), for distribution alignment
+    annotator: np.ndarray  # int64 (N,), best class of the evidence that is trained on
+    zero_shot: np.ndarray  # int64 (N,), the same before `--refine`, for reports
+    repeated: np.ndarray  # int64, rows with a person's label that P gets on top
+    extra: np.ndarray  # int64, such rows for an extra supervised term
+    test: TrainingImages | None  # the test images
+    test_labels: np.ndarray  # int64, their classes, -1 unknown
 
     def labelled(self, rows: np.ndarray, view: str, key: tuple[int | str, ...]) -> tuple[tuple[Tensor, Tensor] | None, int]:
         """This process's share of a step's labelled images and their classes, and how many there are in all.

@@ -30,34 +30,27 @@ class Batch(Protocol):
 class Training:
     """One or two learners with their optimisers, and how far they are.
 
-    learners: modules whose forward takes a batch and returns the `loss` with gradient beside its detached parts; their
-    state_dict is what is trained and what they remember. Each of these scalars is this process's share: added up over all
-    processes it is that of the global batch. A learner without an optimiser is not trained.
-    divisions: what two networks remember of their divisions, where they divide. accumulated: number of batches whose
-    gradients are averaged before the weights move.
-    epoch: finished epochs; number, step: network (0 or 1) and step to go on with in the present one; count: its steps.
-    sums: this process's shares of the loss parts, added up over this network's steps so far; means: of the networks that
-    are through with this epoch. curves: one mapping of scalars for each finished epoch.
-    seconds, making_seconds: spent training, and on making batches within that, over all restarts; images_seen, updates:
-    images and batches trained on.
+    A learner is a module whose forward takes a batch and returns the `loss` with gradient beside its detached parts. Each
+    of these scalars is this process's share: added up over all processes it is that of the global batch.
     """
 
     accelerator: Accelerator
-    learners: list[nn.Module]
-    optimizers: list[torch.optim.Optimizer]
-    divisions: Divisions | None = None
-    accumulated: int = 1
-    epoch: int = 0
-    number: int = 0
-    step: int = 0
-    count: int = 0
+    learners: list[nn.Module]  # their state_dict is what is trained and what they remember
+    optimizers: list[torch.optim.Optimizer]  # a learner without one is not trained
+    divisions: Divisions | None = None  # what two networks remember of their divisions, where they divide
+    accumulated: int = 1  # number of batches whose gradients are averaged before the weights move
+    epoch: int = 0  # finished epochs
+    number: int = 0  # network (0 or 1) to go on with in the present epoch
+    step: int = 0  # and its step
+    count: int = 0  # its steps in an epoch
+    # this process's shares of the loss parts, added up over this network's steps so far
     sums: dict[str, Tensor] = field(default_factory=dict)
-    means: dict[str, float] = field(default_factory=dict)
-    curves: list[dict[str, float]] = field(default_factory=list)
-    seconds: float = 0.0
-    making_seconds: float = 0.0
-    images_seen: int = 0
-    updates: int = 0
+    means: dict[str, float] = field(default_factory=dict)  # of the networks that are through with this epoch
+    curves: list[dict[str, float]] = field(default_factory=list)  # scalars by name for each finished epoch
+    seconds: float = 0.0  # spent training, over all restarts
+    making_seconds: float = 0.0  # spent on making batches within that
+    images_seen: int = 0  # images trained on
+    updates: int = 0  # batches trained on
 
     def __post_init__(self) -> None:
         # wrapped for data parallelism

@@ -54,11 +54,11 @@ class WeakConfig:
     q: float | None = option(None, "chance of every wrong class to be a candidate (default: 0.1)", (0, 1))
     eta: float | None = option(None, "share of the images whose truth is no candidate (default: 0)", (0, 1))
     rho: float | None = option(
-        None, "of rule instance: wrong candidates an image / C (default: 0.4; 0.04 for 100 classes)", (0, 1)
+        None, "rule instance: wrong candidates an image / C (default: 0.4; 0.04 for 100 classes)", (0, 1)
     )
-    probabilities: str | None = option(None, "of rule instance: .safetensors file with the tensor probs, float (N, C)")
-    superclasses: str | None = option(None, "of rule hierarchical: CSV file with the columns class,superclass")
-    seed: int = option(0, "of all draws", SEEDS)
+    probabilities: str | None = option(None, "rule instance: .safetensors file with the tensor probs, float (N, C)")
+    superclasses: str | None = option(None, "rule hierarchical: CSV file with the columns class,superclass")
+    seed: int = option(0, "seed of all draws", SEEDS)
     classes: str | None = option(None, "text file with one class name a line; default: the names that the images carry")
     output_dir: str = option("runs/synthetic/annotations", "folder of the store")
     data_root: str = option("data", "where torchvision data sets lie or are downloaded to")
@@ -154,7 +154,7 @@ def read_superclasses(path: str, names: Sequence[str]) -> np.ndarray:
     Raises:
         UserError: no such file or columns, or a class that is unknown, missing or there twice.
     """
-    found: dict[str, str] = {}
+    superclasses: dict[str, str] = {}
     try:
         with Path(path).open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, restval="")
@@ -162,19 +162,19 @@ def read_superclasses(path: str, names: Sequence[str]) -> np.ndarray:
                 raise UserError(f"{path} has the header {','.join(reader.fieldnames or [])!r}; wanted class,superclass")
             for row in reader:
                 name = row["class"]
-                if name not in names or name in found or not row["superclass"]:
+                if name not in names or name in superclasses or not row["superclass"]:
                     near = difflib.get_close_matches(name, names, n=1)
                     hint = f" (is it {near[0]!r}?)" if near and name not in names else ""
                     raise UserError(
                         f"{path} line {reader.line_num} names the class {name!r}{hint}; write every class name once, "
                         f"with its super-class"
                     )
-                found[name] = row["superclass"]
+                superclasses[name] = row["superclass"]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"cannot read {path}: {error}; write a CSV file with the columns class,superclass") from None
-    if missing := [name for name in names if name not in found]:
+    if missing := [name for name in names if name not in superclasses]:
         raise UserError(f"{path} gives {missing[0]!r} no super-class ({len(missing)} classes miss theirs); add a line each")
-    return np.unique([found[name] for name in names], return_inverse=True)[1].astype(np.int64)
+    return np.unique([superclasses[name] for name in names], return_inverse=True)[1].astype(np.int64)
 
 
 @exits_with_one_line

@@ -32,24 +32,14 @@ ARRAYS = {"table": np.uint8, "samples": np.int64, "certain": np.bool_, "usable":
 
 @dataclass(frozen=True)
 class WeakLabels:
-    """Candidate sets of N images of C classes.
+    """Candidate sets of N images of C classes."""
 
-    Attributes:
-        table: bool (N, C), the candidate sets; no row is empty.
-        samples: int64 (N,), rows of the image list, in any order and number: a long tail is a choice of rows.
-        certain: bool (N,), sets of one class that a person gave; they are never doubted.
-        usable: bool (N,), False where nothing is known, so that every class is a candidate and there is nothing to learn.
-        truth: int64 (N,), true classes, -1 where unknown; for reports alone.
-        source: plain values that say where the sets come from: a store's hash, its annotator and the candidate rule, or
-            how they were drawn.
-    """
-
-    table: np.ndarray
-    samples: np.ndarray
-    certain: np.ndarray
-    usable: np.ndarray
-    truth: np.ndarray
-    source: dict[str, Any]
+    table: np.ndarray  # bool (N, C), the candidate sets; no row is empty
+    samples: np.ndarray  # int64 (N,), rows of the image list, in any order and number: a long tail is a choice of rows
+    certain: np.ndarray  # bool (N,), sets of one class that a person gave; they are never doubted
+    usable: np.ndarray  # bool (N,), False where nothing is known: every class is a candidate, there is nothing to learn
+    truth: np.ndarray  # int64 (N,), true classes, -1 where unknown; for reports alone
+    source: dict[str, Any]  # plain values: a store's hash, its annotator and the candidate rule, or how sets were drawn
 
     @classmethod
     def from_store(
@@ -58,7 +48,7 @@ class WeakLabels:
         """The candidate sets of a store.
 
         Args:
-            store: what an annotator said, or sets that were drawn.
+            store: of an annotator's evidence, or of sets that were drawn.
             rule: as of `candidate_sets`.
             known: int64 over all rows of the store, classes that a person gave, -1 elsewhere.
             samples: rows of the store, all by default.

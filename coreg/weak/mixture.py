@@ -43,15 +43,10 @@ LEAST_EXPONENT = -6e4  # a float16; its exponential is 0
 
 @dataclass(frozen=True)
 class Setting:
-    """How evidence is read.
+    """How evidence is read."""
 
-    Attributes:
-        weight: w, 1 for a prior, 0 for an observation through a confusion matrix.
-        prior: shares of the classes: equal, as in the annotator's mean prediction, or estimated with the rest.
-    """
-
-    weight: float
-    prior: Prior
+    weight: float  # w, 1 for a prior, 0 for an observation through a confusion matrix
+    prior: Prior  # shares of the classes: equal, as in the annotator's mean prediction, or estimated with the rest
 
 
 class Subset:
@@ -75,10 +70,10 @@ Table = np.ndarray | Subset
 
 @dataclass
 class Projection:
-    """Standardised features on their principal axes: mean (D,), axes (D, d) with the deviations divided out."""
+    """Standardised features on their principal axes."""
 
-    mean: np.ndarray
-    axes: np.ndarray
+    mean: np.ndarray  # (D,)
+    axes: np.ndarray  # (D, d), with the deviations divided out
 
     def __call__(self, features: Table) -> np.ndarray:
         """(n, D) of any float type -> (n, d), float64, or float32 for many."""
@@ -120,21 +115,14 @@ def fit_projection(features: Table, classes: int) -> Projection:
 
 @dataclass
 class Mixture:
-    """A fitted mixture of C classes in d dimensions.
+    """A fitted mixture of C classes in d dimensions."""
 
-    Attributes:
-        weights: (d, C), S^-1 mu. offset: (C,), 1/2 mu' S^-1 mu, minus the log of a class's share where that is estimated.
-        confusion: (C, C), Pi; row c says how the annotator names images of class c.
-        balance: (C,), b where it balances, else 0. shares: (C,), mean of q over the images that it was fitted to.
-        setting: as it was fitted.
-    """
-
-    weights: np.ndarray
-    offset: np.ndarray
-    confusion: np.ndarray
-    balance: np.ndarray
-    shares: np.ndarray
-    setting: Setting
+    weights: np.ndarray  # (d, C), S^-1 mu
+    offset: np.ndarray  # (C,), 1/2 mu' S^-1 mu, minus the log of a class's share where that is estimated
+    confusion: np.ndarray  # (C, C), Pi; row c is how the annotator names images of class c
+    balance: np.ndarray  # (C,), b where it balances, else 0
+    shares: np.ndarray  # (C,), mean of q over the images that it was fitted to
+    setting: Setting  # as it was fitted
 
     def of_view(self, z: np.ndarray) -> np.ndarray:
         """Logits (n, C) of projected features alone."""

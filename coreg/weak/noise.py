@@ -160,24 +160,15 @@ def _exchange_truth(
 
 @dataclass(frozen=True)
 class NoiseReport:
-    """What candidate sets really are like, all of it counted.
+    """What candidate sets really are like, all of it counted."""
 
-    Attributes:
-        partial_accuracy: share of the sets that hold the truth.
-        eta: 1 - partial_accuracy.
-        mean_candidates: mean |S|.
-        q: (mean |S| - 1) / (C - 1), the flip probability that gives sets of this size.
-        wrong: share of the wrong classes that are candidates; q plus what the exchanged truths bring.
-        single, full: share of the sets with one member, and with all C.
-    """
-
-    partial_accuracy: float
-    eta: float
-    mean_candidates: float
-    q: float
-    wrong: float
-    single: float
-    full: float
+    partial_accuracy: float  # share of the sets that hold the truth
+    eta: float  # 1 - partial_accuracy
+    mean_candidates: float  # mean |S|
+    q: float  # (mean |S| - 1) / (C - 1), the flip probability that gives sets of this size
+    wrong: float  # share of the wrong classes that are candidates; q plus what the exchanged truths bring
+    single: float  # share of the sets with one member
+    full: float  # share of the sets with all C
 
     def __str__(self) -> str:
         return (

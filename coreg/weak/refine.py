@@ -135,24 +135,17 @@ def _keys(ids: np.ndarray, purpose: str) -> np.ndarray:
 
 @dataclass
 class Refinement:
-    """What `refine` gives: how any image's probabilities are mended, done block by block when they are asked for.
+    """What `refine` gives: how any image's probabilities are mended, done block by block when they are asked for."""
 
-    Attributes:
-        setting: how evidence was read. scores: `foretold` of every weight tried. temperature: q's.
-        classes: effective number of classes of the images that the mixture was fitted to.
-        projection, mixture: the classifier of other images.
-        features, evidence: as they were given. role: int8 (N,), see `_KEPT`, `_MENDED`, `_SEEN`.
-    """
-
-    setting: Setting
-    scores: dict[float, float]
-    temperature: float
-    classes: float
-    projection: Projection
+    setting: Setting  # how evidence was read
+    scores: dict[float, float]  # `foretold` of every weight tried
+    temperature: float  # q's
+    classes: float  # effective number of classes of the images that the mixture was fitted to
+    projection: Projection  # this and the mixture are the classifier of other images
     mixture: Mixture
-    features: np.ndarray
-    evidence: np.ndarray
-    role: np.ndarray
+    features: np.ndarray  # as they were given
+    evidence: np.ndarray  # likewise
+    role: np.ndarray  # int8 (N,), see `_KEPT`, `_MENDED`, `_SEEN`
 
     @property
     def probs(self) -> np.ndarray:

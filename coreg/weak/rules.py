@@ -100,7 +100,7 @@ def parse_rule(rule: str) -> tuple[Rule, float]:
         value = 0.0
     if not (value >= 1 if is_count else 0 < value <= 1):
         wanted = "a whole number from 1 on" if is_count else "a number above 0 and up to 1"
-        raise UserError(f"candidate rule {rule!r} needs {wanted} behind the colon, such as {name}:{2 if is_count else 0.5}")
+        raise UserError(f"candidate rule {rule!r} needs {wanted} after the colon, such as {name}:{2 if is_count else 0.5}")
     return function, value
 
 

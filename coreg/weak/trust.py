@@ -36,17 +36,12 @@ IMAGES_A_CLASS = 10  # from which on a view that tells nothing apart is blamed, 
 
 @dataclass(frozen=True)
 class OwnFit:
-    """How well a view foretells the annotator out of fold.
+    """How well a view foretells the annotator out of fold."""
 
-    Attributes:
-        score: `coreg.weak.refine.foretold`. shuffled: the same of the same evidence, dealt out to the images anew.
-        error: standard error of their difference. enough: whether there are `IMAGES_A_CLASS` images a class.
-    """
-
-    score: float
-    shuffled: float
-    error: float
-    enough: bool
+    score: float  # `coreg.weak.refine.foretold`
+    shuffled: float  # the same of the same evidence, dealt out to the images anew
+    error: float  # standard error of their difference
+    enough: bool  # whether there are `IMAGES_A_CLASS` images a class
 
     @property
     def hopeless(self) -> bool:

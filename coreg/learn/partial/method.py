@@ -1,7 +1,7 @@
 """What all methods that learn from candidate sets share: one object has the network, its loss and what it remembers.
 
 A method remembers something of every training image in tables (N, ...) among its buffers, so that checkpoints keep them.
-`loss` only reads tables, `update` only writes them, and both are handed what the network said. Tables are the same on all
+`loss` only reads tables, `update` only writes them, and both are given the network's outputs. Tables are the same on all
 processes: what one process learned about its rows is gathered in the order of the global batch and written everywhere.
 
 Shapes: N training images, C classes, D projected features; a global batch of n rows, of which l are this process's.
@@ -25,10 +25,10 @@ from coreg.nets.model import CoRegNet
 
 @dataclass(frozen=True)
 class Step:
-    """When a step happens: `epoch` epochs out of `epochs` are finished."""
+    """When a step happens."""
 
-    epoch: int
-    epochs: int
+    epoch: int  # finished epochs
+    epochs: int  # in all
 
     def reached(self, part: float) -> bool:
         """Whether this share of all epochs is over."""
@@ -37,64 +37,49 @@ class Step:
 
 @dataclass(frozen=True)
 class Passes:
-    """What a method wants a step to look at.
+    """The views of a batch that a method wants to be passed through its networks in a step."""
 
-    views: kinds of view (`weak`, `strong`) that go through the network with gradient. key: kind of the view that goes
-    through the momentum encoder. glance: kind of one more view through the network, without gradient.
-    mixup: the first view mixed with those of the same `batch`, or with those of a second pass over the `epoch`.
-    """
-
-    views: tuple[str, ...] = ("weak",)
-    key: str | None = None
-    glance: str | None = None
+    views: tuple[str, ...] = ("weak",)  # kinds of view (`weak`, `strong`) that go through the network with gradient
+    key: str | None = None  # kind of the view that goes through the momentum encoder
+    glance: str | None = None  # kind of one more view through the network, without gradient
+    # partners of the first view: from the same `batch`, or from a second pass over the `epoch`
     mixup: Literal["none", "batch", "epoch"] = "none"
 
 
 @dataclass
 class Mixed:
-    """What the network said about mixed views: share_kept x + (1 - share_kept) partner.
+    """The network's outputs on mixed views: share_kept x + (1 - share_kept) partner."""
 
-    logits: (l, C). partner: (l,) int64, places in the global batch (`batch`) or rows of the training set (`epoch`).
-    """
-
-    logits: Tensor
-    partner: Tensor
+    logits: Tensor  # (l, C)
+    partner: Tensor  # int64 (l,), places in the global batch (`batch`) or rows of the training set (`epoch`)
     share_kept: float
 
 
 @dataclass
 class Outputs:
-    """What the network said about this process's rows.
+    """The network's outputs on this process's rows."""
 
-    logits, features: (l, C) and (l, D) of each view. keys, glance: (l, D), features of the other two passes.
-    """
-
-    logits: tuple[Tensor, ...]
-    features: tuple[Tensor, ...]
-    keys: Tensor | None = None
-    glance: Tensor | None = None
+    logits: tuple[Tensor, ...]  # (l, C) of each view
+    features: tuple[Tensor, ...]  # (l, D) of each view
+    keys: Tensor | None = None  # (l, D), features by the momentum encoder
+    glance: Tensor | None = None  # (l, D), features of one more view
     mixed: Mixed | None = None
 
 
 @dataclass
 class PartialBatch:
-    """This process's share of a step, with the views that the method's `passes` asked for.
+    """This process's share of a step, with the views that the method's `passes` ask for."""
 
-    index: int64 (n,), training rows of the global batch. views: (l, c, H, W) each; key, glance: one more each.
-    mixed: (l, c, H, W), the first view mixed; partner, share_kept: as in `Mixed`.
-    labelled: images (l', c, H, W) and classes (l',) of an extra supervised term, if any, of n_labelled rows.
-    """
-
-    index: Tensor
+    index: Tensor  # int64 (n,), training rows of the global batch
     step: Step
-    views: tuple[Tensor, ...]
-    key: Tensor | None = None
-    glance: Tensor | None = None
-    mixed: Tensor | None = None
-    partner: Tensor | None = None
-    share_kept: float = 1.0
-    labelled: tuple[Tensor, Tensor] | None = None
-    n_labelled: int = 0
+    views: tuple[Tensor, ...]  # (l, c, H, W) each
+    key: Tensor | None = None  # (l, c, H, W)
+    glance: Tensor | None = None  # (l, c, H, W)
+    mixed: Tensor | None = None  # (l, c, H, W), the first view mixed
+    partner: Tensor | None = None  # as in `Mixed`
+    share_kept: float = 1.0  # likewise
+    labelled: tuple[Tensor, Tensor] | None = None  # images (l', c, H, W) and classes (l',) of an extra supervised term
+    n_labelled: int = 0  # rows of that in the global batch
 
     @property
     def size(self) -> int:
@@ -106,10 +91,9 @@ class PartialMethod(nn.Module):
     """A network that learns from candidate sets, and the state that its loss needs; derived classes say what differs.
 
     net: what is trained. key_net: its momentum encoder, where the method's `passes` ask for keys.
-    reads_again: `update` gets the network's outputs on the batch after its weights have moved, not before.
     """
 
-    reads_again = False
+    reads_again = False  # whether `update` gets the network's outputs on the batch after its weights have moved, not before
 
     def __init__(
         self,
@@ -141,7 +125,7 @@ class PartialMethod(nn.Module):
         """Make the tables of the method. Candidates: bool (N, C)."""
 
     def passes(self, step: Step) -> Passes:
-        """What this step has to look at."""
+        """The views that this step needs."""
         return Passes()
 
     def loss(self, outputs: Outputs, index: Tensor, step: Step) -> dict[str, Tensor]:
@@ -156,7 +140,7 @@ class PartialMethod(nn.Module):
         raise NotImplementedError
 
     def update(self, outputs: Outputs, index: Tensor, step: Step) -> None:
-        """Learn from what the network said; called without gradient, on all processes."""
+        """Write into the tables what follows from the network's outputs; called without gradient, on all processes."""
 
     def finish_epoch(self, step: Step) -> dict[str, float]:
         """Draw conclusions from the epoch that `step` belongs to; gives curves."""
@@ -214,7 +198,7 @@ def my_rows(index: Tensor) -> Tensor:
 
 
 def write(table: Tensor, index: Tensor, values: Tensor) -> None:
-    """Write what all processes found out about their rows, (l, ...) each, into the table (N, ...)."""
+    """Write the values of all processes' rows, (l, ...) each, into the table (N, ...)."""
     table[index] = gather_rows(values, len(index)).to(table.dtype)
 
 

@@ -138,11 +138,11 @@ class IRNet(NoisyPiCO):
         """Add the class that both views (l, C) agree on to candidate sets, with its score as confidence."""
         rows = my_rows(index)
         members, confidence = self.candidates[rows], self.confidence[rows]
-        found = []
+        agreed = []
         for view in (scores, glanced):
             best, best_class = view.masked_fill(members, -torch.inf).max(dim=1)
-            found.append((best > view.masked_fill(~members, -torch.inf).amax(dim=1) + self.margin, best_class))
-        (first, new_class), (second, same_class) = found
+            agreed.append((best > view.masked_fill(~members, -torch.inf).amax(dim=1) + self.margin, best_class))
+        (first, new_class), (second, same_class) = agreed
         noisy = first & second & (new_class == same_class) & ~self.certain[rows]
         added = F.one_hot(new_class, members.shape[1]).bool() & noisy[:, None]
         confidence = torch.where(added, scores.to(confidence.dtype), confidence)

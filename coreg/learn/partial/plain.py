@@ -1,4 +1,4 @@
-"""Methods that look at one image at a time: CC, RC, PRODEN, LWS, LWC and CR-DPLL.
+"""Methods that learn from one image at a time: CC, RC, PRODEN, LWS, LWC and CR-DPLL.
 
 All of it in log space: a product of small probabilities may not become zero before it is normalised.
 """
