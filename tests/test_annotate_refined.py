@@ -58,10 +58,10 @@ def test_the_store_before_it_was_refined(mended, digits, small_store, tmp_path):
 
 
 def test_it_says_where_it_comes_from_and_what_changed(digits, mended, tmp_path, capsys):
-    told = mended.manifest["refined"]
-    assert told["source_hash"] == digits.hash and told["source"] == str(digits.root.resolve())
-    assert told["prior"] == "uniform" and told["weight"] in (0, 0.5, 1) and told["temperature"] > 1
-    before, after = told["changed"]["accuracy"]["before"], told["changed"]["accuracy"]["after"]
+    record = mended.manifest["refined"]
+    assert record["source_hash"] == digits.hash and record["source"] == str(digits.root.resolve())
+    assert record["prior"] == "uniform" and record["weight"] in (0, 0.5, 1) and record["temperature"] > 1
+    before, after = record["changed"]["accuracy"]["before"], record["changed"]["accuracy"]["after"]
     assert before["test"] == pytest.approx(np.mean((digits.probs().argmax(1) == digits.labels)[digits.split == 1]))
     assert after["test"] == pytest.approx(np.mean((mended.probs().argmax(1) == mended.labels)[mended.split == 1]))
     line = f"best class right, test   {before['test']:.1%}, {after['test']:.1%}"
@@ -71,8 +71,8 @@ def test_it_says_where_it_comes_from_and_what_changed(digits, mended, tmp_path, 
     eight = [np.mean(store.probs().argmax(1)[train] == 8) for store in (digits, mended)]
     moved = f"{mended.class_names[8]} {eight[0]:.1%}, {eight[1]:.1%}"
     assert main(["info", str(mended.root)]) == 0
-    said = capsys.readouterr().out
-    assert line in said and moved in next(line for line in said.split("\n") if "named more or less" in line)
+    output = capsys.readouterr().out
+    assert line in output and moved in next(line for line in output.split("\n") if "named more or less" in line)
     assert mended.manifest["model"]["spec"] == "refined by own features: builtin:glyph-clip"
     damaged = tmp_path / "ann2"
     shutil.copytree(mended.root, damaged)
@@ -112,11 +112,11 @@ def test_unreadable_images_stay_unreadable(tmp_path):
 
     store = annotated(photos(tmp_path / "photos", 40), tmp_path / "ann")
     assert main(["refine", str(store.root), *WORDS, "--output_dir", str(tmp_path / "ann2")]) == 0
-    found = AnnotationStore.open(tmp_path / "ann2")
+    reopened = AnnotationStore.open(tmp_path / "ann2")
     # the store's maker could read nothing wrong, the view could not: the annotator's word stays
     bad = np.flatnonzero(View.open(views_of(store)[0], store).unreadable)
-    np.testing.assert_array_equal(found.probs()[bad], store.probs()[bad])
-    assert np.isfinite(found.probs()).all()
+    np.testing.assert_array_equal(reopened.probs()[bad], store.probs()[bad])
+    assert np.isfinite(reopened.probs()).all()
 
 
 def test_what_cannot_be_refined_is_refused(digits, mended, small_store, tmp_path, capsys):

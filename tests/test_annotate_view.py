@@ -40,8 +40,8 @@ WORDS = ["--backbone", "preact_resnet_tiny", "--pretrained", "false", "--image_s
 def annotated(spec, root):
     """A store of the images of `spec`, with some evidence."""
     images = open_images(str(spec), NAMES)
-    told = {"features": None, "data_root": "data", "preprocessing": {}, "versions": {}}
-    writer = StoreWriter(root, make_manifest(images, NAMES, ["{}"], {"spec": "m", "weights": "w"}, 8, **told))
+    fields = {"features": None, "data_root": "data", "preprocessing": {}, "versions": {}}
+    writer = StoreWriter(root, make_manifest(images, NAMES, ["{}"], {"spec": "m", "weights": "w"}, 8, **fields))
     writer.begin(images)
     for index in range(len(writer.files)):
         n = len(writer.rows(index))
@@ -90,9 +90,9 @@ def test_features_are_those_of_the_network_image_by_image(store, mirror):
     expected, failed = by_hand(store.images(), 3, 0.4, 0.3, mirror)
     assert view.root == store.root / "views" / "preact_resnet_tiny-12" and views_of(store) == [view.root]
     assert len(failed) == 1 and np.flatnonzero(view.unreadable).tolist() == failed
-    found = view.features()
-    assert found.dtype == np.float16 and (found[failed] == 0).all() and found.shape == expected.shape
-    np.testing.assert_allclose(found, expected, rtol=2e-3, atol=1e-3)
+    stored = view.features()
+    assert stored.dtype == np.float16 and (stored[failed] == 0).all() and stored.shape == expected.shape
+    np.testing.assert_allclose(stored, expected, rtol=2e-3, atol=1e-3)
 
 
 def test_grey_digits_and_tar_shards(tmp_path):

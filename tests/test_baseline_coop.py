@@ -65,9 +65,9 @@ def test_it_learns_from_the_images_that_coreg_would_be_given(finished, digits):
 def test_the_saved_prompt_gives_the_reported_accuracy(finished, digits):
     output, report = finished
     with safe_open(output / "prompt" / "prompt.safetensors", framework="pt") as file:
-        context, told = file.get_tensor("context"), json.loads(file.metadata()["coreg"])
-    towers = open_clip_towers(resolve(told["model"]), torch.device("cpu"), "fp32")
-    prompts = lay_out(towers.tokenize, told["class_names"], len(context), told["class_position"])
+        context, description = file.get_tensor("context"), json.loads(file.metadata()["coreg"])
+    towers = open_clip_towers(resolve(description["model"]), torch.device("cpu"), "fp32")
+    prompts = lay_out(towers.tokenize, description["class_names"], len(context), description["class_position"])
     table = token_embedding(towers.network, towers.text, prompts.tokens)
     with torch.no_grad():
         text = PromptLearner(prompts, context, table, towers.text)().numpy()
@@ -82,9 +82,9 @@ def test_a_killed_run_goes_on_bit_for_bit(digits, finished, tmp_path, monkeypatc
         run(digits.root, tmp_path / "run", *options)
     run(digits.root, tmp_path / "run", *options)
     assert "after epoch 5" in capsys.readouterr().out
-    expected, found = final_state(finished[0]), final_state(tmp_path / "run")
-    assert torch.equal(expected["learners"][0]["context"], found["learners"][0]["context"])
-    assert expected["curves"] == found["curves"]
+    expected, resumed = final_state(finished[0]), final_state(tmp_path / "run")
+    assert torch.equal(expected["learners"][0]["context"], resumed["learners"][0]["context"])
+    assert expected["curves"] == resumed["curves"]
     run(digits.root, tmp_path / "run", *options)
     assert "finished" in capsys.readouterr().out
     assert "holds another job (seed was 0 and is 1)" in refused(
@@ -130,9 +130,9 @@ def test_a_class_without_images_is_no_obstacle(small_store, tmp_path, capsys):
     from annotate_vlm import AnnotateConfig, annotate
 
     (tmp_path / "classes.txt").write_text("a\nb\nnobody\nc\n")
-    told = {"images": AnnotationStore.open(small_store).images_spec, "classes": str(tmp_path / "classes.txt")}
+    options = {"images": AnnotationStore.open(small_store).images_spec, "classes": str(tmp_path / "classes.txt")}
     clip = save_tiny_clip(tmp_path / "clip")
-    annotate(AnnotateConfig(**told, vlm=f"local-dir:{clip}", output_dir=str(tmp_path / "store"), workers=0))
+    annotate(AnnotateConfig(**options, vlm=f"local-dir:{clip}", output_dir=str(tmp_path / "store"), workers=0))
     report = run(tmp_path / "store", tmp_path / "run", "--context_tokens", "2", "--shots", "1", "--context", "per_class")
     assert "1 classes have no labelled image, such as 'nobody'" in capsys.readouterr().out
     assert report["method"] == "CoOp (1 shot)" and report["labels_used"] == 3

@@ -36,8 +36,8 @@ def clip_store(small_store, tmp_path_factory):
 
     root = tmp_path_factory.mktemp("clip")
     clip, images = save_tiny_clip(root / "clip"), Path(AnnotationStore.open(small_store).images_spec)
-    told = {"images": str(images), "classes": str(images.parent / "classes.txt"), "vlm": f"local-dir:{clip}"}
-    return annotate(AnnotateConfig(**told, output_dir=str(root / "store"), workers=0))
+    options = {"images": str(images), "classes": str(images.parent / "classes.txt"), "vlm": f"local-dir:{clip}"}
+    return annotate(AnnotateConfig(**options, output_dir=str(root / "store"), workers=0))
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +53,8 @@ def chat_store(tmp_path_factory):
             folder.mkdir(parents=True, exist_ok=True)
             image.save(folder / f"{number}.png")
     (root / "classes.txt").write_text("\n".join(NAMES[:3]))
-    told = {"images": str(root / "photos"), "classes": str(root / "classes.txt"), "vlm": f"chat:{root / 'llava'}"}
-    return annotate(AnnotateConfig(**told, output_dir=str(root / "store"), workers=0))
+    options = {"images": str(root / "photos"), "classes": str(root / "classes.txt"), "vlm": f"chat:{root / 'llava'}"}
+    return annotate(AnnotateConfig(**options, output_dir=str(root / "store"), workers=0))
 
 
 def run(store, output, *more):
@@ -114,8 +114,8 @@ def test_the_saved_adapter_gives_the_reported_accuracy(finished, clip_store):
 def test_a_killed_run_goes_on_bit_for_bit(finished, clip_store, tmp_path, monkeypatch, capsys):
     interrupted(clip_store, tmp_path / "run", monkeypatch, 6, *TRAINING)
     assert "after epoch 6" in capsys.readouterr().out
-    expected, found = final_state(finished[0]), final_state(tmp_path / "run")
-    assert same(expected["learners"][0], found["learners"][0]) and expected["curves"] == found["curves"]
+    expected, actual = final_state(finished[0]), final_state(tmp_path / "run")
+    assert same(expected["learners"][0], actual["learners"][0]) and expected["curves"] == actual["curves"]
     run(clip_store, tmp_path / "run", *TRAINING)
     assert "finished" in capsys.readouterr().out
 
@@ -214,8 +214,8 @@ def test_the_saved_adapter_gives_the_same_answers(talked, chat_store, tmp_path, 
 def test_a_killed_conversation_goes_on_bit_for_bit(talked, chat_store, tmp_path, monkeypatch):
     """Dropout included."""
     interrupted(chat_store, tmp_path / "run", monkeypatch, 5, *TALKING)
-    expected, found = final_state(talked[0]), final_state(tmp_path / "run")
-    assert same(expected["learners"][0], found["learners"][0]) and expected["curves"] == found["curves"]
+    expected, actual = final_state(talked[0]), final_state(tmp_path / "run")
+    assert same(expected["learners"][0], actual["learners"][0]) and expected["curves"] == actual["curves"]
 
 
 def test_a_chat_store_can_be_learnt_by_a_clip_model_and_the_other_way_round(chat_store, clip_store, tmp_path):

@@ -142,8 +142,8 @@ AUTHORS = {
 def test_the_authors_settings_are_those_for_the_data_set_that_the_recipe_names(method):
     for recipe, values in AUTHORS[method].items():
         groups = settings("--recipe", recipe, "--method", method, "--preset", "official")
-        found = {name: value for group in groups for name, value in vars(group).items()}
-        assert {name: found[name] for name in values} == pytest.approx(values), recipe
+        options = {name: value for group in groups for name, value in vars(group).items()}
+        assert {name: options[name] for name in values} == pytest.approx(values), recipe
     assert (
         settings("--recipe", "cifar100_synthetic", "--method", method, "--preset", "official")[2]
         == (settings("--recipe", "cifar100", "--method", method, "--preset", "official")[2])
@@ -206,7 +206,7 @@ def test_learning_rates():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["--method", "prodenn"], "prodenn"),
         (["--method", "pico_plus", "--pure_ratio", "0"], "--pure_ratio is 0.0"),
@@ -221,9 +221,9 @@ def test_learning_rates():
         (["--contrast_after", "3"], "--contrast_after"),
     ],
 )
-def test_bad_input_is_one_line_and_leaves_nothing(small_store, tmp_path, capsys, arguments, said):
+def test_bad_input_is_one_line_and_leaves_nothing(small_store, tmp_path, capsys, arguments, message):
     line = refused(capsys, pll.main, "--annotations", small_store, "--output_dir", tmp_path / "run", *SMALL, *arguments)
-    assert said in line and not (tmp_path / "run").exists()
+    assert message in line and not (tmp_path / "run").exists()
 
 
 def with_other_store(monkeypatch, change):
@@ -243,9 +243,9 @@ def test_images_that_no_template_could_name_are_left_out(small_annotated, tmp_pa
     votes = AnnotationStore.votes
 
     def abstained(self):
-        found = votes(self).copy()
-        found[:10] = -1
-        return found
+        changed = votes(self).copy()
+        changed[:10] = -1
+        return changed
 
     monkeypatch.setattr(AnnotationStore, "votes", abstained)
     state, report = small_run(small_annotated, tmp_path / "run", "proden")

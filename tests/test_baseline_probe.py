@@ -96,10 +96,10 @@ def test_the_cosine_head_is_the_minimum_of_its_loss():
     as_tensors = [torch.from_numpy(x) for x in (features, soft, text)]
     head = fit_cosine(*as_tensors[:2], 0.05, as_tensors[2], 5.0)
     start = np.append(text.ravel(), np.log(5.0))
-    found = minimize(cosine_by_hand, start, args=(f, soft, text, 0.05), options={"gtol": 1e-7})
-    assert head.loss == pytest.approx(found.fun, abs=1e-6)
-    weight = found.x[:-1].reshape(3, 5)
-    expected = np.exp(found.x[-1]) * f @ (weight / np.linalg.norm(weight, axis=1, keepdims=True)).T
+    minimum = minimize(cosine_by_hand, start, args=(f, soft, text, 0.05), options={"gtol": 1e-7})
+    assert head.loss == pytest.approx(minimum.fun, abs=1e-6)
+    weight = minimum.x[:-1].reshape(3, 5)
+    expected = np.exp(minimum.x[-1]) * f @ (weight / np.linalg.norm(weight, axis=1, keepdims=True)).T
     np.testing.assert_allclose(head(as_tensors[0]).numpy(), expected, atol=1e-3)
     # sets of one class are hard labels
     hard = [fit_cosine(as_tensors[0], torch.from_numpy(np.eye(3)[labels].astype(kind)), 0.05) for kind in (bool, float)]

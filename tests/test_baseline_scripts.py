@@ -54,7 +54,7 @@ def small_run(module, store, output, *more):
 def test_every_way_of_zero_shot_leaves_a_report(digits, tmp_path, capsys):
     arguments = ["--annotations", str(digits.root), "--output_dir", str(tmp_path / "z")]
     zero_shot.main(arguments)
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     reports = {variant: read_run(tmp_path / "z" / variant / "report.json").report for variant in zero_shot.VARIANTS}
     assert all("Zero-shot" in report["method"] and report["labels_used"] == 0 for report in reports.values())
     for variant, alone in (("single", True), ("averaged", False)):
@@ -62,7 +62,7 @@ def test_every_way_of_zero_shot_leaves_a_report(digits, tmp_path, capsys):
             assert reports[variant]["accuracy"][split]["ensemble"] == pytest.approx(share)
     assert reports["averaged"]["annotator"]["partial_accuracy"] > 0.9
     table = reports["single"]["templates"]
-    assert list(table) == digits.templates and all(template in said for template in table)
+    assert list(table) == digits.templates and all(template in output for template in table)
     votes, test = digits.votes(), digits.split == 1
     for number, shares in enumerate(table.values()):
         assert shares["test"] == pytest.approx((votes[test, number] == digits.labels[test]).mean())
@@ -73,7 +73,7 @@ def test_every_way_of_zero_shot_leaves_a_report(digits, tmp_path, capsys):
     scores = {variant: report["label_free"] for variant, report in reports.items()}
     assert set(scores["single"]) == {"covering_rate"}
     assert all(
-        set(found) == {"covering_rate", "approximated_accuracy"} for name, found in scores.items() if name != "single"
+        set(by_split) == {"covering_rate", "approximated_accuracy"} for name, by_split in scores.items() if name != "single"
     )
     sets, probs, named = candidate_sets(digits), digits.probs().astype(float), digits.probs().argmax(axis=1)
     sure = [probs[i, named[i]] / probs[i, sets[i]].sum() if sets[i, named[i]] else 0.0 for i in np.flatnonzero(test)]
@@ -81,7 +81,7 @@ def test_every_way_of_zero_shot_leaves_a_report(digits, tmp_path, capsys):
     files = sorted((tmp_path / "z").glob("*/report.json"))
     before = [file.stat().st_mtime_ns for file in files]
     zero_shot.main(arguments)
-    assert [file.stat().st_mtime_ns for file in files] == before and capsys.readouterr().out == said
+    assert [file.stat().st_mtime_ns for file in files] == before and capsys.readouterr().out == output
 
 
 def test_one_template_alone_says_what_it_voted_and_all_together_what_is_stored(digits):
@@ -110,8 +110,8 @@ def test_averaged_embeddings_are_those_of_open_clip_itself(digits):
 def test_what_a_store_does_not_tell_is_left_out_or_refused(small_annotated, tmp_path, capsys):
     arguments = ["--annotations", small_annotated, "--output_dir", tmp_path / "z"]
     zero_shot.main([str(word) for word in arguments])
-    said = capsys.readouterr().out
-    assert said.count("left out") == 4 and "keeps no features" in said
+    output = capsys.readouterr().out
+    assert output.count("left out") == 4 and "keeps no features" in output
     assert sorted(path.parent.name for path in (tmp_path / "z").glob("*/report.json")) == ["averaged", "single"]
     assert not (tmp_path / "z" / "embeddings").exists()
     for variant in ("embeddings", "neighbours", "transductive", "refined"):
@@ -126,9 +126,9 @@ def test_what_a_store_does_not_tell_is_left_out_or_refused(small_annotated, tmp_
 
 def test_an_annotator_that_cannot_be_had_is_told(tmp_path):
     def store(spec, weights="w"):
-        told = {"features": 4, "model": {"spec": spec, "weights": weights, "precision": "fp32"}}
+        its_manifest = {"features": 4, "model": {"spec": spec, "weights": weights, "precision": "fp32"}}
         return SimpleNamespace(
-            manifest=told, root=tmp_path, class_names=["a", "b"], templates=["{}"], need_annotator=lambda: None
+            manifest=its_manifest, root=tmp_path, class_names=["a", "b"], templates=["{}"], need_annotator=lambda: None
         )
 
     with pytest.raises(UserError, match="does not exist"):
@@ -180,12 +180,12 @@ def test_teachers(digits, small_annotated):
     nobody = np.full(len(digits), -1)
     averaged, _ = teacher_of(digits, "averaged", nobody)
     np.testing.assert_array_equal(averaged, digits.probs())
-    single, told = teacher_of(digits, "single", nobody)
+    single, description = teacher_of(digits, "single", nobody)
     np.testing.assert_array_equal(single, single_template_probabilities(digits))
     # without features the first template's votes have to do, and no vote is no opinion
     small = AnnotationStore.open(small_annotated)
-    votes, told = teacher_of(small, "single", np.full(len(small), -1))
-    assert "votes of the first template, because" in told and "keeps no features" in told
+    votes, description = teacher_of(small, "single", np.full(len(small), -1))
+    assert "votes of the first template, because" in description and "keeps no features" in description
     spoken = small.votes()[:, 0] >= 0
     assert (votes[spoken].argmax(axis=1) == small.votes()[spoken, 0]).all() and (votes.max(axis=1)[spoken] == 1).all()
     np.testing.assert_allclose(votes.sum(axis=1), 1)
@@ -284,10 +284,10 @@ def test_a_killed_run_goes_on_bit_for_bit(small_annotated, tmp_path, monkeypatch
     expected, _ = small_run(module, small_annotated, tmp_path / "whole", *more)
     with killed_at(monkeypatch, 1, 2):
         small_run(module, small_annotated, tmp_path / "run", *more)
-    found, _ = small_run(module, small_annotated, tmp_path / "run", *more)
-    for ours, theirs in zip(expected["learners"], found["learners"]):
+    actual, _ = small_run(module, small_annotated, tmp_path / "run", *more)
+    for ours, theirs in zip(expected["learners"], actual["learners"]):
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
-    assert expected["curves"] == found["curves"]
+    assert expected["curves"] == actual["curves"]
     capsys.readouterr()
     small_run(module, small_annotated, tmp_path / "run", *more)
     assert "finished" in capsys.readouterr().out
@@ -325,8 +325,8 @@ def run_all(tmp_path, *options, broken="nothing", script="run_all.sh"):
 
 
 def test_run_all_starts_every_method_once_and_skips_what_is_finished(tmp_path):
-    code, said, commands = run_all(tmp_path, "--seeds", "0 1", "--shots", "4", "--jobs", "4", "--compute_matched")
-    assert code == 0 and said == ""
+    code, stderr, commands = run_all(tmp_path, "--seeds", "0 1", "--shots", "4", "--jobs", "4", "--compute_matched")
+    assert code == 0 and stderr == ""
     jobs = [words for words in commands if "--seed" in words]
     folders = [words[words.index("--output_dir") + 1] for words in jobs]
     assert len(set(folders)) == len(folders) == 2 * (19 + 19 + 2 + 2 + 3)
@@ -344,7 +344,7 @@ def test_run_all_starts_every_method_once_and_skips_what_is_finished(tmp_path):
             dividemix.read_settings(own)
         elif words[0] == "coreg.baselines.probe":
             probe.read_settings(own)
-    code, said, again = run_all(tmp_path, "--seeds", "0 1", "--shots", "4", "--compute_matched")
+    code, stderr, again = run_all(tmp_path, "--seeds", "0 1", "--shots", "4", "--compute_matched")
     assert code == 0 and not [words for words in again if "--seed" in words]
 
 
@@ -358,13 +358,13 @@ def test_run_all_says_which_evidence_each_student_is_trained_on(tmp_path):
     assert {raw.pop("coop_4-0"), raw.pop("lora_4-0")} == {None} and set(raw.values()) == {"none"}
     # what was trained on the evidence as it is stays; nothing but the students' runs is added, true labels are not refined
     assert evidence("--refine", "none own") == {f"{name}-own": "own" for name in raw if name != "supervised-0"}
-    code, said, _ = run_all(tmp_path, "--refine", "own views")
-    assert code == 2 and "--refine is views" in said
+    code, stderr, _ = run_all(tmp_path, "--refine", "own views")
+    assert code == 2 and "--refine is views" in stderr
 
 
 def test_run_all_names_what_failed_and_does_the_rest(tmp_path):
-    code, said, commands = run_all(tmp_path, "--seeds", "0", "--shots", "", broken="--method pico ")
-    assert code == 1 and "pico-0" in said and "cc-0" not in said
+    code, stderr, commands = run_all(tmp_path, "--seeds", "0", "--shots", "", broken="--method pico ")
+    assert code == 1 and "pico-0" in stderr and "cc-0" not in stderr
     assert len([words for words in commands if "--seed" in words]) == 19 + 2 + 2
     assert run_all(tmp_path, "--seed", "0")[0] == 2
     assert run_all(tmp_path, "--jobs")[0] == 2
@@ -372,16 +372,16 @@ def test_run_all_names_what_failed_and_does_the_rest(tmp_path):
 
 def test_run_all_starts_only_what_is_named(tmp_path):
     some = ["--only", "zero_shot lora coreg_4-1 alim", "--tuning", "--lr 0.5 --preset digits"]
-    code, said, commands = run_all(tmp_path, "--seeds", "0 1", "--shots", "4", "--annotations", "ann", *some)
-    assert code == 0 and said == ""
+    code, stderr, commands = run_all(tmp_path, "--seeds", "0 1", "--shots", "4", "--annotations", "ann", *some)
+    assert code == 0 and stderr == ""
     jobs = {Path(words[words.index("--output_dir") + 1]).name: words for words in commands if "--annotations" in words}
     assert set(jobs) == {
         "zero_shot", "lora_4-0", "lora_4-1", "coreg_4-1",
         "alim_onehot-0", "alim_onehot-1", "alim_scale-0", "alim_scale-1",
     }  # fmt: skip
     assert all(("0.5" in words) == name.startswith("lora") for name, words in jobs.items())
-    code, said, commands = run_all(tmp_path, "--only", "alims")
-    assert code == 2 and "alims" in said and not [words for words in commands if "--seed" in words]
+    code, stderr, commands = run_all(tmp_path, "--only", "alims")
+    assert code == 2 and "alims" in stderr and not [words for words in commands if "--seed" in words]
 
 
 def test_flips_trains_co_reg_its_parts_and_partial_cross_entropy(tmp_path):
@@ -393,8 +393,8 @@ def test_flips_trains_co_reg_its_parts_and_partial_cross_entropy(tmp_path):
     (tmp_path / "classes.txt").write_text("a\nb c\n")
     given = ["--images", str(tmp_path / "images"), "--classes", str(tmp_path / "classes.txt"), "--backbone", "resnet18"]
     more = ["--per_class", "3", "--seeds", "4 5", "--epochs", "24", "--jobs", "3"]
-    code, said, commands = run_all(tmp_path, *given, *more, script="flips.sh")
-    assert code == 0 and said == ""
+    code, stderr, commands = run_all(tmp_path, *given, *more, script="flips.sh")
+    assert code == 0 and stderr == ""
     copied = sorted(path.relative_to(tmp_path / "out/images").as_posix() for path in (tmp_path / "out").rglob("*.png"))
     assert copied == [
         f"{split}/{c}/{i}.png" for split, n in (("test", 2), ("train", 3)) for c in ("a", "b c") for i in range(n)

@@ -48,8 +48,8 @@ def write(folder, content, **settings):
 def printed(capsys, *arguments):
     """stdout and the lines of stderr."""
     main([str(word) for word in arguments])
-    said = capsys.readouterr()
-    return said.out, said.err.splitlines()
+    streams = capsys.readouterr()
+    return streams.out, streams.err.splitlines()
 
 
 def rows_of(markdown):
@@ -93,10 +93,10 @@ def test_families_stand_in_the_order_of_the_papers_and_the_best_first(tmp_path, 
     ]  # fmt: skip
     for number, name in enumerate(names):
         write(tmp_path / f"r{number}", report(name, test=0.5 + number / 100))
-    found = [row[0] for row in rows_of(printed(capsys, tmp_path)[0])[2:]]
-    families = [name.strip("*") for name in found if name.startswith("**")]
+    first_cells = [row[0] for row in rows_of(printed(capsys, tmp_path)[0])[2:]]
+    families = [name.strip("*") for name in first_cells if name.startswith("**")]
     assert families == [*FAMILIES, OTHERS]
-    assert [name for name in found if not name.startswith("**")] == [
+    assert [name for name in first_cells if not name.startswith("**")] == [
         "Zero-shot, single template", "Zero-shot, transductive", "KD, single template", "DivideMix, averaged",
         "ALIM-Scale", "RC", "CR-DPLL", "PiCO+", "CoOp, 1 shot", "LoRA, 4 shots", "Co-Reg", "Supervised", "Brand new",
     ]  # fmt: skip
@@ -119,8 +119,8 @@ def test_rows_are_told_apart_by_settings_and_labels_but_not_by_places(tmp_path, 
         write(tmp_path / f"b{seed}", report(seed=seed), epochs=360, **common)
         write(tmp_path / f"d{seed}", report(seed=seed), epochs=30, contrast_weight=0, **common)
     write(tmp_path / "c", report(labels_used=40), epochs=30, seed=0)
-    found = {tuple(row[i] for i in (0, 6, 7, 8)) for row in rows_of(printed(capsys, tmp_path)[0]) if row[0][:2] == "Co"}
-    assert found == {
+    cells = {tuple(row[i] for i in (0, 6, 7, 8)) for row in rows_of(printed(capsys, tmp_path)[0]) if row[0][:2] == "Co"}
+    assert cells == {
         ("Co-Reg", "2", "0", "30"), ("Co-Reg", "2", "0", "360"), ("Co-Reg (contrast\\_weight 0)", "2", "0", "30"),
         ("Co-Reg", "1", "40", "30"),
     }  # fmt: skip
@@ -143,7 +143,7 @@ def test_a_run_given_twice_counts_once_and_a_repeated_seed_is_left_out(tmp_path,
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         ("{not json", "is no JSON"),
         ("[" * 100_000, "is no JSON"),
@@ -163,11 +163,11 @@ def test_a_run_given_twice_counts_once_and_a_repeated_seed_is_left_out(tmp_path,
         (report(checksum="0" * 64), "its checksum is wrong"),
     ],
 )
-def test_what_is_no_report_is_left_out_with_one_line(tmp_path, capsys, content, said):
+def test_what_is_no_report_is_left_out_with_one_line(tmp_path, capsys, content, message):
     write(tmp_path / "bad", content)
     write(tmp_path / "good", report())
     out, err = printed(capsys, tmp_path)
-    assert len(err) == 1 and err[0].startswith("left out: ") and said in err[0] and "bad/report.json" in err[0]
+    assert len(err) == 1 and err[0].startswith("left out: ") and message in err[0] and "bad/report.json" in err[0]
     assert sum(row[0] == "Co-Reg" for row in rows_of(out)) == 1
 
 
@@ -205,8 +205,8 @@ def test_what_was_changed_since_a_report_was_written_is_left_out(tmp_path, capsy
         folder = write(tmp_path / name, report(test=0.5), lr=0.25)
         write_report(folder / "report.json", report(test=0.5, train=0.75))
     assert "Co-Reg" in printed(capsys, tmp_path / "whole")[0]
-    found = tmp_path / "flipped" / "report.json"
-    found.write_text(found.read_text().replace("0.75", "0.74"))
+    report_file = tmp_path / "flipped" / "report.json"
+    report_file.write_text(report_file.read_text().replace("0.75", "0.74"))
     (tmp_path / "settings" / "config.yaml").write_text("lr: 0.5\n")
     (tmp_path / "alone" / "config.yaml").unlink()  # a report that was copied without its folder
     out, err = printed(capsys, tmp_path / "alone", tmp_path / "flipped", tmp_path / "settings")
@@ -217,9 +217,9 @@ def test_what_was_changed_since_a_report_was_written_is_left_out(tmp_path, capsy
 
 def test_a_report_laid_out_anew_is_the_same_report(tmp_path):
     write_report(tmp_path / "report.json", report(dataset="\udcff", test=0.1 + 0.2))
-    found = read_report(tmp_path / "report.json")
-    (tmp_path / "report.json").write_text(json.dumps(found, sort_keys=True))
-    assert read_report(tmp_path / "report.json") == found and found["dataset"] == "\udcff"
+    read = read_report(tmp_path / "report.json")
+    (tmp_path / "report.json").write_text(json.dumps(read, sort_keys=True))
+    assert read_report(tmp_path / "report.json") == read and read["dataset"] == "\udcff"
 
 
 def mutated(value, rng):
@@ -304,14 +304,14 @@ def test_names_cannot_break_out():
 
 def test_paths_do_not_speak_to_the_terminal(tmp_path, capsys):
     write(tmp_path / "a", report())
-    said, _ = printed(capsys, tmp_path, "--output", tmp_path / "c\x1b[31m.md")
-    assert said.startswith(f"{tmp_path}/c\\x1b[31m.md: 1 rows")
+    output, _ = printed(capsys, tmp_path, "--output", tmp_path / "c\x1b[31m.md")
+    assert output.startswith(f"{tmp_path}/c\\x1b[31m.md: 1 rows")
 
 
 def test_the_page_stands_alone_and_fits_small_screens(tmp_path, capsys):
     write(tmp_path / "a", report())
-    said, _ = printed(capsys, tmp_path, "--format", "html", "--output", tmp_path / "c.html")
-    assert "1 rows from 1 runs" in said
+    output, _ = printed(capsys, tmp_path, "--format", "html", "--output", tmp_path / "c.html")
+    assert "1 rows from 1 runs" in output
     page = (tmp_path / "c.html").read_text()
     assert "prefers-color-scheme:dark" in page and "name='viewport'" in page and "overflow-x:auto" in page
     assert not re.search(r"https?://", page)

@@ -131,8 +131,8 @@ def test_warm_up_is_cross_entropy_plus_negative_entropy():
     logits = made.net(images)[0]
     entropy = torch.distributions.Categorical(logits=logits).entropy().mean()
     expected = F.cross_entropy(logits, classes) - 0.3 * entropy
-    found = made(WarmUpBatch(images, F.one_hot(classes, C).bool(), n=6, n_informative=6))
-    torch.testing.assert_close(found["loss"], expected)
+    parts = made(WarmUpBatch(images, F.one_hot(classes, C).bool(), n=6, n_informative=6))
+    torch.testing.assert_close(parts["loss"], expected)
 
 
 def test_the_penalty_is_the_divergence_of_the_mean_from_uniform():
@@ -151,20 +151,20 @@ def test_the_peer_is_no_part_of_the_learner():
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
 def test_distillation_is_the_divergence_of_softened_distributions(temperature):
     made = DistillLearner(small_net(0), temperature)
-    images, told = torch.randn(5, 1, 8, 8, dtype=torch.float64), torch.randn(5, C, dtype=torch.float64)
-    found = made(DistillBatch(images, told.softmax(1), n=5))
+    images, teacher_logits = torch.randn(5, 1, 8, 8, dtype=torch.float64), torch.randn(5, C, dtype=torch.float64)
+    parts = made(DistillBatch(images, teacher_logits.softmax(1), n=5))
     student = F.log_softmax(made.net(images)[0] / temperature, 1)
-    expected = temperature**2 * F.kl_div(student, F.softmax(told / temperature, 1), reduction="batchmean")
-    torch.testing.assert_close(found["loss"], expected)
-    torch.testing.assert_close(found["divergence"] * temperature**2, expected.detach())
+    expected = temperature**2 * F.kl_div(student, F.softmax(teacher_logits / temperature, 1), reduction="batchmean")
+    torch.testing.assert_close(parts["loss"], expected)
+    torch.testing.assert_close(parts["divergence"] * temperature**2, expected.detach())
 
 
 def test_a_teacher_that_is_sure_gives_cross_entropy():
     made = DistillLearner(small_net(0), 1.0)
     images, classes = torch.randn(3, 1, 8, 8, dtype=torch.float64), torch.tensor([1, 0, 3])
-    found = made(DistillBatch(images, F.one_hot(classes, C).double(), n=3))
-    torch.testing.assert_close(found["loss"], F.cross_entropy(made.net(images)[0], classes))
-    found["loss"].backward()
+    parts = made(DistillBatch(images, F.one_hot(classes, C).double(), n=3))
+    torch.testing.assert_close(parts["loss"], F.cross_entropy(made.net(images)[0], classes))
+    parts["loss"].backward()
     assert all(p.grad.isfinite().all() for p in made.net.backbone.parameters())
 
 

@@ -62,9 +62,9 @@ def test_steps_on_a_gpu_give_the_numbers_of_the_cpu():
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     cpu, gpu = Side("cpu"), Side("cuda")
     for number in range(3):
-        expected, found = cpu.step(number), gpu.step(number)
+        expected, actual = cpu.step(number), gpu.step(number)
         for name in expected:
-            torch.testing.assert_close(found[name].cpu(), expected[name], rtol=1e-3, atol=1e-5, msg=name)
+            torch.testing.assert_close(actual[name].cpu(), expected[name], rtol=1e-3, atol=1e-5, msg=name)
     for (name, theirs), ours in zip(cpu.learner.named_parameters(), gpu.learner.parameters()):
         torch.testing.assert_close(ours.cpu(), theirs, rtol=1e-2, atol=1e-4, msg=name)
 

@@ -111,13 +111,13 @@ def kills(events):
 
 def lost(run, store, tmp_path, whole, chosen, minutes):
     """SIGKILL at every chosen event in a folder of its own, then the same command again: what is not as in `whole`."""
-    found = {}
+    outcomes = {}
     for place in chosen:
         args = arguments(store, tmp_path / str(place[0]), "--checkpoint_minutes", minutes)
         assert run({"signal": "SIGKILL", "at": place[0]}, args)[0] == -signal.SIGKILL
         code, log = run({}, args)
-        found[place] = log if code else differences(whole, final_state(tmp_path / str(place[0])))
-    return {place: problem for place, problem in found.items() if problem}
+        outcomes[place] = log if code else differences(whole, final_state(tmp_path / str(place[0])))
+    return {place: problem for place, problem in outcomes.items() if problem}
 
 
 def test_killed_anywhere_and_started_again_ends_the_same(run, small_store, whole, tmp_path):
@@ -275,7 +275,7 @@ def test_a_second_job_and_a_changed_one_are_refused(run, small_store, whole, tmp
     args = arguments(small_store, tmp_path / "run")
     assert run({"signal": "SIGSTOP", "at": 12}, args)[0] == -signal.SIGSTOP  # holds the folder meanwhile
     elsewhere = str(tmp_path / "run" / ".." / "run")
-    for more, said in (
+    for more, message in (
         ([], "another job is running"),
         (["--output_dir", elsewhere], "another job is running"),
         (["--lr", "0.5"], "lr was 0.03 and is 0.5"),
@@ -283,7 +283,7 @@ def test_a_second_job_and_a_changed_one_are_refused(run, small_store, whole, tmp
         (["--candidates", "votes:1", "--seed", "1"], "seed was 0 and is 1"),
     ):
         code, log = run({}, [*args, *more])
-        assert code == 2 and [line for line in log.splitlines() if line.startswith("error:") and said in line], log
+        assert code == 2 and [line for line in log.splitlines() if line.startswith("error:") and message in line], log
     assert run(None, [])[0] == 0
     assert differences(whole[0], final_state(tmp_path / "run")) == []
 
@@ -380,7 +380,7 @@ def ended(run, small_store, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         (b"[" * 100_000, "it is no JSON"),
         (b'{"schema": 1}', "there is no 'method'"),
@@ -389,7 +389,7 @@ def ended(run, small_store, tmp_path_factory):
     ids=["nested", "empty", "one digit"],
 )
 def test_a_damaged_report_of_a_finished_run_is_one_line_and_can_be_had_anew(
-    run, small_store, ended, tmp_path, content, said
+    run, small_store, ended, tmp_path, content, message
 ):
     shutil.copytree(ended, tmp_path / "run")
     report, args = tmp_path / "run" / "report.json", arguments(small_store, tmp_path / "run")
@@ -397,7 +397,7 @@ def test_a_damaged_report_of_a_finished_run_is_one_line_and_can_be_had_anew(
     report.write_bytes(content or report.read_bytes().replace(b'"mean_candidates": 1.', b'"mean_candidates": 2.'))
     code, log = run({}, args)
     (line,) = [line for line in log.splitlines() if line.startswith("error:")]
-    assert code == 2 and "Traceback" not in log and said in line and "delete it, and the same command" in line, log
+    assert code == 2 and "Traceback" not in log and message in line and "delete it, and the same command" in line, log
     if content is None:
         report.unlink()
         code, log = run({}, args)

@@ -133,9 +133,9 @@ def test_a_step_is_the_method_written_out(n_x, n_u):
     loss, prototypes, keys, labels, marks = step_by_hand(twin, b, OPTIONS)
     torch.testing.assert_close(parts["loss"], loss, rtol=1e-9, atol=1e-11)
     torch.testing.assert_close(made.prototypes.value, prototypes, rtol=1e-9, atol=1e-11)
-    found = made.queue.rows()
-    torch.testing.assert_close(found[0][-len(keys) :], keys, rtol=1e-9, atol=1e-11)
-    assert found[1][-len(keys) :].tolist() == labels and found[2][-len(keys) :].tolist() == marks
+    queued = made.queue.rows()
+    torch.testing.assert_close(queued[0][-len(keys) :], keys, rtol=1e-9, atol=1e-11)
+    assert queued[1][-len(keys) :].tolist() == labels and queued[2][-len(keys) :].tolist() == marks
 
     parts["loss"].backward()
     loss.backward()

@@ -41,13 +41,13 @@ def two_bells(n=400, seed=0):
 
 def test_divide_is_the_small_mean_posterior_of_the_normalised_loss():
     losses, easy = two_bells()
-    found = divide(losses[None], np.ones(800, dtype=bool), seed=3)
+    split = divide(losses[None], np.ones(800, dtype=bool), seed=3)
     normalised = (losses - losses.min()) / (losses.max() - losses.min())
     mixture = GaussianMixture(2, max_iter=10, tol=1e-2, reg_covar=5e-4, random_state=3).fit(normalised[:, None])
     expected = mixture.predict_proba(normalised[:, None])[:, mixture.means_[:, 0].argmin()]
-    assert found.weight == pytest.approx(expected)
-    assert (found.trusted == easy).mean() > 0.99
-    assert found.means[0] < found.means[1]
+    assert split.weight == pytest.approx(expected)
+    assert (split.trusted == easy).mean() > 0.99
+    assert split.means[0] < split.means[1]
 
 
 def test_divide_averages_each_epochs_normalised_losses():
@@ -66,8 +66,8 @@ def test_divide_does_not_depend_on_the_order_of_images():
 
 
 def test_equal_losses_are_all_trusted():
-    found = divide(np.full((2, 50), 1.7), np.ones(50, dtype=bool), seed=0)
-    assert found.trusted.all() and (found.weight == 1).all()
+    split = divide(np.full((2, 50), 1.7), np.ones(50, dtype=bool), seed=0)
+    assert split.trusted.all() and (split.weight == 1).all()
 
 
 def test_infinite_losses_are_capped_before_they_come_here_and_leave_finite_weights():
@@ -82,16 +82,16 @@ def test_images_without_any_vote_are_left_out_of_the_fit_and_distrusted():
     usable = np.ones(900, dtype=bool)
     usable[800:] = False
     padded = np.concatenate([losses, np.zeros(100)])
-    found = divide(padded[None], usable, seed=0)
-    assert not found.trusted[800:].any() and (found.weight[800:] == 0).all()
-    assert found.weight[:800] == pytest.approx(divide(losses[None], np.ones(800, dtype=bool), seed=0).weight)
+    split = divide(padded[None], usable, seed=0)
+    assert not split.trusted[800:].any() and (split.weight[800:] == 0).all()
+    assert split.weight[:800] == pytest.approx(divide(losses[None], np.ones(800, dtype=bool), seed=0).weight)
     assert not divide(padded[None], np.zeros(900, dtype=bool), seed=0).trusted.any()
 
 
 def test_too_small_a_trusted_set_is_filled_with_the_smallest_losses():
     losses = np.concatenate([np.linspace(0, 0.01, 3), np.linspace(4, 5, 97)])
-    found = divide(losses[None], np.ones(100, dtype=bool), seed=0, smallest=20)
-    assert found.trusted.sum() == 20 and found.trusted[np.argsort(losses)[:20]].all()
+    split = divide(losses[None], np.ones(100, dtype=bool), seed=0, smallest=20)
+    assert split.trusted.sum() == 20 and split.trusted[np.argsort(losses)[:20]].all()
 
 
 def test_monotone_does_not_punish_the_easiest_images():

@@ -177,7 +177,7 @@ def test_similarities_are_computed_in_float32_under_autocast():
     generator = torch.Generator().manual_seed(0)
     features, prototypes = (torch.nn.functional.normalize(torch.randn(n, 16, generator=generator), dim=1) for n in (5, 3))
     with torch.autocast("cpu", torch.bfloat16):
-        found = losses.prototype_log_probabilities(features, prototypes, 0.07)
+        log_p = losses.prototype_log_probabilities(features, prototypes, 0.07)
         contrast = losses.contrastive_loss(
             features,
             features,
@@ -185,7 +185,7 @@ def test_similarities_are_computed_in_float32_under_autocast():
             torch.arange(5),
             torch.arange(5).roll(1),
         )
-    assert torch.equal(found, losses.prototype_log_probabilities(features, prototypes, 0.07))
+    assert torch.equal(log_p, losses.prototype_log_probabilities(features, prototypes, 0.07))
     again = losses.contrastive_loss(
         features,
         features,

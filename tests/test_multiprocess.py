@@ -128,14 +128,14 @@ def test_no_number_on_one_process_ends_all_of_them_with_one_line(small_store, tm
         for rank in "01"
     ]  # fmt: skip
     try:
-        said = [process.communicate(timeout=300)[1] for process in processes]
+        errors = [process.communicate(timeout=300)[1] for process in processes]
     finally:
         for process in processes:
             process.kill()
-    assert [process.returncode for process in processes] == [2, 2], said
-    (line,) = [line for text in said for line in text.splitlines() if "error:" in line]
+    assert [process.returncode for process in processes] == [2, 2], errors
+    (line,) = [line for text in errors for line in text.splitlines() if "error:" in line]
     assert "loss/net1/negative_entropy became nan in epoch 1" in line
-    assert not any("Traceback" in text for text in said)
+    assert not any("Traceback" in text for text in errors)
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 

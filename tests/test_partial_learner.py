@@ -77,13 +77,13 @@ def test_a_step_of_every_method_trains_and_remembers(name):
 def test_proden_remembers_what_the_network_said_before_the_step_and_rc_what_it_says_after():
     for name in ("proden", "rc"):
         made = learner(name)
-        told = batch(made)
-        first = made.net(told.views[0])[0].detach()
+        one = batch(made)
+        first = made.net(one.views[0])[0].detach()
         optimizer = torch.optim.SGD(made.net.parameters(), lr=0.5)
-        made(told)["loss"].backward()
+        made(one)["loss"].backward()
         optimizer.step()
-        made.after_step(told)
-        last = made.net(told.views[0])[0].detach()
+        made.after_step(one)
+        last = made.net(one.views[0])[0].detach()
         assert (first - last).abs().max() > 1e-3
         p = (first if name == "proden" else last).softmax(1) * made.candidates[INDEX]
         torch.testing.assert_close(made.confidence[INDEX], p / p.sum(1, keepdim=True))
@@ -91,11 +91,11 @@ def test_proden_remembers_what_the_network_said_before_the_step_and_rc_what_it_s
 
 def test_keys_come_from_the_moving_average_of_the_network():
     made = learner("pico")
-    key_net, told = copy.deepcopy(made.key_net), batch(made)
+    key_net, one = copy.deepcopy(made.key_net), batch(made)
     for key, query in zip(key_net.parameters(), made.net.parameters()):
         key.data.copy_(0.9 * key + 0.1 * query)
-    made(told)
-    torch.testing.assert_close(made.queue.rows()[0], key_net(told.key)[1])
+    made(one)
+    torch.testing.assert_close(made.queue.rows()[0], key_net(one.key)[1])
 
 
 def test_labelled_images_add_a_supervised_term():

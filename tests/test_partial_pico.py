@@ -47,14 +47,14 @@ def outputs(seed=10, mixed=None):
     return Outputs((logits,), (features,), keys=unit(n, D, seed=seed + 2), mixed=mixed)
 
 
-def detached(told):
-    return Outputs((told.logits[0].detach(),), (told.features[0].detach(),), told.keys, told.glance, told.mixed)
+def detached(given):
+    return Outputs((given.logits[0].detach(),), (given.features[0].detach(),), given.keys, given.glance, given.mixed)
 
 
-def contrast_by_hand(told, method, positive, kept=lambda i, j: True, temperature=0.07):
+def contrast_by_hand(given, method, positive, kept=lambda i, j: True, temperature=0.07):
     """Mean over anchors of -mean over positives of log(e^a / sum e^a); `positive(i, j)` over the rows of [q; k; queue]."""
-    n = len(told.keys)
-    rows = [*told.features[0], *told.keys, *method.queue.keys[: int(method.queue.taken)]]
+    n = len(given.keys)
+    rows = [*given.features[0], *given.keys, *method.queue.keys[: int(method.queue.taken)]]
     losses = []
     for i in range(n):
         others = [j for j in range(len(rows)) if j != i and (kept(i, j) or j == n + i)]
@@ -64,39 +64,39 @@ def contrast_by_hand(told, method, positive, kept=lambda i, j: True, temperature
     return losses
 
 
-def labels_by_hand(told, sets):
-    return [int((told.logits[0][r].softmax(0) * sets[i]).argmax()) for r, i in enumerate(INDEX.tolist())]
+def labels_by_hand(given, sets):
+    return [int((given.logits[0][r].softmax(0) * sets[i]).argmax()) for r, i in enumerate(INDEX.tolist())]
 
 
-def scores_by_hand(told, method, temperature=1.0):
-    return [torch.softmax(q @ method.prototypes.value.T / temperature, 0).detach() for q in told.features[0]]
+def scores_by_hand(given, method, temperature=1.0):
+    return [torch.softmax(q @ method.prototypes.value.T / temperature, 0).detach() for q in given.features[0]]
 
 
 @pytest.mark.parametrize(("epoch", "phi"), [(1, 0.95), (21, 0.85)])
 def test_a_step_of_pico(epoch, phi):
-    method, told, step = made(), outputs(), Step(epoch, 30)
+    method, given, step = made(), outputs(), Step(epoch, 30)
     assert method.passes(step).key == "strong" and method.passes(step).mixup == "none"
     # judged with the prototypes before the step
     confidence = [
         phi * method.confidence[i] + (1 - phi) * HOT[(score * SETS[i]).argmax()]
-        for i, score in zip(INDEX.tolist(), scores_by_hand(told, method))
+        for i, score in zip(INDEX.tolist(), scores_by_hand(given, method))
     ]
-    labels = labels_by_hand(told, SETS)
+    labels = labels_by_hand(given, SETS)
     everyone = labels * 2 + method.queue.labels[:6].tolist()
-    classification = sum(-(s * z.log_softmax(0)).sum() for s, z in zip(confidence, told.logits[0])) / 4
-    contrast = sum(contrast_by_hand(told, method, lambda i, j: everyone[i] == everyone[j])) / 4
-    parts = method.loss(told, INDEX, step)
+    classification = sum(-(s * z.log_softmax(0)).sum() for s, z in zip(confidence, given.logits[0])) / 4
+    contrast = sum(contrast_by_hand(given, method, lambda i, j: everyone[i] == everyone[j])) / 4
+    parts = method.loss(given, INDEX, step)
     torch.testing.assert_close(parts["loss"], classification + 0.5 * contrast)
 
-    expected = torch.autograd.grad(classification + 0.5 * contrast, (told.logits[0], told.features[0]))
-    found = torch.autograd.grad(parts["loss"], (told.logits[0], told.features[0]))
-    for a, b in zip(found, expected):
+    expected = torch.autograd.grad(classification + 0.5 * contrast, (given.logits[0], given.features[0]))
+    actual = torch.autograd.grad(parts["loss"], (given.logits[0], given.features[0]))
+    for a, b in zip(actual, expected):
         torch.testing.assert_close(a, b)
 
     before, prototypes = method.confidence.clone(), method.prototypes.value.clone()
-    for c, q in zip(labels, told.features[0].detach()):
+    for c, q in zip(labels, given.features[0].detach()):
         prototypes[c] = 0.99 * prototypes[c] + 0.01 * q
-    method.update(detached(told), INDEX, step)
+    method.update(detached(given), INDEX, step)
     torch.testing.assert_close(method.prototypes.value, F.normalize(prototypes, dim=1))
     torch.testing.assert_close(method.confidence[INDEX], torch.stack(confidence))
     torch.testing.assert_close(method.confidence.sum(1), torch.ones(N, dtype=torch.float64))
@@ -104,28 +104,28 @@ def test_a_step_of_pico(epoch, phi):
     assert torch.equal(method.confidence[others], before[others])
     assert int(method.queue.taken) == 10
     places = torch.arange(6, 10) % 7
-    assert torch.equal(method.queue.keys[places], told.keys) and method.queue.labels[places].tolist() == labels
+    assert torch.equal(method.queue.keys[places], given.keys) and method.queue.labels[places].tolist() == labels
 
 
 def test_before_prototypes_count_contrast_is_that_of_moco_and_confidences_rest():
-    method, told, step = made(prototype_start=2), outputs(), Step(1, 30)
+    method, given, step = made(prototype_start=2), outputs(), Step(1, 30)
     before = method.confidence.clone()
-    contrast = sum(contrast_by_hand(told, method, lambda i, j: False, kept=lambda i, j: j >= 8)) / 4
-    classification = -(before[INDEX] * told.logits[0].log_softmax(1)).sum() / 4
-    torch.testing.assert_close(method.loss(told, INDEX, step)["loss"], classification + 0.5 * contrast)
-    method.update(detached(told), INDEX, step)
+    contrast = sum(contrast_by_hand(given, method, lambda i, j: False, kept=lambda i, j: j >= 8)) / 4
+    classification = -(before[INDEX] * given.logits[0].log_softmax(1)).sum() / 4
+    torch.testing.assert_close(method.loss(given, INDEX, step)["loss"], classification + 0.5 * contrast)
+    method.update(detached(given), INDEX, step)
     assert torch.equal(method.confidence, before)
 
 
 def test_the_first_step_of_all_has_an_empty_queue_and_prototypes_of_nothing():
     method = METHODS["pico"](Identity(), SETS, OPTIONS["pico"](projection_dim=D), dtype=torch.float64)
-    told = outputs()
-    parts = method.loss(told, INDEX, Step(0, 30))
+    given = outputs()
+    parts = method.loss(given, INDEX, Step(0, 30))
     assert parts["contrast"].item() == pytest.approx(0)  # nothing but the own key
     parts["loss"].backward()
-    assert told.logits[0].grad.isfinite().all() and told.features[0].grad.isfinite().all()
-    method.update(detached(told), INDEX, Step(0, 30))
-    assert (method.prototypes.value.norm(dim=1) - 1).abs().lt(1e-12).sum() == len(set(labels_by_hand(told, SETS)))
+    assert given.logits[0].grad.isfinite().all() and given.features[0].grad.isfinite().all()
+    method.update(detached(given), INDEX, Step(0, 30))
+    assert (method.prototypes.value.norm(dim=1) - 1).abs().lt(1e-12).sum() == len(set(labels_by_hand(given, SETS)))
 
 
 def nearest_by_hand(rows, i, key, k, temperature):
@@ -141,10 +141,10 @@ def nearest_by_hand(rows, i, key, k, temperature):
 def test_contrast_with_the_nearest(k):
     rows = unit(11, D, seed=4).requires_grad_()
     place, key = torch.tensor([0, 1, 2]), torch.tensor([3, 4, 5])
-    found = nearest_contrast(rows[:3], rows, place, key, k, 0.2)
+    actual = nearest_contrast(rows[:3], rows, place, key, k, 0.2)
     expected = torch.stack([nearest_by_hand(rows, i, i + 3, k, 0.2) for i in range(3)])
-    torch.testing.assert_close(found, expected)
-    torch.testing.assert_close(*(torch.autograd.grad(x.sum(), rows, retain_graph=True)[0] for x in (found, expected)))
+    torch.testing.assert_close(actual, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(x.sum(), rows, retain_graph=True)[0] for x in (actual, expected)))
 
 
 def mixed(seed=20):
@@ -159,45 +159,45 @@ def test_a_step_of_pico_plus(reliable, neighbours_on, weight):
     step = Step(5, 30)
     method = made("pico_plus", neighbour_start=0.1 if neighbours_on else 0.5, neighbours=3, contrast_weight=weight)
     method.reliable.zero_()[reliable] = True
-    told = outputs(mixed=mixed())
+    given = outputs(mixed=mixed())
     assert method.passes(step).mixup == "batch" and method.passes(Step(0, 30)).mixup == "none"
     batch = INDEX.tolist()
     sure = [i in reliable for i in batch]
-    labels_within = labels_by_hand(told, SETS)
-    labels = [c if s else int(z.argmax()) for c, s, z in zip(labels_within, sure, told.logits[0])]
+    labels_within = labels_by_hand(given, SETS)
+    labels = [c if s else int(z.argmax()) for c, s, z in zip(labels_within, sure, given.logits[0])]
     phi = 0.95 - 0.15 * 4 / 30
     confidence, targets = [], []
-    for i, s, score in zip(batch, sure, scores_by_hand(told, method)):
+    for i, s, score in zip(batch, sure, scores_by_hand(given, method)):
         confidence.append(phi * method.confidence[i] + (1 - phi) * HOT[(score * SETS[i]).argmax()])
         guess = score ** (1 / 0.07)
         targets.append(confidence[-1] if s else guess / guess.sum())
-    ce = [-(t * z.log_softmax(0)).sum() for t, z in zip(targets, told.logits[0])]
-    both = [0.7 * targets[r] + 0.3 * targets[p] for r, p in enumerate(told.mixed.partner.tolist())]
-    mixup = sum(-(t * z.log_softmax(0)).sum() for t, z in zip(both, told.mixed.logits)) / 4
+    ce = [-(t * z.log_softmax(0)).sum() for t, z in zip(targets, given.logits[0])]
+    both = [0.7 * targets[r] + 0.3 * targets[p] for r, p in enumerate(given.mixed.partner.tolist())]
+    mixup = sum(-(t * z.log_softmax(0)).sum() for t, z in zip(both, given.mixed.logits)) / 4
     right = [x for x, s in zip(ce, sure) if s]
     wrong = [x for x, s in zip(ce, sure) if not s]
     classification = mixup + 2 * sum(right) / max(len(right), 1) + 0.1 * sum(wrong) / max(len(wrong), 1)
 
     c, r = labels * 2 + method.queue.labels[:6].tolist(), sure * 2 + method.queue.confident[:6].tolist()
-    plain = contrast_by_hand(told, method, lambda i, j: c[i] == c[j])
-    believed = contrast_by_hand(told, method, lambda i, j: c[i] == c[j] and r[i] and r[j])
+    plain = contrast_by_hand(given, method, lambda i, j: c[i] == c[j])
+    believed = contrast_by_hand(given, method, lambda i, j: c[i] == c[j] and r[i] and r[j])
     if neighbours_on:
-        rows = [*told.features[0], *told.keys, *method.queue.keys[:6]]
+        rows = [*given.features[0], *given.keys, *method.queue.keys[:6]]
         near = [nearest_by_hand(rows, i, 4 + i, 3, 0.07) for i in range(4)]
         believed = [weight * x if s else 0.1 * y for x, y, s in zip(believed, near, sure)]
     by_hand = classification + sum(believed) / 4 + 0.1 * sum(plain) / 4
-    parts = method.loss(told, INDEX, step)
+    parts = method.loss(given, INDEX, step)
     torch.testing.assert_close(parts["loss"], by_hand)
-    leaves = (told.logits[0], told.features[0], told.mixed.logits)
+    leaves = (given.logits[0], given.features[0], given.mixed.logits)
     for a, b in zip(torch.autograd.grad(parts["loss"], leaves), torch.autograd.grad(by_hand, leaves)):
         torch.testing.assert_close(a, b)
 
-    distance = [-(q @ method.prototypes.value[k]).item() for q, k in zip(told.features[0], labels_within)]
+    distance = [-(q @ method.prototypes.value[k]).item() for q, k in zip(given.features[0], labels_within)]
     prototypes = method.prototypes.value.clone()
-    for k, q, s in zip(labels_within, told.features[0].detach(), sure):
+    for k, q, s in zip(labels_within, given.features[0].detach(), sure):
         if s:
             prototypes[k] = 0.99 * prototypes[k] + 0.01 * q
-    method.update(detached(told), INDEX, step)
+    method.update(detached(given), INDEX, step)
     torch.testing.assert_close(method.distance[INDEX], torch.tensor(distance, dtype=torch.float64))
     torch.testing.assert_close(method.prototypes.value, F.normalize(prototypes, dim=1))
     torch.testing.assert_close(method.confidence[INDEX], torch.stack(confidence))
@@ -206,26 +206,26 @@ def test_a_step_of_pico_plus(reliable, neighbours_on, weight):
 
 def test_one_neighbour_is_the_anchor_itself():
     rows, place, key = unit(8, D, seed=4), torch.tensor([0, 1]), torch.tensor([2, 3])
-    found = nearest_contrast(rows[:2], rows, place, key, 1, 0.2)
+    actual = nearest_contrast(rows[:2], rows, place, key, 1, 0.2)
     similarity = rows[:2] @ rows.T / 0.2
     own_key_alone = [similarity[i, [j for j in range(8) if j != i]].logsumexp(0) - similarity[i, 2 + i] for i in range(2)]
-    torch.testing.assert_close(found, torch.stack(own_key_alone))
+    torch.testing.assert_close(actual, torch.stack(own_key_alone))
 
 
 def test_confidences_that_move_in_the_first_epoch_move_by_a_hundredth():
     """The authors set phi when an epoch ends, and begin with 0.99."""
-    method, told = made(prototype_start=0), outputs()
+    method, given = made(prototype_start=0), outputs()
     expected = [
         0.99 * method.confidence[i] + 0.01 * HOT[(score * SETS[i]).argmax()]
-        for i, score in zip(INDEX.tolist(), scores_by_hand(told, method))
+        for i, score in zip(INDEX.tolist(), scores_by_hand(given, method))
     ]
-    method.update(detached(told), INDEX, Step(0, 30))
+    method.update(detached(given), INDEX, Step(0, 30))
     torch.testing.assert_close(method.confidence[INDEX], torch.stack(expected))
 
 
 def test_before_its_start_pico_plus_is_pico_and_believes_everybody():
-    plus, pico, told = made("pico_plus", prototype_start=3), made(prototype_start=3), outputs()
-    for a, b in zip(plus.loss(told, INDEX, Step(2, 30)).values(), pico.loss(told, INDEX, Step(2, 30)).values()):
+    plus, pico, given = made("pico_plus", prototype_start=3), made(prototype_start=3), outputs()
+    for a, b in zip(plus.loss(given, INDEX, Step(2, 30)).values(), pico.loss(given, INDEX, Step(2, 30)).values()):
         assert torch.equal(a, b)
     plus.distance.copy_(torch.arange(9.0))
     assert plus.finish_epoch(Step(1, 30)) == {"reliable": 1.0} and plus.reliable.all()
@@ -249,13 +249,13 @@ def test_guesses_from_a_hundred_classes_do_not_underflow():
     )
     method.prototypes.value.copy_(-unit(1, D).float().expand(classes, D))  # scores near 1/100: to the power 14 they vanish
     method.reliable.zero_()
-    told = Outputs(
+    given = Outputs(
         (torch.zeros(2, classes, requires_grad=True),),
         (unit(2, D, seed=5).float().requires_grad_(),),
         keys=unit(2, D, seed=6).float(),
         mixed=Mixed(torch.zeros(2, classes), torch.tensor([1, 0]), 0.6),
     )
-    parts = method.loss(told, torch.tensor([0, 1]), Step(9, 30))
+    parts = method.loss(given, torch.tensor([0, 1]), Step(9, 30))
     assert parts["guessed"].item() == pytest.approx(math.log(classes), rel=1e-5)
     assert parts["reliable"] == 0 and parts["loss"].isfinite()
 
@@ -268,5 +268,5 @@ def test_the_state_goes_through_a_checkpoint():
     first.update(detached(outputs()), INDEX, Step(4, 30))
     first.finish_epoch(Step(4, 30))
     second.load_state_dict(first.state_dict())
-    told = outputs(seed=40, mixed=mixed())
-    assert all(torch.equal(a, b) for a, b in zip(*(m.loss(told, INDEX, Step(5, 30)).values() for m in (first, second))))
+    given = outputs(seed=40, mixed=mixed())
+    assert all(torch.equal(a, b) for a, b in zip(*(m.loss(given, INDEX, Step(5, 30)).values() for m in (first, second))))

@@ -35,7 +35,7 @@ def made(name, **options):
     return method
 
 
-def told(z):
+def outputs_of(z):
     return Outputs(z, ())
 
 
@@ -45,14 +45,14 @@ def fill(table, seed=3):
 
 
 def gradient_is_right(method, z):
-    method.loss(told(z), INDEX, STEP)["loss"].backward()
+    method.loss(outputs_of(z), INDEX, STEP)["loss"].backward()
     for view in z:
         for place in ((0, 0), (2, 3)):
             moved = []
             for h in (1e-6, -1e-6):
                 shifted = [v.detach().clone() for v in z]
                 shifted[[v is view for v in z].index(True)][place] += h
-                moved.append(method.loss(told(tuple(shifted)), INDEX, STEP)["loss"].item())
+                moved.append(method.loss(outputs_of(tuple(shifted)), INDEX, STEP)["loss"].item())
             assert view.grad[place].item() == pytest.approx((moved[0] - moved[1]) / 2e-6, rel=1e-5, abs=1e-8)
 
 
@@ -72,10 +72,10 @@ def test_cc_is_minus_the_logarithm_of_the_mass_on_the_candidates():
     for row, i in enumerate(INDEX.tolist()):
         p = [math.exp(v) / sum(math.exp(w) for w in z[0][row].tolist()) for v in z[0][row].tolist()]
         by_hand -= math.log(sum(p[j] for j in range(C) if SETS[i, j])) / 3
-    assert method.loss(told(z), INDEX, STEP)["loss"].item() == pytest.approx(by_hand, rel=1e-12)
+    assert method.loss(outputs_of(z), INDEX, STEP)["loss"].item() == pytest.approx(by_hand, rel=1e-12)
     gradient_is_right(method, z)
     before = method.state_dict()
-    method.update(told(z), INDEX, STEP)
+    method.update(outputs_of(z), INDEX, STEP)
     assert before == {} == method.state_dict()  # nothing to remember
 
 
@@ -84,7 +84,7 @@ def test_on_true_labels_cc_is_the_supervised_cross_entropy():
     sets = torch.nn.functional.one_hot(labels, C).bool()
     method = METHODS["supervised"](Identity(), sets, OPTIONS["supervised"](), dtype=torch.float64)
     expected = torch.nn.functional.cross_entropy(z[0], labels[INDEX])
-    torch.testing.assert_close(method.loss(told(z), INDEX, STEP)["loss"], expected)
+    torch.testing.assert_close(method.loss(outputs_of(z), INDEX, STEP)["loss"], expected)
 
 
 @pytest.mark.parametrize("name", ["rc", "proden"])
@@ -96,9 +96,9 @@ def test_rc_and_proden_follow_the_network_within_the_candidate_set(name):
     fill(method.confidence)
     before = method.confidence.clone()
     by_hand = -sum(before[i, j] * z[0][r].log_softmax(0)[j] for r, i in enumerate(INDEX.tolist()) for j in range(C)) / 3
-    torch.testing.assert_close(method.loss(told(z), INDEX, STEP)["loss"], by_hand)
+    torch.testing.assert_close(method.loss(outputs_of(z), INDEX, STEP)["loss"], by_hand)
     gradient_is_right(method, z)
-    method.update(told(tuple(v.detach() for v in z)), INDEX, STEP)
+    method.update(outputs_of(tuple(v.detach() for v in z)), INDEX, STEP)
     for row, i in enumerate(INDEX.tolist()):
         p = z[0][row].detach().softmax(0) * SETS[i]
         torch.testing.assert_close(method.confidence[i], p / p.sum())
@@ -122,9 +122,9 @@ def test_leveraged_losses(name, beta):
                 by_hand += u / (1 + math.exp(v[j])) if SETS[i, j] else beta * u / (1 + math.exp(-v[j]))
             else:
                 by_hand -= u * math.log(f[j]) if SETS[i, j] else beta * u * math.log(1 - f[j] + 1e-8)
-    assert method.loss(told(z), INDEX, STEP)["loss"].item() == pytest.approx(by_hand / 3, rel=1e-10)
+    assert method.loss(outputs_of(z), INDEX, STEP)["loss"].item() == pytest.approx(by_hand / 3, rel=1e-10)
     gradient_is_right(method, z)
-    method.update(told(tuple(v.detach() for v in z)), INDEX, STEP)
+    method.update(outputs_of(tuple(v.detach() for v in z)), INDEX, STEP)
     for row, i in enumerate(INDEX.tolist()):
         f = z[0][row].detach().softmax(0)
         for members in (SETS[i], ~SETS[i]):
@@ -158,9 +158,9 @@ def test_cr_dpll(epoch, ramp):
                 by_hand += ramp * 0.7 * t * (math.log(t) - math.log(p)) if t else 0
         for j, p in enumerate(z[0][row].softmax(0).tolist()):
             by_hand -= 0 if SETS[i, j] else math.log(1 + 1e-7 - p)
-    assert method.loss(told(z), INDEX, step)["loss"].item() == pytest.approx(by_hand / 3, rel=1e-10)
+    assert method.loss(outputs_of(z), INDEX, step)["loss"].item() == pytest.approx(by_hand / 3, rel=1e-10)
     gradient_is_right(method, z)
-    method.update(told(tuple(v.detach() for v in z)), INDEX, step)
+    method.update(outputs_of(tuple(v.detach() for v in z)), INDEX, step)
     for row, i in enumerate(INDEX.tolist()):
         product = torch.stack([v[row].detach().softmax(0) for v in z]).prod(0) ** (1 / 3) * SETS[i]
         torch.testing.assert_close(method.confidence[i], product / product.sum())

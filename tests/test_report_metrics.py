@@ -56,29 +56,29 @@ def test_division_health_by_hand():
     first = Division(np.array([1.0, 0.9, 0.2, 0.1]), np.array([True, True, False, False]), [0.1, 0.8], [0.5, 0.5])
     second = Division(np.ones(4), np.ones(4, dtype=bool))
     labels = np.array([0, 1, 1, -1])
-    found = division_health([first, second], [log_p, other], candidates, np.array([0, 0, 0, 0]), labels, ["a/b", "c"])
-    assert found["division/trusted"] == pytest.approx((0.5 + 1.0) / 2)
-    assert found["division/agreement_of_nets"] == pytest.approx(0.25)
-    assert found["division/agreement_with_annotator"] == pytest.approx((3 / 4 + 0) / 2)
-    assert found["division/rarest_pseudo_label"] == 0
+    health = division_health([first, second], [log_p, other], candidates, np.array([0, 0, 0, 0]), labels, ["a/b", "c"])
+    assert health["division/trusted"] == pytest.approx((0.5 + 1.0) / 2)
+    assert health["division/agreement_of_nets"] == pytest.approx(0.25)
+    assert health["division/agreement_with_annotator"] == pytest.approx((3 / 4 + 0) / 2)
+    assert health["division/rarest_pseudo_label"] == 0
     # net1 names the classes 3 times and once, net2 never and 4 times
-    assert found["pseudo_labels/a/b"] == 1.5 and found["pseudo_labels/c"] == 2.5
+    assert health["pseudo_labels/a/b"] == 1.5 and health["pseudo_labels/c"] == 2.5
     # P: rows 0, 1 of net1 (2 of 2 right), rows 0, 1, 2 of net2 (rows 1, 2 right); U: row 2 of net1 (wrong)
-    assert found["truth/accuracy_in_P"] == pytest.approx((1 + 2 / 3) / 2)
-    assert found["truth/accuracy_in_U"] == 0
-    assert found["truth/candidate_coverage_in_P"] == pytest.approx(1.0)
-    assert found["gmm/net1_mean_small"] == 0.1 and "gmm/net2_mean_small" not in found
-    assert all(math.isfinite(value) for value in found.values())
+    assert health["truth/accuracy_in_P"] == pytest.approx((1 + 2 / 3) / 2)
+    assert health["truth/accuracy_in_U"] == 0
+    assert health["truth/candidate_coverage_in_P"] == pytest.approx(1.0)
+    assert health["gmm/net1_mean_small"] == 0.1 and "gmm/net2_mean_small" not in health
+    assert all(math.isfinite(value) for value in health.values())
 
 
 def test_prototype_health_by_hand():
     # cosines of three pairs: 1/2 (60 degrees), 0 and 0; a class that was never seen does not count
     apart = np.array([[1, 0, 0], [0.5, math.sqrt(0.75), 0], [0, 0, 1], [0, 0, 0]])
-    found = prototype_health(apart)
-    assert found["prototypes/mean_cosine"] == pytest.approx(0.5 / 3)
+    health = prototype_health(apart)
+    assert health["prototypes/mean_cosine"] == pytest.approx(0.5 / 3)
     # eigenvalues of the matrix of cosines: 3/2, 1/2 and 1, as shares 1/2, 1/6 and 1/3
     shares = (1 / 2, 1 / 6, 1 / 3)
-    assert found["prototypes/effective_rank"] == pytest.approx(math.exp(-sum(x * math.log(x) for x in shares)))
+    assert health["prototypes/effective_rank"] == pytest.approx(math.exp(-sum(x * math.log(x) for x in shares)))
     collapsed = prototype_health(np.tile(np.array([[0.6, 0.8]], dtype=np.float32), (4, 1)))
     assert collapsed == pytest.approx({"prototypes/mean_cosine": 1, "prototypes/effective_rank": 1}, abs=1e-5)
     assert prototype_health(np.eye(3)) == pytest.approx({"prototypes/mean_cosine": 0, "prototypes/effective_rank": 3})
@@ -89,8 +89,8 @@ def test_division_health_without_labels_says_nothing_about_truth():
     log_p = np.log(np.full((2, 2), 0.5))
     division = Division(np.ones(2), np.ones(2, dtype=bool))
     everything = np.ones((2, 2), dtype=bool)
-    found = division_health([division] * 2, [log_p] * 2, everything, np.zeros(2, int), np.full(2, -1), ["a", "b"])
-    assert not any(name.startswith("truth") for name in found)
+    health = division_health([division] * 2, [log_p] * 2, everything, np.zeros(2, int), np.full(2, -1), ["a", "b"])
+    assert not any(name.startswith("truth") for name in health)
 
 
 def test_consensus_is_agreement_times_balance():
@@ -160,9 +160,10 @@ def test_scores_without_labels_leave_out_what_cannot_be_had():
 def test_collapse_is_put_into_words():
     names = ["ant", "bee", "cat", "dog"]
     assert collapse_warnings(np.arange(40) % 4, names) == []
-    said = collapse_warnings(np.array([0] * 39 + [1]), names)
-    assert "3 of 4 classes are hardly ever predicted (bee, cat, dog)" not in said[0]  # bee: 1 of 40 is a tenth of a share
-    assert said[0].startswith("2 of 4 classes") and "cat, dog" in said[0] and "called ant" in said[1]
+    warnings = collapse_warnings(np.array([0] * 39 + [1]), names)
+    # bee: 1 of 40 is a tenth of a share
+    assert "3 of 4 classes are hardly ever predicted (bee, cat, dog)" not in warnings[0]
+    assert warnings[0].startswith("2 of 4 classes") and "cat, dog" in warnings[0] and "called ant" in warnings[1]
 
 
 def test_a_run_says_how_many_labels_are_known_and_which_folders_are_no_class():

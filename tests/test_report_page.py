@@ -79,7 +79,7 @@ class Page(HTMLParser):
         self.open, self.tags, self.texts, self.attributes, self.sources = [], [], [], [], []
         self.feed(text)
         assert self.open == [], self.open
-        self.said = " ".join(" ".join(self.texts).split())
+        self.plain = " ".join(" ".join(self.texts).split())
 
     def handle_starttag(self, tag, attributes):
         self.tags.append(tag)
@@ -112,29 +112,29 @@ def cells(text, title):
 
 def test_the_headline_and_its_intervals():
     record = record_of()
-    found, test = Page(page(record)), record.test
+    shown_page, test = Page(page(record)), record.test
     before, after = (accuracy_score(test.labels, p) for p in (test.annotator, test.logits["ensemble"].argmax(axis=1)))
     assert (
         f"{after:.1%} of the test images are right; the annotator had {before:.1%} (+{100 * (after - before):.1f}"
-        in found.said
+        in shown_page.plain
     )
-    said = next(label for label in found.labels("aria-label") if label.startswith("annotator "))
+    plain = next(label for label in shown_page.labels("aria-label") if label.startswith("annotator "))
     for name, share in (("annotator", before), ("Co-Reg", after)):
-        low, high = (float(x) / 100 for x in re.search(rf"{name} [\d.]+%, from ([\d.]+)% to ([\d.]+)%", said).groups())
+        low, high = (float(x) / 100 for x in re.search(rf"{name} [\d.]+%, from ([\d.]+)% to ([\d.]+)%", plain).groups())
         for bound in (low, high):  # a Wilson bound p solves |share - p| = z sqrt(p (1 - p) / n)
             assert abs(share - bound) == pytest.approx(1.96 * math.sqrt(bound * (1 - bound) / 70), abs=2e-3)
     mended = sum(a != y and p == y for a, p, y in zip(test.annotator, test.predicted, test.labels))
     broken = sum(a == y and p != y for a, p, y in zip(test.annotator, test.predicted, test.labels))
     mistakes = sum(a != y for a, y in zip(test.annotator, test.labels))
-    assert f"{mended} of the annotator’s {mistakes} mistakes are set right, {broken} new ones made" in found.said
+    assert f"{mended} of the annotator’s {mistakes} mistakes are set right, {broken} new ones made" in shown_page.plain
 
 
 def test_candidate_sets_that_were_drawn_have_no_annotator_to_be_better_than():
     record = record_of()
     del record.report["annotator"]["zero_shot_accuracy"]
-    found = Page(page(record))
-    assert "of the test images are right" in found.said and "the annotator had" not in found.said
-    assert "mistakes are set right" not in found.said
+    shown_page = Page(page(record))
+    assert "of the test images are right" in shown_page.plain and "the annotator had" not in shown_page.plain
+    assert "mistakes are set right" not in shown_page.plain
 
 
 def test_confusions_and_classes():
@@ -148,12 +148,12 @@ def test_confusions_and_classes():
     for c, name in enumerate(NAMES):
         row = re.search(rf"<tr><td>{name}</td>(.*?)</tr>", text).group(1)
         values = re.findall(r"<td>([\d,.%–]*)</td>", row)
-        mine = [i for i in range(len(train.labels)) if train.predicted[i] == c]
-        sure = np.mean([np.exp(z).max() / np.exp(z).sum() for z in train.logits["ensemble"][mine] / 2])
+        rows_of_c = [i for i in range(len(train.labels)) if train.predicted[i] == c]
+        sure = np.mean([np.exp(z).max() / np.exp(z).sum() for z in train.logits["ensemble"][rows_of_c] / 2])
         trusted = np.mean([(w > 0.5)[train.annotator == c].mean() for w in record.weights])
         assert values == [
             str((test.labels == c).sum()), f"{first[c]:.0%}", f"{last[c]:.0%}", str((train.annotator == c).sum()),
-            str(len(mine)), f"{sure:.0%}", f"{trusted:.0%}",
+            str(len(rows_of_c)), f"{sure:.0%}", f"{trusted:.0%}",
         ]  # fmt: skip
     pairs = {(NAMES[a], NAMES[b]): n for (a, b), n in np.ndenumerate(shown) if a != b and n}
     listed = re.findall(r"<li>(\w+) → (\w+) <b>(\d+)</b>", text)
@@ -163,14 +163,14 @@ def test_confusions_and_classes():
 
 def test_health_needs_no_label():
     record = record_of()
-    said = Page(page(record)).said
+    plain = Page(page(record)).plain
     nets = [record.train.logits[name].argmax(axis=1) for name in ("net1", "net2")]
     predicted = record.train.logits["ensemble"].argmax(axis=1)
-    assert f"gave them {(predicted == record.train.annotator).mean():.1%}" in said
-    assert f"both networks agree {(nets[0] == nets[1]).mean():.1%}" in said
-    assert f"are trusted {np.mean([w > 0.5 for w in record.weights]):.1%}" in said
-    assert "named at all 3 of 3" in said
-    blind = Page(page(record_of(labelled=False, tested=False))).said
+    assert f"gave them {(predicted == record.train.annotator).mean():.1%}" in plain
+    assert f"both networks agree {(nets[0] == nets[1]).mean():.1%}" in plain
+    assert f"are trusted {np.mean([w > 0.5 for w in record.weights]):.1%}" in plain
+    assert "named at all 3 of 3" in plain
+    blind = Page(page(record_of(labelled=False, tested=False))).plain
     assert "No true labels are known" in blind and "right" not in blind and "Truth" not in blind
     changed = (predicted != record.train.annotator).sum()
     assert f"Co-Reg changed {changed} of the annotator’s 90 labels" in blind
@@ -178,22 +178,22 @@ def test_health_needs_no_label():
 
 def test_an_earlier_epoch_that_looked_better_is_named():
     record = record_of()
-    assert "export_chosen" not in Page(page(record)).said
+    assert "export_chosen" not in Page(page(record)).plain
     record.report["chosen_epoch"] = {"epoch": 6, "epochs": 6, "score": 0.5}
-    assert "export_chosen" not in Page(page(record)).said
+    assert "export_chosen" not in Page(page(record)).plain
     record.report["chosen_epoch"]["epoch"] = 4
-    assert "epoch 4 was the best: it is in export_chosen" in Page(page(record)).said
+    assert "epoch 4 was the best: it is in export_chosen" in Page(page(record)).plain
 
 
 def test_changed_labels_are_counted_and_shown():
     record = record_of(n=200)
-    train, found = record.train, Page(page(record))
+    train, shown_page = record.train, Page(page(record))
     before, after, truth = train.annotator, train.predicted, train.labels
     rows = [i for i in range(200) if before[i] != after[i]]
     right, wrong = (sum(p[i] == truth[i] for i in rows) for p in (after, before))
     stay = len(rows) - right - wrong
-    assert f"{len(rows)} of 200 labels differ" in found.said
-    assert f"{right} became right, {wrong} became wrong, {stay} stay wrong" in found.said
+    assert f"{len(rows)} of 200 labels differ" in shown_page.plain
+    assert f"{right} became right, {wrong} became wrong, {stay} stay wrong" in shown_page.plain
     # each pair of classes in turn, the surest first; written out
     queues = {}
     for i in sorted(rows, key=lambda i: -train.sure[i]):
@@ -202,7 +202,7 @@ def test_changed_labels_are_counted_and_shown():
     for turn in range(max(map(len, queues.values()))):
         wanted += sorted((queue[turn] for queue in queues.values() if len(queue) > turn), key=lambda i: -train.sure[i])
     assert changed_rows(record).tolist() == wanted
-    pictures = found.pictures()
+    pictures = shown_page.pictures()
     assert len(pictures) == 48
     for image, row in zip(pictures[:24], wanted):
         assert (np.asarray(image) == record.pixels(np.array([row]))[0].transpose(1, 2, 0)).all()
@@ -224,8 +224,8 @@ def test_images_to_label_are_those_with_small_margins():
         shares = sorted((np.exp(z1) / np.exp(z1).sum() + np.exp(z2) / np.exp(z2).sum()) / 2)
         margins.append(shares[-1] - shares[-2])
     for c in range(3):
-        mine = [i for i in rows if record.train.predicted[i] == c]
-        assert mine == sorted(mine, key=lambda i: margins[i])
+        rows_of_c = [i for i in rows if record.train.predicted[i] == c]
+        assert rows_of_c == sorted(rows_of_c, key=lambda i: margins[i])
     assert {record.train.predicted[i] for i in rows[:3]} == {0, 1, 2}
 
 
@@ -250,7 +250,7 @@ def test_label_next_goes_out_empty_and_comes_back_filled(tmp_path):
     rows, classes = read_labels(str(file), paths, NAMES)
     wanted = {7: 2, paths.index(lines[0]["path"]): 1, paths.index(lines[4]["path"]): 0}
     assert dict(zip(rows.tolist(), classes.tolist())) == wanted
-    assert "runs/a/label_next.csv lists 48 of them" in Page(page(record)).said
+    assert "runs/a/label_next.csv lists 48 of them" in Page(page(record)).plain
 
 
 def test_a_run_its_page_and_the_next_run_with_labels(small_store, tmp_path):
@@ -261,10 +261,10 @@ def test_a_run_its_page_and_the_next_run_with_labels(small_store, tmp_path):
         train_coreg.main(command)
         report = json.loads((tmp_path / name / "report.json").read_text())
         text = (tmp_path / name / "report.html").read_text()
-        said = Page(text).said
-        assert report["labels_used"] == given and report["command"] in said
-        assert f"{report['accuracy']['test']['ensemble']:.1%} of the test images are right" in said
-        assert f"labels worth a look (labels.csv) {report['needs_review']}" in said
+        plain = Page(text).plain
+        assert report["labels_used"] == given and report["command"] in plain
+        assert f"{report['accuracy']['test']['ensemble']:.1%} of the test images are right" in plain
+        assert f"labels worth a look (labels.csv) {report['needs_review']}" in plain
         file = tmp_path / name / "label_next.csv"
         lines = file.read_text().splitlines()
         assert sum(line.endswith(",") for line in lines) == 48 and len(lines) == 49 + given
@@ -289,19 +289,19 @@ def test_the_page_is_whole_safe_and_alone():
     record.report |= {"method": "<s>Co-Reg", "dataset": "<em>'\"", "command": "x </pre>", "warnings": ["<q>"]}
     record.report["annotator"]["name"] = record.report["hardware"] = "<svg onload=alert(1)>"
     text = page(record)
-    found = Page(text)
-    assert not set(found.tags) & {"script", "u", "s", "em", "q", "link", "iframe", "object", "form"}
+    shown_page = Page(text)
+    assert not set(shown_page.tags) & {"script", "u", "s", "em", "q", "link", "iframe", "object", "form"}
     shown = 24 + min(24, len(changed_rows(record)))
-    assert found.tags.count("style") == 1 and found.tags.count("img") == shown
-    assert all(source.startswith("data:image/png;base64,") for source in found.sources)
+    assert shown_page.tags.count("style") == 1 and shown_page.tags.count("img") == shown
+    assert all(source.startswith("data:image/png;base64,") for source in shown_page.sources)
     assert not re.search(r"https?:|url\(|@import|javascript:", text)
-    policy = dict(zip(found.labels("http-equiv"), found.labels("content")[1:]))["Content-Security-Policy"]
+    policy = dict(zip(shown_page.labels("http-equiv"), shown_page.labels("content")[1:]))["Content-Security-Policy"]
     assert policy.startswith("default-src 'none'")
     for words in (*EVIL, "runs/<b>a", "<s>Co-Reg", "<em>'\"", "x </pre>", "<svg onload=alert(1)>", "<u>", "</td>", "<q>"):
-        assert words in found.said, words
+        assert words in shown_page.plain, words
     # what does not move is told to those who do not see it
-    assert all(found.labels("alt")) and len(found.labels("alt")) == shown
-    assert len(found.labels("role")) == len(found.labels("aria-label")) == found.tags.count("svg") > 5
+    assert all(shown_page.labels("alt")) and len(shown_page.labels("alt")) == shown
+    assert len(shown_page.labels("role")) == len(shown_page.labels("aria-label")) == shown_page.tags.count("svg") > 5
 
 
 @pytest.mark.parametrize(
@@ -320,16 +320,18 @@ def test_the_page_is_whole_safe_and_alone():
     ids=str,
 )
 def test_runs_with_less_to_show(variant, there, missing):
-    found = Page(page(record_of(**variant)))
-    said = " ".join([found.said, *found.labels("aria-label"), *found.labels("d"), *found.labels("points")])
-    assert there in said and not re.search(missing, said) and not re.search(r"\bnan\b", said)
+    shown_page = Page(page(record_of(**variant)))
+    plain = " ".join(
+        [shown_page.plain, *shown_page.labels("aria-label"), *shown_page.labels("d"), *shown_page.labels("points")]
+    )
+    assert there in plain and not re.search(missing, plain) and not re.search(r"\bnan\b", plain)
 
 
 def test_a_method_that_leaves_every_label_alone():
     record = record_of()
     record.train.annotator = record.train.logits["ensemble"].argmax(axis=1)
-    said = Page(page(record)).said
-    assert "None: every label is the annotator’s." in said and "Most frequent changes" not in said
+    plain = Page(page(record)).plain
+    assert "None: every label is the annotator’s." in plain and "Most frequent changes" not in plain
 
 
 def test_large_pictures_stay_small():
@@ -414,11 +416,11 @@ def test_nothing_overflows_in_a_browser(tmp_path, width, names):
     record.report["command"] = "train_coreg.py --annotations " + "x" * 300
     text = page(record).replace("<details>", "<details open>")
     (tmp_path / "frame.html").write_text(FRAME.format(width=width, page=html.escape(text)))
-    told = subprocess.run(
+    dump = subprocess.run(
         ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
          "--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom",
          "--window-size=1400,1000", f"file://{tmp_path / 'frame.html'}"],
         capture_output=True, text=True, timeout=120, check=True,
     ).stdout  # fmt: skip
-    inner, scroll, wide, small = json.loads(html.unescape(re.search(r'data-found="([^"]*)"', told).group(1)))
+    inner, scroll, wide, small = json.loads(html.unescape(re.search(r'data-found="([^"]*)"', dump).group(1)))
     assert inner == width and scroll <= width and wide == [] and small == 0

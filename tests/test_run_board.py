@@ -38,8 +38,8 @@ def test_curves_are_those_of_the_run_in_groups(finished):
     _, state, events = finished
     for epoch, curves in enumerate(state["curves"], start=1):
         for name, value in curves.items():
-            found = {event.step: event.value for event in events.Scalars(name)}
-            assert found[epoch] == pytest.approx(value, rel=1e-6)
+            by_epoch = {event.step: event.value for event in events.Scalars(name)}
+            assert by_epoch[epoch] == pytest.approx(value, rel=1e-6)
     groups = {tag.split("/")[0] for tag in events.Tags()["scalars"]}
     assert groups == {"accuracy", "division", "final", "gmm", "loss", "lr", "prototypes", "pseudo_labels", "time", "truth"}
     assert {"loss/net1/total", "loss/net2/trusted", "pseudo_labels/b", "accuracy/test/ensemble"} <= set(
@@ -54,9 +54,9 @@ def test_losses_and_weights_of_every_division_are_spread_out(finished):
             ("loss", state["divisions"]["losses"][number - 1][-1].numpy()),
             ("weight", state["divisions"]["weights"][number - 1].numpy()),
         ):
-            found = {e.step: e.histogram_value for e in events.Histograms(f"division/{name}_net{number}")}
-            assert set(found) == {2, 3}  # the first epoch is warm-up
-            assert found[3].num == 97 and found[3].sum == pytest.approx(values.sum())
+            by_epoch = {e.step: e.histogram_value for e in events.Histograms(f"division/{name}_net{number}")}
+            assert set(by_epoch) == {2, 3}  # the first epoch is warm-up
+            assert by_epoch[3].num == 97 and by_epoch[3].sum == pytest.approx(values.sum())
 
 
 def test_views_stand_beside_the_image_they_come_from(finished, small_store):
@@ -79,11 +79,11 @@ def test_the_map_of_features_has_labels_and_pictures(finished):
     output, *_ = finished
     folder = output / "tensorboard" / "00003" / "features"
     with (folder / "metadata.tsv").open() as file:
-        told = list(csv.DictReader(file, delimiter="\t"))
+        metadata = list(csv.DictReader(file, delimiter="\t"))
     labels = {row["path"]: row for row in csv.DictReader((output / "labels.csv").open())}
-    assert [row["label"] for row in told] == [row["label"] for row in labels.values()]
-    assert [row["annotator"] for row in told] == [row["annotator_label"] for row in labels.values()]
-    assert [row["truth"] for row in told] == [path.split("/")[1] for path in labels]
+    assert [row["label"] for row in metadata] == [row["label"] for row in labels.values()]
+    assert [row["annotator"] for row in metadata] == [row["annotator_label"] for row in labels.values()]
+    assert [row["truth"] for row in metadata] == [path.split("/")[1] for path in labels]
     assert np.loadtxt(folder / "tensors.tsv").shape == (97, 8)
     assert Image.open(folder / "sprite.png").size == (10 * 32, 10 * 32)
 

@@ -215,7 +215,7 @@ def test_a_state_comes_back_as_it_was():
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (lambda s: s.pop("divisions"), "no 'divisions'"),
         (lambda s: s["divisions"].pop("weights"), "divisions has no 'weights'"),
@@ -238,10 +238,10 @@ def test_a_state_comes_back_as_it_was():
         ),
     ],
 )
-def test_a_state_of_another_training_is_named(change, said):
+def test_a_state_of_another_training_is_named(change, message):
     state = training().state_dict()
     change(state)
-    with pytest.raises(RecordError, match=said):
+    with pytest.raises(RecordError, match=message):
         take_state(training(), state)
 
 

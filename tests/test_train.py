@@ -77,8 +77,8 @@ def test_the_same_command_again_says_that_it_is_finished(annotations, finished, 
     hostile.symlink_to(finished)
     run(annotations, hostile)
     hostile.unlink()
-    said = capsys.readouterr().out
-    assert "finished" in said and "whole\\x1b[31m" in said and "\x1b" not in said
+    output = capsys.readouterr().out
+    assert "finished" in output and "whole\\x1b[31m" in output and "\x1b" not in output
 
 
 @pytest.mark.parametrize("epoch", [1, 3])
@@ -87,12 +87,12 @@ def test_a_killed_run_goes_on_bit_for_bit(annotations, finished, tmp_path, monke
     with killed_at(monkeypatch, epoch):
         run(annotations, tmp_path / "run")
     run(annotations, tmp_path / "run")
-    expected, found = (final_state(folder) for folder in (finished, tmp_path / "run"))
-    for ours, theirs in zip(expected["learners"], found["learners"]):
+    expected, actual = (final_state(folder) for folder in (finished, tmp_path / "run"))
+    for ours, theirs in zip(expected["learners"], actual["learners"]):
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
     for key in ("losses", "weights"):
-        assert all(torch.equal(a, b) for a, b in zip(expected["divisions"][key], found["divisions"][key]))
-    assert expected["curves"] == found["curves"]
+        assert all(torch.equal(a, b) for a, b in zip(expected["divisions"][key], actual["divisions"][key]))
+    assert expected["curves"] == actual["curves"]
 
 
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(annotations, finished, tmp_path, monkeypatch):
@@ -103,8 +103,8 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(annotations, finished
     damaged.write_bytes(damaged.read_bytes()[:-1000])
     with pytest.warns(UserWarning, match="damaged"):
         run(annotations, tmp_path / "run")
-    expected, found = (final_state(folder) for folder in (finished, tmp_path / "run"))
-    assert expected["curves"] == found["curves"]
+    expected, actual = (final_state(folder) for folder in (finished, tmp_path / "run"))
+    assert expected["curves"] == actual["curves"]
 
 
 def test_another_job_in_the_folder_is_refused(annotations, finished, capsys):
@@ -121,7 +121,7 @@ def test_a_folder_with_other_things_is_refused_and_left_alone(annotations, tmp_p
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "reason"),
     [
         (["--lrr", "1"], "did you mean --lr?"),
         (["--epochs", "many"], "--epochs"),
@@ -137,12 +137,12 @@ def test_a_folder_with_other_things_is_refused_and_left_alone(annotations, tmp_p
         (["--temperature", "0"], "--temperature"),
     ],
 )
-def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, capsys, annotations, arguments, said):
+def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, capsys, annotations, arguments, reason):
     monkeypatch.chdir(tmp_path)
     own = [] if "--annotations" in arguments else ["--annotations", str(annotations)]
     recipe = [] if "--recipe" in arguments else ["--recipe", "digits"]
     message = refused(capsys, train_coreg.main, *own, *recipe, "--output_dir", "run", *arguments)
-    assert said in message
+    assert reason in message
     assert not (tmp_path / "run").exists()
 
 
@@ -383,13 +383,13 @@ def test_a_share_of_the_images(small_store, tmp_path, monkeypatch, capsys):
     (folder,) = views_of(store := AnnotationStore.open(tmp_path / "ann"))
     features, test = View.open(folder, store).features(), np.flatnonzero(store.split == 1)
     both = np.concatenate([rows, test])
-    told, places = refined.manifest["refined"], np.arange(len(both))
-    expected = refine(features[both], store.probs()[both], places[:24], places[24:], told["prior"], told["weight"])
+    record, places = refined.manifest["refined"], np.arange(len(both))
+    expected = refine(features[both], store.probs()[both], places[:24], places[24:], record["prior"], record["weight"])
     np.testing.assert_array_equal(refined.probs()[both].argmax(axis=1), expected.probs.argmax(axis=1))
-    assert told["part"]["images"] == 24
+    assert record["part"]["images"] == 24
     left = np.setdiff1d(np.arange(len(store)), both)
     np.testing.assert_array_equal(refined.probs()[left], store.probs()[left])
-    changed = told["changed"]["accuracy"]["after"]["train"]
+    changed = record["changed"]["accuracy"]["after"]["train"]
     assert changed == pytest.approx((refined.probs()[rows].argmax(1) == store.labels[rows]).mean())
     # as many images, said as a number, are the same training; killed it goes on; another share is another job
     with killed_at(monkeypatch, 1):
@@ -401,10 +401,10 @@ def test_a_share_of_the_images(small_store, tmp_path, monkeypatch, capsys):
     assert "share was 0.25 and is 0.5" in line
 
 
-@pytest.mark.parametrize(("share", "said"), [
+@pytest.mark.parametrize(("share", "reason"), [
     ("0.01", "is 1 of the 97 readable"), ("98", "no more than there are"), ("2.5", "a whole number"), ("0", "--share"),
 ])  # fmt: skip
-def test_shares_that_cannot_be_had(small_store, tmp_path, capsys, share, said):
+def test_shares_that_cannot_be_had(small_store, tmp_path, capsys, share, reason):
     words = ["--annotations", small_store, *SMALL_JOB, "--share", share, "--output_dir", tmp_path / "x"]
-    assert said in refused(capsys, train_coreg.main, *words)
+    assert reason in refused(capsys, train_coreg.main, *words)
     assert not (tmp_path / "x").exists()

@@ -60,8 +60,8 @@ def flip_by_loop(labels, n_classes, q, eta, seed, superclass_of=None):
 def test_flip_is_the_procedure_image_by_image(q, eta):
     for n_classes in (7, 12):
         expected = flip_by_loop(LABELS, n_classes, q, eta, 3)
-        found = flip(LABELS, n_classes, q, eta, 3)
-        assert found.dtype == bool and (found == expected).all() and found.any(axis=1).all()
+        drawn = flip(LABELS, n_classes, q, eta, 3)
+        assert drawn.dtype == bool and (drawn == expected).all() and drawn.any(axis=1).all()
     related = hierarchical(LABELS, SUPERCLASS_OF, q, eta, 3)
     assert (related == flip_by_loop(LABELS, 7, q, eta, 3, SUPERCLASS_OF)).all()
 
@@ -91,10 +91,10 @@ def test_instance_follows_the_classifier_image_by_image(eta):
             r = np.nan_to_num(np.minimum(r * 0.4 / r.mean(), 1))
         chosen = {label} | {j for j in range(7) if first[i][j] < r[j]}
         sets.append(exchange(chosen, label, *second[i], eta, range(7)))
-    found = instance(LABELS, probs, 0.4, eta, 2)
-    assert (found == as_matrix(sets, 7)).all()
+    drawn = instance(LABELS, probs, 0.4, eta, 2)
+    assert (drawn == as_matrix(sets, 7)).all()
     if eta == 0:
-        assert found[0].sum() == 1 and found[1].sum() == 2
+        assert drawn[0].sum() == 1 and drawn[1].sum() == 2
 
 
 def within(share, expected, n, spread=0.25):
@@ -210,9 +210,9 @@ def evidence(tmp_path):
     labels, split = np.array([0, 1, 2, 0, -1, 1]), np.array([0, 0, 0, 0, 0, 1])
     images = ImageList("x", [f"{i}.png" for i in range(6)], labels, split, None, None)
     votes = np.array([[0, 0, 1], [1, 1, 1], [0, -1, 1], [-1, -1, -1], [2, 1, 0], [1, 2, 1]], dtype=np.int16)
-    told = {"features": None, "data_root": "data", "preprocessing": {}, "versions": {}}
+    fields = {"features": None, "data_root": "data", "preprocessing": {}, "versions": {}}
     model = {"spec": "m", "weights": "w"}
-    writer = StoreWriter(tmp_path / "ann", make_manifest(images, ["a", "b", "c"], ["1", "2", "3"], model, 6, **told))
+    writer = StoreWriter(tmp_path / "ann", make_manifest(images, ["a", "b", "c"], ["1", "2", "3"], model, 6, **fields))
     writer.begin(images)
     writer.write(0, {"votes": votes, "probs": np.full((6, 3), 1 / 3, dtype=np.float16)}, {})
     writer.finish(images.paths)
@@ -346,18 +346,18 @@ def test_a_store_of_made_up_votes_as_before_is_read_as_the_same_sets(place, tmp_
     old = AnnotationStore.open(tmp_path / "old")
     assert old.templates[0] == "synthetic candidate 1 ({})"
     assert (candidate_sets(old) == candidate_sets(new)).all() and (old.probs() == new.probs()).all()
-    said = []
+    printed = []
     for store in (new, old):
         with pytest.raises(UserError, match="drawn from true labels"):
             store.votes()
         capsys.readouterr()
         assert tool(["info", str(store.root)]) == 0 and tool(["verify", str(store.root)]) == 0
-        said.append(capsys.readouterr().out.replace(str(store.root), "STORE").split("\n"))
+        printed.append(capsys.readouterr().out.replace(str(store.root), "STORE").split("\n"))
         with pytest.raises(SystemExit):
             tool(["health", str(store.root)])
         assert "coreg.annotate info" in capsys.readouterr().err
         tool(["export", str(store.root), "--output", str(tmp_path / f"{store.root.name}.csv")])
-    assert [line for line in said[0] if "(eta" in line] == [line for line in said[1] if "(eta" in line] != []
+    assert [line for line in printed[0] if "(eta" in line] == [line for line in printed[1] if "(eta" in line] != []
     assert (tmp_path / "new.csv").read_text() == (tmp_path / "old.csv").read_text()
     weak = [dataclasses.replace(WeakLabels.from_store(store), source={}).hash for store in (new, old)]
     assert weak[0] == weak[1]

@@ -119,16 +119,16 @@ def test_a_mixture_is_fitted_to_a_part_of_very_many_images_and_mends_all(monkeyp
     rows, none = np.arange(3000), np.arange(0)
     all_of_them = refine(features, probs, rows, none, prior, 0.5)
     monkeypatch.setattr(whole_module, "ENTRIES_FITTED", 3 * 600)
-    found = refine(features, probs, rows, none, prior, 0.5)
+    refinement = refine(features, probs, rows, none, prior, 0.5)
     part = np.sort(whole_module.drawn(rows, "fitted")[:600])
     if prior == "estimated":
         alone = refine(features[part], probs[part], np.arange(600), none, prior, 0.5)
-        np.testing.assert_allclose(found.mixture.weights, alone.mixture.weights, atol=1e-6)
+        np.testing.assert_allclose(refinement.mixture.weights, alone.mixture.weights, atol=1e-6)
     # the share of a class in all images deviates by the error of a sample
-    np.testing.assert_allclose(found.mixture.shares, all_of_them.mixture.shares, rtol=4 * (3 / 600) ** 0.5)
-    right = [(p.probs.argmax(axis=1) == labels).mean() for p in (all_of_them, found)]
+    np.testing.assert_allclose(refinement.mixture.shares, all_of_them.mixture.shares, rtol=4 * (3 / 600) ** 0.5)
+    right = [(p.probs.argmax(axis=1) == labels).mean() for p in (all_of_them, refinement)]
     assert right[0] > 0.9 and right[1] > right[0] - 0.01
-    np.testing.assert_array_equal(found.probs, refine(features, probs, rows, none, prior, 0.5).probs)
+    np.testing.assert_array_equal(refinement.probs, refine(features, probs, rows, none, prior, 0.5).probs)
 
 
 def test_memory_beside_the_inputs_does_not_grow_with_the_table(monkeypatch):
@@ -141,9 +141,9 @@ def test_memory_beside_the_inputs_does_not_grow_with_the_table(monkeypatch):
     monkeypatch.setattr(module, "ENTRIES_AT_ONCE", 1 << 15)
     monkeypatch.setattr(whole_module, "JUDGED_IMAGES", 200)
     tracemalloc.start()
-    found = refine(features, probs, np.arange(0, n, 2), np.arange(1, n, 2), "uniform", 0.5)
+    refinement = refine(features, probs, np.arange(0, n, 2), np.arange(1, n, 2), "uniform", 0.5)
     for start in range(0, n, 1000):
-        found.part(slice(start, start + 1000))
+        refinement.part(slice(start, start + 1000))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 0.5 * probs.nbytes
@@ -175,11 +175,11 @@ def test_unequal_and_missing_classes_are_not_worse_than_the_annotator(gone):
         features = np.eye(9)[labels] + 0.35 * rng.normal(size=(len(labels), 9))
         named = np.where(rng.random(len(labels)) < 0.2, rng.integers(0, 9, len(labels)), labels)
         probs = softmax(2 * np.eye(9)[named] + rng.normal(size=(len(labels), 9)))
-        found = refine(features, probs, np.arange(len(labels)), np.arange(0))
-        before, after = ((p.argmax(axis=1) == labels).mean() for p in (probs, found.probs))
-        assert found.setting.prior == "estimated" and after >= before, (seed, before, after)
+        refinement = refine(features, probs, np.arange(len(labels)), np.arange(0))
+        before, after = ((p.argmax(axis=1) == labels).mean() for p in (probs, refinement.probs))
+        assert refinement.setting.prior == "estimated" and after >= before, (seed, before, after)
         true = np.bincount(labels, minlength=9) / len(labels)
-        assert np.abs(found.mixture.shares - true).sum() < 0.9 * np.abs(normalised(probs).mean(axis=0) - true).sum()
+        assert np.abs(refinement.mixture.shares - true).sum() < 0.9 * np.abs(normalised(probs).mean(axis=0) - true).sum()
 
 
 def test_the_projection_is_pca_of_standardised_features(monkeypatch):
@@ -211,16 +211,16 @@ def test_balancing_meets_the_prior_and_leaves_hopeless_classes_alone():
     held = softmax(logits + balanced(logits, np.full(4, 0.25), np.zeros(4), slack=0.2)).mean(axis=0)
     assert held.max() == pytest.approx(0.3, abs=1e-3) and held.min() > 0.2 - 1e-3
     logits[:, 3] = -1e5
-    found = softmax(logits + balanced(logits, np.full(4, 0.25), np.zeros(4)))
-    assert np.isfinite(found).all() and found[:, 3].max() == 0
+    mended = softmax(logits + balanced(logits, np.full(4, 0.25), np.zeros(4)))
+    assert np.isfinite(mended).all() and mended[:, 3].max() == 0
 
 
 def test_a_class_that_the_annotator_never_names_comes_back():
     features, _, labels = data(n=150, wrong=0.0, spread=0.3)
     named = np.where(labels == 2, 1, labels)
     probs = 0.94 * np.eye(3)[named] + 0.02
-    found = refine(features, probs, np.arange(150), np.arange(0), prior="uniform").probs.argmax(axis=1)
-    assert (named == labels).mean() < 0.7 and (found == labels).mean() > 0.95
+    mended = refine(features, probs, np.arange(150), np.arange(0), prior="uniform").probs.argmax(axis=1)
+    assert (named == labels).mean() < 0.7 and (mended == labels).mean() > 0.95
 
 
 def test_the_score_is_the_mean_over_folds_written_out():
@@ -267,12 +267,12 @@ def test_classes_are_balanced_only_where_they_come_out_nearly_equal():
 def test_refining_corrects_the_annotator_and_is_less_sure_than_the_mixture():
     features, probs, labels = data(n=600, spread=0.9)
     train, test = np.arange(400), np.arange(400, 600)
-    found = refine(features, probs, train, test)
-    before, after = ((p.argmax(axis=1) == labels) for p in (probs, found.probs))
+    refinement = refine(features, probs, train, test)
+    before, after = ((p.argmax(axis=1) == labels) for p in (probs, refinement.probs))
     assert after[train].mean() > before[train].mean() + 0.05 and after[test].mean() > before[test].mean() + 0.05
-    sure = responsibilities(found.mixture, found.projection(features[train]), probs[train]).max(axis=1).mean()
-    assert found.temperature >= 1 and found.probs[train].max(axis=1).mean() <= sure + 1e-3
-    np.testing.assert_allclose(found.probs.astype(float).sum(axis=1), 1, atol=5e-3)
+    sure = responsibilities(refinement.mixture, refinement.projection(features[train]), probs[train]).max(axis=1).mean()
+    assert refinement.temperature >= 1 and refinement.probs[train].max(axis=1).mean() <= sure + 1e-3
+    np.testing.assert_allclose(refinement.probs.astype(float).sum(axis=1), 1, atol=5e-3)
 
 
 def test_other_rows_are_classified_by_the_view_alone():
@@ -329,9 +329,9 @@ def test_odd_sets():
         "no spread within classes": (np.eye(3)[labels], np.eye(3)[labels]),
     }
     for name, (f, p) in odd.items():
-        found = refine(f, p, everything[: len(f)], none)
-        assert np.isfinite(found.probs).all() and found.probs.shape == p.shape, name
-        np.testing.assert_allclose(found.probs.astype(float).sum(axis=1), 1, atol=5e-3, err_msg=name)
+        refinement = refine(f, p, everything[: len(f)], none)
+        assert np.isfinite(refinement.probs).all() and refinement.probs.shape == p.shape, name
+        np.testing.assert_allclose(refinement.probs.astype(float).sum(axis=1), 1, atol=5e-3, err_msg=name)
     with pytest.raises(ValueError, match="no training rows"):
         refine(features, probs, none, everything)
 
@@ -340,6 +340,6 @@ def test_where_the_annotator_says_nothing_the_features_decide():
     features, probs, labels = data(n=300, spread=0.3, wrong=0.2)
     probs = probs.copy()
     probs[:50], probs[50:60] = 1 / 3, 0  # every template abstained; rounded to nothing
-    found = refine(features, probs, np.arange(300), np.arange(0)).probs
-    assert (found[:60].argmax(axis=1) == labels[:60]).mean() > 0.95
+    mended = refine(features, probs, np.arange(300), np.arange(0)).probs
+    assert (mended[:60].argmax(axis=1) == labels[:60]).mean() > 0.95
     np.testing.assert_array_equal(normalised(np.zeros((1, 4))), np.full((1, 4), 0.25))
