@@ -1,4 +1,4 @@
-"""Unsupervised distillation: one small network mimics what the annotator says of every image, and nothing else.
+"""Unsupervised distillation: one small network mimics the annotator's probabilities of every image, and nothing else.
 
     accelerate launch baselines/distill.py                                      # built-in digits
     accelerate launch baselines/distill.py --annotations ann --teacher single --output_dir runs/kd
@@ -65,7 +65,7 @@ from coreg.views.order import ShuffledRows
 def teacher_of(task: Task[DistillOptions]) -> tuple[np.ndarray, str]:
     """The teacher's probabilities of the training images, (N, C), and in words what they are.
 
-    The store keeps the mean over templates. What the first one says alone is scored anew from the stored features; where
+    The store keeps the mean over templates. Those of the first one alone are scored anew from the stored features; where
     the annotator cannot be loaded, its vote has to do. Labels that a person gave stand in for either.
     """
     store, rows, n_classes = task.store, task.data.samples.numpy(), len(task.store.class_names)

@@ -38,7 +38,7 @@ class ZeroShotConfig:
 
 @exits_with_one_line
 def read_settings(argv: Sequence[str]) -> ZeroShotConfig:
-    """What the command line says."""
+    """The command line, checked."""
     (config,) = parse(ZeroShotConfig, argv=argv, prog="baselines/zero_shot.py", description=__doc__)
     return config
 

@@ -73,7 +73,7 @@ class Divisions:
             self.chosen = {"epoch": epoch, "score": score, "nets": weights}
 
     def state_dict(self) -> dict[str, Any]:
-        """All of it."""
+        """All of it as tensors and plain values, for a checkpoint."""
         return {
             "losses": [torch.from_numpy(np.stack(rows)) if rows else None for rows in self.losses],
             "verdicts": [verdict.state_dict() for verdict in self.verdicts],

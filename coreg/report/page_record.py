@@ -70,7 +70,7 @@ class RunRecord:
 
     @property
     def method(self) -> str:
-        """Its name."""
+        """The name of the method."""
         return str(self.report["method"])
 
     @property

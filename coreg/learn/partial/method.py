@@ -88,7 +88,7 @@ class PartialBatch:
 
 
 class PartialMethod(nn.Module):
-    """A network that learns from candidate sets, and the state that its loss needs; derived classes say what differs.
+    """A network that learns from candidate sets, and the state that its loss needs; derived classes hold what differs.
 
     net: what is trained. key_net: its momentum encoder, where the method's `passes` ask for keys.
     """
