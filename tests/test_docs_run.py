@@ -21,7 +21,7 @@ SMALL = (
     "--recipe folder --pretrained false --backbone preact_resnet_tiny --image_size 12 --padding 1 --mean 0.3 --std 0.4 "
     "--epochs 2 --batch_size 32 --workers 0"
 )
-TRAINERS = ("train_coreg.py", "baselines/distill.py", "baselines/dividemix.py", "baselines/pll.py")
+TRAINERS = ("train_coreg.py", "baselines/distill.py", "baselines/dividemix.py", "baselines/pll.py", "baselines/probe.py")
 TUNERS = ("baselines/coop.py", "baselines/lora.py")
 
 # programs that are not run here, and where they are

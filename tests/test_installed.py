@@ -18,7 +18,7 @@ INSIDE = {"coreg": "coreg", "baselines": "coreg/baselines", "accelerate_configs"
 NAMES = "coop distill dividemix flips lora pll probe run_all zero_shot".split()
 CONFIGS = "bf16.yaml compile.yaml cpu.yaml multi_gpu.yaml multi_node.yaml single_gpu.yaml slurm.sh".split()
 TINY = [
-    "--recipe", "digits", "--refine", "none", "--share", "0.1", "--epochs", "1", "--projection_dim", "8", "--workers", "0",
+    "--recipe", "digits", "--refine", "none", "--share", "0.1", "--epochs", "1", "--workers", "0",
     "--backbone_args", '{"norm": "group", "widths": [8, 16], "depths": [1, 1]}', "--report_to", "none",
 ]  # fmt: skip
 # the checkout must not be found by what is tested
