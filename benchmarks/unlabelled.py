@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     store = AnnotationStore.open(args.store)
     rows = np.flatnonzero((store.split == 0) & ~store.unreadable)
     if len(rows) < 2:
-        raise UserError(f"{store.root} has {len(rows)} readable training images; at least two are contrasted")
+        raise UserError(f"{store.root} has {len(rows)} readable training images; annotate at least two")
     pixels = decode_annotated(store.images(), rows, args.size, args.channels, 2)
     network = train(pixels, args.epochs, not args.no_flip, args.seed)
     with making_folder(args.output_dir, "give another --output_dir") as folder:

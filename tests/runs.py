@@ -5,6 +5,7 @@ import dataclasses
 import importlib.util
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -55,6 +56,18 @@ def refused(capsys, main, *arguments):
     assert stopped.value.code == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     return line
+
+
+def on_two_processes(baseline, *words):
+    """Run baselines/BASELINE.py on two processes of the CPU, by the real launcher."""
+    config = ["--config_file", str(ROOT / "accelerate_configs" / "cpu.yaml"), "--num_processes", "2"]
+    place = str(ROOT / "baselines" / f"{baseline}.py")
+    done = subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.launch", *config, place, *map(str, words)],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def as_votes(drawn, folder, spec="m"):

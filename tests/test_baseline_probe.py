@@ -1,16 +1,13 @@
 """The probe against scikit-learn, and as a run like any other."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from runs import refused, script
+from runs import on_two_processes, refused, script
 from scipy.optimize import minimize
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
@@ -201,16 +198,9 @@ def test_a_run_like_any_other(small_store, tmp_path, capsys, targets):
 
 @pytest.mark.multiprocess
 def test_two_processes_fit_the_head_that_one_fits(small_store, tmp_path):
-    config = ["--config_file", str(ROOT / "accelerate_configs" / "cpu.yaml"), "--num_processes", "2"]
     words = ["--annotations", str(small_store), *JOB, "--head", "cosine", "--share", "50", "--output_dir"]
     probe.main([*words, str(tmp_path / "one")])
-    done = subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.launch", *config, str(ROOT / "baselines" / "probe.py"), *words,
-         str(tmp_path / "two")],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True, timeout=300,
-        check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
+    on_two_processes("probe", *words, tmp_path / "two")
     one, two = (read_run(tmp_path / name / "report.json").report for name in ("one", "two"))
     assert one["accuracy"] == two["accuracy"] and one["images"] == {"train": 50, "test": 5}
     assert one["last_epoch"]["loss/net1/total"] == pytest.approx(two["last_epoch"]["loss/net1/total"], abs=1e-9)

@@ -1,15 +1,12 @@
 """What the end of a run says of whom to trust: in report.json, on the page, in the card, on one and two processes."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from runs import refused, script
+from runs import on_two_processes, refused, script
 
 from coreg.report.trust import trust_lines
 from coreg.store.manifest import read_manifest
@@ -66,14 +63,7 @@ def test_pretrained_weights_judge_the_same_on_two_processes(run, digits, tmp_pat
     words = ["--annotations", str(digits.root), *JOB, "--backbone_args", "{}", "--refine", "none"]
     words += ["--backbone", f"local-dir:{run / 'export' / 'net1'}", "--output_dir"]
     probe.main([*words, str(tmp_path / "one")])
-    config = ["--config_file", str(ROOT / "accelerate_configs" / "cpu.yaml"), "--num_processes", "2"]
-    done = subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.launch", *config, str(ROOT / "baselines" / "probe.py"), *words,
-         str(tmp_path / "two")],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True, timeout=300,
-        check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
+    on_two_processes("probe", *words, tmp_path / "two")
     one, two = (report_of(tmp_path / name)["trust"] for name in ("one", "two"))
     assert one["kind"] == "weights" and one["agreement"] == two["agreement"] and one["most"] == two["most"]
     assert one["fit"]["score"] == pytest.approx(two["fit"]["score"], abs=1e-9)

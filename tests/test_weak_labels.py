@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from runs import as_votes
+from runs import as_votes, refused
 from safetensors.torch import save, save_file
 
 from coreg.annotate.tools import main as tool
@@ -299,16 +299,6 @@ def arguments(place, output, *more):
     return ["--images", str(place / "photos"), "--classes", str(place / "classes.txt"), "--output_dir", str(output), *more]
 
 
-def fails(capsys, argv):
-    """The one line that `main` leaves on stderr with exit code 2."""
-    with pytest.raises(SystemExit) as raised:
-        main(argv)
-    assert raised.value.code == 2
-    lines = capsys.readouterr().err.strip().split("\n")
-    assert len(lines) == 1 and lines[0].startswith("error: "), lines
-    return lines[0]
-
-
 def truth_of(store):
     return np.array([NAMES.index(path.split("/")[1].replace("_", " ")) for path in store.paths])
 
@@ -404,7 +394,7 @@ def test_the_same_command_again_gives_the_same_store_and_another_is_refused(plac
     (tmp_path / "ann" / "blocks").mkdir()
     main(command)  # finishes what was lost
     assert AnnotationStore.open(tmp_path / "ann").hash == digest
-    message = fails(capsys, [*command, "--seed", "1"])
+    message = refused(capsys, main, *[*command, "--seed", "1"])
     assert "another job" in message and AnnotationStore.open(tmp_path / "ann").hash == digest
 
 
@@ -454,18 +444,18 @@ def test_train_coreg_reads_the_store_unchanged(tmp_path, capsys):
 )
 def test_wrong_options_end_in_one_line(place, tmp_path, monkeypatch, capsys, more, words):
     monkeypatch.chdir(tmp_path)
-    assert words in fails(capsys, arguments(place, tmp_path / "ann", *more))
+    assert words in refused(capsys, main, *arguments(place, tmp_path / "ann", *more))
     assert not (tmp_path / "ann").exists()
 
 
 def test_images_without_a_known_label_are_an_error(place, tmp_path, capsys):
     (tmp_path / "list.csv").write_text("path,label\na.png,red thing\nb.png,\n")
     argv = ["--images", str(tmp_path / "list.csv"), "--output_dir", str(tmp_path / "ann")]
-    assert "no class names" in fails(capsys, argv)
+    assert "no class names" in refused(capsys, main, *argv)
     argv += ["--classes", str(place / "classes.txt")]
-    assert "1 of 2 images have no known label (the first, 'b.png')" in fails(capsys, argv)
+    assert "1 of 2 images have no known label (the first, 'b.png')" in refused(capsys, main, *argv)
     (tmp_path / "list.csv").write_text("path\na.png\nb.png\n")
-    assert "2 of 2 images" in fails(capsys, argv)
+    assert "2 of 2 images" in refused(capsys, main, *argv)
     assert not (tmp_path / "ann").exists()
 
 
@@ -482,7 +472,7 @@ def test_images_without_a_known_label_are_an_error(place, tmp_path, capsys):
 def test_wrong_probabilities_are_refused(place, tmp_path, capsys, tensors, words):
     save_file(tensors, tmp_path / "p.safetensors")
     more = ["--rule", "instance", "--probabilities", str(tmp_path / "p.safetensors")]
-    assert words in fails(capsys, arguments(place, tmp_path / "ann", *more))
+    assert words in refused(capsys, main, *arguments(place, tmp_path / "ann", *more))
 
 
 @pytest.mark.parametrize(
@@ -499,4 +489,4 @@ def test_wrong_probabilities_are_refused(place, tmp_path, capsys, tensors, words
 def test_wrong_superclasses_are_refused(place, tmp_path, capsys, text, words):
     (tmp_path / "s.csv").write_text(text)
     more = ["--rule", "hierarchical", "--superclasses", str(tmp_path / "s.csv")]
-    assert words in fails(capsys, arguments(place, tmp_path / "ann", *more))
+    assert words in refused(capsys, main, *arguments(place, tmp_path / "ann", *more))

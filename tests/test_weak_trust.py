@@ -145,7 +145,7 @@ def test_shuffled_evidence_is_the_measure():
     assert fit.score == pytest.approx(foretold(z, probs, HALF, ids % 5), abs=0.02)
     anew = probs[np.random.default_rng(0).permutation(400)]
     assert fit.shuffled == pytest.approx(foretold(z, anew, HALF, ids % 5), abs=0.05)
-    # noise is told from a view, whatever the annotator is like
+    # noise and a view come out differently, whatever the annotator is like
     hopeless = [own_fit(np.random.default_rng(s).normal(size=z.shape), probs, HALF, ids).hopeless for s in range(8)]
     assert np.mean(hopeless) >= 0.75
     few = own_fit(np.random.default_rng(0).normal(size=(30, 3)), probs[:30], HALF, ids[:30])

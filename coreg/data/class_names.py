@@ -34,7 +34,7 @@ def read_class_names(path: str) -> list[str]:
     if len(names) < 2:
         raise UserError(f"{path} holds one class name, {names[0][1]!r}; write at least two, one a line")
     if len(names) > MAX_CLASSES:
-        raise UserError(f"{path} holds {len(names)} class names; at most {MAX_CLASSES} can be told apart")
+        raise UserError(f"{path} holds {len(names)} class names; leave at most {MAX_CLASSES}")
     return distinct(path, names, "class name", same_name)
 
 
