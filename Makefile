@@ -9,7 +9,7 @@ DATA ?= data
 READY := $(VENV)/.installed
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow test-multiprocess compare evidence bench lint format
+.PHONY: demo test test-slow test-multiprocess compare evidence bench gpu lint format
 
 $(READY): setup.cfg pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -45,6 +45,10 @@ evidence: $(READY)
 # Ours against a plain implementation and against the bare passes of the networks; the tables go to docs/benchmarks.md
 bench: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks
+
+# What a GPU gives, within eight minutes; IMAGES is a zip file that `python -m benchmarks.gpu --pack FOLDER` wrote, or nothing
+gpu: $(READY)
+	$(BIN)/python -m benchmarks.gpu --page docs/benchmarks.md $(if $(IMAGES),--images $(IMAGES))
 
 lint: $(READY)
 	$(BIN)/ruff check .
