@@ -7,7 +7,6 @@ import difflib
 from collections.abc import Callable, Sequence
 
 import torch
-from timm.layers import freeze_batch_norm_2d, unfreeze_batch_norm_2d
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -55,8 +54,7 @@ def apply_tuners(backbone: nn.Module, names: Sequence[str], blocks: str, options
     """Freeze a timm network but for its classifier, and let the tuners say what trains.
 
     What is inserted works by hooks: the network's own forward passes stay, and so do the names of its weights (but for mask
-    tuning, where they are `parametrizations.NAME.original`). Batch normalisation of which nothing trains keeps its
-    statistics. Random numbers come from torch's generator.
+    tuning, where they are `parametrizations.NAME.original`). Random numbers come from torch's generator.
 
     Args:
         names: of `TUNERS`, in whatever order. blocks: which transformer blocks, see `parse_blocks`.
@@ -74,10 +72,6 @@ def apply_tuners(backbone: nn.Module, names: Sequence[str], blocks: str, options
     classifier = backbone.get_classifier()
     if isinstance(classifier, nn.Module):
         classifier.requires_grad_(True)
-    for module in [*backbone.modules()]:
-        for name, child in module.named_children():
-            if isinstance(child, nn.modules.batchnorm._BatchNorm) and not any(w.requires_grad for w in child.parameters()):
-                setattr(module, name, freeze_batch_norm_2d(child))
     return nn.ModuleDict({name: modules for name, modules in inserted.items() if modules})
 
 
@@ -98,10 +92,19 @@ def merge(backbone: nn.Module, tuners: nn.ModuleDict) -> nn.Module:
             weight.data = weight.data.float()
     mine = set(tuners.modules())
     for layer in backbone.modules():
-        for tensor in list(getattr(layer, "parametrizations", ())):
-            parametrize.remove_parametrizations(layer, tensor)
+        if parametrize.is_parametrized(layer):
+            _settle(layer)
         for key, hook in list(layer._forward_hooks.items()):
             if getattr(hook, "__self__", None) in mine:
                 hook.__self__.fold(layer)
                 del layer._forward_hooks[key]
-    return unfreeze_batch_norm_2d(backbone)
+    return backbone
+
+
+def _settle(layer: nn.Module) -> None:
+    """Make the tensors that a layer computes its weights. Torch's own function would change the class that copies share."""
+    tensors = {name: getattr(layer, name).detach() for name in layer.parametrizations}
+    del layer.parametrizations
+    layer.__class__ = type(layer).__bases__[0]
+    for name, tensor in tensors.items():
+        layer.register_parameter(name, nn.Parameter(tensor))
