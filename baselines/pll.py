@@ -50,7 +50,7 @@ from coreg.learn.partial import METHODS
 from coreg.learn.partial.method import PartialBatch, PartialMethod, Passes, Step
 from coreg.learn.pseudo import draw_mixup, mix
 from coreg.report.report import summary
-from coreg.run.epoch import judge
+from coreg.run.epoch import accuracy_on_test, end_steps
 from coreg.run.job import open_run
 from coreg.run.loop import Run
 from coreg.run.results import finish_networks
@@ -187,11 +187,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         for epoch in run.epochs(training, name):
             lr = learning_rate(job, options.schedule, epoch)
             train(run, task, training, lr)
-            curves = {"lr": lr} | judge(task, training)
+            end_steps(task, training)
+            curves = {"lr": lr} | accuracy_on_test(task, [method.judged()])
             drawn = method.finish_epoch(Step(epoch, job.epochs))
             run.log(training, curves | {f"method/{key}": value for key, value in drawn.items()})
 
-        report = finish_networks(run, task, training, [method.net], name, **fields)
+        report = finish_networks(run, task, training, [method.judged()], name, **fields)
         run.accelerator.print(summary(report, run.folder.root))
 
 

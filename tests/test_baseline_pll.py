@@ -1,5 +1,7 @@
 """baselines/pll.py through its own entry point and the real launcher: reports, resuming, refusals, processes."""
 
+import copy
+import csv
 import dataclasses
 import json
 import os
@@ -12,6 +14,7 @@ import pytest
 import torch
 from runs import final_state, refused, script, signalled_after, with_method
 
+from coreg.export.folder import load_export
 from coreg.learn.partial import METHODS
 from coreg.run.watch import EXIT_INTERRUPTED
 from coreg.store.store import AnnotationStore
@@ -69,6 +72,24 @@ def test_every_method_runs_to_its_report_and_the_same_command_again_does_nothing
     capsys.readouterr()
     small_run(small_store, tmp_path / "run", method)
     assert "finished" in capsys.readouterr().out
+
+
+def test_what_a_method_judges_by_is_tested_reported_and_exported(small_store, tmp_path, monkeypatch):
+    def certain_of_the_last_class(self):
+        net = copy.deepcopy(self.net)
+        net.backbone.fc.bias.data[-1] += 1000
+        return net
+
+    monkeypatch.setattr(METHODS["proden"], "judged", certain_of_the_last_class)
+    state, report = small_run(small_store, tmp_path / "run", "proden")
+    store = AnnotationStore.open(small_store)
+    share = float((store.labels[store.split == 1] == 2).mean())
+    assert [epoch["accuracy/test/ensemble"] for epoch in state["curves"]] == [pytest.approx(share)] * 3
+    assert report["accuracy"]["test"]["ensemble"] == pytest.approx(share)
+    rows = csv.DictReader((tmp_path / "run" / "labels.csv").open())
+    assert {row["label"] for row in rows} == {store.class_names[2]}
+    (net,), _ = load_export(tmp_path / "run")
+    assert net.fc.bias[2].item() > 900 > state["learners"][0]["net.backbone.fc.bias"].max().item()
 
 
 @pytest.mark.parametrize("method", ["proden", "cr_dpll", "pico", "lws"])

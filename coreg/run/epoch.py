@@ -21,14 +21,19 @@ from coreg.views.order import ShuffledRows
 
 
 def judge(task: Task[Any], training: Training) -> dict[str, float]:
-    """Let all processes agree on batch statistics, show the epoch, and test; gives accuracies as `accuracy_on_test`."""
+    """`end_steps`, and the learners' networks judged; gives accuracies as `accuracy_on_test`."""
+    end_steps(task, training)
+    return accuracy_on_test(task, training.nets)
+
+
+def end_steps(task: Task[Any], training: Training) -> None:
+    """Let all processes agree on batch statistics, and show the epoch."""
     accelerator = task.accelerator
     if accelerator.num_processes > 1:
         # without SyncBatchNorm, processes have seen different rows: agree on the mean statistics
         for net in training.nets:
             distribute_bn(net, accelerator.num_processes, reduce=True)
     main_process_decides(accelerator, lambda: show_epoch(accelerator, task.data, training, task.job.epochs))
-    return accuracy_on_test(task, training)
 
 
 @torch.no_grad()
@@ -46,11 +51,11 @@ def count_statistics(task: Task[Any], nets: Sequence[CoRegNet], epoch: int) -> N
         update_bn((task.data.view("weak", rows[my_slice(len(rows))], key) for rows in batches), net)
 
 
-def accuracy_on_test(task: Task[Any], training: Training) -> dict[str, float]:
+def accuracy_on_test(task: Task[Any], nets: Sequence[CoRegNet]) -> dict[str, float]:
     """Accuracy on the test images of each network and, as `ensemble`, of the sum of their logits, where it is known."""
     if task.test is None or (task.test_labels < 0).all():
         return {}
-    logits = [predict(net, task.test, "plain", (), 4 * task.job.batch_size)[0] for net in training.nets]
+    logits = [predict(net, task.test, "plain", (), 4 * task.job.batch_size)[0] for net in nets]
     predictions = {f"net{number}": rows for number, rows in enumerate(logits, start=1)} if len(logits) > 1 else {}
     predictions["ensemble"] = sum(logits)
     return {

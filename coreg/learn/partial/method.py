@@ -146,6 +146,13 @@ class PartialMethod(nn.Module):
         """Draw conclusions from the epoch that `step` belongs to; gives curves."""
         return {}
 
+    def judged(self) -> CoRegNet:
+        """The network whose logits are the method's prediction, as it is now: what is tested, reported and exported.
+
+        The trained one, where a method corrects its logits by nothing that it remembers.
+        """
+        return self.net
+
     def forward(self, batch: PartialBatch) -> dict[str, Tensor]:
         """The step's `loss` (with gradient) and its parts (without), each a scalar and this process's share.
 
