@@ -176,6 +176,7 @@ def report_variant(store: AnnotationStore, variant: str, folder: RunFolder, comm
     classes, log_p = judged(store)
     samples = {split: np.flatnonzero((store.split == number) & ~store.unreadable) for number, split in enumerate(SPLITS)}
     predictions = {split: classes[rows] for split, rows in samples.items()}
+    logits = None if log_p is None else {split: log_p[rows] for split, rows in samples.items()}
     report = build_report(
         method=name,
         store=store,
@@ -183,9 +184,8 @@ def report_variant(store: AnnotationStore, variant: str, folder: RunFolder, comm
         candidates=candidate_sets(store)[samples["train"]],
         samples=samples,
         predictions={split: {"ensemble": named} for split, named in predictions.items()},
-        label_free=without_labels(
-            store, "union", samples, predictions, None if log_p is None else {s: log_p[rows] for s, rows in samples.items()}
-        ),
+        logits=logits,
+        label_free=without_labels(store, "union", samples, predictions, logits),
         templates=template_table(store) if variant == "single" else None,
         wall_seconds=time.perf_counter() - started,
         command=command,

@@ -86,6 +86,23 @@ def test_scores_without_labels_are_means_over_the_runs_that_have_them(tmp_path, 
     assert float(line["covering_rate"]) == pytest.approx(0.85) and line["approximated_accuracy"] == ""
 
 
+def test_other_metrics_stand_in_a_table_of_their_own(tmp_path, capsys):
+    for seed, (f1, nll) in enumerate([(0.8, 0.5), (0.9, 0.75)]):
+        measured = {"test": {"macro_f1": f1, "nll": nll, "few": 0.25}, "train": {"macro_f1": 0.1, "ece": 0.1}}
+        write(tmp_path / f"coreg-{seed}", report(seed=seed, metrics=measured), seed=seed)
+    write(tmp_path / "kd", report("KD"))  # of an older version
+    out = printed(capsys, tmp_path)[0]
+    head, _, line = rows_of(out)[-3:]
+    assert head == ["method", "macro F1", "classes of few images", "NLL"]
+    assert line == ["Co-Reg", "85.0%", "25.0%", "0.625"]
+    assert "20 to 100" in out and "macro F1" in as_html(compare([read_run(tmp_path / "coreg-0" / "report.json")])[0])
+    lines = {row["method"]: row for row in csv.DictReader(io.StringIO(printed(capsys, tmp_path, "--format", "csv")[0]))}
+    assert float(lines["Co-Reg"]["test_macro_f1"]) == pytest.approx(0.85) and lines["Co-Reg"]["test_ece"] == ""
+    assert lines["KD"]["test_macro_f1"] == ""
+    write(tmp_path / "bad", report(seed=7, metrics={"test": {"macro_f1": "0.9"}}))
+    assert "metrics.test.macro_f1" in " ".join(printed(capsys, tmp_path)[1])
+
+
 def test_families_stand_in_the_order_of_the_papers_and_the_best_first(tmp_path, capsys):
     names = [
         "Supervised", "Co-Reg", "LoRA, 4 shots", "CoOp, 1 shot", "PiCO+", "CR-DPLL", "RC", "ALIM-Scale", "Brand new",

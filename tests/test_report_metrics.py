@@ -4,12 +4,16 @@ import math
 
 import numpy as np
 import pytest
-from sklearn.metrics import accuracy_score, recall_score
+from scipy.special import softmax
+from scipy.stats import gmean, hmean
+from sklearn.metrics import accuracy_score, f1_score, log_loss, recall_score
 
 from coreg.learn.division import Division
 from coreg.report.metrics import (
     accuracy,
     approximated_accuracy,
+    calibration_metrics,
+    class_metrics,
     collapse_warnings,
     consensus,
     covering_rate,
@@ -20,7 +24,7 @@ from coreg.report.metrics import (
     prototype_health,
     wilson_interval,
 )
-from coreg.report.report import known_labels_lines
+from coreg.report.report import known_labels_lines, metrics
 
 
 def test_accuracy_counts_known_labels_alone():
@@ -34,6 +38,91 @@ def test_per_class_accuracy_is_recall():
     labels, predictions = rng.integers(0, 4, 100), rng.integers(0, 4, 100)
     assert per_class_accuracy(predictions, labels, 5)[:4] == pytest.approx(recall_score(labels, predictions, average=None))
     assert per_class_accuracy(predictions, labels, 5)[4] is None
+
+
+@pytest.mark.parametrize("classes", [3, 8])
+def test_metrics_over_classes_are_those_of_scikit_learn_and_scipy(classes):
+    rng = np.random.default_rng(classes)
+    labels = rng.integers(0, classes, 200)
+    predictions = np.where(rng.random(200) < 0.5, labels, rng.integers(0, classes, 200))
+    ours = class_metrics(np.append(predictions, 1), np.append(labels, -1), classes)  # no label, no mistake
+    recall = recall_score(labels, predictions, average=None)
+    assert ours == pytest.approx(
+        {
+            "macro_f1": f1_score(labels, predictions, average="macro"),
+            "worst_class": min(recall),
+            "harmonic_mean": hmean(recall),
+            "geometric_mean": gmean(recall),
+        }
+    )
+
+
+def test_a_class_that_is_never_right_makes_no_mean_zero():
+    ours = class_metrics(np.array([0, 0, 0, 0]), np.array([0, 0, 1, 1]), 2)
+    # F1: 2 x 2 / (2 + 4) and 0; recalls 1 and 0, of which the second counts as 0.00001
+    assert ours == pytest.approx(
+        {
+            "macro_f1": (2 / 3) / 2,
+            "worst_class": 0,
+            "harmonic_mean": 2 / (1 + 1e5),
+            "geometric_mean": math.sqrt(1e-5),
+        }
+    )
+
+
+def test_classes_without_images_and_a_single_class():
+    # of four classes 0 and 2 have labelled images, 3 is named without being true, 1 is nowhere
+    labels, predictions = np.array([0, 0, 2, 2]), np.array([0, 3, 2, 2])
+    ours = class_metrics(predictions, labels, 4)
+    assert ours["macro_f1"] == pytest.approx(f1_score(labels, predictions, average="macro"))
+    assert ours["macro_f1"] == pytest.approx((2 / 3 + 1) / 3)
+    assert ours["worst_class"] == 0.5 and ours["harmonic_mean"] == pytest.approx(2 / 3)
+    alone = class_metrics(np.array([0, 0, -1]), np.zeros(3, dtype=int), 1, np.array([500]))
+    # no prediction is a mistake, and one group of classes says nothing that the accuracy does not
+    assert alone == pytest.approx(
+        {"macro_f1": 2 * 2 / (3 + 2), "worst_class": 2 / 3, "harmonic_mean": 2 / 3, "geometric_mean": 2 / 3}
+    )
+    assert class_metrics(predictions, np.full(4, -1), 4) == calibration_metrics(np.zeros((4, 4)), np.full(4, -1)) == {}
+
+
+def test_classes_by_the_number_of_their_training_images():
+    counts = np.array([101, 100, 20, 19, 0])
+    labels = np.array([0, 0, 1, 1, 2, 2, 3, 4])
+    predictions = np.array([0, 1, 1, 1, 0, 2, 3, 0])
+    ours = class_metrics(predictions, labels, 5, counts)
+    assert [ours[name] for name in ("many", "medium", "few")] == [0.5, (1 + 0.5) / 2, (1 + 0) / 2]
+    # no test image of a class with few
+    ours = class_metrics(predictions[:6], labels[:6], 5, counts)
+    assert "few" not in ours and ours["medium"] == 0.75
+    # a report leaves them out where some training image may belong to any class
+    truth = {"train": np.repeat(np.arange(5), counts), "test": labels}
+    assert "few" in metrics(predictions, truth, "test", 5, None)
+    assert "few" not in metrics(predictions, truth | {"train": np.append(truth["train"], -1)}, "test", 5, None)
+
+
+def test_calibration_is_that_of_scikit_learn_and_of_a_loop(monkeypatch):
+    rng = np.random.default_rng(0)
+    logits, labels = 3 * rng.normal(size=(300, 4)), rng.integers(0, 4, 300)
+    labels[::7] = -1
+    known, probs = labels >= 0, softmax(logits, axis=1)
+    bins = {}
+    for row in np.flatnonzero(known):
+        confidence = probs[row].max()
+        bins.setdefault(math.ceil(confidence * 15), []).append((confidence, probs[row].argmax() == labels[row]))
+    gaps = [abs(np.mean([c for c, _ in of]) - np.mean([r for _, r in of])) * len(of) for of in bins.values()]
+    for rows in (1 << 14, 50):
+        monkeypatch.setattr("coreg.report.metrics._ROWS", rows)
+        ours = calibration_metrics(logits, labels)
+        assert ours["nll"] == pytest.approx(log_loss(labels[known], probs[known], labels=range(4)))
+        assert ours["ece"] == pytest.approx(sum(gaps) / known.sum())
+
+
+def test_certain_predictions_have_finite_metrics():
+    with np.errstate(divide="ignore"):
+        log_p = np.log(np.array([[1.0, 0.0], [1.0, 0.0]], dtype=np.float16))
+    ours = calibration_metrics(log_p, np.array([0, 1]))
+    assert ours["ece"] == 0.5  # certain, and right half the time
+    assert ours["nll"] == pytest.approx(log_loss([0, 1], [[1.0, 0.0], [1.0, 0.0]]))
 
 
 def test_wilson_interval():

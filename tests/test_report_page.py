@@ -129,6 +129,17 @@ def test_the_headline_and_its_intervals():
     assert f"{mended} of the annotator’s {mistakes} mistakes are set right, {broken} new ones made" in shown_page.plain
 
 
+def test_other_metrics_of_the_judged_split():
+    record = record_of()
+    assert "Other metrics" not in page(record)
+    record.report["metrics"] = {"test": {"macro_f1": 0.8125, "nll": 0.4321}, "train": {"macro_f1": 0.5}}
+    plain = Page(page(record)).plain
+    assert "Other metrics, test images macro F1 81.2% NLL 0.432" in plain and "50.0%" not in plain.split("Health")[0]
+    record = record_of(tested=False)
+    record.report["metrics"] = {"train": {"few": 0.5}}
+    assert "Other metrics, training images classes of few images 50.0%" in Page(page(record)).plain
+
+
 def test_candidate_sets_that_were_drawn_have_no_annotator_to_be_better_than():
     record = record_of()
     del record.report["annotator"]["zero_shot_accuracy"]

@@ -7,11 +7,27 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from scipy.special import logsumexp
+from scipy.special import log_softmax, logsumexp
 
 from coreg.learn.division import Division
 
 MOST_CURVES = 50  # classes with a curve each
+FLOOR = 1e-5  # smallest accuracy of a class in the harmonic and the geometric mean, which one class at 0 would make 0
+MANY, FEW = 100, 20  # training images a class: more than `MANY`, fewer than `FEW`, and medium between them
+BINS = 15  # of the expected calibration error
+# name in report.json -> in words
+METRICS = {
+    "macro_f1": "macro F1",
+    "worst_class": "worst class",
+    "harmonic_mean": "harmonic mean of classes",
+    "geometric_mean": "geometric mean of classes",
+    "many": "classes of many images",
+    "medium": "classes of medium size",
+    "few": "classes of few images",
+    "nll": "NLL",
+    "ece": "ECE",
+}
+_ROWS = 1 << 14  # judged at a time, so that memory is not another table of float64 logits
 
 
 def accuracy(predictions: np.ndarray, labels: np.ndarray) -> float | None:
@@ -23,6 +39,75 @@ def accuracy(predictions: np.ndarray, labels: np.ndarray) -> float | None:
 def per_class_accuracy(predictions: np.ndarray, labels: np.ndarray, n_classes: int) -> list[float | None]:
     """Recall of each class; None for a class without a labelled row."""
     return [accuracy(predictions[labels == c], labels[labels == c]) for c in range(n_classes)]
+
+
+def class_metrics(
+    predictions: np.ndarray, labels: np.ndarray, n_classes: int, counts: np.ndarray | None = None
+) -> dict[str, float]:
+    """How a classifier fares over the classes, as the literature of long tails reports it; nothing without labels.
+
+    Args:
+        predictions: int64 (n,), -1 for none. labels: int64 (n,), -1 unknown. n_classes: C.
+        counts: int64 (C,), training images of each class, where they are known.
+
+    Returns:
+        `macro_f1`, mean F1 over the classes that are true or named somewhere; of the recalls of the classes that have
+        labelled images `worst_class`, and `harmonic_mean` and `geometric_mean` with `FLOOR`; and the mean recall of the
+        classes with `many`, `medium` and `few` training images (Liu et al., "Large-scale long-tailed recognition in an open
+        world", CVPR 2019), where the classes are not all in one of these groups.
+    """
+    known = labels >= 0
+    if not known.any():
+        return {}
+    named, truth = predictions[known], labels[known]
+    right = np.bincount(truth[named == truth], minlength=n_classes)
+    there, called = np.bincount(truth, minlength=n_classes), np.bincount(named[named >= 0], minlength=n_classes)
+    seen = there + called > 0
+    recall = right[there > 0] / there[there > 0]
+    floored = np.maximum(recall, FLOOR)
+    metrics = {
+        "macro_f1": (2 * right[seen] / (there + called)[seen]).mean(),
+        "worst_class": recall.min(),
+        "harmonic_mean": 1 / (1 / floored).mean(),
+        "geometric_mean": np.exp(np.log(floored).mean()),
+    }
+    if counts is not None:
+        shown = counts[there > 0]
+        groups = {"many": shown > MANY, "medium": (shown >= FEW) & (shown <= MANY), "few": shown < FEW}
+        filled = {name: recall[group].mean() for name, group in groups.items() if group.any()}
+        metrics |= filled if len(filled) > 1 else {}
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def calibration_metrics(logits: np.ndarray, labels: np.ndarray, bins: int = BINS) -> dict[str, float]:
+    """How right the probabilities softmax(logits) are; nothing without labels.
+
+    Args:
+        logits: float (n, C). labels: int64 (n,), -1 unknown.
+
+    Returns:
+        `nll`, the mean of -log p(label), where p is 2.2e-16 at least, as in scikit-learn; and `ece`, the expected
+        calibration error: the mean over the images of |accuracy - confidence| of the bin of confidences that an image is
+        in, of equally wide bins (Guo et al., "On calibration of modern neural networks", ICML 2017, equation 3).
+    """
+    rows = np.flatnonzero(labels >= 0)
+    if not len(rows):
+        return {}
+    nll, gaps = 0.0, np.zeros(bins)
+    for start in range(0, len(rows), _ROWS):
+        some = rows[start : start + _ROWS]
+        log_p, truth = log_softmax(logits[some].astype(np.float64), axis=1), labels[some]
+        # an annotator's probabilities are float16, and may be 0
+        nll -= np.maximum(log_p[np.arange(len(some)), truth], np.log(np.finfo(np.float64).eps)).sum()
+        confidence, right = np.exp(log_p.max(axis=1)), log_p.argmax(axis=1) == truth
+        place = np.clip(np.ceil(confidence * bins).astype(np.int64) - 1, 0, bins - 1)
+        gaps += np.bincount(place, weights=right - confidence, minlength=bins)
+    return {"nll": float(nll / len(rows)), "ece": float(np.abs(gaps).sum() / len(rows))}
+
+
+def written(metric: str, value: float) -> str:
+    """A number of `METRICS` for people: shares in percent, the negative log-likelihood in nats."""
+    return f"{value:.3f}" if metric == "nll" else f"{value:.1%}"
 
 
 def wilson_interval(share: float, n: int, z: float = 1.96) -> tuple[float, float]:

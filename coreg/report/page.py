@@ -13,7 +13,7 @@ import numpy as np
 
 from coreg.files import write_atomically
 from coreg.report import page_charts, page_classes
-from coreg.report.metrics import accuracy, mean_prediction_entropy, wilson_interval
+from coreg.report.metrics import METRICS, accuracy, mean_prediction_entropy, wilson_interval, written
 from coreg.report.page_charts import COLOURS, Interval, Line, interval_chart, line_chart, mixture_chart
 from coreg.report.page_images import (
     LABEL_NEXT,
@@ -80,6 +80,7 @@ def _headline(record: RunRecord) -> str:
         gain = f"; the annotator had {percent(before)} ({100 * (after - before):+.1f} points)" if _is_judged(record) else ""
         parts.append(f"<h1>{percent(after)} of the {name} images are right{gain}</h1>")
         parts.append(_intervals(record, name, split))
+        parts.append(_metrics(record, name, "test" if split is record.test else "train"))
     if verdict := trust_lines(report):
         kind = "good" if report["trust"]["most"] == "student" else "bad"
         parts.append(f'<p class="{kind}">{text(verdict[0])}</p><p class="note">{text(" ".join(verdict[1:]))}</p>')
@@ -118,6 +119,15 @@ def _intervals(record: RunRecord, name: str, split: Split) -> str:
     counts = f"{int(known.sum()):,} of {len(known):,} {name} images have a known label"
     note = f"{counts}; lines are 95% intervals (Wilson).{paired}"
     return f'<div class="intervals">{interval_chart(rows)}</div><p class="note">{note}</p>'
+
+
+def _metrics(record: RunRecord, name: str, split: str) -> str:
+    """What is measured of the judged split besides the accuracy."""
+    measured = record.report.get("metrics", {}).get(split, {})
+    if not measured:
+        return ""
+    rows = [(text(METRICS[metric]), written(metric, value)) for metric, value in measured.items() if metric in METRICS]
+    return f"<details><summary>Other metrics, {name} images</summary>{table(('', ''), rows, 'facts')}</details>"
 
 
 def _health(record: RunRecord) -> str:

@@ -25,6 +25,7 @@ REPORT = {
     "seed": Number(),
     "labels_used": _COUNT,
     "accuracy": Maybe(Each({"ensemble": _SHARE, "interval": [_SHARE], "n": Maybe(_COUNT)})),
+    "metrics": Maybe(Each(Each(_AMOUNT))),
     "refined": Maybe({"features": str, "accuracy": Maybe(Each(_SHARE))}),
     "label_free": Maybe(
         {

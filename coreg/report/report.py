@@ -17,7 +17,14 @@ import torch
 from coreg.data.folders import unmatched_folders
 from coreg.files import replacing
 from coreg.plaintext import csv_rows, printable
-from coreg.report.metrics import accuracy, label_free_scores, per_class_accuracy, wilson_interval
+from coreg.report.metrics import (
+    accuracy,
+    calibration_metrics,
+    class_metrics,
+    label_free_scores,
+    per_class_accuracy,
+    wilson_interval,
+)
 from coreg.report.record import SCHEMA
 from coreg.report.trust import trust_lines
 from coreg.store.store import AnnotationStore
@@ -70,6 +77,23 @@ def accuracies(predictions: dict[str, np.ndarray], labels: np.ndarray) -> dict[s
         return {}
     shares = {name: accuracy(predicted, labels) for name, predicted in predictions.items()}
     return shares | {"n": n, "interval": list(wilson_interval(next(iter(shares.values())), n))}
+
+
+def metrics(
+    named: np.ndarray | None, truth: dict[str, np.ndarray], split: str, n_classes: int, logits: np.ndarray | None
+) -> dict[str, float]:
+    """What of the method's own predictions of a split is measured besides their accuracy; empty where no label is known.
+
+    Args:
+        named: int64 (n,), -1 for none; None where nothing is predicted. truth: of each split int64 (n,), -1 unknown.
+        logits: float (n, C), whose softmax is the probabilities, where there are some.
+    """
+    if named is None:
+        return {}
+    # of a class whose images are not all known nobody knows whether it has many
+    counts = np.bincount(truth["train"], minlength=n_classes) if (truth["train"] >= 0).all() else None
+    over_classes = class_metrics(named, truth[split], n_classes, counts)
+    return over_classes | ({} if logits is None else calibration_metrics(logits, truth[split]))
 
 
 def per_class(
@@ -158,6 +182,7 @@ def build_report(
     samples: dict[str, np.ndarray],
     predictions: dict[str, dict[str, np.ndarray]],
     labels_used: int = 0,
+    logits: dict[str, np.ndarray] | None = None,
     **measured: Any,
 ) -> dict[str, Any]:
     """The report of a run in the one schema that every method writes. Missing ground truth means missing fields.
@@ -168,6 +193,7 @@ def build_report(
         samples: for `train` and `test` the rows of the store, int64 (n,); `test` may be empty.
         predictions: for `train` and `test`, by name (`ensemble` first), int64 (n,); `test` may be empty.
         labels_used: number of true labels that training saw.
+        logits: for `train` and `test` float (n, C), whose softmax is the method's own probabilities, where it has some.
         measured: further numbers: `parameters`, `images_per_second`, `wall_seconds`, `command`, …
     """
     probs, names = store.probs(), store.class_names
@@ -193,6 +219,10 @@ def build_report(
                 "mean_candidates": mean_candidates(candidates),
             },
             "accuracy": {split: accuracies(by_name, truth[split]) for split, by_name in predictions.items() if by_name},
+            "metrics": {
+                split: metrics(by_name.get("ensemble"), truth, split, len(names), (logits or {}).get(split))
+                for split, by_name in predictions.items()
+            },
             "per_class_accuracy": per_class(
                 names, truth[judged], None if store.drawn else zero_shot[judged], predictions[judged].get("ensemble")
             ),

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from coreg.plaintext import csv_rows, printable
+from coreg.report.metrics import METRICS, written
 from coreg.webpage import bar, document, table, text
 
 # in the order of the papers' tables; a method belongs where the first word of its name is listed
@@ -40,6 +41,11 @@ HEAD = (
     "M parameters",
     "training s",
     "wall s",
+)
+MEASURED = (
+    "Other metrics on the test images, means over the seeds; NLL is in nats. Harmonic and geometric mean are of the "
+    "accuracies of the classes; classes of many images have more than 100 for training, of medium size 20 to 100, of few "
+    "fewer than 20."
 )
 READING = (
     "Accuracy of the last epoch; ± is the standard deviation over seeds (n − 1), in parentheses stands the 95 % Wilson "
@@ -95,6 +101,12 @@ class Row:
         known = [value for value in values if value is not None]
         return statistics.fmean(known) if known else None
 
+    def metric(self, name: str) -> float | None:
+        """Mean over the runs of one of `METRICS`, on the test images."""
+        values = [((run.report.get("metrics") or {}).get(TEST) or {}).get(name) for run in self.runs]
+        known = [value for value in values if value is not None]
+        return statistics.fmean(known) if known else None
+
     @property
     def epochs(self) -> str | None:
         """Epochs of each run, None where nothing was trained or nobody wrote it down."""
@@ -128,6 +140,17 @@ class Table:
     @property
     def heading(self) -> str:
         return f"{self.dataset}, annotated by {self.annotator}"
+
+    def metrics(self) -> tuple[list[str], list[list[str]]]:
+        """Heading and lines of the table of other metrics, as plain texts: the rows and columns that have some."""
+        shown = [name for name in METRICS if any(row.metric(name) is not None for row in self.rows)]
+        lines = []
+        for row in self.rows:
+            values = {name: row.metric(name) for name in shown}
+            if any(value is not None for value in values.values()):
+                texts = ("–" if value is None else written(name, value) for name, value in values.items())
+                lines.append([row.name, *texts])
+        return ["method", *(METRICS[name] for name in shown)], lines
 
     def families(self) -> list[tuple[str, list[Row]]]:
         """Rows by family, in order."""
@@ -211,10 +234,17 @@ def as_markdown(tables: Sequence[Table]) -> str:
         body: list[list[str]] = []
         for name, rows in shown.families():
             body += [[f"**{name}**"] + [""] * (len(HEAD) - 1), *([_plain(cell) for cell in cells(row)] for row in rows)]
-        widths = [max(map(len, column)) for column in zip(HEAD, *body)]
-        ruler = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-        lines += [f"## {_plain(shown.heading)}", "", *(_line(row, widths) for row in (HEAD, ruler, *body)), ""]
+        lines += [f"## {_plain(shown.heading)}", "", *_lines(HEAD, body), ""]
+        head, measured = shown.metrics()
+        if measured:
+            lines += [MEASURED, "", *_lines(head, [[_plain(cell) for cell in row] for row in measured]), ""]
     return "\n".join([*lines, READING]) + "\n"
+
+
+def _lines(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(head, *body)]
+    ruler = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    return [_line(row, widths) for row in (head, ruler, *body)]
 
 
 def _line(row: Sequence[str], widths: Sequence[int]) -> str:
@@ -234,7 +264,7 @@ def as_csv(tables: Sequence[Table]) -> str:
     judged = [f"{split}_{what}" for split in (TEST, TRAIN) for what in ("mean", "sd", "low", "high")]
     names = ("parameters", "training_seconds", "wall_seconds")
     heading = ["dataset", "annotator", "family", "method", "special", "seeds", *judged, *WITHOUT_LABELS]
-    write([*heading, "labels_used", "epochs", *names])
+    write([*heading, "labels_used", "epochs", *names, *(f"test_{name}" for name in METRICS)])
     for shown in tables:
         for row in shown.rows:
             seeds = " ".join(str(run.report["seed"]) for run in row.runs)
@@ -242,6 +272,7 @@ def as_csv(tables: Sequence[Table]) -> str:
             numbers = [number for split in (TEST, TRAIN) for number in _numbers(row, split)]
             numbers += map(row.without_labels, WITHOUT_LABELS)
             numbers += [row.runs[0].report["labels_used"], row.epochs, *(row.mean(name) for name in names)]
+            numbers += map(row.metric, METRICS)
             write([*map(printable, words), *numbers])
     return file.getvalue()
 
@@ -265,6 +296,10 @@ def as_html(tables: Sequence[Table]) -> str:
                 shares = row.shares(TEST)
                 lines.append([named, test, bar(statistics.fmean(shares)) if shares else "", *rest])
         parts += [f"<h2>{text(printable(shown.heading))}</h2>", table([HEAD[0], HEAD[1], "", *HEAD[2:]], lines)]
+        head, measured = shown.metrics()
+        if measured:
+            escaped = ([text(printable(cell)) for cell in row] for row in measured)
+            parts += [f'<p class="note">{text(MEASURED)}</p>', table([text(name) for name in head], escaped)]
     return document("Comparison of methods", *parts)
 
 

@@ -131,6 +131,7 @@ def _report(run: Run, training: Training, predicted: Predictions, **more: Any) -
         part=_part(run),
         refined=predicted.refined,
         weak_labels=predicted.weak and predicted.weak.source | {"hash": predicted.weak.hash},
+        logits=_mean_logits(predicted),
         label_free=_without_labels(run, predicted),
         labels_used=int((predicted.known >= 0).sum()),
         warnings=[
@@ -177,6 +178,12 @@ def _part(run: Run) -> dict[str, Any] | None:
     return None if asked == 1 else {"asked": asked, "available": available}
 
 
+def _mean_logits(predicted: Predictions) -> dict[str, np.ndarray]:
+    """Of each split, (n, C): the mean over the networks, whose softmax is the probabilities of labels.csv."""
+    number = max(len(predicted.logits["train"]) - 1, 1)
+    return {split: rows["ensemble"] / (number * predicted.temperature) for split, rows in predicted.logits.items()}
+
+
 def _without_labels(run: Run, predicted: Predictions) -> dict[str, Any] | None:
     """What the report says without labels."""
     nets = [rows for name, rows in predicted.logits["train"].items() if name != "ensemble"]
@@ -185,7 +192,7 @@ def _without_labels(run: Run, predicted: Predictions) -> dict[str, Any] | None:
         run.job.candidates,
         predicted.samples,
         predicted.classes,
-        {split: rows["ensemble"] / (max(len(nets), 1) * predicted.temperature) for split, rows in predicted.logits.items()},
+        _mean_logits(predicted),
         [log_softmax(rows.astype(np.float64), axis=1) for rows in nets],
     )
 
