@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import difflib
 import posixpath
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -57,52 +57,86 @@ def read_labels(csv_path: str, paths: Sequence[str], class_names: Sequence[str])
         UserError: the file cannot be read, has no such columns or no label at all, names an unknown image or class, or
             labels an image twice in different ways.
     """
-    row_of = {path: row for row, path in enumerate(paths)}
     find = lookup(class_names)
     label_of: dict[int, int] = {}
-    try:
-        # file names need not be UTF-8; what is no UTF-8 finds its counterpart in the list
-        with Path(csv_path).open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-            reader = csv.DictReader(file, restval="")
-            missing = [name for name in ("path", "label") if name not in (reader.fieldnames or [])]
-            if missing:
-                raise UserError(
-                    f"{csv_path} has no column {missing[0]!r}: its first line is {','.join(reader.fieldnames or [])!r}, "
-                    f"and has to name path,label separated by commas"
-                )
-            for line in reader:
-                place, path, label = f"{csv_path} line {reader.line_num}", line["path"], line["label"].strip()
-                if None in line:
-                    raise UserError(f"{place} has more fields than the header; put quotes around paths with commas")
-                row = row_of.get(path, row_of.get(posixpath.normpath(path), -1))
-                if row < 0:
-                    raise UserError(f"{place} names {path!r}, which is none of the {len(paths)} images{_near(path, paths)}")
-                if not label:
-                    continue
-                index = find(label)
-                if index < 0:
-                    hint = _did_you_mean(difflib.get_close_matches(label, class_names, n=1))
-                    raise UserError(f"{place} has the label {label!r}, which is none of the class names{hint}")
-                if label_of.setdefault(row, index) != index:
-                    raise UserError(
-                        f"{place} labels {path!r} as {label!r}, but a line before says {class_names[label_of[row]]!r}; "
-                        f"keep one of them"
-                    )
-    except (OSError, csv.Error) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise UserError(f"cannot read the labels in {csv_path}: {reason}; give a CSV file with path,label") from None
+    for place, row, line in lines_of_images(csv_path, paths, ("path", "label")):
+        label = line["label"].strip()
+        if not label:
+            continue
+        index = class_of(label, find, class_names, place)
+        if label_of.setdefault(row, index) != index:
+            raise UserError(
+                f"{place} labels {line['path']!r} as {label!r}, but a line before says {class_names[label_of[row]]!r}; "
+                f"keep one of them"
+            )
     if not label_of:
         raise UserError(f"{csv_path} labels no image; write one path,label a line below the header")
     table = np.array(sorted(label_of.items()), dtype=np.int64)
     return table[:, 0], table[:, 1]
 
 
+def lines_of_images(
+    csv_path: str, paths: Sequence[str], columns: Sequence[str]
+) -> Iterator[tuple[str, int, dict[str, str]]]:
+    """The lines of a CSV file about images, one after the other.
+
+    Args:
+        csv_path: UTF-8, with or without a byte order mark; the first line names the columns.
+        paths: N image paths as the image list writes them.
+        columns: that the file has to have, `path` among them.
+
+    Yields:
+        Where the line is, for errors; the row of its image; what stands in each column.
+
+    Raises:
+        UserError: the file cannot be read, lacks a column or names an unknown image.
+    """
+    row_of = {path: row for row, path in enumerate(paths)}
+    try:
+        # file names need not be UTF-8; what is no UTF-8 finds its counterpart in the list
+        with Path(csv_path).open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+            reader = csv.DictReader(file, restval="")
+            missing = [name for name in columns if name not in (reader.fieldnames or [])]
+            if missing:
+                raise UserError(
+                    f"{csv_path} has no column {missing[0]!r}: its first line is {','.join(reader.fieldnames or [])!r}, "
+                    f"and has to name {','.join(columns)} separated by commas"
+                )
+            for line in reader:
+                place, path = f"{csv_path} line {reader.line_num}", line["path"]
+                if None in line:
+                    raise UserError(f"{place} has more fields than the header; put quotes around paths with commas")
+                row = row_of.get(path, row_of.get(posixpath.normpath(path), -1))
+                if row < 0:
+                    raise UserError(f"{place} names {path!r}, which is none of the {len(paths)} images{_near(path, paths)}")
+                yield place, row, line
+    except (OSError, csv.Error) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(
+            f"cannot read the labels in {csv_path}: {reason}; give a CSV file with {','.join(columns)}"
+        ) from None
+
+
+def class_of(name: str, find: Callable[[str], int], class_names: Sequence[str], place: str) -> int:
+    """The class that a person named at this place, by `find` of `lookup(class_names)`.
+
+    Raises:
+        UserError: there is no such class.
+    """
+    index = find(name)
+    if index < 0:
+        hint = did_you_mean(difflib.get_close_matches(name, class_names, n=1))
+        raise UserError(f"{place} has the label {name!r}, which is none of the class names{hint}")
+    return index
+
+
 def _near(path: str, paths: Sequence[str]) -> str:
     """A hint at the image that was meant: one of the same file name, or else one written alike."""
     name = path.replace("\\", "/").rsplit("/", 1)[-1]
     same_name = [known for known in paths if known.rsplit("/", 1)[-1] == name]
-    return _did_you_mean(difflib.get_close_matches(path, same_name or paths, n=1, cutoff=0.0 if same_name else 0.6))
+    return did_you_mean(difflib.get_close_matches(path, same_name or paths, n=1, cutoff=0.0 if same_name else 0.6))
 
 
-def _did_you_mean(matches: Sequence[str]) -> str:
+def did_you_mean(matches: Sequence[str]) -> str:
+    """The end of an error: what was meant, if there is a match."""
     return f", did you mean {matches[0]!r}?" if matches else ""
