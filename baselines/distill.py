@@ -15,7 +15,7 @@ from typing import Literal
 
 from coreg.config import option
 from coreg.errors import UserError, exits_with_one_line
-from coreg.settings import ImageConfig, JobConfig, read_student
+from coreg.settings import ImageConfig, JobConfig, read_student, refuse_prefilter
 
 NAMES = {"single": "KD, single template", "averaged": "KD, averaged"}
 
@@ -36,7 +36,9 @@ class DistillOptions:
 @exits_with_one_line
 def read_settings(argv: Sequence[str]) -> tuple[JobConfig, ImageConfig, DistillOptions]:
     """Recipe and command line, checked."""
-    return read_student(argv, "baselines/distill.py", __doc__, DistillOptions)
+    job, image_options, method = read_student(argv, "baselines/distill.py", __doc__, DistillOptions)
+    refuse_prefilter(job, "baselines/distill.py")
+    return job, image_options, method
 
 
 if __name__ == "__main__":

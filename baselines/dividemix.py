@@ -62,7 +62,7 @@ def one_label_each(task: Task[DivideMixOptions]) -> Task[DivideMixOptions]:
     """The task with one label an image for a candidate set, or none: images without one are no part of warm-up.
 
     It is what the annotator names under its first template or on average, or one of the candidates where sets were drawn; a
-    label that a person gave stands in for it.
+    label that a person gave stands in for it. What `--prefilter` dropped is no label.
     """
     rows, named = task.data.samples.numpy(), task.annotator
     if task.store.drawn:
@@ -70,6 +70,8 @@ def one_label_each(task: Task[DivideMixOptions]) -> Task[DivideMixOptions]:
         named = np.where(task.weak.table, draws, -1).argmax(axis=1)
     elif task.method.labels_from == "single":
         named = task.store.votes()[rows, 0].astype(np.int64)
+    if task.job.prefilter != "none":  # a label that was dropped from its set is none
+        named = np.where((named >= 0) & task.weak.table[np.arange(len(named)), named], named, -1)
     named = np.where(task.weak.certain, task.weak.known, np.where(task.weak.usable, named, -1))
     labels = named[:, None] == np.arange(len(task.store.class_names))
     table = torch.from_numpy(labels).to(task.accelerator.device)

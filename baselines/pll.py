@@ -71,10 +71,13 @@ def learning_rate(job: JobConfig, schedule: str, epoch: int) -> float:
 def noise_rate(task: Task[PartialOptions]) -> tuple[float, str]:
     """The share of candidate sets that miss the truth, -1 where nobody knows, and in words where it comes from.
 
-    Images that a person labelled are a sample of all: what share of them the annotator's sets miss.
+    Images that a person labelled are a sample of all: what share of them the annotator's sets miss. What a pre-filter would
+    leave of their sets is not counted, because it may have been fitted to them.
     """
     if task.method.noise_rate >= 0:
         return task.method.noise_rate, "given"
+    if task.job.prefilter != "none":
+        return -1.0, f"unknown after --prefilter; classes outside the sets weigh {task.method.importance}"
     offered = candidate_sets(task.store, task.job.candidates)[task.data.samples.numpy()]
     covered = partial_accuracy(offered, task.weak.known)
     if covered is not None:

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from coreg.config import option
 from coreg.errors import UserError, exits_with_one_line
-from coreg.settings import ImageConfig, JobConfig, read_student
+from coreg.settings import ImageConfig, JobConfig, read_student, refuse_prefilter
 
 NAMES = {"probabilities": "Probe, soft labels", "sets": "Probe, candidate sets"}
 
@@ -49,7 +49,10 @@ class ProbeOptions:
 @exits_with_one_line
 def read_settings(argv: Sequence[str]) -> tuple[JobConfig, ImageConfig, ProbeOptions]:
     """Recipe and command line, checked."""
-    return read_student(argv, "baselines/probe.py", __doc__, ProbeOptions)
+    job, image_options, method = read_student(argv, "baselines/probe.py", __doc__, ProbeOptions)
+    if method.targets != "sets":
+        refuse_prefilter(job, f"baselines/probe.py --targets {method.targets}")
+    return job, image_options, method
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from coreg.config import SAFE_CSV, SEEDS, advanced, as_settings, option, parse
 from coreg.errors import UserError
 from coreg.learn.options import CoRegOptions
 from coreg.views.operations import RANDAUGMENT
+from coreg.weak.prefilter import SPELLINGS, parse_prefilter
 from coreg.weak.rules import parse_rule
 
 if TYPE_CHECKING:
@@ -74,6 +75,12 @@ class Labels:
     """labels: what the labels come from, and how many images are trained on."""
 
     candidates: str = option("union", "candidate rule: union, votes:V, topk:K, prob:P, ratio:R or cumulative:P")
+    prefilter: str = advanced(
+        "none", f"candidates that a zero-shot classifier finds unlikely are dropped before training: {SPELLINGS}"
+    )
+    prefilter_annotations: str | None = advanced(
+        None, "store of the same images by whose probabilities --prefilter goes; default: --annotations", job=False
+    )
     refine: Literal["none", "auto", "own", "view"] = option(
         "none",
         "mend the annotator's evidence before training, by its own features or by a view, those of the backbone's "
@@ -198,6 +205,8 @@ def check(job: JobConfig) -> None:
         raise UserError(
             f"--share is {job.share:g}; give a share up to 1, such as 0.2, or a whole number of images from 2 on"
         )
+    if parse_prefilter(job.prefilter)[0] == "none" and job.prefilter_annotations:
+        raise UserError("--prefilter_annotations is for --prefilter, which is none; write --prefilter topk for example")
     if job.few_shot and job.labels:
         raise UserError("--few_shot and --labels exclude each other; give one of them")
 
@@ -226,6 +235,12 @@ def check_pixels(pixels: Pixels) -> None:
         values = getattr(pixels, name)
         if values is not None and len(values) not in (1, pixels.channels):
             raise UserError(f"--{name} has {len(values)} numbers for {pixels.channels} channels; give one or one each")
+
+
+def refuse_prefilter(job: JobConfig, script: str) -> None:
+    """Refuse a pre-filter of candidate sets where none are trained on, by a UserError."""
+    if job.prefilter != "none":
+        raise UserError(f"{script} is trained on probabilities, and --prefilter is for candidate sets; leave it out")
 
 
 def check_warm_up(warmup_epochs: int, epochs: int) -> None:

@@ -52,6 +52,14 @@ REPORT = {
     "files": Maybe(Each(str)),
     "checksum": Maybe(str),
 }
+# what a pre-filter did to candidate sets
+PREFILTER = {
+    "rule": str,
+    "images": _COUNT,
+    "dropped": _COUNT,
+    "mean_candidates": {"before": _AMOUNT, "after": _AMOUNT},
+    "partial_accuracy": Maybe({"before": Maybe(_SHARE), "after": Maybe(_SHARE)}),
+}
 # what the report of a training holds besides
 TRAINED = REPORT | {
     "parameters": _AMOUNT,
@@ -62,6 +70,7 @@ TRAINED = REPORT | {
     "per_class_split": str,
     "per_class_accuracy": Maybe(Each({"annotator": Maybe(_SHARE), "ensemble": Maybe(_SHARE), "n": _COUNT})),
     "chosen_epoch": Maybe({"epoch": _COUNT, "epochs": _COUNT, "accuracy": Maybe(Each(_SHARE))}),
+    "weak_labels": Maybe({"prefilter": Maybe(PREFILTER)}),
     "part": Maybe({"asked": _AMOUNT, "available": _COUNT}),
     "images": Maybe({"train": _COUNT}),
     "warnings": Maybe([str]),

@@ -263,6 +263,20 @@ def known_labels_lines(report: dict[str, Any]) -> list[str]:
     return lines + ([f"Called like no class: {', '.join(folders)}."] if folders else [])
 
 
+def prefilter_line(filtered: dict[str, Any]) -> str:
+    """What a pre-filter did to the candidate sets, from their source (`WeakLabels.keep_likely`)."""
+    sizes, covered = filtered["mean_candidates"], filtered.get("partial_accuracy") or {}
+    shares = (
+        ""
+        if covered.get("after") is None
+        else (f"; {_percent(covered['before'], 1)} of the sets held the truth, and {_percent(covered['after'], 1)} do")
+    )
+    return (
+        f"Pre-filter {filtered['rule']}: mean candidates {sizes['before']:.2f} before and {sizes['after']:.2f} after"
+        f"{shares}; {filtered['dropped']} of {filtered['images']} images lost all candidates and are left out."
+    )
+
+
 def label_free_lines(report: dict[str, Any]) -> list[str]:
     """The scores that compare runs without labels, as far as the report has them."""
     scores = report.get("label_free", {})
@@ -305,6 +319,8 @@ def summary(report: dict[str, Any], root: Path) -> str:
                     f"{split:<12}{_percent(before, 1):>10}{between}{after:>{wide}.1%}{gain:>8}"
                     f"   (95 % interval {low:.1%} to {high:.1%}, n = {achieved[split]['n']})"
                 )
+    if filtered := (report.get("weak_labels") or {}).get("prefilter"):
+        lines += ["", prefilter_line(filtered)]
     if report.get("part"):
         lines += ["", f"Trained on {report['images']['train']} of {report['part']['available']} training images."]
     rows = report.get("per_class_accuracy", {})

@@ -76,6 +76,8 @@ def open_run(
             store = annotate_default(folder.root / "annotations", accelerator)
         known = all_or_none(accelerator, lambda: known_labels(job, store))
         identity |= {"store": store.hash, "known_labels": hashlib.sha256(known.tobytes()).hexdigest()}
+        likely = all_or_none(accelerator, lambda: prefilter_store(job, store))
+        identity |= {} if likely is None else {"prefilter_store": likely.hash}
         main_process_decides(accelerator, lambda: folder.refuse_other(identity))
         if main_process_decides(accelerator, lambda: folder.finished):
             accelerator.print(summary(main_process_decides(accelerator, lambda: finished_report(folder)), folder.root))
@@ -91,9 +93,49 @@ def open_run(
             if job.annotations:
                 main_process_decides(accelerator, lambda: held.enter_context(folder.locked()))
             store = refined(store, folder.root / "refined", features, job, image_options, accelerator)
+        if likely is annotated:
+            likely = store
         yield Run(
-            accelerator, folder, store, annotated, known, job, image_options, identity, all_settings, command, started, held
+            accelerator,
+            folder,
+            store,
+            annotated,
+            known,
+            job,
+            image_options,
+            identity,
+            all_settings,
+            command,
+            started,
+            held,
+            likely,
         )
+
+
+def prefilter_store(job: JobConfig, store: AnnotationStore) -> AnnotationStore | None:
+    """The store by whose probabilities candidates are dropped, the one that is trained on where none is named.
+
+    Raises:
+        UserError: it cannot be opened, nobody annotated it, or it is of other images or classes.
+    """
+    if getattr(job, "prefilter", "none") == "none":  # methods that tune the annotator itself have no such option
+        return None
+    likely = AnnotationStore.open(job.prefilter_annotations) if job.prefilter_annotations else store
+    likely.need_annotator("name the store of an annotator with --prefilter_annotations")
+    ours, theirs = (one.manifest["images"]["sha256"] for one in (store, likely))
+    if ours != theirs:
+        raise UserError(
+            f"--prefilter_annotations {likely.root} is of other images than {store.root}; annotate {store.images_spec}"
+        )
+    if (others := next((pair for pair in zip(store.class_names, likely.class_names) if len(set(pair)) == 2), None)) or (
+        len(store.class_names) != len(likely.class_names)
+    ):
+        names = f"{others[1]!r} for {others[0]!r}" if others else f"{len(likely.class_names)} classes"
+        raise UserError(
+            f"--prefilter_annotations {likely.root} has other classes than {store.root} ({names}); annotate with the same "
+            f"--classes"
+        )
+    return likely
 
 
 def check_settings(settings: tuple[Any, ...], image_options: ImageConfig | None) -> None:

@@ -52,6 +52,7 @@ class Run:
     command: str  # as it was typed
     started: float  # when the process began, on the clock of `time.perf_counter`
     held: contextlib.ExitStack  # locks, let go of at the end
+    likely: AnnotationStore | None = None  # by whose probabilities `--prefilter` goes; None without
     watch: Watch = field(init=False)  # this and the rest: of the loop, from its first epoch on
     bar: tqdm = field(init=False)
     saved_at: float = field(init=False)  # when the loop began, or the last checkpoint was written, on that clock

@@ -17,6 +17,7 @@ from coreg.errors import UserError
 from coreg.learn.collective import gather_rows, my_slice
 from coreg.nets.model import CoRegNet
 from coreg.process import all_or_none
+from coreg.report.report import prefilter_line
 from coreg.settings import ImageConfig, JobConfig
 from coreg.store.store import AnnotationStore
 from coreg.views.order import drawn_part
@@ -118,6 +119,7 @@ def prepare(run: Run, method: Options, alignment: str = "uniform") -> Task[Optio
     train = training_rows(job, store)
     test = np.flatnonzero((store.split == 1) & ~store.unreadable)
     weak = _weak_labels(run, train)
+    train = weak.samples
     given, n_classes = np.flatnonzero(weak.certain), len(store.class_names)
     # so often that labelled images make up 5 % of an epoch's draws, once at least
     times = -(-len(train) // (20 * max(len(given), 1))) - 1
@@ -156,6 +158,10 @@ def _weak_labels(run: Run, train: np.ndarray) -> WeakLabels:
             f"--vlm, or give labels with --labels FILE",
             silent=others,
         )
+    if run.likely is None:
+        return weak
+    weak = all_or_none(run.accelerator, lambda: weak.keep_likely(run.likely.probs()[train], run.job.prefilter))
+    run.accelerator.print(prefilter_line(weak.source["prefilter"]))
     return weak
 
 

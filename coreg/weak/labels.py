@@ -23,7 +23,8 @@ from coreg.scripts import launched
 from coreg.store.manifest import DRAWN
 from coreg.store.store import AnnotationStore
 from coreg.weak.noise import flip, hierarchical, instance, noise_report, pico, uniform
-from coreg.weak.rules import candidate_sets
+from coreg.weak.prefilter import likely_classes
+from coreg.weak.rules import candidate_sets, mean_candidates, partial_accuracy
 
 GENERATORS = {"flip": flip, "pico": pico, "uniform": uniform, "hierarchical": hierarchical, "instance": instance}
 HEAD = {"classes": Number(1, 1e9), "source": dict, "hash": str}
@@ -98,6 +99,38 @@ class WeakLabels:
         known = self.truth >= 0
         table = (self.truth[:, None] == np.arange(self.table.shape[1])) | ~known[:, None]
         return dataclasses.replace(self, table=table, certain=known, usable=known, source=self.source | {"revealed": True})
+
+    def keep_likely(self, probs: np.ndarray, prefilter: str) -> WeakLabels:
+        """Without the candidates that a zero-shot classifier finds unlikely; samples whose set becomes empty are left out.
+
+        Sets that a person gave stay, and so do those of images of which nothing is known.
+
+        Args:
+            probs: float (N, C), of the classifier. prefilter: as of `likely_classes`.
+
+        Returns:
+            The rest, whose source has the number of samples before and of those `dropped`, and the mean size and the
+            share with the truth of the sets, before and after.
+
+        Raises:
+            UserError: the pre-filter cannot be understood, needs labelled images, or leaves fewer than 2 samples.
+        """
+        table = self.table & (likely_classes(probs, prefilter, self.known) | (self.certain | ~self.usable)[:, None])
+        kept = np.flatnonzero(table.any(axis=1))
+        if len(kept) < 2:
+            raise UserError(
+                f"--prefilter {prefilter} leaves {len(kept)} of {len(table)} images a candidate; write a wider one, such "
+                f"as topk, or name another --prefilter_annotations"
+            )
+        rest = {name: getattr(self, name)[kept] for name in ("samples", "certain", "usable", "truth")}
+        rest |= {"table": table[kept]}
+        sizes, covered = (
+            {"before": of(self.table, self.truth), "after": of(rest["table"], rest["truth"])}
+            for of in (lambda table, truth: mean_candidates(table), partial_accuracy)
+        )
+        filtered = {"rule": prefilter, "images": len(table), "dropped": len(table) - len(kept)}
+        filtered |= {"mean_candidates": sizes, "partial_accuracy": covered}
+        return dataclasses.replace(self, **rest, source=self.source | {"prefilter": filtered})
 
     @cached_property
     def known(self) -> np.ndarray:
