@@ -9,7 +9,6 @@ Shapes: n_x and n_u rows of P and U in the global step, l_x and l_u of them here
 
 from __future__ import annotations
 
-import copy
 import math
 from dataclasses import dataclass
 
@@ -23,6 +22,7 @@ from coreg.learn.memory import Prototypes, Queue
 from coreg.learn.options import CoRegOptions
 from coreg.learn.pseudo import fuse_trusted, mix, sharpen
 from coreg.nets.model import CoRegNet
+from coreg.nets.tuners.frozen import moving_weights, sharing_copy
 
 
 def cosine_lr(epoch: int, peak: float, floor: float, horizon: int) -> float:
@@ -97,7 +97,7 @@ class CoRegLearner(nn.Module):
     def __init__(self, net: CoRegNet, prototypes: Prototypes, options: CoRegOptions) -> None:
         super().__init__()
         self.net = net
-        self.key_net = copy.deepcopy(net).requires_grad_(False)
+        self.key_net = sharing_copy(net)
         self.prototypes = prototypes
         self.queue = Queue(options.queue_size, options.projection_dim)
         self.options = options
@@ -111,7 +111,7 @@ class CoRegLearner(nn.Module):
     @torch.no_grad()
     def reset_keys(self) -> None:
         """Copy the parameters of the network into the momentum encoder (not its batch statistics, which nobody reads)."""
-        for key, query in zip(self.key_net.parameters(), self.net.parameters()):
+        for key, query in zip(*moving_weights(self.key_net, self.net)):
             key.copy_(query)
 
     def forward(self, batch: WarmUpBatch | CoRegBatch) -> dict[str, Tensor]:
@@ -160,7 +160,7 @@ class CoRegLearner(nn.Module):
                 parts["prototype"] = self._prototype_loss(features, mixed_targets, n_p, batch)
                 loss = loss + options.prototype_weight * parts["prototype"]
         if options.contrast_weight:
-            self._average(list(self.key_net.parameters()), list(self.net.parameters()), None)
+            self._average(*moving_weights(self.key_net, self.net), None)
             if batch.fill_queue:
                 parts["contrast"] = self._contrast(batch, labels)
                 if batch.gate:

@@ -9,7 +9,6 @@ Shapes: N training images, C classes, D projected features; a global batch of n 
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,6 +20,7 @@ from coreg.learn.collective import gather_rows, my_slice
 from coreg.learn.losses import log_probabilities
 from coreg.learn.partial_options import PartialOptions
 from coreg.nets.model import CoRegNet
+from coreg.nets.tuners.frozen import moving_weights, sharing_copy
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class PartialMethod(nn.Module):
         self.register_buffer("certain", certain.clone(), persistent=False)
         self.begin(candidates, dtype)
         if self.passes(Step(0, 1)).key is not None:
-            self.key_net = copy.deepcopy(net).requires_grad_(False)
+            self.key_net = sharing_copy(net)
             self._average = get_ema_multi_avg_fn(options.key_momentum)
         self._unread: list[PartialBatch] = []
 
@@ -190,7 +190,7 @@ class PartialMethod(nn.Module):
         outputs = Outputs(logits, features)
         with torch.no_grad():
             if batch.key is not None:
-                self._average(list(self.key_net.parameters()), list(self.net.parameters()), None)
+                self._average(*moving_weights(self.key_net, self.net), None)
                 outputs.keys = self.key_net(batch.key)[1]
             if batch.glance is not None:
                 outputs.glance = self.net(batch.glance)[1]
