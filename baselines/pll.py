@@ -28,9 +28,10 @@ def read_settings(argv: Sequence[str]) -> tuple[JobConfig, ImageConfig, PartialO
         preset=lambda job, image_options, method: official(OFFICIAL[method.method], job.dataset, method.preset)[1],
         kinds=("method", OPTIONS),
     )
-    momenta = getattr(method, "confidence_momentum", [0, 0])
-    if len(momenta) != 2:
-        raise UserError(f"--confidence_momentum is {' '.join(map(str, momenta))}; give two numbers: first and last")
+    for name in ("confidence_momentum", "selected", "prior_rate"):
+        pair = getattr(method, name, [0, 0])
+        if len(pair) != 2:
+            raise UserError(f"--{name} is {' '.join(map(str, pair))}; give two numbers: first and last")
     return job, image_options, method
 
 
@@ -54,7 +55,7 @@ from coreg.run.epoch import accuracy_on_test, end_steps
 from coreg.run.job import open_run
 from coreg.run.loop import Run
 from coreg.run.results import finish_networks
-from coreg.run.task import Task, prepare
+from coreg.run.task import Task, predict, prepare
 from coreg.run.training import Training, build_networks, build_optimizer, placed
 from coreg.views.order import ShuffledRows
 from coreg.weak.rules import candidate_sets, partial_accuracy
@@ -95,6 +96,14 @@ def build_method(task: Task[PartialOptions]) -> tuple[PartialMethod, dict[str, A
         options, fields["noise_rate"] = dataclasses.replace(options, noise_rate=rate), {"value": rate, "source": source}
     n_classes = len(task.store.class_names)
     (net,) = build_networks(accelerator, task.job, task.image_options, n_classes, options.projection_dim, count=1)
+    if METHODS[options.method].linear_head and not net.linear_head:
+        raise UserError(
+            f"--method {options.method} needs a classifier that is one linear layer on pooled features, and that of "
+            f"{task.image_options.backbone} is another; take another --backbone, such as resnet18",
+            silent=not accelerator.is_main_process,
+        )
+    if METHODS[options.method].prediction:
+        fields["prediction"] = METHODS[options.method].prediction
     candidates, certain = torch.from_numpy(task.weak.table), torch.from_numpy(task.weak.certain)
     method = METHODS[options.method](net, candidates, options, certain, task.data.dtype)
     return placed(method, accelerator, task.job), fields
@@ -121,6 +130,7 @@ def make_batch(
         views=tuple(view(str(number), kind) for number, kind in enumerate(passes.views)),
         key=view("key", passes.key) if passes.key else None,
         glance=view("glance", passes.glance) if passes.glance else None,
+        draws=(task.job.seed, "mixup", *at),
     )
 
 
@@ -150,17 +160,32 @@ def train(run: Run, task: Task[PartialOptions], training: Training, lr: float) -
     everyone = np.concatenate([np.flatnonzero(task.weak.usable), task.repeated])
     order, others = (ShuffledRows(everyone, job.batch_size, (name, job.seed, epoch)) for name in ("train", "partner"))
     labelled = ShuffledRows(task.extra, job.batch_size, ("labelled", job.seed, epoch))
-    now = Step(epoch, job.epochs)
-    passes = method.passes(now)
+    passes = method.passes(Step(epoch, job.epochs))
     for step in run.steps(training, order.per_round):
         rows, at = order.batch(step), (epoch, step)
-        batch = make_batch(task, rows, passes, now, at)
+        batch = make_batch(task, rows, passes, Step(epoch, job.epochs, step, order.per_round), at)
         if passes.mixup != "none":
             mix_first_view(task, batch, passes.mixup, rows, others.batch(step), at)
         batch.labelled, batch.n_labelled = task.labelled(labelled.batch(step), options.weak_view, at)
         training.learn(batch, lr)
         with run.accelerator.autocast():
             method.after_step(batch, training.moves)
+
+
+def restart(task: Task[PartialOptions], training: Training) -> None:
+    """Begin the next stage of the method: its network and its optimiser are as they were before the first step."""
+    method = training.learners[0]
+    (fresh,) = build_networks(
+        task.accelerator,
+        task.job,
+        task.image_options,
+        len(task.store.class_names),
+        task.method.projection_dim,
+        count=1,
+    )
+    method.net.load_state_dict(fresh.state_dict())
+    training.optimizers[0].state.clear()
+    method.restart()
 
 
 @exits_with_one_line
@@ -185,13 +210,18 @@ def main(argv: Sequence[str] | None = None) -> None:
                 )
             task = dataclasses.replace(task, weak=task.weak.revealed())
         method, fields = build_method(task)
-        training = run.begin([method], [build_optimizer(method.net, job)])
+        training = run.begin([method], [build_optimizer(method.trained(), job)])
 
         for epoch in run.epochs(training, name):
-            lr = learning_rate(job, options.schedule, epoch)
+            stage = method.stage(Step(epoch, job.epochs))
+            if epoch and not stage.epoch and not training.step:
+                restart(task, training)
+            lr = learning_rate(dataclasses.replace(job, epochs=stage.epochs), options.schedule, stage.epoch)
             train(run, task, training, lr)
             end_steps(task, training)
             curves = {"lr": lr} | accuracy_on_test(task, [method.judged()])
+            if method.surveys:
+                method.survey(predict(method.net, task.data, "plain", (), 4 * job.batch_size)[0], Step(epoch, job.epochs))
             drawn = method.finish_epoch(Step(epoch, job.epochs))
             run.log(training, curves | {f"method/{key}": value for key, value in drawn.items()})
 

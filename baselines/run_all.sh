@@ -64,7 +64,8 @@ EPOCHS=${EPOCHS:-$("$PYTHON" -m train_coreg --recipe "$RECIPE" --print_config | 
 # counted as two; those of Co-Reg and DivideMix, which depend on the schedule and on the division, were counted on the digits
 COREG=36
 declare -A PASSES=([kd_single]=3 [kd_averaged]=3 [dividemix_single]=25 [dividemix_averaged]=25 [cc]=3 [rc]=4 [proden]=3 [lws]=4
-    [abs_mae]=3 [abs_gce]=3 [cavl]=4 [pop]=3 [lwc]=4 [cr_dpll]=9 [pico]=4 [pico_plus]=7 [irnet]=5 [alim_onehot]=7 [alim_scale]=7)
+    [abs_mae]=3 [abs_gce]=3 [cavl]=4 [pop]=3 [lwc]=4 [cr_dpll]=9 [pico]=4 [pico_plus]=7 [irnet]=5 [alim_onehot]=7 [alim_scale]=7
+    [able]=6 [idgp]=6 [solar]=10 [records]=12 [htc]=12)
 
 # learn METHOD SEED [SUFFIX OPTIONS...]: one of them, on $evidence
 learn() {

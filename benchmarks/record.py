@@ -35,7 +35,8 @@ EXACT = [
     "--contrast_after", "-1", "--queue_size", "50", "--batch_size", "64", "--warmup_epochs", "1",
 ]  # fmt: skip
 METHODS = (
-    "cc rc proden abs_mae abs_gce cavl pop lws lwc cr_dpll pico pico_plus irnet alim_onehot alim_scale supervised".split()
+    "cc rc proden abs_mae abs_gce cavl pop lws lwc cr_dpll pico pico_plus irnet alim_onehot alim_scale able idgp solar "
+    "records htc supervised".split()
 )
 NUMBERS = (
     "accuracy", "per_class_accuracy", "annotator", "labels_used", "parameters", "trainable_parameters", "last_epoch",

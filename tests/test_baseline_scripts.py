@@ -329,7 +329,7 @@ def test_run_all_starts_every_method_once_and_skips_what_is_finished(tmp_path):
     assert code == 0 and stderr == ""
     jobs = [words for words in commands if "--seed" in words]
     folders = [words[words.index("--output_dir") + 1] for words in jobs]
-    assert len(set(folders)) == len(folders) == 2 * (19 + 19 + 2 + 2 + 3)
+    assert len(set(folders)) == len(folders) == 2 * (24 + 24 + 2 + 2 + 3)
     started = {(words[0], words[words.index("--epochs") + 1]) for words in jobs if "--epochs" in words}
     # as many passes as 30 epochs of Co-Reg: 360 of one network that goes forth and back
     assert ("coreg.baselines.distill", "360") in started and ("coreg.baselines.dividemix", "43") in started
@@ -365,7 +365,7 @@ def test_run_all_says_which_evidence_each_student_is_trained_on(tmp_path):
 def test_run_all_names_what_failed_and_does_the_rest(tmp_path):
     code, stderr, commands = run_all(tmp_path, "--seeds", "0", "--shots", "", broken="--method pico ")
     assert code == 1 and "pico-0" in stderr and "cc-0" not in stderr
-    assert len([words for words in commands if "--seed" in words]) == 19 + 2 + 2
+    assert len([words for words in commands if "--seed" in words]) == 24 + 2 + 2
     assert run_all(tmp_path, "--seed", "0")[0] == 2
     assert run_all(tmp_path, "--jobs")[0] == 2
 

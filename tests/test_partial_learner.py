@@ -1,6 +1,7 @@
 """The training step around a method: what it looks at, in which order tables are written, gradients, the second reading."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from torch import nn
 
 from coreg.learn.partial import METHODS
 from coreg.learn.partial.method import PartialBatch, Step
-from coreg.learn.partial_options import OPTIONS, PiCOOptions
+from coreg.learn.partial_options import OPTIONS
 from coreg.nets.model import CoRegNet
 from coreg.nets.preact import PreActResNet
 
@@ -19,8 +20,8 @@ STEP = Step(6, 10)
 
 def learner(name, **options):
     torch.manual_seed(0)
-    if issubclass(OPTIONS[name], PiCOOptions):
-        options |= {"projection_dim": D, "queue_size": 10, "key_momentum": 0.9}
+    own = {"projection_dim": D, "queue_size": 10, "key_momentum": 0.9, "plan_queue": 5}
+    options |= {field.name: own[field.name] for field in dataclasses.fields(OPTIONS[name]) if field.name in own}
     sets = torch.rand(N, C).argsort(1) < 2
     net = CoRegNet(PreActResNet(C, 1, widths=(4, 8), depths=(1, 1), norm="none"), D)
     made = METHODS[name](net, sets, OPTIONS[name](**options), dtype=torch.float64).double().train()
@@ -49,6 +50,7 @@ def batch(made, **more):
         views,
         key=images(5) if passes.key else None,
         glance=images(6) if passes.glance else None,
+        draws=("test",),
         **more,
     )
 
@@ -64,7 +66,7 @@ def test_a_step_of_every_method_trains_and_remembers(name):
     assert all(p.grad.isfinite().all() for p in trained) and any(p.grad.abs().sum() > 0 for p in trained)
     contrasts = hasattr(made, "key_net")
     assert contrasts == (name in ("pico", "pico_plus", "irnet", "alim_onehot", "alim_scale"))
-    assert (made.net.projector[0].weight.grad is not None) == contrasts
+    assert (made.net.projector[0].weight.grad is not None) == (contrasts or name == "able")
     assert not contrasts or all(p.grad is None for p in made.key_net.parameters())
     changed = [k for k, v in tables(made).items() if not torch.equal(v.nan_to_num(), before[k].nan_to_num())]
     assert bool(changed) == (bool(before) and not made.reads_again)
@@ -108,7 +110,7 @@ def test_labelled_images_add_a_supervised_term():
 
 
 def test_a_resumed_learner_takes_the_same_step():
-    for name in ("rc", "pico_plus", "alim_scale", "irnet"):
+    for name in ("rc", "pico_plus", "alim_scale", "irnet", "able", "idgp", "solar", "records", "htc"):
         first, second = learner(name), learner(name)
         first(batch(first))
         first.finish_epoch(STEP)

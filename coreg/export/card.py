@@ -96,6 +96,7 @@ def model_card(report: dict[str, Any], settings: dict[str, Any], which: str = ""
         f"{report['images']['train']} images that {escaped(public_name(annotator['name']))} annotated with "
         f"{annotator['mean_candidates']:.2f} candidate classes each{mended}. {labels}",
         *([which] if which else []),
+        *([f"What it predicts: {escaped(report['prediction'])}."] if "prediction" in report else []),
         "",
         "## How good it is",
         "",

@@ -14,7 +14,7 @@ from coreg.config import advanced, option
 
 Name = Literal[
     "cc", "rc", "proden", "abs_mae", "abs_gce", "cavl", "pop", "lws", "lwc", "cr_dpll", "pico", "pico_plus", "irnet",
-    "alim_onehot", "alim_scale", "supervised",
+    "alim_onehot", "alim_scale", "able", "idgp", "solar", "records", "htc", "supervised",
 ]  # fmt: skip
 # of `coreg.views.augment.VIEWS`
 View = Literal["plain", "weak", "strong", "pico_weak", "pico_strong", "cr_weak", "cr_strong", "cr_strong_svhn"]
@@ -180,6 +180,100 @@ class ALIMOptions(PiCOOptions):
 
 _ALIM: Values = dict.fromkeys(("cifar10", "cifar100"), _NOISY | {"correction_start": 0.08})
 
+
+@dataclass
+class ABLEOptions(PartialOptions):
+    """ABLE: contrast among images that stand for a candidate."""
+
+    strong_view: View = advanced("strong", "what a strong view is")
+    contrast_weight: float = option(1.0, "weight of the contrastive loss", (0, 1e6))
+    contrast_temperature: float = advanced(0.1, "temperature of the contrastive similarities", (0.001, 1000))
+    projection_dim: int = advanced(128, "D, width of the projected features", (1, 65_536))
+
+
+_COSINE = {"optimizer": "sgd", "lr": 0.01, "lr_floor": 0, "lr_horizon": 0, "weight_decay": 1e-3, "batch_size": 256}
+_ABLE: Values = {"cifar10": _COSINE | {"batch_size": 64, "epochs": 500, "contrast_temperature": 0.1}}
+
+
+@dataclass
+class IDGPOptions(PartialOptions):
+    """IDGP: a second network for how candidates come about."""
+
+    joint_start: float = option(
+        0.05, "share of the steps in which the classifier and the network of candidates learn apart", (0, 1)
+    )
+    divergence_ramp: float = option(
+        0.2, "share of the steps over which the divergences from the tables of both grow from 0", (0, 1)
+    )
+
+
+_IDGP: Values = {"cifar100": _COSINE | {"lr": 0.001, "epochs": 500, "joint_start": 5 / 500}}
+
+
+@dataclass
+class SoLarOptions(PartialOptions):
+    """SoLar: soft labels that obey the class prior."""
+
+    strong_view: View = advanced("strong", "what a strong view is")
+    mixup_alpha: float = advanced(4.0, "MixUp's lambda is drawn from Beta(alpha, alpha)", (0, 1e6))
+    estimation: float = option(
+        0.1, "share of the epochs that only estimate the class prior; after them the network begins anew", (0, 0.9)
+    )
+    prior_rate: list[float] = advanced(
+        [0.1, 0.01], "gamma, by how much an epoch moves the class prior, in the estimation and after it", (0, 1)
+    )
+    selected: list[float] = advanced(
+        [0.2, 0.8], "rho, share of each class that is trained on the plan, at first and after the ramp", (0, 1)
+    )
+    selection_ramp: float = option(
+        0.05, "share of the epochs over which rho and the plan's weight grow; those of the estimation do not count", (0, 1)
+    )
+    plan_weight: float = option(0.9, "eta, weight of the plan's loss after the ramp; the others have the rest", (0, 1))
+    plan_queue: int = advanced(4096, "earlier images that the plan takes in", (1, 10_000_000))
+    sure: float = advanced(0.99, "tau, agreement of plan and prediction from which on an image is always selected", (0, 1))
+
+
+_SOLAR_VALUES = _COSINE | {"epochs": 1000, "selection_ramp": 50 / 1000, "plan_queue": 64 * 256}
+_SOLAR: Values = {
+    "cifar10": _SOLAR_VALUES | {"estimation": 100 / 1000, "selected": [0.2, 0.6], "prior_rate": [0.1, 0.01]},
+    "cifar100": _SOLAR_VALUES | {"estimation": 20 / 1000, "selected": [0.2, 0.5], "prior_rate": [0.05, 0.01]},
+}
+
+
+@dataclass
+class RECORDSOptions(PartialOptions):
+    """RECORDS: predictions without the class prior."""
+
+    strong_view: View = advanced("strong", "what a strong view is")
+    mixup_alpha: float = advanced(4.0, "MixUp's lambda is drawn from Beta(alpha, alpha)", (0, 1e6))
+    mixup_weight: float = option(1.0, "weight of the loss on mixed views", (0, 1e6))
+    update_start: int = option(
+        1, "epoch from which the confidence moves and mixed views are trained on; the first is 0", (0, 1_000_000)
+    )
+    feature_momentum: float = advanced(0.9, "momentum of the mean feature that gives the class prior", (0, 0.999999))
+
+
+_RECORDS: Values = dict.fromkeys(("cifar10", "cifar100"), _COSINE | {"epochs": 800, "update_start": 1})
+
+
+@dataclass
+class HTCOptions(PartialOptions):
+    """HTC: one classifier for frequent, one for rare classes."""
+
+    strong_view: View = advanced("strong", "what a strong view is")
+    mixup_alpha: float = advanced(4.0, "MixUp's lambda is drawn from Beta(alpha, alpha)", (0, 1e6))
+    logit_adjustment: float = option(2.0, "times the logarithm of the class prior that the tail's targets lack", (0, 1e6))
+    confidence_rate: float = option(0.6, "mu, by how much a step moves the confidence to the tail's prediction", (0, 1))
+    selected: list[float] = advanced(
+        [0.2, 0.6], "alpha, share of each class whose strong and mixed views count, at first and after the ramp", (0, 1)
+    )
+    selection_ramp: float = option(0.0625, "share of the epochs over which alpha and the views' weight grow", (0, 1))
+    strong_weight: float = option(0.9, "eta, weight of the strong and mixed views after the ramp", (0, 1e6))
+    fusion_weight: float = option(0.5, "weight of the gate's loss in the last epoch, growing from 0", (0, 1e6))
+
+
+_HTC: Values = dict.fromkeys(("cifar10", "cifar100"), _COSINE | {"epochs": 800, "selection_ramp": 50 / 800})
+
 # method -> its name in reports, its options, what its authors train with
 _METHODS: dict[str, tuple[str, type[PartialOptions], Values]] = {
     "cc": ("CC", PartialOptions, _DEEP),
@@ -197,6 +291,11 @@ _METHODS: dict[str, tuple[str, type[PartialOptions], Values]] = {
     "irnet": ("IRNet", IRNetOptions, _IRNET),
     "alim_onehot": ("ALIM-Onehot", ALIMOptions, _ALIM),
     "alim_scale": ("ALIM-Scale", ALIMOptions, _ALIM),
+    "able": ("ABLE", ABLEOptions, _ABLE),
+    "idgp": ("IDGP", IDGPOptions, _IDGP),
+    "solar": ("SoLar", SoLarOptions, _SOLAR),
+    "records": ("RECORDS", RECORDSOptions, _RECORDS),
+    "htc": ("HTC", HTCOptions, _HTC),
     "supervised": ("Supervised", PartialOptions, _DEEP),
 }
 NAMES = {name: shown for name, (shown, _, _) in _METHODS.items()}

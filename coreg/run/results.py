@@ -272,13 +272,13 @@ def _export(task: Task, nets: Sequence[CoRegNet], folder: Path) -> dict[str, Any
         for number, net in enumerate(nets)
     ]
     calibration = fit_to_agreement(weak)
+    created_with = (image_options.backbone, parse_backbone_args(image_options.backbone_args))
     return main_process_decides(
         task.accelerator,
         lambda: export(
             folder,
             [net.backbone for net in nets],
-            image_options.backbone,
-            parse_backbone_args(image_options.backbone_args),
+            *getattr(nets[0].backbone, "created_with", created_with),
             check=task.data.view("plain", spread_rows(len(task.data.samples)), ()),
             class_names=task.store.class_names,
             image_size=image_options.image_size,

@@ -5,10 +5,13 @@ tables change, and name it here and, with its options, in `coreg.learn.partial_o
 """
 
 from coreg.learn.partial.average import ABSGCE, ABSMAE, CAVL, POP
+from coreg.learn.partial.dependent import ABLE, IDGP
+from coreg.learn.partial.imbalanced import HTC, RECORDS
 from coreg.learn.partial.method import PartialMethod
 from coreg.learn.partial.noisy import ALIMOnehot, ALIMScale, IRNet
 from coreg.learn.partial.pico import PiCO, PiCOPlus
 from coreg.learn.partial.plain import CC, CRDPLL, LWC, LWS, PRODEN, RC
+from coreg.learn.partial.solar import SoLar
 
 METHODS: dict[str, type[PartialMethod]] = {
     "cc": CC,
@@ -26,5 +29,10 @@ METHODS: dict[str, type[PartialMethod]] = {
     "irnet": IRNet,
     "alim_onehot": ALIMOnehot,
     "alim_scale": ALIMScale,
+    "able": ABLE,
+    "idgp": IDGP,
+    "solar": SoLar,
+    "records": RECORDS,
+    "htc": HTC,
     "supervised": CC,
 }

@@ -29,6 +29,13 @@ class Step:
 
     epoch: int  # finished epochs
     epochs: int  # in all
+    step: int = 0  # finished steps of this epoch
+    steps: int = 1  # of every epoch
+
+    @property
+    def taken(self) -> int:
+        """Finished steps of all epochs."""
+        return self.epoch * self.steps + self.step
 
     def reached(self, part: float) -> bool:
         """Whether this share of all epochs is over."""
@@ -80,6 +87,7 @@ class PartialBatch:
     share_kept: float = 1.0  # likewise
     labelled: tuple[Tensor, Tensor] | None = None  # images (l', c, H, W) and classes (l',) of an extra supervised term
     n_labelled: int = 0  # rows of that in the global batch
+    draws: tuple[int | str, ...] = ()  # names what a method draws at random in this step
 
     @property
     def size(self) -> int:
@@ -93,6 +101,10 @@ class PartialMethod(nn.Module):
     net: what is trained. key_net: its momentum encoder, where the method's `passes` ask for keys.
     """
 
+    linear_head = False  # whether the network's classifier has to be one linear layer
+    prediction = ""  # what `judged` changes about the network, said to those who get its export
+    # whether `survey` gets the network's outputs on all training images after every epoch
+    surveys = False
     reads_again = False  # whether `update` gets the network's outputs on the batch after its weights have moved, not before
 
     def __init__(
@@ -128,6 +140,24 @@ class PartialMethod(nn.Module):
         """The views that this step needs."""
         return Passes()
 
+    def trained(self) -> nn.Module:
+        """The networks whose weights the optimiser moves."""
+        return self.net
+
+    def stage(self, step: Step) -> Step:
+        """When a step happens in its stage of the training, which the learning rate follows.
+
+        A method may train in two stages; the second one begins with fresh networks, and with `restart`.
+        """
+        return step
+
+    def restart(self) -> None:
+        """Forget what the next stage of the training is not to know."""
+
+    def outputs_on(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """What passes through the networks give: logits (l, C) and features (l, D) of a view."""
+        return self.net(images)
+
     def loss(self, outputs: Outputs, index: Tensor, step: Step) -> dict[str, Tensor]:
         """The step's `loss` and its parts, scalars: sums over this process's rows divided by global counts.
 
@@ -141,6 +171,9 @@ class PartialMethod(nn.Module):
 
     def update(self, outputs: Outputs, index: Tensor, step: Step) -> None:
         """Write into the tables what follows from the network's outputs; called without gradient, on all processes."""
+
+    def survey(self, logits: Tensor, step: Step) -> None:
+        """Take in the logits (N, C) of all training images, in evaluation mode; called before `finish_epoch`."""
 
     def finish_epoch(self, step: Step) -> dict[str, float]:
         """Draw conclusions from the epoch that `step` belongs to; gives curves."""
@@ -162,8 +195,7 @@ class PartialMethod(nn.Module):
         parts = self.loss(outputs, batch.index, batch.step)
         if batch.labelled is not None:
             images, classes = batch.labelled
-            supervised = nn.functional.nll_loss(log_probabilities(self.net(images)[0]), classes, reduction="sum")
-            parts["supervised"] = supervised / batch.n_labelled
+            parts["supervised"] = self._supervised(images, classes) / batch.n_labelled
             parts["loss"] = parts["loss"] + parts["supervised"]
         if not self.reads_again:
             with torch.no_grad():
@@ -184,9 +216,13 @@ class PartialMethod(nn.Module):
             if moved:
                 self._unread.clear()
 
+    def _supervised(self, images: Tensor, classes: Tensor) -> Tensor:
+        """The sum of the cross-entropies of labelled images."""
+        return nn.functional.nll_loss(log_probabilities(self.net(images)[0]), classes, reduction="sum")
+
     def _outputs(self, batch: PartialBatch) -> Outputs:
         """Every view is a batch of its own to the network's batch statistics."""
-        logits, features = zip(*(self.net(view) for view in batch.views))
+        logits, features = zip(*(self.outputs_on(view) for view in batch.views))
         outputs = Outputs(logits, features)
         with torch.no_grad():
             if batch.key is not None:
