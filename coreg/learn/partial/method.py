@@ -20,7 +20,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from coreg.learn.collective import gather_rows, my_slice
 from coreg.learn.losses import log_probabilities
 from coreg.learn.partial_options import PartialOptions
-from coreg.nets.model import CoRegNet
+from coreg.nets.model import Model
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class PartialMethod(nn.Module):
 
     def __init__(
         self,
-        net: CoRegNet,
+        net: Model,
         candidates: Tensor,
         options: PartialOptions,
         certain: Tensor | None = None,
