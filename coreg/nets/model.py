@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from coreg.errors import UserError
 from coreg.hub import cache_only, hub_answers
+from coreg.nets.heads import has_one_linear_classifier
 from coreg.records import Number, RecordError, check_record, read_record
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -182,9 +183,7 @@ class Model(nn.Module):
         self.backbone = backbone
         width = backbone.head_hidden_size
         self.projector = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, dim))
-        # two heads with averaged logits, a convolution, or VOLO's second head on all tokens, are no function of h alone
-        second = getattr(backbone, "aux_head", None)
-        self.linear_head = second is None and isinstance(backbone.get_classifier(), nn.Linear)
+        self.linear_head = has_one_linear_classifier(backbone)
         self.tuners = nn.ModuleDict() if tuners is None else tuners
         self.frozen = frozenset() if tuners is None else _frozen(backbone) & self.state_dict().keys()
         self.register_state_dict_post_hook(_leave_out_frozen)
