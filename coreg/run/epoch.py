@@ -51,7 +51,7 @@ def count_statistics(task: Task[Any], nets: Sequence[Model], epoch: int) -> None
         update_bn((task.data.view("weak", rows[my_slice(len(rows))], key) for rows in batches), net)
 
 
-def accuracy_on_test(task: Task[Any], nets: Sequence[CoRegNet]) -> dict[str, float]:
+def accuracy_on_test(task: Task[Any], nets: Sequence[Model]) -> dict[str, float]:
     """Accuracy on the test images of each network and, as `ensemble`, of the sum of their logits, where it is known."""
     if task.test is None or (task.test_labels < 0).all():
         return {}

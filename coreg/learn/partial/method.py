@@ -146,7 +146,7 @@ class PartialMethod(nn.Module):
         """Draw conclusions from the epoch that `step` belongs to; gives curves."""
         return {}
 
-    def judged(self) -> CoRegNet:
+    def judged(self) -> Model:
         """The network whose logits are the method's prediction, as it is now: what is tested, reported and exported.
 
         The trained one, where a method corrects its logits by nothing that it remembers.
