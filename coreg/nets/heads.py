@@ -6,9 +6,12 @@ place of a timm model's own classifier, so that the model's `forward` computes i
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -16,6 +19,39 @@ from coreg.errors import UserError
 
 Kind = Literal["cosine", "l2", "layernorm", "projected"]
 LAYER_NORM_EPS = 1e-12
+TEXT = "text.safetensors"  # beside a tower in its folder
+
+
+@dataclass(frozen=True)
+class ClassText:
+    """What the annotator's text side says of the classes, beside its image tower; all float32."""
+
+    features: Tensor  # (C, e), mean over the texts of a class of their features of length 1
+    projection: Tensor  # P (e, d), which brings pooled features h (d,) into the space of texts: P h + b
+    shift: Tensor  # b (e,)
+    scale: float  # of the cosine, by the model itself
+
+    def write(self, folder: Path) -> None:
+        """Into a folder with a tower."""
+        tensors = {name: getattr(self, name).contiguous() for name in ("features", "projection", "shift")}
+        save_file(tensors | {"scale": torch.tensor(self.scale)}, folder / TEXT)
+
+    @classmethod
+    def read(cls, folder: Path) -> ClassText:
+        """What `write` wrote.
+
+        Raises:
+            UserError: the folder has none, or a damaged one.
+        """
+        try:
+            tensors = load_file(folder / TEXT)
+            return cls(tensors["features"], tensors["projection"], tensors["shift"], float(tensors["scale"]))
+        except Exception as error:  # safetensors lets many kinds through
+            reason = " ".join(str(error).split())[:150]
+            raise UserError(
+                f"{folder / TEXT} holds no text features of classes ({reason}); delete {folder} and give the same command "
+                f"again"
+            ) from None
 
 
 class Head(nn.Module):

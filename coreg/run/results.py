@@ -280,6 +280,8 @@ def _export(task: Task, nets: Sequence[Model], folder: Path) -> dict[str, Any]:
             image_options.backbone,
             parse_backbone_args(image_options.backbone_args),
             check=task.data.view("plain", spread_rows(len(task.data.samples)), ()),
+            tuning=image_options.tuning(),
+            tuners=[net.tuners for net in nets],
             class_names=task.store.class_names,
             image_size=image_options.image_size,
             channels=image_options.channels,

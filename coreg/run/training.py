@@ -6,6 +6,7 @@ import contextlib
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from coreg.learn.collective import gather_rows, rank_and_world
 from coreg.learn.two_nets import Divisions
+from coreg.nets.heads import ClassText
 from coreg.nets.model import Model, create_backbone, evaluate_lone_values, parse_backbone_args
 from coreg.settings import ImageConfig, JobConfig
 
@@ -169,21 +171,35 @@ def _own(shares: Tensor) -> Tensor:
 def build_networks(
     accelerator: Accelerator, job: JobConfig, image_options: ImageConfig, n_classes: int, projection_dim: int, count: int
 ) -> list[Model]:
-    """Networks of one architecture with different initialisation, in channels_last format, not yet on the device."""
-    arguments = parse_backbone_args(image_options.backbone_args)
+    """Networks of one architecture with different initialisation, in channels_last format, not yet on the device.
+
+    Raises:
+        UserError: weights that cannot be had, or a head or tuners that do not fit.
+    """
     nets = []
     for number in range(1, count + 1):
         set_seed(1000 * job.seed + number)
-        backbone = create_backbone(
-            image_options.backbone, n_classes, image_options.channels, arguments, image_options.pretrained
-        )
-        net = Model(backbone, projection_dim)
+        net = build_model(image_options, n_classes, projection_dim)
         if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
             net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
         elif accelerator.num_processes > 1:
             evaluate_lone_values(net)
         nets.append(net.to(memory_format=torch.channels_last))
     return nets
+
+
+def build_model(image_options: ImageConfig, n_classes: int, projection_dim: int, pretrained: bool | None = None) -> Model:
+    """One network with its head and tuners.
+
+    Args:
+        pretrained: whether weights are loaded, if it is not as the options have it.
+    """
+    name = image_options.backbone
+    arguments = parse_backbone_args(image_options.backbone_args)
+    with_weights = image_options.pretrained if pretrained is None else pretrained
+    backbone = create_backbone(name, n_classes, image_options.channels, arguments, with_weights)
+    text = ClassText.read(Path(name.removeprefix("local-dir:"))) if image_options.head_init == "text" else None
+    return Model(backbone, projection_dim, image_options.tuning().apply(backbone, n_classes, text))
 
 
 def build_optimizer(net: nn.Module, job: JobConfig) -> torch.optim.Optimizer:
