@@ -68,7 +68,7 @@ from annotate_vlm import annotate_digits
 from coreg.annotate.textual import class_embeddings, text_side
 from coreg.annotate.view import View, views_of
 from coreg.learn.probe import SCALE, fit_cosine, fit_probe
-from coreg.nets.model import CoRegNet
+from coreg.nets.model import Model
 from coreg.process import main_process_decides
 from coreg.report.report import summary
 from coreg.run.job import open_run
@@ -80,7 +80,7 @@ from coreg.run.trust import trust
 from coreg.store.store import AnnotationStore
 
 
-def frozen_features(task: Task[ProbeOptions], net: CoRegNet) -> Tensor:
+def frozen_features(task: Task[ProbeOptions], net: Model) -> Tensor:
     """Of the usable training images, then of their mirror images where views are mirrored: (n or 2n, D)."""
     rows, size = np.flatnonzero(task.weak.usable), 4 * task.job.batch_size
     return torch.cat(
@@ -176,7 +176,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         run.accelerator.print(summary(report, run.folder.root))
 
 
-def _network(run: Run, task: Task[ProbeOptions], training: Training, net: CoRegNet, started: float) -> dict[str, Any]:
+def _network(run: Run, task: Task[ProbeOptions], training: Training, net: Model, started: float) -> dict[str, Any]:
     """Fit the student's own classifier; gives the report."""
     method, classifier = task.method, net.backbone.get_classifier()
     features = frozen_features(task, net)
@@ -196,7 +196,7 @@ def _head(
     run: Run,
     task: Task[ProbeOptions],
     training: Training,
-    net: CoRegNet,
+    net: Model,
     stored: tuple[Tensor, np.ndarray] | None,
     started: float,
 ) -> dict[str, Any]:

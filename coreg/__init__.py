@@ -23,7 +23,7 @@ _HOMES = {
     "coreg.learn.memory": ("Prototypes",),
     "coreg.learn.options": ("CoRegOptions",),
     "coreg.learn.pseudo": ("rescale",),
-    "coreg.nets.model": ("CoRegNet", "create_backbone"),
+    "coreg.nets.model": ("Model", "create_backbone"),
     "coreg.export.predict": ("Classifier", "load_classifier"),
     "coreg.learn.two_nets": ("Verdict", "co_train_batch"),
     "coreg.views.resident": ("TrainingImages",),

@@ -19,6 +19,7 @@ from coreg.weak.prefilter import SPELLINGS, parse_prefilter
 from coreg.weak.rules import parse_rule
 
 if TYPE_CHECKING:
+    from coreg.nets.tuning import Tuning
     from coreg.views.augment import Augmentation
 
 # accelerate's trackers and the packages of which each needs one
@@ -146,9 +147,50 @@ class JobConfig(Optimiser, Labels, Job):
 class Network:
     """backbone: what the networks are."""
 
-    backbone: str = option("preact_resnet18", "any timm model, preact_resnet18, or local-dir:FOLDER")
+    backbone: str = option(
+        "preact_resnet18", "any timm model, preact_resnet18, local-dir:FOLDER, or annotator: what the store was made with"
+    )
     pretrained: bool = option(False, "start from timm's pretrained weights")
     backbone_args: str = advanced("{}", "further arguments of the backbone, as JSON")
+
+
+@dataclass
+class TuningOptions:
+    """tuning: what of a pretrained backbone is trained."""
+
+    tuner: list[str] | None = option(
+        None,
+        "freeze the backbone but for its head, and train what these change: full, linear, bias, ln, bn, mask, vpt_shallow, "
+        "vpt_deep, ssf_attn, ssf_mlp, ssf_ln, lora, lora_mlp, adapter, adaptformer (default: the whole network is trained)",
+    )
+    blocks: str = advanced(
+        "all", "transformer blocks that tuners change: all, last:N, or the first and the last, such as 2-9"
+    )
+    bottleneck: int = advanced(0, "width of adapters, rank of LoRA; 0: by the number of classes and blocks", (0, 65_536))
+    prompt_tokens: int = advanced(10, "prompt tokens of vpt_shallow and of each block of vpt_deep", (1, 65_536))
+    mask_ratio: float = advanced(
+        0.0, "share of weights that mask trains; 0: by the number of classes and the size of the network", (0, 1)
+    )
+    head: Literal["linear", "cosine", "l2", "layernorm", "projected"] = advanced(
+        "linear",
+        "how logits come from features: timm's own classifier; by the directions of the class weights; or projected, as "
+        "the annotator compares images with texts",
+    )
+    head_scale: float = advanced(
+        0.0, "factor of the cosine; 0: 25, and the annotator's own where --head is projected", (0, 1e6)
+    )
+    head_init: Literal["random", "text", "class_mean"] = advanced(
+        "random",
+        "where the head starts: random; text, of --backbone annotator; class_mean, mean features by candidate sets",
+    )
+    head_prompts: Literal["default", "classname", "ensemble", "annotator"] = advanced(
+        "default",
+        'texts of --head_init text: "a photo of a {}.", the class name alone, the papers\' 27 templates, or those that the '
+        "images were annotated with",
+    )
+    descriptions: str | None = advanced(
+        None, "JSON file, class name to a list of texts, which --head_init text takes instead of prompts", job=False
+    )
 
 
 @dataclass
@@ -156,7 +198,7 @@ class Pixels:
     """images: what a network gets of an image."""
 
     image_size: int = option(32, "side in pixels to which images are resized", (1, 8192))
-    channels: int = option(3, "1 for grey images, 3 for RGB", (1, 3))
+    channels: int = advanced(3, "1 for grey images, 3 for RGB", (1, 3))
     mean: list[float] = advanced([0.5], "mean of the pixels in 0..1, one number or one a channel", (0, 1))
     std: list[float] = advanced([0.5], "standard deviation of the pixels in 0..1, one number or one a channel", (0.001, 10))
 
@@ -174,8 +216,15 @@ class Views:
 
 
 @dataclass
-class ImageConfig(Views, Pixels, Network):
-    """What the networks are and what they see."""
+class ImageConfig(Views, Pixels, TuningOptions, Network):
+    """What the networks are, what of them is trained, and what they see."""
+
+    def tuning(self) -> Tuning:
+        """What is tuned, and the head."""
+        from coreg.nets.tuning import Tuning
+
+        names = ("blocks", "bottleneck", "prompt_tokens", "mask_ratio", "head", "head_scale")
+        return Tuning(tuple(self.tuner or ()), **{name: getattr(self, name) for name in names})
 
     def augmentation(self) -> Augmentation:
         """The views these settings describe; `check_image_options` has refused impossible ones."""
@@ -220,6 +269,12 @@ def check_image_options(image_options: ImageConfig) -> None:
     unknown = [name for name in image_options.strong_ops if name not in RANDAUGMENT]
     if unknown:
         raise UserError(f"unknown --strong_ops {' '.join(unknown)} (there are: {', '.join(RANDAUGMENT)})")
+    if image_options.head_init == "text" and image_options.backbone != "annotator":
+        raise UserError(f"--head_init text needs --backbone annotator, whose text side it is, not {image_options.backbone}")
+    if image_options.head == "projected" and image_options.head_init != "text":
+        raise UserError(
+            f"--head projected compares images with texts and needs --head_init text, not {image_options.head_init}"
+        )
     check_pixels(image_options)
 
 

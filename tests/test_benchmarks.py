@@ -25,7 +25,7 @@ from coreg.data.sources import open_images
 from coreg.learn.coreg import CoRegBatch, CoRegLearner
 from coreg.learn.memory import Prototypes
 from coreg.learn.options import CoRegOptions
-from coreg.nets.model import CoRegNet
+from coreg.nets.model import Model
 from coreg.nets.preact import PreActResNet
 from coreg.process import build_accelerator
 from coreg.settings import JobConfig
@@ -37,7 +37,7 @@ C, D, QUEUE = 5, 8, 23
 def small_net(seed):
     """With batch statistics: every pass of the plain step and of ours has to see the same batches."""
     torch.manual_seed(seed)
-    return CoRegNet(PreActResNet(C, 1, widths=(4, 8), depths=(1, 1)), D).double()
+    return Model(PreActResNet(C, 1, widths=(4, 8), depths=(1, 1)), D).double()
 
 
 def both_sides(steps):
@@ -121,7 +121,7 @@ def images_through_networks(step):
     counts = {"forward": 0, "backward": 0}
 
     def count(module, inputs, outputs):
-        if isinstance(module, CoRegNet):
+        if isinstance(module, Model):
             counts["forward"] += len(inputs[0])
             counts["backward"] += len(inputs[0]) * outputs[0].requires_grad
 

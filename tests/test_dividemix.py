@@ -16,7 +16,7 @@ from coreg.learn.coreg import CoRegBatch, WarmUpBatch
 from coreg.learn.distill import DistillBatch, DistillLearner
 from coreg.learn.dividemix import DivideMixLearner, uniformity_penalty
 from coreg.learn.dividemix_options import DivideMixOptions
-from coreg.nets.model import CoRegNet
+from coreg.nets.model import Model
 from coreg.nets.preact import PreActResNet
 
 C = 4
@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[1]
 
 def small_net(seed):
     torch.manual_seed(seed)
-    return CoRegNet(PreActResNet(C, 1, widths=(4, 8), depths=(1, 1), norm="none"), 1).double()
+    return Model(PreActResNet(C, 1, widths=(4, 8), depths=(1, 1), norm="none"), 1).double()
 
 
 def learner(**options):

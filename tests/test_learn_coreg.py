@@ -10,7 +10,7 @@ from torch import nn
 from coreg.learn.coreg import CoRegBatch, CoRegLearner, WarmUpBatch, cosine_lr, ramp
 from coreg.learn.memory import Prototypes
 from coreg.learn.options import CoRegOptions
-from coreg.nets.model import CoRegNet
+from coreg.nets.model import Model
 from coreg.nets.preact import PreActResNet
 
 C, D = 4, 6
@@ -18,7 +18,7 @@ C, D = 4, 6
 
 def small_net(seed):
     torch.manual_seed(seed)
-    return CoRegNet(PreActResNet(C, 1, widths=(4, 8), depths=(1, 1), norm="none"), D).double()
+    return Model(PreActResNet(C, 1, widths=(4, 8), depths=(1, 1), norm="none"), D).double()
 
 
 def learner(options, seed=0):

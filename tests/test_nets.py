@@ -19,7 +19,7 @@ from coreg.errors import UserError
 from coreg.export.ensemble import export
 from coreg.export.folder import load_export
 from coreg.nets.model import (
-    CoRegNet,
+    Model,
     check_backbone,
     check_network,
     check_weights,
@@ -55,16 +55,65 @@ def test_an_identity_shortcut_carries_the_activated_tensor():
 
 
 @pytest.mark.parametrize("norm", ["batch", "group", "none"])
-def test_coreg_net_gives_logits_and_unit_features(norm):
-    net = CoRegNet(create_backbone("preact_resnet_tiny", 5, 1, {"norm": norm}, pretrained=False), dim=16)
+def test_a_model_gives_logits_and_unit_features(norm):
+    net = Model(create_backbone("preact_resnet_tiny", 5, 1, {"norm": norm}, pretrained=False), dim=16)
     logits, q = net(torch.randn(3, 1, 16, 16))
     assert logits.shape == (3, 5) and q.shape == (3, 16)
     torch.testing.assert_close(q.norm(dim=1), torch.ones(3))
     torch.testing.assert_close(net.logits(torch.zeros(1, 1, 16, 16)), net(torch.zeros(1, 1, 16, 16))[0])
 
 
+def tuned():
+    """A frozen network with one trained normalisation, and a module of a tuner."""
+    net = create_backbone("preact_resnet_tiny", 5, 1, {}, pretrained=False).requires_grad_(False)
+    net.get_classifier().requires_grad_(True)
+    net.norm1.requires_grad_(True)
+    return Model(net, 4, nn.ModuleDict({"scale": nn.Linear(2, 2)}))
+
+
+def test_a_tuned_network_keeps_and_restores_what_is_trained_alone():
+    torch.manual_seed(0)
+    net, again = tuned(), tuned()
+    again.backbone.load_state_dict(net.backbone.state_dict())  # the same frozen weights
+    names = set(net.trained())
+    head = {"backbone.fc.weight", "backbone.fc.bias"}
+    norm = {f"backbone.norm1.{of}" for of in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")}
+    assert {name for name in names if name.startswith("backbone.")} == head | norm
+    assert {name.split(".")[0] for name in names} == {"backbone", "projector", "tuners"}
+    moving = {name for name, weight in net.named_parameters() if weight.requires_grad}
+    assert moving == {name for name, value in net.trained().items() if value.requires_grad}
+
+    images = torch.randn(4, 1, 16, 16)
+    optimizer = torch.optim.SGD([weight for weight in net.parameters() if weight.requires_grad], 0.1)
+    sum(out.sum() for out in net.train()(images)).backward()
+    optimizer.step()
+    holder, other = nn.ModuleDict({"net": net}), nn.ModuleDict({"net": again})
+    assert holder.state_dict().keys() == {f"net.{name}" for name in names}
+    other.load_state_dict(holder.state_dict())
+    for copied in (again, copy.deepcopy(net).requires_grad_(False)):
+        assert copied.state_dict().keys() == names
+        assert torch.equal(copied.eval()(images)[0], net.eval()(images)[0])
+    with pytest.raises(RuntimeError, match="scale"):
+        other.load_state_dict({name: value for name, value in holder.state_dict().items() if "scale" not in name})
+
+
+def test_frozen_statistics_stay_and_trained_ones_move():
+    net = tuned().train()
+    before = copy.deepcopy(net.backbone.state_dict())
+    net(torch.randn(4, 1, 16, 16) + 3)
+    after = net.backbone.state_dict()
+    assert {name for name in before if not torch.equal(before[name], after[name])} == {
+        f"norm1.{of}" for of in ("running_mean", "running_var", "num_batches_tracked")
+    }
+
+
+def test_an_untuned_network_keeps_everything():
+    net = Model(create_backbone("preact_resnet_tiny", 5, 1, {}, pretrained=False), 4)
+    assert set(net.trained()) == {name for name, _ in net.named_parameters()} | {name for name, _ in net.named_buffers()}
+
+
 def test_any_timm_model_can_be_the_backbone():
-    net = CoRegNet(create_backbone("resnet18", 7, 3, {}, pretrained=False)).eval()
+    net = Model(create_backbone("resnet18", 7, 3, {}, pretrained=False)).eval()
     images = torch.randn(2, 3, 64, 64)
     torch.testing.assert_close(net(images)[0], net.backbone(images))
 
@@ -95,7 +144,7 @@ def second_head(net, features):
 def test_heads_of_any_kind_are_trained_and_exported_as_they_are(tmp_path, name, arguments, by_hand):
     torch.manual_seed(0)
     check_network(name, 3, 32, 3, arguments)
-    net = CoRegNet(create_backbone(name, 3, 3, arguments, pretrained=False), dim=8)
+    net = Model(create_backbone(name, 3, 3, arguments, pretrained=False), dim=8)
     images = torch.randn(2, 3, 32, 32)
     logits, q = net.train()(images)
     logits.logsumexp(1).sum().backward()  # every head gets a gradient

@@ -10,7 +10,7 @@ from torch import nn
 from coreg.learn.partial import METHODS
 from coreg.learn.partial.method import PartialBatch, Step
 from coreg.learn.partial_options import OPTIONS
-from coreg.nets.model import CoRegNet
+from coreg.nets.model import Model
 from coreg.nets.preact import PreActResNet
 
 N, C, D, n = 8, 3, 4, 4
@@ -23,7 +23,7 @@ def learner(name, **options):
     own = {"projection_dim": D, "queue_size": 10, "key_momentum": 0.9, "plan_queue": 5}
     options |= {field.name: own[field.name] for field in dataclasses.fields(OPTIONS[name]) if field.name in own}
     sets = torch.rand(N, C).argsort(1) < 2
-    net = CoRegNet(PreActResNet(C, 1, widths=(4, 8), depths=(1, 1), norm="none"), D)
+    net = Model(PreActResNet(C, 1, widths=(4, 8), depths=(1, 1), norm="none"), D)
     made = METHODS[name](net, sets, OPTIONS[name](**options), dtype=torch.float64).double().train()
     for p in made.net.parameters():
         p.data += 0.05 * torch.randn_like(p)  # the momentum encoder lags behind

@@ -13,7 +13,7 @@ from coreg.learn.partial import METHODS, imbalanced, solar
 from coreg.learn.partial.method import Outputs, PartialBatch, Step
 from coreg.learn.partial.solar import transport_plan
 from coreg.learn.partial_options import OPTIONS
-from coreg.nets.model import CoRegNet
+from coreg.nets.model import Model
 from coreg.nets.preact import PreActResNet
 
 FOLDER = Path(__file__).parent / "reference"
@@ -84,7 +84,7 @@ def array(name, key, *at):
 
 def made(name, **options):
     """The method on the candidate sets of its file; its network stands aside."""
-    net = CoRegNet(PreActResNet(7, 1, widths=(8, WIDTH), depths=(1, 1), norm="none"), 4)
+    net = Model(PreActResNet(7, 1, widths=(8, WIDTH), depths=(1, 1), norm="none"), 4)
     method = METHODS[name](
         net, array(name, "Y").bool(), OPTIONS[name](method=name, **options), dtype=torch.float64
     ).double()

@@ -17,7 +17,7 @@ from coreg.data.sources import TORCHVISION
 from coreg.errors import UserError
 from coreg.learn.dividemix_options import DivideMixOptions
 from coreg.learn.options import CoRegOptions
-from coreg.nets.model import CoRegNet, create_backbone, parse_backbone_args
+from coreg.nets.model import Model, create_backbone, parse_backbone_args
 from coreg.recipes import FOLDER, listing
 from coreg.recipes.__main__ import main
 from coreg.settings import ImageConfig, JobConfig
@@ -60,7 +60,7 @@ def test_a_recipe_can_be_trained_with(name):
     backbone = create_backbone(
         image_options.backbone, 3, image_options.channels, parse_backbone_args(image_options.backbone_args), False
     )
-    net = CoRegNet(backbone.eval(), method.projection_dim)
+    net = Model(backbone.eval(), method.projection_dim)
     with torch.no_grad():
         maps, (logits, features) = backbone.forward_features(seen), net(seen)
     assert logits.shape == (2, 3) and features.shape == (2, method.projection_dim)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from coreg.nets.model import CoRegNet, create_backbone
+from coreg.nets.model import Model, create_backbone
 from coreg.run.epoch import count_statistics
 from coreg.run.training import Training
 from coreg.views.augment import Augmentation
@@ -22,7 +22,7 @@ def test_batch_statistics_are_means_over_one_weak_view_of_every_whole_batch(n):
     data = TrainingImages(pixels, torch.arange(n), views, torch.device("cpu"), seed=3, dtype=torch.float64)
     task = SimpleNamespace(job=SimpleNamespace(batch_size=4, seed=3), data=data)
     torch.manual_seed(0)
-    nets = [CoRegNet(create_backbone("preact_resnet_tiny", 3, 1, {}, False), 8).double() for _ in range(2)]
+    nets = [Model(create_backbone("preact_resnet_tiny", 3, 1, {}, False), 8).double() for _ in range(2)]
     before = [net.state_dict()["backbone.conv1.weight"].clone() for net in nets]
     count_statistics(task, nets, epoch=7)
     for number, net in enumerate(nets):

@@ -3,7 +3,8 @@
 Every finished run has the folder export/:
 
     net1/, net2/   config.json and model.safetensors: `timm.create_model("local-dir:export/net1", pretrained=True)`
-                   loads them after `import coreg.nets`
+                   loads them after `import coreg.nets`; where there is a tuned.safetensors, it holds what timm cannot
+                   compute (other heads, inserted modules), which `coreg.export.predict` and the programs do
     coreg.json     class names, preprocessing, temperature, how far the files' logits are from the trained networks', and
                    the SHA-256 of the files
     README.md      the model card
@@ -32,6 +33,7 @@ from typing import Any, Literal
 import numpy as np
 import timm
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from coreg.config import option, parse
@@ -40,9 +42,10 @@ from coreg.data.images import ImageList
 from coreg.data.sources import open_images, require_readable
 from coreg.errors import UserError, exits_with_one_line
 from coreg.export.calibration import fit_to_labels
-from coreg.export.folder import SCHEMA, SETTINGS, export_folder, files_of, load_export, write_settings
+from coreg.export.folder import SCHEMA, SETTINGS, TUNED, export_folder, files_of, load_export, write_settings
 from coreg.export.programs import as_program
 from coreg.files import making_folder
+from coreg.nets.tuning import Tuning
 from coreg.plaintext import printable
 
 PROGRAMS = {"onnx": "model.onnx", "torch_export": "model.pt2"}
@@ -62,6 +65,8 @@ def export(
     architecture: str,
     arguments: dict[str, Any],
     check: Tensor,
+    tuning: Tuning | None = None,
+    tuners: Sequence[nn.ModuleDict] = (),
     **settings: Any,
 ) -> dict[str, Any]:
     """Write the backbones with their classifiers; built beside `folder` and renamed, so never half-written.
@@ -69,6 +74,7 @@ def export(
     Args:
         backbones: timm models, net1 first. architecture: their timm name. arguments: what they were created with.
         check: normalised images float (n, c, H, W) on which the written networks have to agree with `backbones`.
+        tuning, tuners: how they were tuned, and what was inserted into each, where they were.
         settings: `class_names`, `image_size`, `channels`, `mean`, `std`, and what `fit_to_agreement` gave.
 
     Returns:
@@ -79,29 +85,34 @@ def export(
     """
     settings = {"schema": SCHEMA, "nets": len(backbones)} | settings
     with making_folder(folder, "free some space, then the same command goes on", replace=True) as temporary:
-        for number, backbone in enumerate(backbones, start=1):
-            _save(temporary / f"net{number}", backbone, architecture, arguments, settings)
+        inserted = tuners or [nn.ModuleDict()] * len(backbones)
+        for number, (backbone, modules) in enumerate(zip(backbones, inserted), start=1):
+            network = (backbone, tuning or Tuning(), modules)
+            settings |= _save(temporary / f"net{number}", network, architecture, arguments, settings)
         settings["files"] = files_of(temporary, len(backbones))
         write_settings(temporary, settings)
         check = check.cpu().float()
         # the networks themselves, moved to where the files are read: a GPU's convolutions round to ten bits
-        trained = ensemble_logits([copy.deepcopy(net).cpu().float().eval() for net in backbones], check)
+        moved = copy.deepcopy(list(zip(backbones, inserted)))
+        trained = ensemble_logits([nn.ModuleList(one).cpu().float().eval()[0] for one in moved], check)
         written = ensemble_logits(load_export(temporary)[0], check)
         settings["agreement"] = {"timm": agreement(written, trained, "the exported folder")}
         write_settings(temporary, settings)
     return settings
 
 
-def _save(place: Path, backbone: nn.Module, architecture: str, arguments: dict[str, Any], settings: dict[str, Any]) -> None:
-    """One network as a folder that timm reads, in float32, whatever training used."""
+def _save(
+    place: Path,
+    network: tuple[nn.Module, Tuning, nn.ModuleDict],
+    architecture: str,
+    arguments: dict[str, Any],
+    settings: dict[str, Any],
+) -> dict[str, Any]:
+    """One network as a folder that timm reads, in float32, whatever training used; gives what coreg.json says of it."""
     names, channels, size = (settings[name] for name in ("class_names", "channels", "image_size"))
+    backbone, tuning, modules = network
     plain = timm.create_model(architecture, num_classes=len(names), in_chans=channels, **arguments)
-    plain.load_state_dict(
-        {
-            k: v.detach().cpu().float().contiguous() if v.is_floating_point() else v.cpu()
-            for k, v in backbone.state_dict().items()
-        }
-    )
+    plain, rule, rest = tuning.separated(backbone, modules, plain)
     plain.pretrained_cfg = dict(plain.pretrained_cfg) | {
         "input_size": (channels, size, size),
         "mean": tuple(settings["mean"]),
@@ -117,6 +128,10 @@ def _save(place: Path, backbone: nn.Module, architecture: str, arguments: dict[s
         model_args={"in_chans": channels} | arguments,
         safe_serialization=True,
     )
+    if not rest:
+        return {}
+    save_file(rest, place / TUNED)
+    return {"tuning": json.loads(json.dumps(vars(rule)))}
 
 
 def agreement(written: Tensor, trained: Tensor, what: str) -> dict[str, float | int]:

@@ -15,10 +15,12 @@ from torch import nn
 import coreg.nets  # noqa: F401  registers the PreAct ResNets with timm
 from coreg.errors import UserError
 from coreg.files import replacing, sha256_of
+from coreg.nets.tuning import Tuning
 from coreg.records import Each, Maybe, Number, RecordError, check_record, read_record
 
 SCHEMA = 1
 SETTINGS, CONFIG, WEIGHTS = "coreg.json", "config.json", "model.safetensors"
+TUNED = "tuned.safetensors"  # of a network, beside its weights: what a plain timm model cannot compute
 
 # what tells programs how to decode images and what their classes are called: in coreg.json, and inside every program
 ABOUT = {"class_names": [str], "image_size": Number(1, 8192), "channels": Number(1, 3)}
@@ -30,6 +32,17 @@ _KINDS = ABOUT | {
     "temperature": Maybe(Number(1e-6, 1e6, whole=False)),
     "calibration": Maybe(dict),
     "agreement": Maybe(dict),
+    "tuning": Maybe(
+        {
+            "tuners": [str],
+            "blocks": str,
+            "bottleneck": Number(0),
+            "prompt_tokens": Number(1),
+            "mask_ratio": Number(0, 1, whole=False),
+            "head": str,
+            "head_scale": Number(0, whole=False),
+        }
+    ),
     "files": Maybe(Each(str)),
     "checksum": Maybe(str),
 }
@@ -61,8 +74,8 @@ def check_about(settings: dict[str, Any]) -> None:
 
 def files_of(folder: Path, nets: int) -> dict[str, str]:
     """The checksum of every file that the networks are loaded from, by its name within the folder."""
-    names = [f"net{number}/{file}" for number in range(1, nets + 1) for file in (CONFIG, WEIGHTS)]
-    return {name: sha256_of(folder / name) for name in names}
+    names = [f"net{number}/{file}" for number in range(1, nets + 1) for file in (CONFIG, WEIGHTS, TUNED)]
+    return {name: sha256_of(folder / name) for name in names if not name.endswith(TUNED) or (folder / name).exists()}
 
 
 def _checksum(settings: dict[str, Any]) -> str:
@@ -139,7 +152,7 @@ def load_export(path: str | Path) -> tuple[list[nn.Module], dict[str, Any]]:
 def _load_net(folder: Path, number: int, settings: dict[str, Any]) -> nn.Module:
     place = folder / f"net{number}"
     try:
-        for file in (CONFIG, WEIGHTS):
+        for file in (CONFIG, WEIGHTS, *([TUNED] if settings.get("tuning") else [])):
             # a pipe in its place would be waited for
             if not (place / file).is_file():
                 raise RecordError(f"there is no file {file}")
@@ -152,6 +165,8 @@ def _load_net(folder: Path, number: int, settings: dict[str, Any]) -> nn.Module:
         # not `pretrained=True`: timm then fits weights that do not fit, and a classifier of another size becomes random
         net = timm.create_model(f"local-dir:{place}", num_classes=classes, in_chans=channels)
         net.load_state_dict(load_file(place / WEIGHTS))
+        if rule := settings.get("tuning"):
+            Tuning(**rule | {"tuners": tuple(rule["tuners"])}).restore(net, load_file(place / TUNED))
     except Exception as error:  # a damaged configuration can raise anything in timm
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(f"{place} cannot be loaded ({reason}); {REMEDY}") from None

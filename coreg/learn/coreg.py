@@ -21,7 +21,7 @@ from coreg.learn.collective import gather_rows, my_slice
 from coreg.learn.memory import Prototypes, Queue
 from coreg.learn.options import CoRegOptions
 from coreg.learn.pseudo import fuse_trusted, mix, sharpen
-from coreg.nets.model import CoRegNet
+from coreg.nets.model import Model
 from coreg.nets.tuners.frozen import moving_weights, sharing_copy
 
 
@@ -94,7 +94,7 @@ class CoRegBatch:
 class CoRegLearner(nn.Module):
     """A network, its momentum encoder and queue, and the prototypes that both learners share."""
 
-    def __init__(self, net: CoRegNet, prototypes: Prototypes, options: CoRegOptions) -> None:
+    def __init__(self, net: Model, prototypes: Prototypes, options: CoRegOptions) -> None:
         super().__init__()
         self.net = net
         self.key_net = sharing_copy(net)
@@ -102,9 +102,9 @@ class CoRegLearner(nn.Module):
         self.queue = Queue(options.queue_size, options.projection_dim)
         self.options = options
         self._average = get_ema_multi_avg_fn(options.key_momentum)
-        self._peer: list[CoRegNet] = []
+        self._peer: list[Model] = []
 
-    def set_peer(self, peer: CoRegNet) -> None:
+    def set_peer(self, peer: Model) -> None:
         """The other network: read in evaluation mode, never trained here, and so no submodule of this one."""
         self._peer = [peer]
 
@@ -203,7 +203,7 @@ class CoRegLearner(nn.Module):
         self.prototypes.update(features, labels[: len(features)], momentum)
 
     @staticmethod
-    def _predict(net: CoRegNet, images: Tensor) -> tuple[Tensor, Tensor]:
+    def _predict(net: Model, images: Tensor) -> tuple[Tensor, Tensor]:
         logits, features = net(images)
         return losses.log_probabilities(logits).exp(), features
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from coreg.learn import losses
 from coreg.learn.pseudo import sharpen
-from coreg.nets.model import CoRegNet
+from coreg.nets.model import Model
 
 
 @dataclass
@@ -32,7 +32,7 @@ class DistillBatch:
 class DistillLearner(nn.Module):
     """A network whose forward is a whole training step."""
 
-    def __init__(self, net: CoRegNet, temperature: float) -> None:
+    def __init__(self, net: Model, temperature: float) -> None:
         super().__init__()
         self.net = net
         self.temperature = temperature

@@ -21,7 +21,7 @@ from coreg.learn.collective import gather_rows, rank_and_world
 from coreg.learn.coreg import CoRegBatch, WarmUpBatch
 from coreg.learn.dividemix_options import DivideMixOptions
 from coreg.learn.pseudo import fuse_trusted, mix, sharpen
-from coreg.nets.model import CoRegNet
+from coreg.nets.model import Model
 
 
 def uniformity_penalty(mean_prediction: Tensor) -> Tensor:
@@ -33,13 +33,13 @@ def uniformity_penalty(mean_prediction: Tensor) -> Tensor:
 class DivideMixLearner(nn.Module):
     """A network whose forward is a whole training step, in warm-up and in co-training."""
 
-    def __init__(self, net: CoRegNet, options: DivideMixOptions) -> None:
+    def __init__(self, net: Model, options: DivideMixOptions) -> None:
         super().__init__()
         self.net = net
         self.options = options
-        self._peer: list[CoRegNet] = []
+        self._peer: list[Model] = []
 
-    def set_peer(self, peer: CoRegNet) -> None:
+    def set_peer(self, peer: Model) -> None:
         """The other network: read in evaluation mode, never trained here, and so no submodule of this one."""
         self._peer = [peer]
 
@@ -98,5 +98,5 @@ class DivideMixLearner(nn.Module):
         return torch.cat([x, x, u, u])
 
     @staticmethod
-    def _probabilities(net: CoRegNet, images: Tensor) -> Tensor:
+    def _probabilities(net: Model, images: Tensor) -> Tensor:
         return losses.log_probabilities(net(images)[0]).exp()

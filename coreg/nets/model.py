@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from coreg.errors import UserError
 from coreg.hub import cache_only, hub_answers
+from coreg.nets.heads import has_one_linear_classifier
 from coreg.records import Number, RecordError, check_record, read_record
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -160,21 +161,32 @@ def _after_lone_value(module: nn.Module, inputs: tuple[Tensor, ...], output: Ten
         module.training, module.lone_value = True, False
 
 
-class CoRegNet(nn.Module):
-    """Backbone, classifier and projector: images (n, c, H, W) to logits (n, C) and unit features q (n, dim).
+class Model(nn.Module):
+    """Backbone with its head, and projector: images (n, c, H, W) to logits (n, C) and unit features q (n, dim).
 
     The projector is Linear(h, h), ReLU, Linear(h, dim), then L2 normalisation, on the pooled features h. The logits are
     those of the backbone's own `forward`, which is what an export computes.
+
+    With tuners the backbone is frozen, but for what they put into it or set free, and for its head: what stays as it was is
+    in no checkpoint (`trained`), and frozen batch normalisation keeps its statistics.
     """
 
-    def __init__(self, backbone: nn.Module, dim: int = 128) -> None:
+    def __init__(self, backbone: nn.Module, dim: int = 128, tuners: nn.ModuleDict | None = None) -> None:
+        """Join the parts.
+
+        Args:
+            backbone: a timm model with a classifier. dim: length of q.
+            tuners: the modules by which it is tuned, which act by hooks (`coreg.nets.tuners.apply_tuners`); weights of the
+                backbone that they train have a gradient, all others have none. None where all of it is trained.
+        """
         super().__init__()
         self.backbone = backbone
         width = backbone.head_hidden_size
         self.projector = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, dim))
-        # two heads with averaged logits, a convolution, or VOLO's second head on all tokens, are no function of h alone
-        second = getattr(backbone, "aux_head", None)
-        self.linear_head = second is None and isinstance(backbone.get_classifier(), nn.Linear)
+        self.linear_head = has_one_linear_classifier(backbone)
+        self.tuners = nn.ModuleDict() if tuners is None else tuners
+        self.frozen = frozenset() if tuners is None else _frozen(backbone) & self.state_dict().keys()
+        self.register_state_dict_post_hook(_leave_out_frozen)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         features = self.backbone.forward_features(images)
@@ -190,6 +202,45 @@ class CoRegNet(nn.Module):
     def logits(self, images: Tensor) -> Tensor:
         """(n, C) without the projector."""
         return self.backbone(images)
+
+    def trained(self) -> dict[str, Tensor]:
+        """What training changes, by name: weights, and statistics of normalisation; all there is of an untuned network."""
+        return self.state_dict(keep_vars=True)
+
+    def train(self, mode: bool = True) -> Model:
+        """Training mode, but for frozen batch normalisation."""
+        super().train(mode)
+        for name, module in self.backbone.named_modules() if self.frozen else ():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and f"backbone.{name}.running_mean" in self.frozen:
+                module.eval()
+        return self
+
+    def _load_from_state_dict(self, state: dict[str, Tensor], prefix: str, *rest: Any) -> None:
+        """Frozen weights, which no state holds, are those that are there."""
+        own = dict(self.named_parameters()) | dict(self.named_buffers())
+        for name in self.frozen:
+            state.setdefault(prefix + name, own[name])
+        super()._load_from_state_dict(state, prefix, *rest)
+
+
+def _frozen(backbone: nn.Module) -> frozenset[str]:
+    """Names within a `Model` of what a tuned backbone has unchanged.
+
+    Statistics change where weights of the same module do.
+    """
+    names = set()
+    for place, module in backbone.named_modules(prefix="backbone"):
+        weights = dict(module.named_parameters(recurse=False))
+        still = {name for name, weight in weights.items() if not weight.requires_grad}
+        if len(still) == len(weights):
+            still |= dict(module.named_buffers(recurse=False)).keys()
+        names |= {f"{place}.{name}" for name in still}
+    return frozenset(names)
+
+
+def _leave_out_frozen(model: Model, state: dict[str, Tensor], prefix: str, metadata: dict[str, Any]) -> None:
+    for name in model.frozen:
+        state.pop(prefix + name, None)
 
 
 # ---- does it fit? ---------------------------------------------------------------------------------------------------
@@ -247,7 +298,7 @@ def _problem(name: str, n_classes: int, size: int, channels: int, arguments: dic
     # no constant: of zeros, a fresh network may make zeros on whatever way
     images = torch.randn(2, channels, size, size, generator=torch.Generator().manual_seed(0))
     try:
-        net = CoRegNet(backbone).eval()
+        net = Model(backbone).eval()
         exported = net.logits(images[:1])
         if not isinstance(exported, Tensor) or exported.shape != (1, n_classes):
             return f"it gives more or other than {n_classes} logits"

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from coreg.errors import UserError
 from coreg.files import reason_of
-from coreg.nets.model import CoRegNet
+from coreg.nets.model import Model
 from coreg.run.training import Training
 from coreg.views.resident import TrainingImages
 
@@ -130,7 +130,7 @@ def _pictures(views: Tensor, data: TrainingImages) -> Tensor:
 def show_features(
     accelerator: Accelerator,
     data: TrainingImages,
-    net: CoRegNet,
+    net: Model,
     class_names: list[str],
     classes: dict[str, np.ndarray],
     epoch: int,

@@ -11,7 +11,7 @@ from timm.utils import distribute_bn
 from torch.optim.swa_utils import update_bn
 
 from coreg.learn.collective import my_slice
-from coreg.nets.model import CoRegNet
+from coreg.nets.model import Model
 from coreg.process import main_process_decides
 from coreg.report.metrics import accuracy
 from coreg.run.board import show_epoch
@@ -37,7 +37,7 @@ def end_steps(task: Task[Any], training: Training) -> None:
 
 
 @torch.no_grad()
-def count_statistics(task: Task[Any], nets: Sequence[CoRegNet], epoch: int) -> None:
+def count_statistics(task: Task[Any], nets: Sequence[Model], epoch: int) -> None:
     """Batch normalisation's running means and variances anew, as averages over one weak view of every training image.
 
     For a method that trains on mixed images alone, whose statistics are not those of images.
@@ -51,7 +51,7 @@ def count_statistics(task: Task[Any], nets: Sequence[CoRegNet], epoch: int) -> N
         update_bn((task.data.view("weak", rows[my_slice(len(rows))], key) for rows in batches), net)
 
 
-def accuracy_on_test(task: Task[Any], nets: Sequence[CoRegNet]) -> dict[str, float]:
+def accuracy_on_test(task: Task[Any], nets: Sequence[Model]) -> dict[str, float]:
     """Accuracy on the test images of each network and, as `ensemble`, of the sum of their logits, where it is known."""
     if task.test is None or (task.test_labels < 0).all():
         return {}

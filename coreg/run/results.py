@@ -18,7 +18,7 @@ from coreg.export.card import model_card
 from coreg.export.ensemble import export, spread_rows
 from coreg.files import write_atomically
 from coreg.learn.division import smoothed
-from coreg.nets.model import CoRegNet, parse_backbone_args
+from coreg.nets.model import Model, parse_backbone_args
 from coreg.process import main_process_decides
 from coreg.report.metrics import accuracy, collapse_warnings, consensus, few_shot_warnings
 from coreg.report.page import write_page
@@ -201,7 +201,7 @@ def _without_labels(run: Run, predicted: Predictions) -> dict[str, Any] | None:
 
 
 def finish_networks(
-    run: Run, task: Task, training: Training, nets: Sequence[CoRegNet], method: str, **more: Any
+    run: Run, task: Task, training: Training, nets: Sequence[Model], method: str, **more: Any
 ) -> dict[str, Any]:
     """`finish` for trained networks, which are exported, and those of the epoch chosen without labels beside them."""
     chosen, chosen_exports = _chosen_epoch(run, task, training)
@@ -253,7 +253,7 @@ def predictions(run: Run, task: Task, logits: dict[str, dict[str, np.ndarray]], 
     )
 
 
-def logits_of(task: Task, nets: Sequence[CoRegNet]) -> dict[str, dict[str, np.ndarray]]:
+def logits_of(task: Task, nets: Sequence[Model]) -> dict[str, dict[str, np.ndarray]]:
     """Logits (n, C) of the networks' common prediction (`ensemble`, the sum over them) and of each of two, by split."""
     splits = {"train": task.data} | ({} if task.test is None else {"test": task.test})
     logits = {}
@@ -264,7 +264,7 @@ def logits_of(task: Task, nets: Sequence[CoRegNet]) -> dict[str, dict[str, np.nd
     return logits
 
 
-def _export(task: Task, nets: Sequence[CoRegNet], folder: Path) -> dict[str, Any]:
+def _export(task: Task, nets: Sequence[Model], folder: Path) -> dict[str, Any]:
     """Calibrate the networks as they are, on every process, and write them, on one; gives their settings."""
     job, image_options, views = task.job, task.image_options, task.data.augmentation
     weak = [
@@ -280,6 +280,8 @@ def _export(task: Task, nets: Sequence[CoRegNet], folder: Path) -> dict[str, Any
             [net.backbone for net in nets],
             *getattr(nets[0].backbone, "created_with", created_with),
             check=task.data.view("plain", spread_rows(len(task.data.samples)), ()),
+            tuning=image_options.tuning(),
+            tuners=[net.tuners for net in nets],
             class_names=task.store.class_names,
             image_size=image_options.image_size,
             channels=image_options.channels,

@@ -15,7 +15,7 @@ from coreg.data.images import TRAIN
 from coreg.data.labels import few_shot_draw, read_labels
 from coreg.errors import UserError
 from coreg.learn.collective import gather_rows, my_slice
-from coreg.nets.model import CoRegNet
+from coreg.nets.model import Model
 from coreg.process import all_or_none
 from coreg.report.report import prefilter_line
 from coreg.settings import ImageConfig, JobConfig
@@ -187,7 +187,7 @@ def _images(run: Run, *splits: np.ndarray) -> list[TrainingImages]:
 
 @torch.no_grad()
 def predict(
-    net: CoRegNet, images: TrainingImages, view: str, key: tuple[int | str, ...], batch_size: int
+    net: Model, images: TrainingImages, view: str, key: tuple[int | str, ...], batch_size: int
 ) -> tuple[Tensor, Tensor]:
     """Logits (n, C) and features (n, D) of every image in evaluation mode; each process does its share."""
     net.eval()
@@ -216,7 +216,7 @@ def finite(task: Task, logits: Tensor, number: int, epoch: int) -> np.ndarray:
 
 
 @torch.no_grad()
-def pooled(net: CoRegNet, images: TrainingImages, rows: np.ndarray, batch_size: int, mirrored: bool = False) -> Tensor:
+def pooled(net: Model, images: TrainingImages, rows: np.ndarray, batch_size: int, mirrored: bool = False) -> Tensor:
     """Pooled features (n, D) of some images, or of their mirror images; each process encodes its share."""
     net.eval()
     my_rows = rows[my_slice(len(rows))]

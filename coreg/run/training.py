@@ -6,6 +6,7 @@ import contextlib
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -15,7 +16,8 @@ from torch import Tensor, nn
 
 from coreg.learn.collective import gather_rows, rank_and_world
 from coreg.learn.two_nets import Divisions
-from coreg.nets.model import CoRegNet, create_backbone, evaluate_lone_values, parse_backbone_args
+from coreg.nets.heads import ClassText
+from coreg.nets.model import Model, create_backbone, evaluate_lone_values, parse_backbone_args
 from coreg.settings import ImageConfig, JobConfig
 
 
@@ -59,7 +61,7 @@ class Training:
         self.began = time.perf_counter()
 
     @property
-    def nets(self) -> list[CoRegNet]:
+    def nets(self) -> list[Model]:
         """The networks of the learners."""
         return [learner.net for learner in self.learners]
 
@@ -168,16 +170,16 @@ def _own(shares: Tensor) -> Tensor:
 
 def build_networks(
     accelerator: Accelerator, job: JobConfig, image_options: ImageConfig, n_classes: int, projection_dim: int, count: int
-) -> list[CoRegNet]:
-    """Networks of one architecture with different initialisation, in channels_last format, not yet on the device."""
-    arguments = parse_backbone_args(image_options.backbone_args)
+) -> list[Model]:
+    """Networks of one architecture with different initialisation, in channels_last format, not yet on the device.
+
+    Raises:
+        UserError: weights that cannot be had, or a head or tuners that do not fit.
+    """
     nets = []
     for number in range(1, count + 1):
         set_seed(1000 * job.seed + number)
-        backbone = create_backbone(
-            image_options.backbone, n_classes, image_options.channels, arguments, image_options.pretrained
-        )
-        net = CoRegNet(backbone, projection_dim)
+        net = build_model(image_options, n_classes, projection_dim)
         if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
             net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
         elif accelerator.num_processes > 1:
@@ -186,11 +188,26 @@ def build_networks(
     return nets
 
 
+def build_model(image_options: ImageConfig, n_classes: int, projection_dim: int, pretrained: bool | None = None) -> Model:
+    """One network with its head and tuners.
+
+    Args:
+        pretrained: whether weights are loaded, if it is not as the options have it.
+    """
+    name = image_options.backbone
+    arguments = parse_backbone_args(image_options.backbone_args)
+    with_weights = image_options.pretrained if pretrained is None else pretrained
+    backbone = create_backbone(name, n_classes, image_options.channels, arguments, with_weights)
+    text = ClassText.read(Path(name.removeprefix("local-dir:"))) if image_options.head_init == "text" else None
+    return Model(backbone, projection_dim, image_options.tuning().apply(backbone, n_classes, text))
+
+
 def build_optimizer(net: nn.Module, job: JobConfig) -> torch.optim.Optimizer:
-    """The optimiser of one network's weights; the epoch sets its learning rate."""
+    """The optimiser of the weights of one network that are trained; the epoch sets its learning rate."""
+    weights = [weight for weight in net.parameters() if weight.requires_grad]
     if job.optimizer == "adamw":
-        return torch.optim.AdamW(net.parameters(), lr=job.lr, weight_decay=job.weight_decay)
-    return torch.optim.SGD(net.parameters(), lr=job.lr, momentum=job.momentum, weight_decay=job.weight_decay)
+        return torch.optim.AdamW(weights, lr=job.lr, weight_decay=job.weight_decay)
+    return torch.optim.SGD(weights, lr=job.lr, momentum=job.momentum, weight_decay=job.weight_decay)
 
 
 def placed(learner: nn.Module, accelerator: Accelerator, job: JobConfig) -> nn.Module:

@@ -15,7 +15,7 @@ from coreg.learn.partial.method import Mixed, Outputs, PartialBatch, Passes, Ste
 from coreg.learn.partial.mixing import draw_partners, mixed_view, smallest
 from coreg.learn.partial.plain import PRODEN
 from coreg.learn.pseudo import mix
-from coreg.nets.model import CoRegNet
+from coreg.nets.model import Model
 from coreg.nets.two_heads import TwoHeads
 
 
@@ -63,7 +63,7 @@ class RECORDS(PRODEN):
         beta = torch.softmax(classifier(self.feature_mean.to(classifier.weight.dtype)), dim=0)
         return torch.log(beta + self.eps)
 
-    def judged(self) -> CoRegNet:
+    def judged(self) -> Model:
         net = copy.deepcopy(self.net)
         net.backbone.get_classifier().bias.data -= self.log_prior().detach()
         return net
@@ -133,7 +133,7 @@ class HTC(PRODEN):
 
     def begin(self, candidates: Tensor, dtype: torch.dtype) -> None:
         super().begin(candidates, dtype)
-        self.net = CoRegNet(TwoHeads(self.net.backbone), self.options.projection_dim)
+        self.net = Model(TwoHeads(self.net.backbone), self.options.projection_dim)
         self.register_buffer("prior", self._current_prior())
 
     def _current_prior(self) -> Tensor:
@@ -148,7 +148,7 @@ class HTC(PRODEN):
         h = heads.forward_head(heads.forward_features(images), pre_logits=True)
         return torch.cat(heads.heads(h), dim=1), h
 
-    def judged(self) -> CoRegNet:
+    def judged(self) -> Model:
         self.net.backbone.prior.copy_(self._current_prior())
         return self.net
 

@@ -19,7 +19,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from coreg.learn.collective import gather_rows, my_slice
 from coreg.learn.losses import log_probabilities
 from coreg.learn.partial_options import PartialOptions
-from coreg.nets.model import CoRegNet
+from coreg.nets.model import Model
 from coreg.nets.tuners.frozen import moving_weights, sharing_copy
 
 
@@ -109,7 +109,7 @@ class PartialMethod(nn.Module):
 
     def __init__(
         self,
-        net: CoRegNet,
+        net: Model,
         candidates: Tensor,
         options: PartialOptions,
         certain: Tensor | None = None,
@@ -179,7 +179,7 @@ class PartialMethod(nn.Module):
         """Draw conclusions from the epoch that `step` belongs to; gives curves."""
         return {}
 
-    def judged(self) -> CoRegNet:
+    def judged(self) -> Model:
         """The network whose logits are the method's prediction, as it is now: what is tested, reported and exported.
 
         The trained one, where a method corrects its logits by nothing that it remembers.

@@ -24,7 +24,7 @@ class Prompts(nn.Module):
 
     def _append(self, block: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         tokens, *others = inputs
-        return torch.cat([tokens, self.prompt.to(tokens.dtype).expand(len(tokens), -1, -1)], 1), *others
+        return torch.cat([tokens, self.prompt.to(tokens.dtype).expand(tokens.shape[0], -1, -1)], 1), *others
 
     def _replace(self, block: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return self._append(block, (self._drop_last(block, (), inputs[0]), *inputs[1:]))
