@@ -118,11 +118,11 @@ def test_names_that_differ_in_separators_only_are_told_apart_by_spelling(tmp_pat
 
 def test_sources_that_are_none_are_told_in_one_line(tmp_path):
     (tmp_path / "empty").mkdir()
-    (tmp_path / "notes.txt").write_text("x")
+    (tmp_path / "notes.doc").write_text("x")
     for spec, words in [
         (str(tmp_path / "missing"), "does not exist"),
         (str(tmp_path / "empty"), "no image below"),
-        (str(tmp_path / "notes.txt"), "neither a folder nor a .csv"),
+        (str(tmp_path / "notes.doc"), "neither a folder nor a .csv"),
         ("CIFAR1", "did you mean CIFAR10?"),
         ("builtin:digit", "did you mean builtin:digits?"),
         ("torchvision:EuroSat", "did you mean EuroSAT?"),
@@ -219,6 +219,49 @@ def test_heic_that_cannot_be_read_is_counted_with_the_remedy(tmp_path):
     (tmp_path / "called.png").write_bytes(HEIC)
     with pytest.raises(UnreadableImage, match=r"^not an image of a known format"):
         read_image(tmp_path / "called.png")
+
+
+# ---- text lists -----------------------------------------------------------------------------------------------------
+
+
+def test_text_lists_as_imagenet_lt_comes(tmp_path):
+    for name in ("train/n01/a.png", "train/n02/with space.png", "val/b.png", "val/c.png"):
+        put(tmp_path / name)
+    (tmp_path / "X_LT_train.txt").write_text("train/n02/with space.png 1\r\n\ntrain/n01/a.png 0\ntrain/n03/gone.png 1\n")
+    (tmp_path / "X_LT_test.txt").write_text("val/c.png 1\nval/b.png\t0")
+    (tmp_path / "X_LT_val.txt").write_text("val/c.png 0\n")  # not looked at
+    images = open_images(str(tmp_path / "X_LT_train.txt"), ["cat", "dog"])
+    assert images.paths == ["train/n01/a.png", "train/n02/with space.png", "train/n03/gone.png", "val/b.png", "val/c.png"]
+    assert images.labels.tolist() == [0, 1, 1, 0, 1] and images.split.tolist() == [0, 0, 0, 1, 1]
+    assert images.load(1).size == (6, 4) and images.class_names is None
+    with pytest.raises(UnreadableImage, match="no such file"):
+        images.load(2)
+    assert images.spec == str(tmp_path / "X_LT_train.txt") and open_images(images.spec).labels is None
+    assert open_images(str(tmp_path / "X_LT_test.txt"), ["cat", "dog"]).split.tolist() == [1, 1]
+    (tmp_path / "X_LT_test.txt").unlink()
+    assert open_images(images.spec, ["cat", "dog"]).split.tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("../x.png 0\n", "line 1 names '../x.png'; paths must lie in the folder of the list"),
+        ("a.png 0\n/etc/x.png 0\n", "line 2 names '/etc/x.png'"),
+        ("a.png 0\nb/../a.png 1\n", "line 2 names 'a.png' a second time"),
+        ("airplane\nbird\n", "line 1 is 'airplane'; write `path label` a line"),
+        ("a.png -1\n", "line 1 is 'a.png -1'"),
+        ("a.png 1.0\n", "line 1 is 'a.png 1.0'"),
+        ("a.png ²\n", "line 1 is"),
+        ("a.png 2\n", "has the label 2, and there are 2 class names"),
+        ("\n \n", "lists no image"),
+        ("", "lists no image"),
+    ],
+)
+def test_a_bad_text_list_ends_in_one_line(tmp_path, text, words):
+    (tmp_path / "list.txt").write_text(text, encoding="utf-8")
+    with pytest.raises(UserError) as raised:
+        open_images(str(tmp_path / "list.txt"), ["cat", "dog"])
+    assert words in one_line(raised)
 
 
 # ---- CSV lists ------------------------------------------------------------------------------------------------------

@@ -16,8 +16,8 @@ ROOMS = """
     process
     settings
     learn
-    nets
     weak
+    nets
     store
     views
     data

@@ -1,11 +1,16 @@
 """Candidate sets: generators against their procedures image by image and against closed forms; stores of what they drew."""
 
 import dataclasses
+import datetime
 import json
+import os
+import pickle
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 from runs import as_votes, refused
@@ -19,9 +24,12 @@ from coreg.weak import __main__ as command
 from coreg.weak import noise
 from coreg.weak.__main__ import main
 from coreg.weak.labels import WeakLabels
-from coreg.weak.noise import flip, hierarchical, instance, noise_report, pico, uniform, uniforms
+from coreg.weak.long_tail import long_tail, tail_counts
+from coreg.weak.noise import flip, hierarchical, instance, noise_report, pico, uniform, uniforms, uss
+from coreg.weak.people import aggregate, plain_pickle, read_people, vaguest
 from coreg.weak.rules import candidate_sets
 
+REFERENCE = Path(__file__).parent / "reference"
 LABELS = np.random.default_rng(5).integers(0, 7, 60)
 SUPERCLASS_OF = np.array([0, 0, 0, 1, 1, 2, 1])  # class 5 is alone in its super-class
 
@@ -95,6 +103,63 @@ def test_instance_follows_the_classifier_image_by_image(eta):
     assert (drawn == as_matrix(sets, 7)).all()
     if eta == 0:
         assert drawn[0].sum() == 1 and drawn[1].sum() == 2
+
+
+def with_draws(monkeypatch, draw):
+    """Let generators draw given numbers: `draw(step)` gives those of all images."""
+    monkeypatch.setattr(noise, "uniforms", lambda seed, step, rows, columns: draw(step)[rows][:, :columns])
+
+
+def test_fps_is_public_code_on_the_same_draws(monkeypatch):
+    numbers = np.load(REFERENCE / "candidates_fps.npz")
+    with_draws(monkeypatch, lambda step: {"sets": numbers["uniform"], "noise": np.zeros((40, 2))}[step])
+    for q, name in zip(numbers["eta"], ("eta01", "eta04", "eta07")):
+        assert (WeakLabels.from_truth(numbers["labels"], 7, "fps", 0, q=q).table == numbers[name]).all()
+
+
+def test_instance_is_public_code_on_the_same_draws(monkeypatch):
+    numbers = np.load(REFERENCE / "candidates_instance.npz")
+    probs = np.exp(numbers["logits"]) / np.exp(numbers["logits"]).sum(axis=1, keepdims=True)
+    with_draws(monkeypatch, lambda step: {"sets": numbers["uniform"], "noise": np.zeros((40, 2))}[step])
+    for rho, name in zip(numbers["rate"], ("candidates_01", "candidates_04")):
+        assert (instance(numbers["labels"], probs, rho, 0.0, 0) == numbers[name]).all()
+
+
+def test_uss_is_corrected_public_code_on_the_same_draws(monkeypatch):
+    numbers = np.load(REFERENCE / "candidates_uss.npz")
+    with_draws(monkeypatch, lambda step: numbers["coin_uniform"][int(step.removeprefix("round "))])
+    assert (uss(numbers["labels"], 7, 0) == numbers["candidates_coin"]).all()
+
+
+@pytest.mark.parametrize("classes", [2, 4, 10, 64, 100])
+def test_uss_has_the_sizes_of_equally_likely_sets(classes):
+    labels = np.arange(20_000) % classes
+    drawn = uss(labels, classes, 0)
+    assert drawn[np.arange(20_000), labels].all() and not drawn.all(axis=1).any()
+    sizes = drawn.sum(axis=1)
+    if classes == 4:  # every set but the full one: 3 of one wrong class, 3 of two, 1 of none
+        chances = np.load(REFERENCE / "candidates_uss.npz")["p_size_fixed_K4"]
+        assert chances.tolist() == pytest.approx([1 / 7, 3 / 7, 3 / 7])
+        assert all(within((sizes == size).mean(), chance, 20_000) for size, chance in enumerate(chances, start=1))
+    expected = 1 + (classes - 1) * (2.0 ** (classes - 2) - 1) / (2.0 ** (classes - 1) - 1)
+    assert within(sizes.mean(), expected, 20_000, spread=(classes - 1) / 4 + 1e-9)
+
+
+def test_long_tails_are_those_of_the_literature():
+    numbers = np.load(REFERENCE / "long_tail.npz")
+    labels = numbers["labels"]
+    for name, imbalance in (("imb100", 10), ("imb050", 20), ("imb010", 100)):
+        chosen = long_tail(labels, 7, imbalance, 0)
+        assert (chosen == numbers[f"{name}_indices"]).all() and (labels[chosen] == numbers[f"{name}_labels"]).all()
+        assert (np.bincount(labels[chosen], minlength=7) == numbers[f"{name}_counts"]).all()
+    for name in (name for name in numbers.files if name.startswith("cifar")):
+        wanted, imbalance = numbers[name], float(name.split("_ir")[1].removesuffix("_counts"))
+        # public code writes 1 / 150 as 0.0067
+        counts = tail_counts(50_000, len(wanted), 1 / 0.0067 if imbalance == 150 else imbalance)
+        assert (counts == wanted).all(), name
+    assert (long_tail(labels, 7, 10, 1) != long_tail(labels, 7, 10, 0)).any()
+    few = np.repeat([0, 1], [2, 10])  # no more of the first than there are
+    assert long_tail(few, 2, 1.5, 0).tolist()[:2] in ([0, 1], [1, 0]) and len(long_tail(few, 2, 1.5, 0)) == 2 + 4
 
 
 def within(share, expected, n, spread=0.25):
@@ -200,6 +265,81 @@ def test_shares_out_of_range_are_refused(wrong):
         flip(LABELS, 6, 0.1, 0.1, 0)
     with pytest.raises(ValueError, match="at least 2"):
         flip(np.zeros(3, dtype=np.int64), 1, 0.1, 0.1, 0)
+
+
+# ---- sets that people gave ------------------------------------------------------------------------------------------
+
+GIVEN = {0: [[3, 5], [3], [4, 3]], 1: [[0], [6]], 2: [[2], [2, 6], [2, 1]]}
+
+
+def test_sets_of_several_people_by_the_loops_of_their_authors():
+    sets = list(GIVEN.values())
+    union, largest = np.zeros((2, 3, 7), dtype=bool)
+    for row, given in GIVEN.items():
+        best = []
+        for one in given:
+            union[row, one] = True
+            best = one if len(one) > len(best) else best
+        largest[row, best] = True
+    assert (aggregate(sets, 7) == union).all() and (vaguest(sets, 7) == largest).all()
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_plain_pickles_are_read_without_being_run(tmp_path, protocol):
+    shared = [1, 2]  # written once, referred to afterwards
+    values = GIVEN | {10**12: [shared, shared, list(range(300))], -3: [[], (), (1,), (1, 2), (1, 2, 3), (1, 2, 3, 4)]}
+    plain = json.loads(json.dumps({str(key): value for key, value in values.items()}))
+    read = plain_pickle(pickle.dumps(values, protocol))
+    assert {str(key): value for key, value in read.items()} == plain
+    (tmp_path / "plcifar10.pkl").write_bytes(pickle.dumps(GIVEN, protocol))
+    assert read_people(str(tmp_path), 3, 7) == list(GIVEN.values())
+
+
+class Runs:
+    def __reduce__(self):
+        return os.mkdir, ("it-was-run",)
+
+
+@pytest.mark.parametrize("value", [Runs(), {0: Runs()}, datetime.date(2020, 1, 1), np.int64(3), {0: [["a"]]}, {0: [[1.5]]}])
+def test_pickles_with_more_than_plain_values_are_refused_and_run_nothing(tmp_path, monkeypatch, value):
+    monkeypatch.chdir(tmp_path)
+    for protocol in (0, 2, 4):
+        Path("x.pkl").write_bytes(pickle.dumps(value, protocol))
+        with pytest.raises(UserError, match=r"cannot read candidate sets in x\.pkl: .*; give PLCIFAR10's") as raised:
+            read_people("x.pkl", 1, 7)
+        assert "\n" not in str(raised.value)
+    assert not Path("it-was-run").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "no whole pickle"),
+        (b"text", "no whole pickle"),
+        (pickle.dumps(GIVEN)[:-8], "no whole pickle"),
+        (b"\x80\x04\x85.", "no whole pickle"),  # a tuple of what is not there
+        (b"\x80\x04a.", "no whole pickle"),
+        (b"\x80\x04e.", "no whole pickle"),
+        (b"\x80\x04h\x07.", "no whole pickle"),
+        (b"\x80\x04]](.", "no whole pickle"),
+        (pickle.dumps([1]), "expected an object"),
+        (pickle.dumps({0: [3]}), "expected a list"),
+        (pickle.dumps({0: [[7]]}), "from 0 to 6"),
+        (pickle.dumps({0: [[-1]]}), "from 0 to 6"),
+        (pickle.dumps({0: [[1]], 1: [[]], 2: [[1]]}), "image 1 has none"),
+        (pickle.dumps({0: [[1]], 1: [[2]]}), "of 2 images, and there are 3 training images"),
+        (pickle.dumps(GIVEN | {3: [[1]]}), "of 4 images"),
+    ],
+)
+def test_damaged_or_other_files_of_people_are_one_line(tmp_path, content, words):
+    (tmp_path / "x.pkl").write_bytes(content)
+    with pytest.raises(UserError, match=words) as raised:
+        read_people(str(tmp_path / "x.pkl"), 3, 7)
+    assert "\n" not in str(raised.value)
+    (tmp_path / "x.json").write_text(json.dumps(GIVEN))
+    assert read_people(str(tmp_path / "x.json"), 3, 7) == list(GIVEN.values())
+    with pytest.raises(UserError, match="No such file"):
+        read_people(str(tmp_path / "no.pkl"), 3, 7)
 
 
 # ---- weak labels ----------------------------------------------------------------------------------------------------
@@ -384,6 +524,97 @@ def test_the_command_knows_every_rule(place, tmp_path, rule):
     assert store.manifest["model"]["spec"].startswith(f"synthetic:{rule}(")
 
 
+def test_the_command_draws_uniformly_and_by_the_flips_of_either_name(place, tmp_path):
+    sets = {}
+    for rule, more in (("uss", []), ("fps", ["--q", "0.2"]), ("uniform", ["--q", "0.2"])):
+        main(arguments(place, tmp_path / rule, "--rule", rule, *more))
+        sets[rule] = AnnotationStore.open(tmp_path / rule)
+    assert (candidate_sets(sets["fps"]) == candidate_sets(sets["uniform"])).all()
+    assert (candidate_sets(sets["uss"]) == uss(truth_of(sets["uss"]), 4, 0)).all()
+
+
+def test_a_long_tail_holds_the_other_training_images_out(place, tmp_path, capsys):
+    command = arguments(place, tmp_path / "ann", "--rule", "fps", "--imbalance", "3")
+    main(command)
+    text, store = capsys.readouterr().out, AnnotationStore.open(tmp_path / "ann")
+    labels, train = truth_of(store), np.flatnonzero([path.startswith("train/") for path in store.paths])
+    chosen = train[long_tail(labels[train], 4, 3, 0)]
+    assert set(np.flatnonzero(store.split == 0)) == set(chosen) and (store.split == 1).sum() == 10
+    assert (store.split == 2).sum() == 30 - len(chosen)
+    assert f"{len(chosen)} training images, {30 - len(chosen)} held out; training images of a class: 7 to 0" in text
+    # the sets are those of all images
+    assert (candidate_sets(store) == uniform(labels, 4, 0.1, 0)).all()
+    assert store.manifest["model"]["spec"] == "synthetic:fps(q=0.1,seed=0), long_tail(imbalance=3,seed=0)"
+    assert "another job" in refused(capsys, main, *command[:-1], "4")
+    assert "--imbalance is 0.5" in refused(capsys, main, *command[:-1], "0.5")
+
+
+def test_sets_of_people_are_a_store_without_labels_and_without_an_annotator(place, tmp_path):
+    given = {number: [[number % 4], [(number + 1) % 4, 3]] for number in range(30)}
+    (tmp_path / "plcifar10.pkl").write_bytes(pickle.dumps(given))
+    for rule, make in (("aggregate", aggregate), ("vaguest", vaguest)):
+        main(arguments(place, tmp_path / rule, "--rule", rule, "--people", str(tmp_path)))
+        store = AnnotationStore.open(tmp_path / rule)
+        sets = candidate_sets(store)
+        assert (sets[store.split == 0] == make(list(given.values()), 4)).all() and sets[store.split == 1].all()
+        assert store.manifest["model"]["spec"] == f"synthetic:people({rule})" and store.drawn
+        with pytest.raises(UserError, match="candidate sets that people gave, and this needs"):
+            store.votes()
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Twelve images of three classes that can be read, sets that were drawn for them, and a classifier of them."""
+    root, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    for number in range(12):
+        folder = root / "photos" / "train" / f"thing {number % 3}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 255, (40, 30, 3), dtype=np.uint8)).save(folder / f"{number}.png")
+    (root / "classes.txt").write_text("thing 0\nthing 1\nthing 2\n")
+    main(arguments(root, root / "drawn", "--q", "0.5"))
+    torch.manual_seed(0)
+    network = timm.create_model("test_vit", num_classes=3, img_size=32).eval()
+    with torch.no_grad():
+        network.head.weight.mul_(50)
+    timm.models.save_for_hf(network, root / "classifier", model_args={"img_size": 32}, safe_serialization=True)
+    return root, network
+
+
+def test_instances_by_a_network_that_a_folder_holds(pictures, tmp_path, capsys):
+    root, network = pictures
+    named = ["--rule", "instance", "--probabilities"]
+    main(arguments(root, tmp_path / "ann", *named, f"local-dir:{root / 'classifier'}"))
+    store = AnnotationStore.open(tmp_path / "ann")
+    config = timm.data.resolve_model_data_config(network)
+    mean, std = (torch.tensor(config[name])[:, None, None] for name in ("mean", "std"))
+    rows = []
+    for path in store.paths:
+        pixels = Image.open(root / "photos" / path).resize(config["input_size"][1:], Image.Resampling.BILINEAR)
+        x = (torch.from_numpy(np.array(pixels)).permute(2, 0, 1) / 255 - mean) / std
+        with torch.no_grad():
+            rows.append(network(x[None]).double().softmax(1)[0].numpy())
+    assert np.ptp(rows, axis=0).max() > 0.1
+    assert (candidate_sets(store) == instance(store.labels, np.stack(rows), 0.4, 0.0, 0)).all()
+    (root / "two.txt").write_text("thing 0\nthing 1\n")
+    other = ["--images", str(root / "photos"), "--classes", str(root / "two.txt"), "--output_dir", str(tmp_path / "two")]
+    assert "no known label" in refused(capsys, main, *other, *named, f"local-dir:{root / 'classifier'}")
+    assert "unknown backbone" in refused(capsys, main, *arguments(root, tmp_path / "x", *named, "vit_nothing"))
+    assert "local-dir:no" in refused(capsys, main, *arguments(root, tmp_path / "x", *named, "local-dir:no"))
+
+
+def test_instances_by_the_probabilities_of_an_annotator(pictures, place, tmp_path, capsys):
+    root, _ = pictures
+    voted = as_votes(root / "drawn", tmp_path / "votes")
+    named = ["--rule", "instance", "--probabilities", str(voted), "--rho", "0.6"]
+    main(arguments(root, tmp_path / "ann", *named))
+    store, probs = AnnotationStore.open(tmp_path / "ann"), AnnotationStore.open(voted).probs().astype(np.float64)
+    probs /= probs.sum(axis=1, keepdims=True)
+    assert (candidate_sets(store) == instance(store.labels, probs, 0.6, 0.0, 0)).all()
+    assert "is of other images" in refused(capsys, main, *arguments(place, tmp_path / "x", *named))
+    named[3] = str(root / "drawn")
+    assert "drawn from true labels" in refused(capsys, main, *arguments(root, tmp_path / "x", *named))
+
+
 def test_the_same_command_again_gives_the_same_store_and_another_is_refused(place, tmp_path, capsys):
     command = arguments(place, tmp_path / "ann", "--q", "0.5")
     main(command)
@@ -437,6 +668,8 @@ def test_train_coreg_reads_the_store_unchanged(tmp_path, capsys):
         (["--rule", "flip", "--rho", "0.2"], "write --rule instance"),
         (["--rule", "instance"], "needs --probabilities FILE"),
         (["--rule", "hierarchical"], "needs --superclasses FILE"),
+        (["--rule", "vaguest"], "needs --people FILE"),
+        (["--rule", "uss", "--q", "0.5"], "--rule uss takes no --q"),
         (["--rule", "flop"], "invalid choice"),
         (["--rule", "instance", "--probabilities", "no.safetensors"], "cannot read the tensor probs"),
         (["--rule", "hierarchical", "--superclasses", "no.csv"], "cannot read no.csv"),

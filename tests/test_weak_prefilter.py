@@ -232,9 +232,9 @@ def test_a_pre_filter_is_of_the_same_images_and_classes(small_store, small_annot
     store, job = AnnotationStore.open(small_store), SimpleNamespace(prefilter="topk", prefilter_annotations=small_annotated)
     assert prefilter_store(job, store).root == small_annotated
     for change, message in (
-        ({"class_names": ["a", "d", "c"]}, "has other classes than .* \\('b' for 'd'\\)"),
-        ({"class_names": ["a", "b", "c", "d"]}, "has other classes than .* \\(3 classes\\)"),
-        ({"images": store.manifest["images"] | {"sha256": "x"}}, "is of other images than"),
+        ({"class_names": ["a", "d", "c"]}, "has other classes \\('b' for 'd'\\)"),
+        ({"class_names": ["a", "b", "c", "d"]}, "has other classes \\(3 classes\\)"),
+        ({"images": store.manifest["images"] | {"sha256": "x"}}, "is of other images"),
     ):
         with pytest.raises(UserError, match=message):
             prefilter_store(job, dataclasses.replace(store, manifest=store.manifest | change))

@@ -1,4 +1,4 @@
-"""Where images come from: a folder, a CSV list, archives, a torchvision data set or built-in digits, as one `ImageList`."""
+"""Where images come from: a folder, a list, archives, a torchvision data set or built-in digits, as one `ImageList`."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from coreg.data.decode import UnreadableImage, read_image
 from coreg.data.folders import folder_labels
 from coreg.data.images import SPLITS, ImageList, Paths, absolute_path, lookup, translated
 from coreg.data.joined import PREFIX, joined_images
+from coreg.data.lists import listed_images
 from coreg.data.passed_over import PassedOver, is_system_folder
 from coreg.data.torchvision_sets import TORCHVISION, torchvision_set
 from coreg.errors import UserError
@@ -31,7 +32,8 @@ def open_images(spec: str, class_names: Sequence[str] | None = None, data_root: 
 
     Args:
         spec: a folder (searched recursively; hidden entries and files without an image suffix are passed over); a CSV
-            file with the columns `path[,label][,split]`, paths relative to its folder; a `.tar` file or a folder of
+            file with the columns `path[,label][,split]`, paths relative to its folder; a `.txt` file with `path label` a
+            line (see `coreg.data.lists.listed_images`); a `.tar` file or a folder of
             such files without images beside them (WebDataset shards, img2dataset's folder); a folder that Hugging Face
             `datasets` saved; a torchvision set (`CIFAR10` or `torchvision:CIFAR10`), downloaded when it is not there;
             `builtin:digits`; or several of these, `joined:["a", "b"]`.
@@ -55,11 +57,13 @@ def open_images(spec: str, class_names: Sequence[str] | None = None, data_root: 
         return datasets_folder(spec, class_names) if is_datasets_folder(spec) else _folder(spec, class_names)
     if spec.lower().endswith(".csv") and Path(spec).is_file():
         return _csv(spec, class_names)
-    kind = "is a file, but neither a folder nor a .csv or .tar file" if Path(spec).exists() else "does not exist"
+    if spec.lower().endswith(".txt") and Path(spec).is_file():
+        return listed_images(spec, class_names, _Files)
+    kind = "is a file, but neither a folder nor a .csv, .txt or .tar file" if Path(spec).exists() else "does not exist"
     near = difflib.get_close_matches(spec, [*TORCHVISION, "builtin:digits"], n=1)
     hint = f", did you mean {near[0]}?" if near else ""
     raise UserError(
-        f"--images {spec} {kind}{hint} (give a folder, a .csv list, a .tar file, builtin:digits or one of "
+        f"--images {spec} {kind}{hint} (give a folder, a .csv or .txt list, a .tar file, builtin:digits or one of "
         f"{', '.join(TORCHVISION)})"
     )
 

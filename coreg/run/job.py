@@ -122,19 +122,7 @@ def prefilter_store(job: JobConfig, store: AnnotationStore) -> AnnotationStore |
         return None
     likely = AnnotationStore.open(job.prefilter_annotations) if job.prefilter_annotations else store
     likely.need_annotator("name the store of an annotator with --prefilter_annotations")
-    ours, theirs = (one.manifest["images"]["sha256"] for one in (store, likely))
-    if ours != theirs:
-        raise UserError(
-            f"--prefilter_annotations {likely.root} is of other images than {store.root}; annotate {store.images_spec}"
-        )
-    if (others := next((pair for pair in zip(store.class_names, likely.class_names) if len(set(pair)) == 2), None)) or (
-        len(store.class_names) != len(likely.class_names)
-    ):
-        names = f"{others[1]!r} for {others[0]!r}" if others else f"{len(likely.class_names)} classes"
-        raise UserError(
-            f"--prefilter_annotations {likely.root} has other classes than {store.root} ({names}); annotate with the same "
-            f"--classes"
-        )
+    likely.need_same(store.manifest["images"]["sha256"], store.class_names, "--prefilter_annotations")
     return likely
 
 

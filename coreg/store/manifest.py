@@ -16,7 +16,8 @@ from coreg.scripts import launched
 
 SCHEMA = "coreg-annotations"
 VERSION = 3  # of version 1: the place of the images is part of the job; up to version 2: every store has templates
-DRAWN = "synthetic:"  # how the spec begins where candidate sets were drawn from true labels
+DRAWN = "synthetic:"  # how the spec begins where there are candidate sets alone, drawn from true labels
+PEOPLE = DRAWN + "people("  # or given by people
 REFINED = "refined by "  # how the spec of a model begins whose evidence was refined
 JOB = ("class_names", "templates", "model", "images", "block_size")  # the manifest's entries that make two jobs differ
 MOST_BLOCKS = 1_000_000

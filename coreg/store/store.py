@@ -35,7 +35,7 @@ from coreg.data.sources import open_images
 from coreg.errors import UserError
 from coreg.records import RecordError, read_file, read_record
 from coreg.store.blocks import BadEvidenceError, DamagedBlockError, check_evidence, read_block, stacked, unpack_answers
-from coreg.store.manifest import DRAWN, block_files, job_hash, make_manifest, moved, read_manifest, same_command
+from coreg.store.manifest import DRAWN, PEOPLE, block_files, job_hash, make_manifest, moved, read_manifest, same_command
 from coreg.store.writer import CHECKSUMS, StoreWriter, continued, describe, errors_csv
 
 __all__ = ["AnnotationStore", "StoreWriter", "continued", "make_manifest", "read_manifest"]
@@ -118,17 +118,30 @@ class AnnotationStore:
 
     @property
     def drawn(self) -> bool:
-        """Whether candidate sets were drawn from true labels: nobody annotated, there are no votes and no features."""
+        """Whether there are candidate sets alone, drawn from true labels or given by people: no votes and no features."""
         spec = self.manifest["model"]["spec"]
         return spec.startswith(DRAWN) and " + " not in spec  # merged with others' votes, sets were votes like theirs
 
     def need_annotator(self, remedy: str = "make another one with annotate_vlm.py") -> None:
-        """Raise a UserError where nobody annotated."""
+        """Raise a UserError where no annotator did."""
         if self.drawn:
+            origin = "people gave" if self.manifest["model"]["spec"].startswith(PEOPLE) else "were drawn from true labels"
             raise UserError(
-                f"the store {self.root} holds candidate sets that were drawn from true labels, and this needs what an "
-                f"annotator said; {remedy}"
+                f"the store {self.root} holds candidate sets that {origin}, and this needs what an annotator said; {remedy}"
             )
+
+    def need_same(self, sha256: str, class_names: Sequence[str], option: str) -> None:
+        """Raise a UserError unless this store, which `option` names, is of these images and classes.
+
+        Args:
+            sha256: `list_hash` of the images. class_names: in order.
+        """
+        if self.manifest["images"]["sha256"] != sha256:
+            raise UserError(f"{option} {self.root} is of other images; annotate the same ones")
+        if self.class_names != list(class_names):
+            pairs = zip(self.class_names, class_names)
+            names = next((f"{a!r} for {b!r}" for a, b in pairs if a != b), f"{len(self.class_names)} classes")
+            raise UserError(f"{option} {self.root} has other classes ({names}); annotate with the same --classes")
 
     def drawn_sets(self) -> np.ndarray:
         """bool (N, C): the candidate sets of a store in which they were drawn."""

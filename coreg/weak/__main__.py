@@ -1,12 +1,16 @@
-"""Candidate sets drawn from true labels, the synthetic noise of the literature, as a store that training scripts read.
+"""Candidate sets of the literature, most of them drawn from true labels, as a store that training scripts read.
 
     python -m coreg.weak --images torchvision:CIFAR10 --rule flip --q 0.1 --eta 0.2 --output_dir ann
         candidate sets as in the experiments of ALIM, IRNet and Co-Reg; train on them with train_coreg.py --annotations ann
+    python -m coreg.weak --images torchvision:CIFAR100 --rule fps --q 0.05 --imbalance 100 --output_dir ann
+        CIFAR-100-LT as in PartialCLIP: a hundred times as many images of the first class as of the last
 
 Rules: `flip` (q: chance of every wrong class; eta: share of images whose truth is exchanged for a wrong class), `pico`
-(the variant of PiCO+), `uniform` (the truth is always in), `hierarchical` (as flip, within super-classes), `instance`
-(wrong classes by the probabilities that a classifier gives them). Every draw is a hash of (seed, rule's step, image), so
-an image's candidates depend neither on the other images nor on the machine. No image is decoded.
+(the variant of PiCO+), `fps` (the truth is always in; also called `uniform`), `uss` (every set that holds the truth is
+equally likely), `hierarchical` (as flip, within super-classes), `instance` (wrong classes by the probabilities that a
+classifier gives them), and the sets that people gave to the images of CIFAR-10, `aggregate` (every class that somebody
+named) and `vaguest` (the largest set). Every draw is a hash of (seed, rule's step, image), so an image's candidates depend
+neither on the other images nor on the machine. No image is decoded but for a network that `--probabilities` names.
 """
 
 from __future__ import annotations
@@ -27,37 +31,59 @@ from safetensors import SafetensorError, safe_open
 import coreg
 from coreg.config import SEEDS, option, parse
 from coreg.data.class_names import read_class_names
-from coreg.data.images import absolute_path
+from coreg.data.images import HELD_OUT, TRAIN, ImageList, absolute_path, list_hash
 from coreg.data.sources import open_images
 from coreg.errors import UserError, exits_with_one_line
-from coreg.store.manifest import DRAWN
+from coreg.store.manifest import DRAWN, PEOPLE
 from coreg.store.store import AnnotationStore, StoreWriter, make_manifest
 from coreg.weak.labels import WeakLabels, drawn_summary
+from coreg.weak.long_tail import long_tail
+from coreg.weak.people import aggregate, read_people, vaguest
 
 BLOCK_SIZE = 16_384  # rows a block of the store
 # rule -> the options that it takes, with their defaults
 TAKES: dict[str, dict[str, float | None]] = {
     "flip": {"q": 0.1, "eta": 0.0},
     "pico": {"q": 0.1, "eta": 0.0},
+    "fps": {"q": 0.1},
     "uniform": {"q": 0.1},
+    "uss": {},
     "hierarchical": {"q": 0.1, "eta": 0.0, "superclasses": None},
     "instance": {"rho": 0.4, "eta": 0.0, "probabilities": None},
+    "aggregate": {"people": None},
+    "vaguest": {"people": None},
 }
+FROM_PEOPLE = {"aggregate": aggregate, "vaguest": vaguest}
 
 
 @dataclass
 class WeakConfig:
     """Which images get which candidate sets, and where they go."""
 
-    images: str = option("builtin:digits", "labelled images: folder, .csv list, torchvision data set or builtin:digits")
-    rule: Literal["flip", "pico", "uniform", "hierarchical", "instance"] = option("flip", "how candidates are drawn")
+    images: str = option("builtin:digits", "labelled images: folder, list, torchvision data set or builtin:digits")
+    rule: Literal["flip", "pico", "fps", "uniform", "uss", "hierarchical", "instance", "aggregate", "vaguest"] = option(
+        "flip", "how candidates are drawn"
+    )
     q: float | None = option(None, "chance of every wrong class to be a candidate (default: 0.1)", (0, 1))
     eta: float | None = option(None, "share of the images whose truth is no candidate (default: 0)", (0, 1))
     rho: float | None = option(
         None, "rule instance: wrong candidates an image / C (default: 0.4; 0.04 for 100 classes)", (0, 1)
     )
-    probabilities: str | None = option(None, "rule instance: .safetensors file with the tensor probs, float (N, C)")
+    probabilities: str | None = option(
+        None,
+        "rule instance: .safetensors file with the tensor probs, float (N, C); an annotation store of the same images; or "
+        "a network that was trained on these classes: a timm model or local-dir:FOLDER",
+    )
     superclasses: str | None = option(None, "rule hierarchical: CSV file with the columns class,superclass")
+    people: str | None = option(
+        None, "rules aggregate and vaguest: PLCIFAR10's plcifar10.pkl, its folder, or the same as .json"
+    )
+    imbalance: float = option(
+        1.0,
+        "long tail: images of the first class for one of the last, shrinking exponentially; the other training images are "
+        "held out",
+        (1, 1e9),
+    )
     seed: int = option(0, "seed of all draws", SEEDS)
     classes: str | None = option(None, "text file with one class name a line; default: the names that the images carry")
     output_dir: str = option("runs/synthetic/annotations", "folder of the store")
@@ -79,26 +105,17 @@ def draw(config: WeakConfig) -> AnnotationStore:
     names = names or images.class_names
     if names is None:
         raise UserError(f"{config.images} says no class names: write them one a line and add --classes classes.txt")
-    labels = np.full(len(images), -1) if images.labels is None else images.labels
-    unknown = np.flatnonzero(labels < 0)
-    if len(unknown):
-        raise UserError(
-            f"{len(unknown)} of {len(images)} images have no known label (the first, {images.paths[unknown[0]]!r}); "
-            f"synthetic candidates need them all: name the folders like the classes, or list path,label in a CSV file"
-        )
-    classes: int | np.ndarray = len(names)
-    if config.rule == "hierarchical":
-        classes = read_superclasses(config.superclasses, names)
-    elif config.rule == "instance":
-        classes = read_probabilities(config.probabilities, len(labels), len(names))
-    weak = WeakLabels.from_truth(labels, classes, config.rule, config.seed, **taken)
+    table, origin = _sets(config, taken, images, names)
+    if config.imbalance > 1:
+        images.split = _tail(config, images, len(names))
+        origin += f", long_tail(imbalance={config.imbalance:g},seed={config.seed})"
     # there are no weights; the sets themselves stand for labels, probabilities and super-classes they were made of
-    content = hashlib.sha256(np.packbits(weak.table, axis=1).tobytes()).hexdigest()
+    content = hashlib.sha256(np.packbits(table, axis=1).tobytes()).hexdigest()
     job = make_manifest(
         images,
         names,
         (),
-        {"spec": DRAWN + weak.source["generator"], "weights": content},
+        {"spec": origin, "weights": content},
         BLOCK_SIZE,
         features=None,
         data_root=str(absolute_path(config.data_root)),
@@ -110,15 +127,72 @@ def draw(config: WeakConfig) -> AnnotationStore:
     writer.begin(images)
     for index in range(len(writer.files)):
         rows = writer.rows(index)
-        writer.write(index, {"candidates": weak.table[rows.start : rows.stop]}, {})
+        writer.write(index, {"candidates": table[rows.start : rows.stop]}, {})
     writer.finish(images.paths)
     return AnnotationStore.open(config.output_dir)
+
+
+def _sets(config: WeakConfig, taken: dict[str, float], images: ImageList, names: Sequence[str]) -> tuple[np.ndarray, str]:
+    """The sets of all images, bool (N, C), and in words where they come from."""
+    if config.rule in FROM_PEOPLE:
+        # nobody gave sets to test images: everything is possible, which says nothing
+        table, train = np.ones((len(images), len(names)), dtype=bool), np.flatnonzero(images.split == TRAIN)
+        table[train] = FROM_PEOPLE[config.rule](read_people(config.people, len(train), len(names)), len(names))
+        return table, f"{PEOPLE}{config.rule})"
+    labels = _known_labels(images)
+    classes: int | np.ndarray = len(names)
+    if config.rule == "hierarchical":
+        classes = read_superclasses(config.superclasses, names)
+    elif config.rule == "instance":
+        classes = _probabilities(config.probabilities, images, names)
+    weak = WeakLabels.from_truth(labels, classes, config.rule, config.seed, **taken)
+    return weak.table, DRAWN + weak.source["generator"]
+
+
+def _tail(config: WeakConfig, images: ImageList, n_classes: int) -> np.ndarray:
+    """The split uint8 (N,) in which the training images outside of the long tail are held out."""
+    train = np.flatnonzero(images.split == TRAIN)
+    split = images.split.copy()
+    split[train] = HELD_OUT
+    split[train[long_tail(_known_labels(images)[train], n_classes, config.imbalance, config.seed)]] = TRAIN
+    return split
+
+
+def _known_labels(images: ImageList) -> np.ndarray:
+    """int64 (N,); a UserError where some are unknown."""
+    labels = np.full(len(images), -1) if images.labels is None else images.labels
+    unknown = np.flatnonzero(labels < 0)
+    if len(unknown):
+        raise UserError(
+            f"{len(unknown)} of {len(images)} images have no known label (the first, {images.paths[unknown[0]]!r}); "
+            f"synthetic candidates need them all: name the folders like the classes, or list path,label in a CSV file"
+        )
+    return labels
+
+
+def _probabilities(source: str, images: ImageList, names: Sequence[str]) -> np.ndarray:
+    """Probabilities float64 (N, C) from a file, an annotation store or a network.
+
+    Raises:
+        UserError: they cannot be had, or are of other images or classes.
+    """
+    if source.endswith(".safetensors"):
+        return read_probabilities(source, len(images), len(names))
+    if not Path(source).is_dir():
+        from coreg.weak.classifier import classifier_probabilities  # timm takes seconds to import
+
+        return classifier_probabilities(source, images, len(names))
+    store = AnnotationStore.open(source)
+    store.need_annotator()
+    store.need_same(list_hash(images.paths), names, "--probabilities")
+    probs = store.probs().astype(np.float64)
+    return probs / probs.sum(axis=1, keepdims=True)
 
 
 def _taken(config: WeakConfig) -> dict[str, float]:
     """The numbers that the rule takes, with their values, after its files are known to be given."""
     takes = TAKES[config.rule]
-    for name in ("q", "eta", "rho", "superclasses", "probabilities"):
+    for name in ("q", "eta", "rho", "superclasses", "probabilities", "people"):
         given = getattr(config, name)
         if given is not None and name not in takes:
             fits = " or ".join(f"--rule {rule}" for rule, options in TAKES.items() if name in options)

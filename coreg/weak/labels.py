@@ -15,6 +15,7 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save
 
+from coreg.data.images import HELD_OUT, TRAIN
 from coreg.errors import UserError
 from coreg.files import write_atomically
 from coreg.plaintext import printable
@@ -22,11 +23,19 @@ from coreg.records import Number, RecordError, parse_record
 from coreg.scripts import launched
 from coreg.store.manifest import DRAWN
 from coreg.store.store import AnnotationStore
-from coreg.weak.noise import flip, hierarchical, instance, noise_report, pico, uniform
+from coreg.weak.noise import flip, hierarchical, instance, noise_report, pico, uniform, uss
 from coreg.weak.prefilter import likely_classes
 from coreg.weak.rules import candidate_sets, mean_candidates, partial_accuracy
 
-GENERATORS = {"flip": flip, "pico": pico, "uniform": uniform, "hierarchical": hierarchical, "instance": instance}
+GENERATORS = {
+    "flip": flip,
+    "pico": pico,
+    "fps": uniform,
+    "uniform": uniform,
+    "uss": uss,
+    "hierarchical": hierarchical,
+    "instance": instance,
+}
 HEAD = {"classes": Number(1, 1e9), "source": dict, "hash": str}
 ARRAYS = {"table": np.uint8, "samples": np.int64, "certain": np.bool_, "usable": np.bool_, "truth": np.int64}
 
@@ -197,5 +206,9 @@ def drawn_summary(store: AnnotationStore) -> str:
         rows = np.flatnonzero((store.split == index) & (labels >= 0))
         if len(rows):
             lines.append(f"  {split:5} {noise_report(sets[rows], labels[rows])}")
+    if (store.split == HELD_OUT).any():
+        counts = np.sort(np.bincount(labels[(store.split == TRAIN) & (labels >= 0)], minlength=len(store.class_names)))
+        held_out = f"{(store.split == HELD_OUT).sum()} held out; training images of a class: "
+        lines.append(f"  {(store.split == TRAIN).sum()} training images, {held_out}{counts[-1]} to {counts[0]}")
     lines.append(f"next: {next_command(store)}")
     return printable("\n".join(lines), lines=True)

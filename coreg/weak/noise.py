@@ -20,7 +20,8 @@ def uniforms(seed: int, step: str, rows: np.ndarray, columns: int) -> np.ndarray
 
     Args:
         seed: of the candidate sets.
-        step: `sets` (C columns), `noise` (2 columns: whether, and which class) or, of `pico`, `round 0`, `round 1` ...
+        step: `sets` (C columns), `noise` (2 columns: whether, and which class) or, of `pico` and `uss`, `round 0`,
+            `round 1` ...
         rows: int64 (n,), row numbers of the images.
         columns: numbers an image.
 
@@ -75,10 +76,26 @@ def pico(labels: np.ndarray, n_classes: int, q: float, eta: float, seed: int) ->
 def uniform(labels: np.ndarray, n_classes: int, q: float, seed: int) -> np.ndarray:
     """The truth always, every other class with probability q: clean partial labels as in PiCO (Wang et al., ICLR 2022).
 
-    With q = 0.5 every set that holds the truth is equally likely (Feng et al., 2020, but for the full set). Arguments,
-    result and errors as for `flip`, of which this is the case eta = 0.
+    The flipping probability strategy (FPS) of the literature. Arguments, result and errors as for `flip`, of which this is
+    the case eta = 0.
     """
     return flip(labels, n_classes, q, 0.0, seed)
+
+
+def uss(labels: np.ndarray, n_classes: int, seed: int) -> np.ndarray:
+    """The uniform sampling strategy (Feng et al., NeurIPS 2020): each set that holds the truth is equally likely, but for
+    the full set, which says nothing.
+
+    Every other class joins by its own draw u < 1/2, and full sets are drawn again, so that it is right for any number of
+    classes. Arguments, result and errors as for `flip`.
+    """
+    truth = _truth(labels, n_classes)
+    candidates, full, number = truth.copy(), np.arange(len(labels)), 0
+    while len(full):
+        drawn = truth[full] | (uniforms(seed, f"round {number}", full, n_classes) < 0.5)
+        candidates[full] = drawn
+        full, number = full[drawn.all(axis=1)], number + 1
+    return candidates
 
 
 def hierarchical(labels: np.ndarray, superclass_of: np.ndarray, q: float, eta: float, seed: int) -> np.ndarray:
