@@ -309,7 +309,10 @@ def accuracy(scale: Scale, images: Path, output: Path) -> dict[str, Any]:
                 results[name]["error"] = (done.stderr.strip().split("\n") or ["nothing was printed"])[-1]
             else:
                 report = read_record(Path(run) / "report.json")
-                results[name] |= {"accuracy": report["accuracy"]["test"]["ensemble"], "training_seconds": report["training_seconds"]}
+                results[name] |= {
+                    "accuracy": report["accuracy"]["test"]["ensemble"],
+                    "training_seconds": report["training_seconds"],
+                }
             write_json(output, results)
     return results
 
