@@ -9,7 +9,9 @@ import io
 import os
 import stat
 import warnings
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -50,6 +52,17 @@ warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 class UnreadableImage(Exception):  # noqa: N818
     """An image that cannot be used; the message is the reason, one line without the path."""
+
+
+@dataclass
+class Files:
+    """Pixels of files below a folder; a plain object, so that it can be sent to worker processes."""
+
+    root: Path
+    paths: Sequence[str]
+
+    def __call__(self, row: int) -> Image.Image:
+        return read_image(self.root / self.paths[row])
 
 
 def read_image(path: str | Path) -> Image.Image:

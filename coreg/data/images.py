@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import posixpath
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -12,6 +13,8 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from coreg.errors import UserError
 
 TRAIN, TEST, HELD_OUT = 0, 1, 2
 SPLIT_NAMES = ("train", "test", "held out")
@@ -68,6 +71,7 @@ class ImageList:
         class_names: what the data set itself says, in label order, or None.
         pixels: row -> PIL image.
         notes: what a person should know about how the list came about, one line each.
+        tags: int8 (N, L) where images have several labels (`coreg.data.tags`), or None; for reporting only.
     """
 
     spec: str
@@ -77,6 +81,7 @@ class ImageList:
     class_names: list[str] | None
     pixels: Callable[[int], Image.Image]
     notes: list[str] = field(default_factory=list)
+    tags: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -105,6 +110,21 @@ def absolute_path(path: str | os.PathLike[str]) -> Path:
     plain = os.path.abspath(path)
     # where `..` comes after a link, only the system knows what is meant
     return Path(plain if os.path.realpath(plain) == os.path.realpath(path) else os.path.realpath(path))
+
+
+def path_within(written: str, place: str) -> str:
+    """A path from a list as it lies below the list's folder.
+
+    Args:
+        place: for the error, such as `list.csv line 2 names`.
+
+    Raises:
+        UserError: it leads out of that folder.
+    """
+    name = posixpath.normpath(written)
+    if not written or posixpath.isabs(name) or name.split("/")[0] == ".." or "\0" in name:
+        raise UserError(f"{place} {written!r}; paths must lie in the folder of the list")
+    return name
 
 
 def list_hash(paths: Iterable[str]) -> str:

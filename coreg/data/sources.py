@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import difflib
 import os
 import posixpath
@@ -14,12 +15,14 @@ import numpy as np
 from PIL import Image
 
 from coreg.data.archives import datasets_folder, is_datasets_folder, is_tar, shards_of, tar_shards
-from coreg.data.decode import UnreadableImage, read_image
+from coreg.data.decode import Files, UnreadableImage
 from coreg.data.folders import folder_labels
-from coreg.data.images import SPLITS, ImageList, Paths, absolute_path, lookup, translated
+from coreg.data.images import SPLITS, ImageList, Paths, absolute_path, lookup, path_within, translated
 from coreg.data.joined import PREFIX, joined_images
 from coreg.data.lists import listed_images
 from coreg.data.passed_over import PassedOver, is_system_folder
+from coreg.data.tag_sets import TAG_SETS
+from coreg.data.tags import names_in, read_tags
 from coreg.data.torchvision_sets import TORCHVISION, torchvision_set
 from coreg.errors import UserError
 
@@ -32,10 +35,11 @@ def open_images(spec: str, class_names: Sequence[str] | None = None, data_root: 
 
     Args:
         spec: a folder (searched recursively; hidden entries and files without an image suffix are passed over); a CSV
-            file with the columns `path[,label][,split]`, paths relative to its folder; a `.txt` file with `path label` a
-            line (see `coreg.data.lists.listed_images`); a `.tar` file or a folder of
-            such files without images beside them (WebDataset shards, img2dataset's folder); a folder that Hugging Face
-            `datasets` saved; a torchvision set (`CIFAR10` or `torchvision:CIFAR10`), downloaded when it is not there;
+            file with the columns `path[,label][,split]`, paths relative to its folder, or, for several labels an image,
+            those of `read_tags` and `split`; a `.txt` file with `path label` a line (`coreg.data.lists.listed_images`); a
+            `.tar` file or a folder of such files without images beside them (WebDataset shards, img2dataset's folder); a
+            folder that Hugging Face `datasets` saved; a torchvision set (`CIFAR10` or `torchvision:CIFAR10`), downloaded
+            when it is not there; `voc:`, `coco:`, `nuswide:` or `cub:` and the folder of that data set;
             `builtin:digits`; or several of these, `joined:["a", "b"]`.
         class_names: the classes that labels are expressed in; None means the data set's own, if it has them.
         data_root: where torchvision data sets lie.
@@ -49,6 +53,9 @@ def open_images(spec: str, class_names: Sequence[str] | None = None, data_root: 
     prefix, _, name = spec.rpartition(":")
     if prefix == "torchvision" or (spec in TORCHVISION and not Path(spec).exists()):
         return torchvision_set(name, class_names, data_root)
+    kind, _, folder = spec.partition(":")
+    if kind in TAG_SETS:
+        return TAG_SETS[kind](folder, class_names)
     if spec.startswith(PREFIX):
         return joined_images(spec, lambda one: open_images(one, class_names, data_root))
     if is_tar(spec):
@@ -80,17 +87,6 @@ def require_readable(images: ImageList) -> None:
 
 
 # ---- files ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class _Files:
-    """Pixels of files below a folder; a plain object, so that it can be sent to worker processes."""
-
-    root: Path
-    paths: Sequence[str]
-
-    def __call__(self, row: int) -> Image.Image:
-        return read_image(self.root / self.paths[row])
 
 
 def _walk(root: Path, passed_over: PassedOver) -> list[bytes]:
@@ -149,7 +145,7 @@ def _folder(spec: str, class_names: Sequence[str] | None) -> ImageList:
             f"images lie beside {len(shards)} .tar files, which are not opened: put either into a folder of its own"
         )
     labels, split, split_lines = folder_labels(paths, class_names)
-    return ImageList(str(root), paths, labels, split, None, _Files(root, paths), split_lines + notes)
+    return ImageList(str(root), paths, labels, split, None, Files(root, paths), split_lines + notes)
 
 
 def _csv(spec: str, class_names: Sequence[str] | None) -> ImageList:
@@ -160,15 +156,17 @@ def _csv(spec: str, class_names: Sequence[str] | None) -> ImageList:
         with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
             reader = csv.DictReader(file, restval="")
             columns = reader.fieldnames or []
-            if "path" not in columns or not {"path", "label", "split"}.issuperset(columns):
-                raise UserError(f"{spec} has the header {','.join(columns)!r}; its first line must be path[,label][,split]")
+            single = {"path", "label", "split"}.issuperset(columns)
+            if "path" not in columns or not (single or "label" not in columns):
+                raise UserError(
+                    f"{spec} has the header {','.join(columns)!r}; its first line must be path[,label][,split], or "
+                    f"path,labels[,split], or path[,split] and one column a label"
+                )
             for row in reader:
                 place, label, split = f"{spec} line {reader.line_num}", row.get("label", ""), row.get("split", "")
                 if None in row:
                     raise UserError(f"{place} has more fields than the header; put quotes around paths with commas")
-                name = posixpath.normpath(row["path"])
-                if not row["path"] or posixpath.isabs(name) or name.split("/")[0] == ".." or "\0" in name:
-                    raise UserError(f"{place} names {row['path']!r}; paths must lie in the folder of the CSV file")
+                name = path_within(row["path"], f"{place} names")
                 if name in entries:
                     raise UserError(f"{place} names {row['path']!r} a second time; list every image once")
                 if split not in SPLITS:
@@ -187,7 +185,12 @@ def _csv(spec: str, class_names: Sequence[str] | None) -> ImageList:
     labels, split = np.array([entries[name] for name in names], dtype=np.int64).T
     paths = Paths([os.fsencode(name) for name in names])
     known = labels if (labels >= 0).any() else None
-    return ImageList(str(path), paths, known, split.astype(np.uint8), None, _Files(path.parent, paths))
+    images = ImageList(str(path), paths, known, split.astype(np.uint8), None, Files(path.parent, paths))
+    if single:
+        return images
+    own = names_in(spec)
+    tags = read_tags(spec, paths, class_names or own, all_listed=True)
+    return dataclasses.replace(images, class_names=own, tags=tags)
 
 
 # ---- data sets ------------------------------------------------------------------------------------------------------

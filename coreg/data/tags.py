@@ -5,18 +5,21 @@ Labels of N images are int8 (N, L) everywhere: +1 the image has the label, -1 it
 
 from __future__ import annotations
 
+import csv
 import difflib
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
-from coreg.data.images import lookup
+from coreg.data.images import lookup, translated
 from coreg.data.labels import class_of, did_you_mean, lines_of_images
 from coreg.errors import UserError
 
 PRESENT, UNKNOWN, ABSENT = 1, 0, -1
 LIST, ABSENT_LIST = "labels", "absent"  # columns whose fields are lists of names
 BETWEEN = ";"
+RESERVED = ("path", "split")
 WRITTEN = {"1": PRESENT, "0": ABSENT, "": UNKNOWN}
 
 
@@ -68,6 +71,41 @@ def read_tags(csv_path: str, paths: Sequence[str], class_names: Sequence[str], a
     return table
 
 
+def names_in(csv_path: str) -> list[str]:
+    """The labels that such a file names: its columns in order, or the names in its lists sorted.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        with Path(csv_path).open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+            reader = csv.DictReader(file, restval="")
+            if LIST not in (header := reader.fieldnames or []):
+                return [name for name in header if name not in RESERVED]
+            written = {
+                name.strip() for line in reader for name in f"{line[LIST]};{line.get(ABSENT_LIST, '')}".split(BETWEEN)
+            }
+    except (OSError, csv.Error) as error:
+        raise UserError(f"cannot read the labels in {csv_path}: {error}; give a CSV file with path,labels") from None
+    return sorted(written - {""})
+
+
+def translated_tags(tags: np.ndarray, own: Sequence[str], wanted: Sequence[str] | None) -> np.ndarray | None:
+    """Labels (N, L) of a data set with label names `own`, expressed in the labels `wanted`, as `translated` does it.
+
+    Returns:
+        int8 (N, number of `wanted`), 0 for labels that the data set does not have; None when nothing corresponds.
+    """
+    if wanted is None:
+        return tags
+    column = translated(np.arange(len(own)), own, wanted)
+    if column is None:
+        return None
+    table = np.zeros((len(tags), len(wanted)), dtype=np.int8)
+    table[:, column[column >= 0]] = tags[:, column >= 0]
+    return table
+
+
 def _contradiction(place: str, path: str, name: str) -> UserError:
     return UserError(f"{place} contradicts what is written of {path!r} and the label {name!r} before; keep one of them")
 
@@ -79,12 +117,12 @@ def _columns(csv_path: str, header: Sequence[str], class_names: Sequence[str]) -
         UserError: none is, two are named after one label, or one is nearly named after a label that has no column.
     """
     find = lookup(class_names)
-    columns = {name: find(name) for name in header if name != "path" and find(name) >= 0}
+    columns = {name: find(name) for name in header if name not in RESERVED and find(name) >= 0}
     free = [name for index, name in enumerate(class_names) if index not in columns.values()]
     if len(set(columns.values())) < len(columns):
         raise UserError(f"{csv_path} has two columns for one label: {', '.join(columns)}; keep one of them")
     for name in header:
-        if name not in columns and (near := difflib.get_close_matches(name, free, n=1, cutoff=0.8)):
+        if name not in {*columns, *RESERVED} and (near := difflib.get_close_matches(name, free, n=1, cutoff=0.8)):
             raise UserError(f"{csv_path} has the column {name!r}, which is no label{did_you_mean(near)}")
     if not columns:
         raise UserError(
