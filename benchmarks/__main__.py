@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks import annotate, augment, growth, kept, mended, start, step
+from benchmarks import annotate, augment, growth, kept, mended, start, step, tuners
 from benchmarks.sides import CASES
 from benchmarks.tables import as_markdown, environment, fill
 from coreg.settings import JobConfig
@@ -39,6 +39,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "kept": lambda: as_markdown(kept.measure("demo", 8.0)),
     "growth": lambda: as_markdown(growth.measure(1_000_000)),
     "mended": lambda: as_markdown(mended.measure(24_000, 1000)),
+    "tuners": lambda: as_markdown(tuners.measure(20.0)),
     "annotate": lambda: annotate.measure(
         ["--images", "48", "--classes", "10", "--seconds", "3", "--rounds", "2", "--rows", "20000"]
     ),

@@ -201,7 +201,7 @@ class ScaleShift(nn.Module):
         layer.register_forward_hook(self._change)
 
     def _change(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        return (output * self.scale + self.shift).to(output.dtype)
+        return torch.addcmul(self.shift, output, self.scale).to(output.dtype)
 
     @torch.no_grad()
     def fold(self, layer: nn.Module) -> None:
