@@ -110,7 +110,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         probs, description = main_process_decides(run.accelerator, lambda: teacher_of(task))
         teacher = torch.from_numpy(probs).to(run.accelerator.device, task.data.dtype)
         taught = np.concatenate([np.flatnonzero(task.weak.usable), task.repeated])
-        nets = build_networks(run.accelerator, job, image_options, len(run.store.class_names), projection_dim=1, count=1)
+        nets = build_networks(
+            run.accelerator, job, run.image_options, len(run.store.class_names), projection_dim=1, count=1
+        )
         learner = placed(DistillLearner(nets[0], method.kd_temperature), run.accelerator, job)
         training = run.begin([learner], [build_optimizer(nets[0], job)])
 

@@ -159,7 +159,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise UserError(
                 f"no template named a class of any training image in {run.store.root}; there is nothing to learn"
             )
-        nets = build_networks(run.accelerator, job, image_options, len(run.store.class_names), projection_dim=1, count=1)
+        nets = build_networks(
+            run.accelerator, job, run.image_options, len(run.store.class_names), projection_dim=1, count=1
+        )
         classifier = nets[0].backbone.get_classifier()
         if not nets[0].linear_head or classifier.bias is None:
             raise UserError(

@@ -9,11 +9,14 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from coreg.config import SAFE_CSV, SEEDS, advanced, as_settings, option, parse
 from coreg.errors import UserError
 from coreg.learn.options import CoRegOptions
+from coreg.records import RecordError, read_record
+from coreg.store.manifest import read_manifest
 from coreg.views.operations import RANDAUGMENT
 from coreg.weak.prefilter import SPELLINGS, parse_prefilter
 from coreg.weak.rules import parse_rule
@@ -26,6 +29,9 @@ if TYPE_CHECKING:
 TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX")} | {
     name: (name,) for name in ("wandb", "trackio", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab")
 }
+
+GLYPH_CLIP_CONFIG = Path(__file__).parent / "demo" / "glyph_clip" / "open_clip_config.json"
+ANNOTATOR = "annotator"  # the backbone that is the image tower of what made the store
 
 
 @dataclass
@@ -269,7 +275,7 @@ def check_image_options(image_options: ImageConfig) -> None:
     unknown = [name for name in image_options.strong_ops if name not in RANDAUGMENT]
     if unknown:
         raise UserError(f"unknown --strong_ops {' '.join(unknown)} (there are: {', '.join(RANDAUGMENT)})")
-    if image_options.head_init == "text" and image_options.backbone != "annotator":
+    if image_options.head_init == "text" and image_options.backbone != ANNOTATOR:
         raise UserError(f"--head_init text needs --backbone annotator, whose text side it is, not {image_options.backbone}")
     if image_options.head == "projected" and image_options.head_init != "text":
         raise UserError(
@@ -332,7 +338,8 @@ def read_student(
 ) -> tuple[Any, ...]:
     """Job, images and method of a script that trains a network of its own, checked, but for the method's.
 
-    Without `--recipe` it is that of one's own images, or of the digits where there is no `--annotations`.
+    Without `--recipe` it is that of the annotator's tower where that is the backbone, that of one's own images, or that of
+    the digits where there is no `--annotations`.
 
     Args:
         groups: the method's options. preset, kinds: see `coreg.config.parse`.
@@ -340,13 +347,21 @@ def read_student(
     Raises:
         UserError: the first thing that is wrong.
     """
+
+    def usual(typed: Mapping[str, Any]) -> str:
+        return ANNOTATOR if typed.get("backbone") == ANNOTATOR else "folder" if "annotations" in typed else "digits"
+
+    def below(*configs: Any) -> Mapping[str, Any]:
+        own = annotators_pixels(configs[0].annotations) if configs[1].backbone == ANNOTATOR else {}
+        return own | dict(preset(*configs) if preset else {})
+
     job, image_options, method = parse(
         JobConfig,
         ImageConfig,
         *groups,
         argv=argv,
-        default_recipe=lambda typed: "folder" if "annotations" in typed else "digits",
-        preset=preset,
+        default_recipe=usual,
+        preset=below,
         kinds=kinds,
         others=(CoRegOptions,),
         prog=script,
@@ -356,6 +371,26 @@ def read_student(
     check_image_options(image_options)
     parse_rule(job.candidates)
     return job, image_options, method
+
+
+def annotators_pixels(annotations: str | None) -> dict[str, Any]:
+    """`image_size`, `mean` and `std` of what made a store, and what built-in digits want where there is none yet.
+
+    Nothing where they are not known; what is wrong with a store is said when it is opened.
+    """
+    try:
+        if annotations is None:  # digits, which must not be mirrored
+            config, others = read_record(GLYPH_CLIP_CONFIG), {"flip": False}
+            made_for = config["preprocess_cfg"] | {"size": config["model_cfg"]["vision_cfg"]["image_size"]}
+        else:
+            made_for, others = read_manifest(Path(annotations))["preprocessing"], {}
+        size = made_for.get("crop_size") or made_for["size"]
+        if isinstance(size, dict):
+            size = size.get("height") or size["shortest_edge"]
+        values = others | {"image_size": size[0] if isinstance(size, list) else size}
+        return values | {name: made_for.get(name) or made_for[f"image_{name}"] for name in ("mean", "std")}
+    except (UserError, RecordError, LookupError, AttributeError, TypeError):
+        return {}
 
 
 def official(

@@ -26,6 +26,7 @@ class RunFolder:
         self.checkpoints = self.root / "checkpoints"
         self.export = self.root / "export"
         self.chosen_export = self.root / "export_chosen"
+        self.tower = self.root / "tower"
         self.report = self.root / REPORT
         self.held = False  # by this process
 
@@ -62,8 +63,8 @@ class RunFolder:
             return
         if self.root.exists() and not self.root.is_dir():
             raise UserError(f"--output_dir {self.root} is a file; choose a folder")
-        # the default job keeps its annotation store inside the run folder, and others what was refined on the way
-        known = ("annotations", "refined", ".lock")
+        # the default job keeps its annotation store inside the run folder, and others what was made on the way
+        known = ("annotations", "refined", "tower", ".lock")
         others = sorted(path.name for path in self.root.iterdir() if path.name not in known) if self.root.is_dir() else []
         if others:
             raise UserError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import shlex
 import time
@@ -16,9 +17,11 @@ from accelerate import Accelerator
 from coreg.annotate.changes import before_and_after
 from coreg.annotate.refined import refine_store
 from coreg.annotate.settings import RefineConfig, ViewConfig
+from coreg.annotate.tower import write_tower
 from coreg.config import as_settings, as_yaml, beside_the_job, check_bounds
 from coreg.errors import UserError
 from coreg.nets.model import check_backbone, check_network, check_weights, parse_backbone_args, trained_with
+from coreg.nets.tuners.apply import check_tuners
 from coreg.plaintext import printable
 from coreg.process import all_or_none, build_accelerator, follow_launcher, main_process_decides
 from coreg.records import RecordError
@@ -29,7 +32,7 @@ from coreg.run.board import silent_thread, writing_curves
 from coreg.run.folder import RunFolder
 from coreg.run.loop import Run
 from coreg.run.task import known_labels, training_rows
-from coreg.settings import ImageConfig, JobConfig, check_image_options, check_tracker
+from coreg.settings import ANNOTATOR, ImageConfig, JobConfig, check_image_options, check_tracker
 from coreg.store.store import AnnotationStore
 from coreg.weak.rules import parse_rule
 
@@ -68,11 +71,16 @@ def open_run(
     identity = {"script": script} | {k: v for k, v in all_settings.items() if k not in beside_the_job(*settings)}
     accelerator = build_accelerator(job.mixed_precision, job.report_to, job.output_dir, job.timeout_minutes)
     with leaving_together(accelerator), contextlib.ExitStack() as held:
+
+        def hold() -> None:
+            if not folder.held:
+                held.enter_context(folder.locked())
+
         main_process_decides(accelerator, lambda: folder.refuse_other(identity))
         if job.annotations:
             store = all_or_none(accelerator, lambda: AnnotationStore.open(job.annotations).at(job.images, job.data_root))
         else:
-            main_process_decides(accelerator, lambda: held.enter_context(folder.locked()))
+            main_process_decides(accelerator, hold)
             store = annotate_default(folder.root / "annotations", accelerator)
         known = all_or_none(accelerator, lambda: known_labels(job, store))
         identity |= {"store": store.hash, "known_labels": hashlib.sha256(known.tobytes()).hexdigest()}
@@ -86,12 +94,14 @@ def open_run(
             yield None
             return
         if image_options is not None:
+            if image_options.backbone == ANNOTATOR:
+                main_process_decides(accelerator, hold)
+                image_options = annotators_tower(accelerator, folder, store, image_options)
             check_pixels(accelerator, image_options, len(store.class_names))
         annotated = store
         if (features := refinement(job, image_options, store)) != "none":
             main_process_decides(accelerator, lambda: refuse_refining(store, features))
-            if job.annotations:
-                main_process_decides(accelerator, lambda: held.enter_context(folder.locked()))
+            main_process_decides(accelerator, hold)
             store = refined(store, folder.root / "refined", features, job, image_options, accelerator)
         if likely is annotated:
             likely = store
@@ -140,7 +150,27 @@ def check_settings(settings: tuple[Any, ...], image_options: ImageConfig | None)
         raise UserError("--images and --data_root say where the images of --annotations are now; give that too")
     if image_options is not None:
         check_image_options(image_options)
-        check_backbone(image_options.backbone, image_options.backbone_args)
+        check_tuners(image_options.tuner or ())
+        if image_options.backbone != ANNOTATOR:
+            check_backbone(image_options.backbone, image_options.backbone_args)
+
+
+def annotators_tower(
+    accelerator: Accelerator, folder: RunFolder, store: AnnotationStore, image_options: ImageConfig
+) -> ImageConfig:
+    """Options with the image tower of the store's annotator for a backbone; it lies in the run folder from now on.
+
+    Raises:
+        UserError: it cannot be had.
+    """
+    texts = image_options.head_prompts if image_options.head_init == "text" else None
+
+    def write() -> None:
+        if not folder.tower.is_dir():
+            write_tower(store, folder.tower, texts, image_options.descriptions)
+
+    main_process_decides(accelerator, write)
+    return dataclasses.replace(image_options, backbone=f"local-dir:{folder.tower}")
 
 
 def check_pixels(accelerator: Accelerator, image_options: ImageConfig, n_classes: int) -> None:

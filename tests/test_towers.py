@@ -1,0 +1,169 @@
+"""The annotator's image tower as a backbone: equal to it, a plain timm folder, and with its texts just as it judges."""
+
+import json
+import types
+
+import numpy as np
+import open_clip
+import pytest
+import timm
+import torch
+from PIL import Image
+from runs import refused, script
+from test_annotate_annotators import save_tiny_clip
+from test_tuners_lora import save
+from torch import nn
+from torch.nn import functional as F
+
+import annotate_vlm
+from coreg.annotate.annotators import ClipAnnotator, load_towers
+from coreg.annotate.models import resolve
+from coreg.annotate.tower import class_texts, disagreement, read_descriptions, write_tower
+from coreg.errors import UserError
+from coreg.export.predict import load_classifier
+from coreg.nets.heads import ClassText, back_projected
+from coreg.nets.model import Model, create_backbone
+from coreg.nets.towers import timm_tower
+from coreg.nets.tuning import Tuning
+from coreg.settings import annotators_pixels
+from coreg.store.store import AnnotationStore
+
+CPU, NAMES = torch.device("cpu"), ["a cat", "the_dog", "blue whale"]
+TINY = {"vision_cfg": {"image_size": 16, "layers": 2, "width": 16, "head_width": 8, "patch_size": 8}}
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """Twelve images of the annotator's own size, judged by a tiny CLIP under one template."""
+    place = tmp_path_factory.mktemp("store")
+    save_tiny_clip(place / "clip", **TINY)
+    rng = np.random.default_rng(0)
+    for i in range(12):
+        folder = place / "images" / ("train" if i < 8 else "test") / NAMES[i % 3]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+    (place / "classes.txt").write_text("\n".join(NAMES))
+    (place / "templates.txt").write_text("a photo of a {}\n")
+    annotate_vlm.main([
+        "--images", str(place / "images"), "--classes", str(place / "classes.txt"), "--vlm", f"local-dir:{place / 'clip'}",
+        "--templates", str(place / "templates.txt"), "--output_dir", str(place / "ann"), "--workers", "0",
+    ])  # fmt: skip
+    return AnnotationStore.open(place / "ann")
+
+
+@pytest.mark.parametrize("family", ["open_clip", "timm", "clip", "siglip"])
+def test_a_tower_gives_the_annotators_features(family, tmp_path):
+    kind = "transformers" if family in ("clip", "siglip") else "local-dir"
+    towers = load_towers(resolve(f"{kind}:{save(tmp_path / family, family)}"), CPU, "fp32")
+    size = towers.preprocess(Image.new("RGB", (64, 64))).shape[-1]
+    tower = timm_tower(towers.network, size)
+    images = torch.randn(3, 3, size, size, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        ours = F.linear(tower.network(images), *tower.projection)
+        torch.testing.assert_close(ours, towers.image(images), rtol=1e-5, atol=1e-5)
+    assert disagreement(towers, tower, size) < 1e-5
+
+
+@pytest.mark.slow
+def test_a_clip_resnet_gives_its_features():
+    torch.manual_seed(0)
+    config = open_clip.model.CLIPVisionCfg(layers=[3, 4, 6, 3], width=64, image_size=64)
+    visual = open_clip.model._build_vision_tower(32, config).eval()
+    for module in visual.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1)
+    tower, images = timm_tower(types.SimpleNamespace(visual=visual), 64), torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        ours, theirs = F.linear(tower.network(images), *tower.projection), visual(images)
+    torch.testing.assert_close(F.normalize(ours), F.normalize(theirs), rtol=0, atol=1e-5)
+
+
+def test_an_untouched_tower_with_a_projected_head_says_what_the_annotator_said(store, tmp_path):
+    write_tower(store, tmp_path / "tower", "annotator")
+    backbone = create_backbone(f"local-dir:{tmp_path / 'tower'}", 3, 3, {}, pretrained=False)
+    Tuning(("linear",), head="projected").apply(backbone, 3, ClassText.read(tmp_path / "tower"))
+    net = Model(backbone, 4).eval()
+    pixels = annotators_pixels(str(store.root))
+    assert pixels == {"image_size": 16, "mean": [0.5] * 3, "std": [0.25] * 3}
+    images = store.images()
+    batch = torch.stack([torch.from_numpy(np.array(images.load(row))) for row in range(12)]).permute(0, 3, 1, 2)
+    annotator = ClipAnnotator(resolve(store.manifest["model"]["spec"]), store.templates, store.class_names)
+    with torch.no_grad():
+        probs = net.logits((batch / 255 - 0.5) / 0.25).softmax(1)
+        shown = torch.stack([annotator.preprocess(images.load(row)) for row in range(12)])
+        features = F.normalize(annotator.towers.image(shown), dim=1)
+        said = (annotator.towers.scale * features @ annotator.text.T).softmax(1)
+    torch.testing.assert_close(probs, said, rtol=0, atol=1e-5)
+    assert np.array_equal(probs.argmax(1), store.votes()[:, 0])
+    # the store's are of float16 features, and in float16
+    np.testing.assert_allclose(probs, store.probs().astype(np.float32), atol=2e-2)
+    assert len(set(store.votes()[:, 0].tolist())) > 1
+
+
+def test_text_becomes_the_weights_of_a_head(store, tmp_path):
+    (tmp_path / "d.json").write_text(json.dumps({name: ["it has fur", f"it is {name}"] for name in NAMES}))
+    texts, classes = class_texts(store, "default", str(tmp_path / "d.json"))
+    assert texts == [text for name in NAMES for text in ("it has fur", f"it is {name}")] and classes.tolist() == [
+        0,
+        0,
+        1,
+        1,
+        2,
+        2,
+    ]
+    texts, classes = class_texts(store, "default", None)
+    assert texts == ["a photo of a a cat.", "a photo of a the dog.", "a photo of a blue whale."]
+    assert class_texts(store, "classname", None)[0] == ["a cat", "the dog", "blue whale"]
+    assert class_texts(store, "annotator", None)[0][1] == "a photo of a the_dog"
+    assert len(class_texts(store, "ensemble", None)[0]) == 27 * 3
+    write_tower(store, tmp_path / "tower", "default")
+    towers = load_towers(resolve(store.manifest["model"]["spec"]), CPU, "fp32")
+    with torch.no_grad():
+        t = F.normalize(towers.text(towers.tokenize(texts)), dim=1)
+    backbone = create_backbone(f"local-dir:{tmp_path / 'tower'}", 3, 3, {}, pretrained=False)
+    text = ClassText.read(tmp_path / "tower")
+    for head in ("linear", "cosine"):
+        Tuning(head=head).apply(backbone, 3, text)
+        weight = F.normalize(t @ towers.network.visual.proj.T, dim=1)
+        torch.testing.assert_close(backbone.get_classifier().weight.data, weight)
+        torch.testing.assert_close(weight, back_projected(text.features, text.projection))
+
+
+def test_what_cannot_be_taken_over_is_refused_in_one_line(store, tmp_path):
+    (tmp_path / "d.json").write_text(json.dumps({"a cat": ["x"], "the_dog": [], "blue whale": ["y"]}))
+    with pytest.raises(UserError, match="has no text for 'the_dog'"):
+        read_descriptions(str(tmp_path / "d.json"), NAMES)
+    with pytest.raises(UserError, match="does not describe every class"):
+        read_descriptions(str(tmp_path / "d.json"), [*NAMES, "fox"])
+    with pytest.raises(UserError, match="a Linear is neither a ViT nor a ResNet"):
+        timm_tower(types.SimpleNamespace(visual=nn.Linear(2, 2)), 16)
+    with pytest.raises(UserError, match="holds no text features"):
+        ClassText.read(tmp_path)
+
+
+def test_settings_that_contradict_each_other_are_refused(capsys):
+    main = script("pll").read_settings
+    assert "--head_init text needs --backbone annotator" in refused(capsys, main, "--head_init", "text")
+    assert "needs --head_init text, not random" in refused(capsys, main, "--head", "projected", "--backbone", "annotator")
+
+
+def test_pixels_of_an_annotator_are_those_it_was_made_with():
+    job, image_options, _ = script("pll").read_settings(["--backbone", "annotator"])
+    assert (job.epochs, image_options.image_size, image_options.mean) == (10, 32, [0.3] * 3) and not image_options.flip
+    _, image_options, _ = script("pll").read_settings(["--backbone", "annotator", "--image_size", "64"])
+    assert image_options.image_size == 64
+    assert annotators_pixels("nowhere") == {}
+
+
+def test_a_tuned_annotator_end_to_end(store, tmp_path, capsys):
+    words = ["--annotations", store.root, "--backbone", "annotator", "--tuner", "adaptformer", "--head", "cosine"]
+    words += ["--head_init", "text", "--method", "cr_dpll", "--epochs", "1", "--batch_size", "4", "--workers", "0"]
+    output = tmp_path / "run"
+    main = script("pll").main
+    main([*map(str, words), "--output_dir", str(output)])
+    classifier = load_classifier(output / "export")
+    assert classifier.class_names == NAMES and (output / "tower" / "text.safetensors").is_file()
+    itself = timm.create_model(f"local-dir:{output / 'tower'}", pretrained=True, num_classes=0)
+    assert itself(torch.zeros(1, 3, 16, 16)).shape == (1, 16)
+    main([*map(str, words), "--output_dir", str(output)])
+    assert "This run is finished" in capsys.readouterr().out
