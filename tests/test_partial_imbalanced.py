@@ -11,7 +11,7 @@ from coreg.learn.partial.method import PartialBatch, Step
 from coreg.learn.partial.mixing import draw_partners, mixed_view, smallest
 from coreg.learn.partial.solar import transport_plan
 from coreg.learn.partial_options import OPTIONS
-from coreg.nets.model import CoRegNet
+from coreg.nets.model import Model
 from coreg.nets.preact import PreActResNet
 
 N, C, WIDTH = 8, 4, 8
@@ -22,7 +22,7 @@ SETS = torch.tensor([[str(j) in members for j in range(C)] for members in "01 1 
 def made(name, dtype=torch.float64, sets=SETS, **options):
     """A method whose network is the identity: a view is its logits, and its features are a linear map of them."""
     torch.manual_seed(0)
-    net = CoRegNet(PreActResNet(C, 1, widths=(8, WIDTH), depths=(1, 1), norm="none"), 4)
+    net = Model(PreActResNet(C, 1, widths=(8, WIDTH), depths=(1, 1), norm="none"), 4)
     method = METHODS[name](net, sets, OPTIONS[name](**options), dtype=dtype).to(dtype=dtype)
     method.outputs_on = lambda view: (view, view.repeat(1, 2)[:, :WIDTH])
     return method

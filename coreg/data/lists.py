@@ -4,27 +4,24 @@ from __future__ import annotations
 
 import os
 import posixpath
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
+from coreg.data.decode import Files
 from coreg.data.images import TEST, TRAIN, ImageList, Paths, absolute_path
 from coreg.errors import UserError
 
 WANTED = "write `path label` a line, the path as seen from the folder of the list and the label as a number from 0 on"
 
 
-def listed_images(
-    spec: str, class_names: Sequence[str] | None, pixels: Callable[[Path, Sequence[str]], Callable[[int], Image.Image]]
-) -> ImageList:
+def listed_images(spec: str, class_names: Sequence[str] | None) -> ImageList:
     """The images of a text list.
 
     Args:
         spec: the list; one called `...train...` brings the list called `...test...` beside it, which is the test split.
         class_names: the classes in the order that labels count; without them labels say nothing.
-        pixels: makes what reads the images below a folder.
 
     Raises:
         UserError: a list cannot be read, or a line is wrong.
@@ -51,7 +48,7 @@ def listed_images(
     labels, split = np.array([entries[name] for name in names], dtype=np.int64).T
     paths = Paths([os.fsencode(name) for name in names])
     known = None if class_names is None else labels
-    return ImageList(str(path), paths, known, split.astype(np.uint8), None, pixels(path.parent, paths))
+    return ImageList(str(path), paths, known, split.astype(np.uint8), None, Files(path.parent, paths))
 
 
 def _lines(file: Path) -> list[tuple[str, str, int]]:

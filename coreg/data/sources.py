@@ -65,7 +65,7 @@ def open_images(spec: str, class_names: Sequence[str] | None = None, data_root: 
     if spec.lower().endswith(".csv") and Path(spec).is_file():
         return _csv(spec, class_names)
     if spec.lower().endswith(".txt") and Path(spec).is_file():
-        return listed_images(spec, class_names, _Files)
+        return listed_images(spec, class_names)
     kind = "is a file, but neither a folder nor a .csv, .txt or .tar file" if Path(spec).exists() else "does not exist"
     near = difflib.get_close_matches(spec, [*TORCHVISION, "builtin:digits"], n=1)
     hint = f", did you mean {near[0]}?" if near else ""
