@@ -2,16 +2,12 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import SMALL_JOB
 from PIL import Image
-from runs import as_votes, final_state, refused, same_curves, script, with_method
+from runs import as_votes, final_state, on_two_processes, refused, same_curves, script, with_method
 
 import train_coreg
 from coreg.learn.division import Division
@@ -19,8 +15,6 @@ from coreg.learn.partial import METHODS
 from coreg.run import checkpoint
 from coreg.store.store import AnnotationStore
 from coreg.weak.__main__ import main as draw_sets
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -157,21 +151,11 @@ def test_batches_of_one_are_refused(sixty_five, tmp_path, capsys):
 @pytest.mark.multiprocess
 def test_two_processes_with_one_image_left_over_and_with_one_each(sixty_five, tmp_path):
     """Of batches of 63 two images are left over, one for each process; of batches of 64 one, and both train like one."""
-    store = ["--annotations", str(sixty_five)]
-    jobs = [
-        ("distill", [*store, *DEEP, "--batch_size", "63", "--output_dir", str(tmp_path / "each")]),
-        ("distill", [*store, *SMALL_JOB[: SMALL_JOB.index("--epochs")], *DEEP[DEEP.index("--batch_size") :]]),
-    ]
-    script("distill").main([*jobs[1][1], "--output_dir", str(tmp_path / "1")])
-    jobs[1][1].extend(["--output_dir", str(tmp_path / "2")])
-    config = ["--config_file", str(ROOT / "accelerate_configs" / "cpu.yaml"), "--num_processes", "2"]
-    start = [sys.executable, "-m", "accelerate.commands.launch", *config]
-    done = subprocess.run(
-        [*start, str(ROOT / "tests" / "several_jobs.py"), json.dumps(jobs)],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True, text=True, timeout=600, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
+    main, store = script("distill").main, ["--annotations", str(sixty_five)]
+    on_two_processes(main, *store, *DEEP, "--batch_size", "63", "--output_dir", tmp_path / "each")
+    one_left = [*store, *SMALL_JOB[: SMALL_JOB.index("--epochs")], *DEEP[DEEP.index("--batch_size") :]]
+    main([*one_left, "--output_dir", str(tmp_path / "1")])
+    on_two_processes(main, *one_left, "--output_dir", tmp_path / "2")
     assert all(math.isfinite(v) for epoch in final_state(tmp_path / "each")["curves"] for v in epoch.values())
     one, two = (final_state(tmp_path / count) for count in "12")
     assert one["images_seen"] == two["images_seen"] == 130 and one["updates"] == two["updates"] == 2

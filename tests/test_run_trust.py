@@ -63,7 +63,7 @@ def test_pretrained_weights_judge_the_same_on_two_processes(run, digits, tmp_pat
     words = ["--annotations", str(digits.root), *JOB, "--backbone_args", "{}", "--refine", "none"]
     words += ["--backbone", f"local-dir:{run / 'export' / 'net1'}", "--output_dir"]
     probe.main([*words, str(tmp_path / "one")])
-    on_two_processes("probe", *words, tmp_path / "two")
+    on_two_processes(probe.main, *words, tmp_path / "two")
     one, two = (report_of(tmp_path / name)["trust"] for name in ("one", "two"))
     assert one["kind"] == "weights" and one["agreement"] == two["agreement"] and one["most"] == two["most"]
     assert one["fit"]["score"] == pytest.approx(two["fit"]["score"], abs=1e-9)
