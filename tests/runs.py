@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -86,10 +87,8 @@ def in_processes(count, main, *words, before=None):
     with tempfile.TemporaryDirectory() as folder:
         logs = [[Path(folder, f"{name}{rank}") for name in ("stdout", "stderr")] for rank in range(count)]
         for rank in range(count):
-            if not (child := os.fork()):
-                own = where | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if count > 1 else {}
-                _member(own, logs[rank], before, main, words)
-            children[rank] = child
+            own = where | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if count > 1 else {}
+            children[rank] = forked(main, words, logs[rank], before, own)
         while len(codes) < count:
             for rank in children.keys() - codes:
                 ended, status = os.waitpid(children[rank], os.WNOHANG)
@@ -103,14 +102,19 @@ def in_processes(count, main, *words, before=None):
     return Ended([codes[rank] for rank in range(count)], *texts)
 
 
-def _member(where, logs, before, main, words):
-    """One of `in_processes`, which ends here."""
+def forked(main, words, logs, before=None, environment=()):
+    """A process that runs `main(words)` after `before()` on the CPU and writes into two `logs`; gives its number."""
+    if child := os.fork():
+        return child
     code = 1
     try:
         for number, file in enumerate(logs, start=1):
             os.dup2(os.open(file, os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
         sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w", 1)
-        os.environ |= where | {"CUDA_VISIBLE_DEVICES": ""}
+        os.environ |= dict(environment) | {"CUDA_VISIBLE_DEVICES": ""}
+        # pytest keeps warnings to itself
+        warnings.resetwarnings()
+        warnings.showwarning = lambda *args: sys.stderr.write(warnings.formatwarning(*args[:4]))
         # threads of the process that was forked are not there, and neither is its device
         torch.set_num_threads(1)
         threadpool_limits(1)
