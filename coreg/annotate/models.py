@@ -35,21 +35,13 @@ HUB_NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]*(/[A-Za-z0-9][A-Za-z0-9_.-]*)?"
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """Which model an annotator uses.
+    """Which model an annotator uses."""
 
-    Attributes:
-        spec: what identifies it, folders made absolute.
-        name: open_clip's model name, with its `local-dir:` or `hf-hub:` prefix, or the folder of a transformers model.
-        tag: open_clip's name of the pretrained weights, None for folders.
-        weights: the tag, or the sha256 of a folder's files.
-        kind: `open_clip`, `transformers` (CLIP, SigLIP and what is built alike) or `chat` (image-text-to-text).
-    """
-
-    spec: str
-    name: str
-    tag: str | None
-    weights: str
-    kind: str = "open_clip"
+    spec: str  # what identifies it, folders made absolute
+    name: str  # open_clip's model name, with its `local-dir:` or `hf-hub:` prefix, or the folder of a transformers model
+    tag: str | None  # open_clip's name of the pretrained weights, None for folders
+    weights: str  # the tag, or the sha256 of a folder's files
+    kind: str = "open_clip"  # or `transformers` (CLIP, SigLIP and what is built alike), or `chat` (image-text-to-text)
 
 
 def resolve(spec: str) -> ModelSpec:

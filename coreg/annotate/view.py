@@ -183,14 +183,7 @@ class ViewWriter(BlockWriter):
 
 
 class Encoder:
-    """A network that gives pooled features, in the form that `annotate_images` asks of an annotator.
-
-    Attributes:
-        network: the timm model on the device, in evaluation mode.
-        arguments: what it was made with besides its name.
-        features: D.
-        mean, std: of the pixels in 0..1, one number a channel.
-    """
+    """A network that gives pooled features, in the form that `annotate_images` asks of an annotator."""
 
     def __init__(self, config: ViewConfig, device: torch.device | str) -> None:
         """Load the network.
@@ -199,12 +192,12 @@ class Encoder:
             UserError: there is no such network, its weights cannot be had, or it has no pooled features of such images.
         """
         self.config = config
-        self.arguments = _sized(config) | parse_backbone_args(config.backbone_args)
+        self.arguments = _sized(config) | parse_backbone_args(config.backbone_args)  # it is made with besides its name
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # untrained weights are the same in all processes, too
             network = create_backbone(config.backbone, 0, config.channels, self.arguments, config.pretrained)
         self.network = network.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
-        self.mean, self.std = pixels_of(config)
+        self.mean, self.std = pixels_of(config)  # of the pixels in 0..1, one number a channel
         self._mean, self._std = (torch.tensor(x, device=device)[:, None, None] for x in (self.mean, self.std))
 
         side = config.image_size

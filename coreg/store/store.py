@@ -43,25 +43,15 @@ __all__ = ["AnnotationStore", "StoreWriter", "continued", "make_manifest", "read
 
 @dataclass
 class AnnotationStore:
-    """An opened, verified and finished store.
+    """An opened, verified and finished store."""
 
-    Attributes:
-        root: its folder.
-        manifest: the content of manifest.json.
-        paths: N image paths; the row number is the identity of an image.
-        labels: int64 (N,), -1 where unknown, or None without any; for reporting only.
-        split: uint8 (N,), 0 = train, 1 = test.
-        unreadable: bool (N,), images that could not be read; all templates abstain and the probabilities are uniform.
-        hash: sha256 (hex) over the job and all checksums; changes with anything that a trainer could learn from.
-    """
-
-    root: Path
-    manifest: dict[str, Any]
-    paths: Sequence[str]
-    labels: np.ndarray | None
-    split: np.ndarray
-    unreadable: np.ndarray
-    hash: str
+    root: Path  # its folder
+    manifest: dict[str, Any]  # the content of manifest.json
+    paths: Sequence[str]  # N image paths; the row number is the identity of an image
+    labels: np.ndarray | None  # int64 (N,), -1 where unknown, or None without any; for reporting only
+    split: np.ndarray  # uint8 (N,), 0 = train, 1 = test
+    unreadable: np.ndarray  # bool (N,), images that could not be read: all templates abstain, probabilities are uniform
+    hash: str  # sha256 (hex) over the job and all checksums; changes with anything that a trainer could learn from
 
     @classmethod
     def open(cls, folder: str | Path) -> AnnotationStore:
