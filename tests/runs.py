@@ -149,16 +149,18 @@ def as_votes(drawn, folder, spec="m"):
     votes[np.arange(votes.shape[1]) >= sets.sum(axis=1, keepdims=True)] = -1
     probs = (sets / sets.sum(axis=1, keepdims=True)).astype(np.float16)
     templates = [f"synthetic candidate {number} ({{}})" for number in range(1, votes.shape[1] + 1)]
-    details = {"features": None, "data_root": "data", "preprocessing": None, "versions": {}}
-    model = {"spec": spec, "weights": "w"}
-    manifest = make_manifest(images, store.class_names, templates, model, 40, **details)
-    writer = StoreWriter(Path(folder), manifest)
-    writer.begin(images)
-    for index in range(len(writer.files)):
-        rows = slice(writer.rows(index).start, writer.rows(index).stop)
-        writer.write(index, {"votes": votes[rows], "probs": probs[rows]}, {})
-    writer.finish(images.paths)
+    write_store(folder, images, store.class_names, templates, {"votes": votes, "probs": probs}, spec=spec)
     return Path(folder)
+
+
+def write_store(root, images, class_names, templates, tensors, block_size=40, errors=None, spec="m"):
+    """A store of these tensors, with rows for all images; gives it."""
+    features = tensors["features"].shape[1] if "features" in tensors else None
+    details = {"features": features, "data_root": "data", "preprocessing": None, "versions": {}}
+    manifest = make_manifest(images, class_names, templates, {"spec": spec, "weights": "w"}, block_size, **details)
+    part = lambda rows: {name: table[rows] for name, table in tensors.items()}  # noqa: E731
+    StoreWriter(Path(root), manifest).write_all(images, part, errors)
+    return AnnotationStore.open(root)
 
 
 class Killed(BaseException):

@@ -11,7 +11,7 @@ import timm
 import torch
 import yaml
 from PIL import Image
-from runs import on_two_processes, refused
+from runs import on_two_processes, refused, write_store
 
 from coreg.annotate import tools
 from coreg.annotate import view as module
@@ -22,7 +22,7 @@ from coreg.data.decode import decode
 from coreg.data.sources import open_images
 from coreg.errors import UserError
 from coreg.nets.model import create_backbone
-from coreg.store.store import AnnotationStore, StoreWriter, make_manifest
+from coreg.store.store import AnnotationStore
 
 NAMES = ["cat", "dog"]
 TINY = {
@@ -39,14 +39,8 @@ WORDS = ["--backbone", "preact_resnet_tiny", "--pretrained", "false", "--image_s
 def annotated(spec, root):
     """A store of the images of `spec`, with some evidence."""
     images = open_images(str(spec), NAMES)
-    fields = {"features": None, "data_root": "data", "preprocessing": {}, "versions": {}}
-    writer = StoreWriter(root, make_manifest(images, NAMES, ["{}"], {"spec": "m", "weights": "w"}, 8, **fields))
-    writer.begin(images)
-    for index in range(len(writer.files)):
-        n = len(writer.rows(index))
-        writer.write(index, {"votes": np.zeros((n, 1), np.int16), "probs": np.full((n, 2), 0.5, np.float16)}, {})
-    writer.finish(images.paths)
-    return AnnotationStore.open(root)
+    tensors = {"votes": np.zeros((len(images), 1), np.int16), "probs": np.full((len(images), 2), 0.5, np.float16)}
+    return write_store(root, images, NAMES, ["{}"], tensors, block_size=8)
 
 
 def photos(root, count=11):

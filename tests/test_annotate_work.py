@@ -5,6 +5,7 @@ import shutil
 import signal
 import threading
 import time
+from functools import partial
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from test_annotate_annotators import save_tiny_clip
 
 from annotate_vlm import main
 from coreg.annotate import work as loop
-from coreg.annotate.work import Progress, annotate_images, work
+from coreg.annotate.work import Progress, annotated, work
 from coreg.data.sources import open_images
 from coreg.errors import UserError
 from coreg.store.claims import BlockQueue
@@ -64,25 +65,22 @@ def begun(folder, root, block_size=4):
     model = {"spec": "m", "weights": "w"}
     details = {"features": None, "data_root": "data", "preprocessing": None, "versions": {}}
     writer = StoreWriter(root, make_manifest(images, NAMES, ["{}"], model, block_size, **details))
-    writer.begin(images)
+    writer.start(images)
     return images, writer
 
 
 def take_part(images, writer, annotator, start=0.0, max_errors=None, workers=0):
     with BlockQueue(writer.root, writer.files, start) as queue:
         progress = Progress(queue, writer, shown=False)
-
-        def annotate_from(first):
-            annotate_images(first, images, annotator, writer, queue, progress, 3, workers, max_errors)
-
-        work(queue, annotate_from, progress)
+        evidence = partial(annotated, images=images, annotator=annotator, writer=writer, batch_size=3, workers=workers)
+        work(queue, writer, evidence, progress, images.paths, max_errors)
 
 
 def test_a_slow_process_does_not_hold_a_fixed_share(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "POLL_SECONDS", 0.02)
     images, writer = begun(folder, tmp_path / "alone")
     take_part(images, writer, Brightness())
-    writer.finish(images.paths)
+    writer.complete(images.paths)
 
     images, writer = begun(folder, tmp_path / "ann")
     workers = [Brightness(seconds) for seconds in (0.15, 0.002, 0.01)]
@@ -99,7 +97,7 @@ def test_a_slow_process_does_not_hold_a_fixed_share(folder, tmp_path, monkeypatc
     assert time.monotonic() - start < 1.4
     assert sum(annotator.images for annotator in workers) == 61  # and nothing was done twice
     assert workers[0].images < 61 / 3 < workers[1].images
-    writer.finish(images.paths)
+    writer.complete(images.paths)
     one, many = (AnnotationStore.open(tmp_path / name) for name in ("alone", "ann"))
     assert one.hash == many.hash and np.flatnonzero(many.unreadable).tolist() == [30, 60]
     bright = [int(Brightness.preprocess(images.load(row)) / 86) for row in range(61) if row not in (30, 60)]
@@ -117,7 +115,7 @@ def test_too_many_errors_stop_the_job_and_a_higher_limit_goes_on(folder, tmp_pat
     with pytest.raises(UserError, match="2 images cannot be read and --max_errors is 1"):
         take_part(images, StoreWriter(writer.root, writer.manifest), Brightness(), max_errors=1)
     take_part(images, writer, Brightness(), max_errors=2)
-    writer.finish(images.paths)
+    writer.complete(images.paths)
     assert AnnotationStore.open(writer.root).unreadable.sum() == 2
     assert os.listdir(writer.root / "claims") == []
 

@@ -13,6 +13,7 @@ import train_coreg
 from coreg.learn.division import Division
 from coreg.learn.partial import METHODS
 from coreg.run import checkpoint
+from coreg.run import epoch as module
 from coreg.store.store import AnnotationStore
 from coreg.weak.__main__ import main as draw_sets
 
@@ -107,7 +108,7 @@ def deep_run(name, store, output, *more):
     return state
 
 
-def divided_by_hand(monkeypatch, module, n_trusted):
+def divided_by_hand(monkeypatch, n_trusted):
     """Both networks trust the first images alone."""
     trusted = np.arange(65) < n_trusted
     monkeypatch.setattr(module, "divide", lambda *_: Division(trusted.astype(float), trusted.copy()))
@@ -131,7 +132,7 @@ def test_65_images_in_batches_of_64_for_a_deep_network(sixty_five, tmp_path, nam
 @pytest.mark.parametrize(("n_trusted", "batch_size"), [(65, 32), (64, 64), (1, 64)])
 def test_coreg_with_one_image_left_over_or_alone(sixty_five, tmp_path, monkeypatch, n_trusted, batch_size):
     """65 trusted in batches of 32, warm-up in batches of 64; U is one image; P is one image. One label that is known."""
-    divided_by_hand(monkeypatch, train_coreg, n_trusted)
+    divided_by_hand(monkeypatch, n_trusted)
     store = AnnotationStore.open(sixty_five)
     path = store.paths[np.flatnonzero(store.split == 0)[0]]
     (tmp_path / "labels.csv").write_text(f"path,label\n{path},a\n")

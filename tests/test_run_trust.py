@@ -71,14 +71,10 @@ def test_pretrained_weights_judge_the_same_on_two_processes(run, digits, tmp_pat
 
 def test_a_view_that_knows_nothing_is_refused_before_training(digits, tmp_path, capsys):
     """Features that belong to other images."""
-    writer = StoreWriter(tmp_path / "ann", dict(digits.manifest))
-    writer.begin(digits.images())
     strange = digits.features()[np.random.default_rng(0).permutation(len(digits))]
-    for index in range(len(writer.files)):
-        rows = slice(writer.rows(index).start, writer.rows(index).stop)
-        tensors = {"votes": digits.votes()[rows], "probs": digits.probs()[rows], "features": strange[rows]}
-        writer.write(index, tensors, {})
-    writer.finish(digits.paths)
+    tensors = {"votes": digits.votes(), "probs": digits.probs(), "features": strange}
+    writer = StoreWriter(tmp_path / "ann", dict(digits.manifest))
+    writer.write_all(digits.images(), lambda rows: {name: table[rows] for name, table in tensors.items()})
     words = ["--annotations", tmp_path / "ann", *JOB, *TINY, "--refine", "own", "--output_dir", tmp_path / "run"]
     line = refused(capsys, probe.main, *words)
     assert "cannot tell the classes apart" in line and "--refine none" in line

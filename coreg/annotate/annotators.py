@@ -273,10 +273,10 @@ class ClipAnnotator:
         """
         images = batch.to(self.device, self.dtype, non_blocking=True)
         features = torch.nn.functional.normalize(self.towers.image(images).float(), dim=-1).half()
-        return self.judge(features) | {"features": features}
+        return self.score(features) | {"features": features}
 
     @torch.inference_mode()
-    def judge(self, features: torch.Tensor | np.ndarray) -> dict[str, torch.Tensor]:
+    def score(self, features: torch.Tensor | np.ndarray) -> dict[str, torch.Tensor]:
         """Votes and probabilities (see `annotate`) of images whose features are float16 (n, D)."""
         features = torch.as_tensor(features).to(self.device).float()
         templates, classes = self.shape

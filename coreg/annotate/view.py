@@ -20,6 +20,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from PIL import Image
 
 import coreg.nets
 from coreg.annotate.settings import ViewConfig
-from coreg.annotate.work import annotate_images, every_block
+from coreg.annotate.work import annotated, every_block
 from coreg.config import parse
 from coreg.data.images import ImageList
 from coreg.data.sources import require_readable
@@ -143,7 +144,7 @@ class ViewWriter(BlockWriter):
     def __init__(self, root: Path, manifest: dict[str, Any]) -> None:
         super().__init__(root, manifest, job_hash(manifest))
 
-    def begin(self) -> list[str]:
+    def start(self) -> list[str]:
         """Make the folder, or go on with the view of the same job; returns one line for each block that was damaged.
 
         Raises:
@@ -183,7 +184,7 @@ class ViewWriter(BlockWriter):
 
 
 class Encoder:
-    """A network that gives pooled features, in the form that `annotate_images` asks of an annotator."""
+    """A network that gives pooled features, in the form that `annotated` asks of an annotator."""
 
     def __init__(self, config: ViewConfig, device: torch.device | str) -> None:
         """Load the network.
@@ -314,20 +315,12 @@ def make_view(store: AnnotationStore, config: ViewConfig, accelerator: Accelerat
         | {"images": list_of(store), "block_size": size}
         | {"versions": {"coreg": coreg.__version__, "timm": timm.__version__, "torch": torch.__version__}},
     )
-    for line in main_process_decides(accelerator, writer.begin):
+    for line in main_process_decides(accelerator, writer.start):
         accelerator.print(f"damaged, made again: {printable(line)}")
     if not main_process_decides(accelerator, lambda: (writer.root / "errors.csv").exists()):
-        every_block(
-            writer,
-            store.paths,
-            accelerator,
-            lambda queue, progress: (
-                lambda first: annotate_images(
-                    first, images, encoder, writer, queue, progress, config.batch_size, config.workers, None
-                )
-            ),
-            "features",
-        )
+        more = {"batch_size": config.batch_size, "workers": config.workers}
+        evidence = partial(annotated, images=images, annotator=encoder, writer=writer, **more)
+        every_block(writer, store.paths, accelerator, evidence, "features")
     return View.open(writer.root, store)
 
 

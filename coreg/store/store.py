@@ -120,6 +120,15 @@ class AnnotationStore:
                 f"annotator said; {remedy}"
             )
 
+    def need_features(self, remedy: str = "annotate the images again") -> None:
+        """Raise a UserError where the annotator left no features."""
+        if self.manifest["features"] is None:
+            raise UserError(f"{self.root} keeps no features, its annotator gives none; {remedy}")
+
+    def rows_of(self, split: int) -> np.ndarray:
+        """int64 (n,): the images of a split that could be read."""
+        return np.flatnonzero((self.split == split) & ~self.unreadable)
+
     def drawn_sets(self) -> np.ndarray:
         """bool (N, C): the candidate sets of a store in which they were drawn."""
         # up to version 2 such stores had votes of made-up templates, and probabilities that are uniform over the set
@@ -183,6 +192,10 @@ class AnnotationStore:
         except UserError:
             return None
         return source if source.hash == self.manifest["refined"]["source_hash"] else None
+
+    def image_list(self) -> ImageList:
+        """The images that were annotated, as they are recorded: without their pixels."""
+        return ImageList(self.images_spec, self.paths, self.labels, self.split, None, pixels=lambda row: None)
 
     def images(self) -> ImageList:
         """Open the images that were annotated, with labels in this store's classes.
