@@ -19,7 +19,7 @@ may also be started one by one on several machines that share the folder.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from coreg.annotate.settings import GLYPH_CLIP, AnnotateConfig
 from coreg.config import check_bounds, parse
@@ -36,6 +36,7 @@ def read_settings(argv: Sequence[str] | None = None) -> AnnotateConfig:
 if __name__ == "__main__":
     read_settings()  # what is wrong with it is reported before the imports below, which take seconds
 
+import dataclasses
 import platform
 from dataclasses import dataclass
 from functools import partial
@@ -49,20 +50,19 @@ import transformers
 from accelerate import Accelerator, PartialState
 
 import coreg
-from coreg.annotate.annotators import Annotator, load_annotator
+from coreg.annotate.annotators import load_annotator
 from coreg.annotate.chat import CHAT_TEMPLATES
 from coreg.annotate.health import REPORTS, notes_of, write_report
 from coreg.annotate.models import ModelSpec, resolve
 from coreg.annotate.prompts import TEMPLATES, read_templates
 from coreg.annotate.summary import summary
-from coreg.annotate.work import Progress, annotate_images, every_block, rescore_features
+from coreg.annotate.work import annotated, every_block, rescored
 from coreg.data.class_names import read_class_names
 from coreg.data.images import ImageList, absolute_path, list_hash, translated
 from coreg.data.sources import open_images, require_readable
 from coreg.demo.annotator import demo_templates
 from coreg.plaintext import printable
 from coreg.process import build_accelerator, main_process_decides
-from coreg.store.claims import BlockQueue
 from coreg.store.store import AnnotationStore, StoreWriter, continued, make_manifest
 
 
@@ -119,11 +119,18 @@ def annotate(config: AnnotateConfig, accelerator: Accelerator | None = None) -> 
         accelerator.print(f"note: {printable(note)}")
     details = {"features": annotator.features, "preprocessing": annotator.preprocessing, "versions": versions()}
     writer = StoreWriter(root, manifest | details)
-    for line in main_process_decides(accelerator, lambda: begin(writer, opened[0])):
+    main_process_decides(accelerator, lambda: writer.start(opened[0]))
+    for line in main_process_decides(accelerator, writer.discard_damaged):
         accelerator.print(f"damaged, annotated again: {printable(line)}")
 
-    source = partial(source_of_evidence, config, opened, annotator, writer)
-    progress = every_block(writer, opened[0].paths, accelerator, source, safe_csv=config.safe_csv)
+    if config.rescore:
+        source = AnnotationStore.open(config.rescore)
+        evidence = partial(rescored, source=source, annotator=annotator, batch_size=config.batch_size)
+    else:
+        more = {"batch_size": config.batch_size, "workers": config.workers}
+        evidence = partial(annotated, images=opened[0], annotator=annotator, writer=writer, **more)
+    limits = {"safe_csv": config.safe_csv, "max_errors": config.max_errors}
+    progress = every_block(writer, opened[0].paths, accelerator, evidence, **limits)
     if progress.few_bits:
         print(
             f"note: {progress.few_bits} images of 16 bits a channel have no value above a quarter of the range and are "
@@ -133,30 +140,6 @@ def annotate(config: AnnotateConfig, accelerator: Accelerator | None = None) -> 
     if accelerator.is_main_process:
         write_report(store, None if config.rescore else opened[0])
     return store
-
-
-def begin(writer: StoreWriter, images: ImageList) -> list[str]:
-    """Make the folder or go on with it; returns one line for each block that was damaged."""
-    writer.begin(images)
-    return writer.discard_damaged()
-
-
-def source_of_evidence(
-    config: AnnotateConfig,
-    opened: list[ImageList],
-    annotator: Annotator,
-    writer: StoreWriter,
-    queue: BlockQueue,
-    progress: Progress,
-) -> Callable[[int], None]:
-    """What annotates a block: from the images themselves, or from the features of another store."""
-    shared = {"annotator": annotator, "writer": writer, "queue": queue, "progress": progress}
-    shared["batch_size"] = config.batch_size
-    if config.rescore:
-        source = AnnotationStore.open(config.rescore)
-        return partial(rescore_features, source=source.root, manifest=source.manifest, **shared)
-    (images,) = opened
-    return partial(annotate_images, images=images, workers=config.workers, max_errors=config.max_errors, **shared)
 
 
 def job_on_images(config: AnnotateConfig, opened: list[ImageList]) -> Job:
@@ -197,15 +180,14 @@ def job_on_store(config: AnnotateConfig, opened: list[ImageList]) -> Job:
         UserError: the first thing that is wrong.
     """
     store = AnnotationStore.open(config.rescore)
-    if store.manifest["features"] is None:
-        raise UserError(f"{config.rescore} keeps no features, its annotator gives none; annotate the images again")
+    store.need_features()
     model = resolve(store.manifest["model"]["spec"])
     if model.weights != store.manifest["model"]["weights"]:
         raise UserError(f"{model.spec} is not what made {config.rescore}: its files changed; annotate the images again")
     class_names = read_class_names(config.classes) if config.classes else store.class_names
     templates = read_templates(config.templates) if config.templates else store.templates
     labels = None if store.labels is None else translated(store.labels, store.class_names, class_names)
-    images = ImageList(store.images_spec, store.paths, labels, store.split, None, pixels=lambda row: None)
+    images = dataclasses.replace(store.image_list(), labels=labels)
     opened.append(images)
     kept = {key: store.manifest[key] for key in ("model", "block_size", "data_root")} | {"notes": notes_of(store.manifest)}
     manifest = make_manifest(images, class_names, templates, **kept)
@@ -228,7 +210,7 @@ def check_folder(config: AnnotateConfig, manifest: dict[str, Any], images: Image
     manifest = continued(root, manifest)
     if "features" not in manifest:  # a new store, or one whose manifest.json is damaged
         return manifest, False
-    StoreWriter(root, manifest).begin(images)  # labels, or the images in another place, may have come since
+    StoreWriter(root, manifest).start(images)  # labels, or the images in another place, may have come since
     try:
         AnnotationStore.open(root)
         return manifest, True

@@ -35,41 +35,28 @@ import torch
 
 from annotate_vlm import annotate_digits
 from coreg.learn.coreg import CoRegLearner, cosine_lr, ramp
-from coreg.learn.division import Division, align, divide, division_loss
+from coreg.learn.division import Division, align, division_loss
 from coreg.learn.memory import Prototypes
 from coreg.learn.pseudo import rescale
-from coreg.learn.two_nets import Divisions, Verdict, co_train_batch, warm_up_batch
-from coreg.process import main_process_decides
-from coreg.report.metrics import consensus, division_health, prototype_health
+from coreg.learn.two_nets import Divisions, Verdict, co_train_batch
+from coreg.report.metrics import consensus, prototype_health
 from coreg.report.report import summary
-from coreg.run.epoch import count_statistics, judge
+from coreg.run.epoch import count_statistics, divide_training_set, division_of, judge, paired, warm_up
 from coreg.run.job import open_run
 from coreg.run.loop import Run
 from coreg.run.results import finish_networks
 from coreg.run.task import Task, finite, predict, prepare
-from coreg.run.training import Training, build_networks, build_optimizer, placed
+from coreg.run.training import Training, build_networks, build_optimizer
 from coreg.views.order import ShuffledRows, n_batches
 
 
-def divide_by(
-    task: Task[CoRegOptions], divisions: Divisions, epoch: int, number: int
-) -> tuple[Division, Verdict, np.ndarray]:
+def divide_by(task: Task[CoRegOptions], training: Training, number: int) -> tuple[Division, Verdict, np.ndarray]:
     """Let network `number` (0 or 1) split the training set; also gives its (N, C) log probabilities before alignment."""
-    method = task.method
-    net, size = divisions.nets[number], 4 * task.job.batch_size
+    method, epoch, net, size = task.method, training.epoch, training.nets[number], 4 * task.job.batch_size
     logits, features = predict(net, task.data, method.division_view, ("division", epoch, number), size)
     log_p = finite(task, logits, number, epoch)
     aligned = log_p if method.alignment == "none" else align(log_p, task.prior)
-    history = divisions.remember(number, division_loss(aligned, task.weak.table), method.history)
-    smallest = min(task.job.batch_size, len(task.weak.usable))
-    fitted = task.weak.usable & ~task.weak.certain
-    # fitted on one process and sent to the others: two fits might differ in the last bit, and then in a whole image
-    division = main_process_decides(
-        task.accelerator,
-        lambda: divide(history, fitted, task.job.seed, method.threshold, smallest, method.monotone),
-    )
-    # a person's labels are trusted whatever their loss
-    division.weight[task.weak.certain], division.trusted[task.weak.certain] = 1.0, True
+    division = division_of(task, training, number, division_loss(aligned, task.weak.table), method.monotone)
     targets = rescale(torch.from_numpy(np.exp(aligned)), torch.from_numpy(task.weak.table))
     like = {"device": task.accelerator.device, "dtype": task.data.dtype}
     verdict = Verdict(torch.from_numpy(division.weight).to(**like), targets.to(**like), division.trusted)
@@ -79,33 +66,15 @@ def divide_by(
     return division, verdict, log_p
 
 
-def divide_training_set(task: Task[CoRegOptions], training: Training) -> None:
-    """Both networks divide before either of them trains."""
+def divide(task: Task[CoRegOptions], training: Training) -> None:
+    """Both networks divide the training set before either of them trains."""
     if task.method.key_reset == "epoch":
         for learner in training.learners:
             learner.reset_keys()
-    epoch, divisions = training.epoch, training.divisions
-    both, verdicts, log_ps = zip(*(divide_by(task, divisions, epoch, number) for number in (0, 1)))
-    divisions.verdicts, divisions.weights = list(verdicts), [division.weight for division in both]
-    names = task.store.class_names
-    divisions.health = division_health(both, log_ps, task.weak.table, task.zero_shot, task.weak.truth, names)
+    log_ps = divide_training_set(task, training, lambda number: divide_by(task, training, number))
     # both learners share them
-    divisions.health |= prototype_health(training.learners[0].prototypes.value.cpu().numpy())
-    divisions.consider(epoch, consensus(log_ps))
-
-
-def warm_up(run: Run, task: Task[CoRegOptions], training: Training, lr: float) -> None:
-    """Train the present network for an epoch on candidate sets.
-
-    Images that no template could name teach nothing and are left out.
-    """
-    key = (training.epoch, training.number)
-    order = ShuffledRows(np.flatnonzero(task.weak.usable), 2 * task.job.batch_size, (task.job.seed, "warm-up", *key))
-    full = task.weak.table.all(axis=1) & task.method.skip_full_sets
-    for step in run.steps(training, order.per_round):
-        rows = order.batch(step)
-        informative = int((~full[rows]).sum())
-        training.learn(warm_up_batch(task.data, rows, task.table, key, task.method.warmup_view, informative), lr)
+    training.divisions.health |= prototype_health(training.learners[0].prototypes.value.cpu().numpy())
+    training.divisions.consider(training.epoch, consensus(log_ps))
 
 
 def co_train(run: Run, task: Task[CoRegOptions], training: Training, lr: float) -> None:
@@ -136,10 +105,7 @@ def build_learners(task: Task[CoRegOptions]) -> list[CoRegLearner]:
     method, n_classes = task.method, len(task.store.class_names)
     nets = build_networks(task.accelerator, task.job, task.image_options, n_classes, method.projection_dim, count=2)
     prototypes = Prototypes(n_classes, method.projection_dim)
-    learners = [CoRegLearner(net, prototypes, method) for net in nets]
-    for learner, peer in zip(learners, reversed(nets)):
-        learner.set_peer(peer)
-    return [placed(learner, task.accelerator, task.job) for learner in learners]
+    return paired([CoRegLearner(net, prototypes, method) for net in nets], task)
 
 
 @exits_with_one_line
@@ -155,15 +121,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         nets = [learner.net for learner in learners]
         divisions = Divisions(nets, len(task.data.samples))
         training = run.begin(learners, [build_optimizer(net, job) for net in nets], divisions)
+        informative = ~(task.weak.table.all(axis=1) & method.skip_full_sets)
 
         for epoch in run.epochs(training, "Co-Reg"):
             lr = cosine_lr(epoch, job.lr, job.lr_floor, job.lr_horizon or job.epochs)
             if epoch < method.warmup_epochs:
                 for _ in training.turns():
-                    warm_up(run, task, training, lr)
+                    warm_up(run, task, training, lr, method.warmup_view, informative)
             else:
                 if not divisions.verdicts:  # a job that goes on within an epoch has them
-                    divide_training_set(task, training)
+                    divide(task, training)
                 for _ in training.turns():
                     co_train(run, task, training, lr)
                 if method.guesses == "epoch" and method.mixup_alpha > 0:

@@ -75,7 +75,7 @@ from safetensors.torch import save
 
 from annotate_vlm import annotate_digits
 from coreg.adapt.learner import ClipLearner
-from coreg.adapt.tuning import ClipImages, Labelled, judge, load_towers
+from coreg.adapt.tuning import ClipImages, Labelled, load_towers, predict
 from coreg.annotate.annotators import Towers
 from coreg.annotate.texts import refuse_same, same_rows
 from coreg.files import making_folder
@@ -150,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 training.learn(images.batch(order.batch(step), epoch), lr)
             run.log(training, {"lr": rate(job, method, epoch)})
 
-        logits = judge(learner, images, labelled)
+        logits = predict(learner, images, labelled)
         record = {
             "model": labelled.model.spec,
             "weights": labelled.model.weights,

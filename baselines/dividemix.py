@@ -43,17 +43,15 @@ import torch
 from annotate_vlm import annotate_digits
 from coreg.learn.coreg import cosine_lr, ramp
 from coreg.learn.dividemix import DivideMixLearner
-from coreg.learn.division import Division, divide, division_loss
-from coreg.learn.two_nets import Divisions, Verdict, co_train_batch, warm_up_batch
-from coreg.process import main_process_decides
-from coreg.report.metrics import division_health
+from coreg.learn.division import Division, division_loss
+from coreg.learn.two_nets import Divisions, Verdict, co_train_batch
 from coreg.report.report import summary
-from coreg.run.epoch import judge
+from coreg.run.epoch import divide_training_set, division_of, judge, paired, warm_up
 from coreg.run.job import open_run
 from coreg.run.loop import Run
 from coreg.run.results import finish_networks
 from coreg.run.task import Task, finite, predict, prepare
-from coreg.run.training import Training, build_networks, build_optimizer, placed
+from coreg.run.training import Training, build_networks, build_optimizer
 from coreg.views.order import ShuffledRows
 from coreg.weak.noise import uniforms
 
@@ -79,39 +77,13 @@ def one_label_each(task: Task[DivideMixOptions]) -> Task[DivideMixOptions]:
     return dataclasses.replace(task, weak=weak, table=table)
 
 
-def divide_by(
-    task: Task[DivideMixOptions], divisions: Divisions, epoch: int, number: int
-) -> tuple[Division, Verdict, np.ndarray]:
+def divide_by(task: Task[DivideMixOptions], training: Training, number: int) -> tuple[Division, Verdict, np.ndarray]:
     """Let network `number` (0 or 1) split the training set; also gives its (N, C) log probabilities."""
-    method, job = task.method, task.job
-    logits, _ = predict(divisions.nets[number], task.data, "plain", (), 4 * job.batch_size)
-    log_p = finite(task, logits, number, epoch)
-    history = divisions.remember(number, division_loss(log_p, task.weak.table), method.history)
-    fitted, smallest = task.weak.usable & ~task.weak.certain, min(job.batch_size, len(task.weak.usable))
-    # fitted on one process and sent to the others: two fits might differ in the last bit, and then in a whole image
-    division = main_process_decides(task.accelerator, lambda: divide(history, fitted, job.seed, method.threshold, smallest))
-    # a person's labels are trusted whatever their loss
-    division.weight[task.weak.certain], division.trusted[task.weak.certain] = 1.0, True
+    logits, _ = predict(training.nets[number], task.data, "plain", (), 4 * task.job.batch_size)
+    log_p = finite(task, logits, number, training.epoch)
+    division = division_of(task, training, number, division_loss(log_p, task.weak.table))
     weight = torch.from_numpy(division.weight).to(task.accelerator.device, task.data.dtype)
     return division, Verdict(weight, task.table.to(task.data.dtype), division.trusted), log_p
-
-
-def divide_training_set(task: Task[DivideMixOptions], training: Training) -> None:
-    """Both networks divide before either of them trains."""
-    epoch, divisions = training.epoch, training.divisions
-    both, verdicts, log_ps = zip(*(divide_by(task, divisions, epoch, number) for number in (0, 1)))
-    divisions.verdicts, divisions.weights = list(verdicts), [division.weight for division in both]
-    names = task.store.class_names
-    divisions.health = division_health(both, log_ps, task.weak.table, task.zero_shot, task.weak.truth, names)
-
-
-def warm_up(run: Run, task: Task[DivideMixOptions], training: Training, lr: float) -> None:
-    """Train the present network for an epoch on the labels as they are."""
-    key, view = (training.epoch, training.number), task.method.train_view
-    order = ShuffledRows(np.flatnonzero(task.weak.usable), 2 * task.job.batch_size, (task.job.seed, "warm-up", *key))
-    for step in run.steps(training, order.per_round):
-        rows = order.batch(step)
-        training.learn(warm_up_batch(task.data, rows, task.table, key, view, len(rows)), lr)
 
 
 def co_train(run: Run, task: Task[DivideMixOptions], training: Training, lr: float) -> None:
@@ -143,10 +115,7 @@ def build_learners(task: Task[DivideMixOptions]) -> list[DivideMixLearner]:
     nets = build_networks(
         task.accelerator, task.job, task.image_options, len(task.store.class_names), projection_dim=1, count=2
     )
-    learners = [DivideMixLearner(net, task.method) for net in nets]
-    for learner, peer in zip(learners, reversed(nets)):
-        learner.set_peer(peer)
-    return [placed(learner, task.accelerator, task.job) for learner in learners]
+    return paired([DivideMixLearner(net, task.method) for net in nets], task)
 
 
 @exits_with_one_line
@@ -174,11 +143,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         for epoch in run.epochs(training, "DivideMix"):
             lr = learning_rate(job, method.lr_schedule, epoch)
-            warming_up = epoch < method.warmup_epochs
-            if not warming_up and not divisions.verdicts:  # a job that goes on within an epoch has them
-                divide_training_set(noisy, training)
-            for _ in training.turns():
-                (warm_up if warming_up else co_train)(run, noisy, training, lr)
+            if epoch < method.warmup_epochs:
+                for _ in training.turns():  # on the labels as they are
+                    warm_up(run, noisy, training, lr, method.train_view, np.ones(len(task.data.samples), dtype=bool))
+            else:
+                if not divisions.verdicts:  # a job that goes on within an epoch has them
+                    divide_training_set(noisy, training, lambda number: divide_by(noisy, training, number))
+                for _ in training.turns():
+                    co_train(run, noisy, training, lr)
             run.log(training, divisions.finish_epoch() | {"lr": lr} | judge(task, training))
 
         authors = official(OFFICIAL, job.dataset)[0] if method.preset == "official" else None

@@ -93,7 +93,7 @@ from torch import nn
 from annotate_vlm import annotate_digits
 from coreg.adapt.chat import ChatImages
 from coreg.adapt.learner import ChatLearner, ClipLearner
-from coreg.adapt.tuning import ClipImages, Labelled, judge, load_towers
+from coreg.adapt.tuning import ClipImages, Labelled, load_towers, predict
 from coreg.adapt.views import RandomView
 from coreg.annotate.chat import CHAT_TEMPLATES, ChatAnnotator
 from coreg.annotate.prompts import TEMPLATES, prompts
@@ -224,7 +224,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             run.log(training, {"lr": rate(job, method, epoch)})
 
         learner.train(False)
-        logits, classes = images.judge() if chat else (judge(learner, images, labelled), None)
+        logits, classes = images.predict() if chat else (predict(learner, images, labelled), None)
         folder = run.folder.root / "adapter"
         main_process_decides(run.accelerator, lambda: save_adapter(learner.trained, folder))
         report = finish(

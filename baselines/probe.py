@@ -95,10 +95,8 @@ def stored_features(run: Run, name: str) -> tuple[Tensor, np.ndarray]:
         UserError: there are none.
     """
     if name == "own":
-        features = run.store.features()
-        if features is None:
-            raise UserError(f"{run.store.root} keeps no features, its annotator gives none; leave out --features own")
-        return torch.from_numpy(features), run.store.unreadable
+        run.store.need_features("leave out --features own")
+        return torch.from_numpy(run.store.features()), run.store.unreadable
     # a store that was refined on the way lies elsewhere than what it was made of
     source = AnnotationStore.open(run.job.annotations or run.folder.root / "annotations")
     views = {folder.name: folder for folder in views_of(source)}
@@ -204,15 +202,14 @@ def _head(
 ) -> dict[str, Any]:
     """Fit a head that is no layer of a network of ours; gives the report."""
     method, usable = task.method, np.flatnonzero(task.weak.usable)
-    splits = {"train": task.data} | ({} if task.test is None else {"test": task.test})
     if stored is None:
         features = frozen_features(task, net).cpu()
         every = {
             split: pooled(net, images, np.arange(len(images.samples)), 4 * task.job.batch_size).cpu()
-            for split, images in splits.items()
+            for split, images in task.splits.items()
         }
     else:
-        every = {split: stored[0][images.samples.numpy()].double() for split, images in splits.items()}
+        every = {split: stored[0][images.samples.numpy()].double() for split, images in task.splits.items()}
         has = ~stored[1][task.data.samples.numpy()]
         task.weak = dataclasses.replace(task.weak, usable=task.weak.usable & has)
         usable = np.flatnonzero(task.weak.usable)

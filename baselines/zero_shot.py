@@ -113,15 +113,12 @@ def transductive(store: AnnotationStore) -> Judged:
 
 def _split_by_split(store: AnnotationStore, judged: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> Judged:
     """What features (n, D) and mean probabilities (n, C) of a split give, for each by itself."""
-    features = store.features()
-    if features is None:
-        raise UserError(f"{store.root} keeps no features, its annotator gives none")
+    store.need_features()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    probs = store.probs()
+    features, probs = store.features(), store.probs()
     mended = probs.astype(np.float32)
     for split in range(len(SPLITS)):
-        rows = np.flatnonzero((store.split == split) & ~store.unreadable)
-        if len(rows):
+        if len(rows := store.rows_of(split)):
             mended[rows] = judged(*(torch.from_numpy(x[rows]).to(device).float() for x in (features, probs))).cpu().numpy()
     return of_probabilities(mended)
 
@@ -132,13 +129,11 @@ def refined(store: AnnotationStore) -> Judged:
     Raises:
         UserError: the store keeps no features, or has no readable training image.
     """
-    features = store.features()
-    if features is None:
-        raise UserError(f"{store.root} keeps no features, its annotator gives none")
-    train, test = (np.flatnonzero((store.split == split) & ~store.unreadable) for split in range(len(SPLITS)))
+    store.need_features()
+    train, test = map(store.rows_of, range(len(SPLITS)))
     if not len(train):
         raise UserError(f"{store.root} has no readable training image")
-    return of_probabilities(refine(features, store.probs(), train, test).probs)
+    return of_probabilities(refine(store.features(), store.probs(), train, test).probs)
 
 
 # variant -> name in reports, how all images of a store are judged
@@ -158,7 +153,7 @@ def template_table(store: AnnotationStore) -> dict[str, dict[str, float]]:
     for number, template in enumerate(store.templates if store.labels is not None else []):
         table[template] = {}
         for split, name in enumerate(SPLITS):
-            rows = (store.split == split) & ~store.unreadable
+            rows = store.rows_of(split)
             share = accuracy(votes[rows, number], store.labels[rows])
             if share is not None:
                 table[template][name] = share
@@ -174,7 +169,7 @@ def report_variant(store: AnnotationStore, variant: str, folder: RunFolder, comm
     name, judged = VARIANTS[variant]
     started = time.perf_counter()
     classes, log_p = judged(store)
-    samples = {split: np.flatnonzero((store.split == number) & ~store.unreadable) for number, split in enumerate(SPLITS)}
+    samples = {name: store.rows_of(split) for split, name in enumerate(SPLITS)}
     predictions = {split: classes[rows] for split, rows in samples.items()}
     logits = None if log_p is None else {split: log_p[rows] for split, rows in samples.items()}
     report = build_report(

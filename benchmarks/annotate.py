@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +34,7 @@ from benchmarks.tiny_clip import save_clip
 from coreg.annotate.annotators import ClipAnnotator
 from coreg.annotate.models import resolve
 from coreg.annotate.prompts import TEMPLATES
-from coreg.annotate.work import Progress, annotate_images, work
+from coreg.annotate.work import Progress, annotated, work
 from coreg.data.images import ImageList, Paths
 from coreg.data.sources import open_images
 from coreg.store.claims import BlockQueue
@@ -96,16 +97,13 @@ def end_to_end_rate(annotator: ClipAnnotator, classes: int, root: Path, folder: 
     details = {"features": annotator.features, "data_root": "data", "preprocessing": {}, "versions": {}}
     model = {"spec": "random", "weights": "random"}
     writer = StoreWriter(root, make_manifest(images, names, TEMPLATES, model, 2048, **details))
-    writer.begin(images)
+    writer.start(images)
     start = time.perf_counter()
     with BlockQueue(root, writer.files) as queue:
         progress = Progress(queue, writer, shown=False)
-        work(
-            queue,
-            lambda first: annotate_images(first, images, annotator, writer, queue, progress, batch, workers, None),
-            progress,
-        )
-    writer.finish(images.paths)
+        evidence = partial(annotated, images=images, annotator=annotator, writer=writer, batch_size=batch, workers=workers)
+        work(queue, writer, evidence, progress, images.paths)
+    writer.complete(images.paths)
     return len(images) / (time.perf_counter() - start)
 
 
@@ -143,7 +141,7 @@ def save_features(root: Path, spec: str, rows: int) -> None:
     model = {"spec": spec, "weights": resolve(spec).weights, "precision": "fp32"}
     details = {"features": 512, "data_root": "data", "preprocessing": {}, "versions": {}}
     writer = StoreWriter(root, make_manifest(images, NAMES, TEMPLATES, model, 2048, **details))
-    writer.begin(images)
+    writer.start(images)
     generator = np.random.default_rng(0)
     for index in range(len(writer.files)):
         count = len(writer.rows(index))
@@ -151,7 +149,7 @@ def save_features(root: Path, spec: str, rows: int) -> None:
         features = (features / np.linalg.norm(features, axis=1, keepdims=True)).astype(np.float16)
         votes, probs = np.zeros((count, len(TEMPLATES)), np.int16), np.full((count, len(NAMES)), 0.01, np.float16)
         writer.write(index, {"votes": votes, "probs": probs, "features": features}, {})
-    writer.finish(paths)
+    writer.complete(paths)
 
 
 def run_child(script: Path, *arguments: str) -> tuple[float, float]:

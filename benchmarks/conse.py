@@ -144,7 +144,7 @@ def annotate(spec: str, glosses: dict[str, str], output: Path) -> AnnotationStor
         versions={"coreg": coreg.__version__, "timm": timm.__version__, "torch": torch.__version__},
     )
     writer = StoreWriter(output, manifest)
-    writer.begin(images)
+    writer.start(images)
     writer.discard_damaged()
     for index in range(len(writer.files)):
         if writer.is_written(index):
@@ -155,7 +155,7 @@ def annotate(spec: str, glosses: dict[str, str], output: Path) -> AnnotationStor
         probs = judged(places, texts)
         block = {"votes": probs.argmax(axis=2).T.astype(np.int16), "probs": probs.mean(axis=0).astype(np.float16)}
         writer.write(index, block | {"features": places.astype(np.float16)}, failed)
-    writer.finish(images.paths)
+    writer.complete(images.paths)
     store = AnnotationStore.open(output)
     write_report(store, images)
     return store

@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 
 from coreg.annotate.summary import summary
-from coreg.data.images import ImageList
 from coreg.errors import UserError, exits_with_one_line
 from coreg.store.store import AnnotationStore, StoreWriter, make_manifest
 from coreg.weak.noise import uniforms
@@ -40,7 +39,7 @@ def spoil(source: AnnotationStore, share: float, output: Path) -> AnnotationStor
     Raises:
         UserError: the folder holds something else or cannot be written.
     """
-    images = ImageList(source.images_spec, source.paths, source.labels, source.split, None, pixels=lambda row: None)
+    images = source.image_list()
     rows = uniforms(0, "spoiled", np.arange(len(source)), 1)[:, 0] < share
     votes, probs = moved_on(source.votes(), source.probs(), rows)
     spoiled = hashlib.sha256(f"{source.hash} {share}".encode()).hexdigest()
@@ -48,17 +47,11 @@ def spoil(source: AnnotationStore, share: float, output: Path) -> AnnotationStor
     kept = {key: source.manifest.get(key) for key in ("data_root", "preprocessing", "versions", "features")}
     size = source.manifest["block_size"]
     writer = StoreWriter(output, make_manifest(images, source.class_names, source.templates, model, size, **kept))
-    writer.begin(images)
-    writer.discard_damaged()
-    features, failed = source.features(), StoreWriter(source.root, source.manifest).unreadable()
-    for index in range(len(writer.files)):
-        here = writer.rows(index)
-        block = slice(here.start, here.stop)
-        tensors = {"votes": votes[block], "probs": probs[block]}
-        if features is not None:
-            tensors["features"] = features[block]
-        writer.write(index, tensors, {row: why for row, why in failed.items() if row in here})
-    writer.finish(source.paths)
+    tensors = {"votes": votes, "probs": probs}
+    if (features := source.features()) is not None:
+        tensors["features"] = features
+    failed = StoreWriter(source.root, source.manifest).unreadable()
+    writer.write_all(images, lambda rows: {name: table[rows] for name, table in tensors.items()}, failed)
     return AnnotationStore.open(output)
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import functools
 import inspect
 import sys
@@ -27,6 +26,7 @@ import yaml
 
 from coreg import scripts
 from coreg.errors import UserError
+from coreg.plaintext import did_you_mean
 from coreg.records import RecordError
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -37,6 +37,7 @@ SCRIPTS = ("train_coreg.py", "baselines/distill.py", "baselines/dividemix.py", "
 SEEDS = (0, 4_294_966)
 SAFE_CSV = "CSV files: an apostrophe before texts that a spreadsheet would take for a formula"
 SHOWN = 25  # options of which `--help` shows all
+HELP = " (--help lists the options)"
 LARGEST_YAML = 1 << 20
 _METAVAR = {int: "N", float: "X", str: "TEXT"}
 
@@ -75,7 +76,7 @@ class _Parser(argparse.ArgumentParser):
         """Name -> value of the options that were typed."""
         typed, unknown = self.parse_known_args(words)
         if unknown:
-            raise UserError(f"unknown option {unknown[0]}{_near(unknown[0].split('=')[0], self.words)}")
+            raise UserError(f"unknown option {unknown[0]}{did_you_mean(unknown[0].split('=')[0], self.words) or HELP}")
         return vars(typed)
 
 
@@ -173,9 +174,9 @@ def recipe_path(name: str) -> Path:
     built_in = sorted(path.stem for path in RECIPES.glob("*.yaml"))
     if name in built_in:
         return RECIPES / f"{name}.yaml"
-    near = difflib.get_close_matches(name, built_in, n=1)
-    hint = f", did you mean {near[0]}?" if near else ""
-    raise UserError(f"unknown recipe {name}{hint} (there are: {', '.join(built_in)}; or give a .yaml file)")
+    raise UserError(
+        f"unknown recipe {name}{did_you_mean(name, built_in)} (there are: {', '.join(built_in)}; or give a .yaml file)"
+    )
 
 
 def read_recipe(name: str, script: str | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -301,7 +302,9 @@ def parse(
     def known(settings: dict[str, Any]) -> dict[str, Any]:
         unknown = [key for key in settings if key not in ours | theirs]
         if unknown:
-            raise UserError(f"recipe {name} has an unknown key {unknown[0]}{_near('--' + unknown[0], parser.words)}")
+            raise UserError(
+                f"recipe {name} has an unknown key {unknown[0]}{did_you_mean('--' + unknown[0], parser.words) or HELP}"
+            )
         return parser.layer(_as_arguments({key: value for key, value in settings.items() if key in ours}))
 
     below, recipe = map(known, read_recipe(name, prog)) if name else ({}, {})
@@ -345,11 +348,6 @@ def check_bounds(*configs: Any) -> None:
             for number in value if isinstance(value, list) else [value]:
                 if not low <= number <= high:
                     raise UserError(f"--{field.name} is {number}; give a number from {low} to {high}")
-
-
-def _near(word: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(word, known, n=1)
-    return f", did you mean {near[0]}?" if near else " (--help lists the options)"
 
 
 def beside_the_job(*groups: Any) -> set[str]:

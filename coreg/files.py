@@ -13,10 +13,12 @@ import secrets
 import shutil
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from coreg.errors import UserError
+from coreg.plaintext import csv_rows
 
 # ---- writing --------------------------------------------------------------------------------------------------------
 
@@ -115,6 +117,18 @@ def write_atomically(
     """
     with replacing(path, remedy) as temporary:
         temporary.write_bytes(content.encode("utf-8", "surrogateescape") if isinstance(content, str) else content)
+
+
+@contextlib.contextmanager
+def writing_csv(path: str | Path, safe: bool = False) -> Iterator[Callable[[Iterable[Any]], Any]]:
+    """A function that writes a row of cells to a CSV file, which is there whole or not at all (see `csv_rows`).
+
+    Raises:
+        UserError: it cannot be written; what was there is untouched.
+    """
+    # file names that are no UTF-8 are kept as they are
+    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        yield csv_rows(file, safe)
 
 
 def check_writable(path: str | Path, option: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import difflib
 import re
 from collections.abc import Callable, Iterable
 from typing import Any, TextIO
@@ -19,6 +20,16 @@ def printable(text: object, lines: bool = False) -> str:
         lines: it has several lines, whose ends stay.
     """
     return _ACTIVE.sub(lambda m: m[0] if lines and m[0] == "\n" else ascii(m[0])[1:-1], str(text))
+
+
+def did_you_mean(word: str, known: Iterable[str], cutoff: float = 0.6, form: Callable[[str], str] = str) -> str:
+    """A hint for the end of a message, the known word that is spelled most alike; empty where none is near.
+
+    Args:
+        cutoff: how alike, as difflib measures it. form: how a word is written.
+    """
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)
+    return f", did you mean {form(near[0])}?" if near else ""
 
 
 def csv_rows(file: TextIO, safe: bool = False) -> Callable[[Iterable[Any]], Any]:

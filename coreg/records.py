@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import stat
 from dataclasses import dataclass
@@ -114,6 +115,12 @@ def parse_record(text: str | bytes, kind: Any = dict) -> Any:
         raise RecordError(f"it is no JSON ({' '.join(str(error).split())})") from None
     check_record(value, kind)
     return value
+
+
+def checksum_of(record: dict[str, Any]) -> str:
+    """sha256 (hex) of everything in a record but its entry `checksum`, however the file is laid out."""
+    rest = {name: value for name, value in record.items() if name != "checksum"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def read_file(path: Path, largest: int | None = None) -> bytes:

@@ -12,7 +12,6 @@ repository coreg/baselines and coreg/accelerate_configs are links to the folders
 
 from __future__ import annotations
 
-import difflib
 import os
 import runpy
 import shlex
@@ -21,6 +20,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from coreg.errors import UserError, exits_with_one_line
+from coreg.plaintext import did_you_mean
 
 _PACKAGE = Path(__file__).parent
 # the command that runs a script, as it was typed; None where a script is started as it is
@@ -85,9 +85,7 @@ def _run(typed: str, module: str, words: list[str]) -> None:
 def _chosen(name: str, files: Mapping[str, Path], kind: str) -> Path:
     if name in files:
         return files[name]
-    near = difflib.get_close_matches(name, files, n=1)
-    hint = f", did you mean {near[0]}?" if near else ""
-    raise UserError(f"unknown {kind} {name}{hint} (there are: {', '.join(files)})")
+    raise UserError(f"unknown {kind} {name}{did_you_mean(name, files)} (there are: {', '.join(files)})")
 
 
 def _text(file: Path) -> str:

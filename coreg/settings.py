@@ -250,7 +250,7 @@ class ImageConfig(Views, Pixels, TuningOptions, Network):
         )
 
 
-def check(job: JobConfig) -> None:
+def check_labels(job: JobConfig) -> None:
     """Refuse settings that no method can be trained with.
 
     Raises:
@@ -367,7 +367,7 @@ def read_student(
         prog=script,
         description=description,
     )
-    check(job)
+    check_labels(job)
     check_image_options(image_options)
     parse_rule(job.candidates)
     return job, image_options, method

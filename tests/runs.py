@@ -5,13 +5,19 @@ import dataclasses
 import importlib.util
 import os
 import signal
-import subprocess
+import socket
 import sys
+import tempfile
+import time
+import traceback
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
+from threadpoolctl import threadpool_limits
 
 from coreg.learn.partial_options import OPTIONS
 from coreg.run import checkpoint
@@ -58,16 +64,80 @@ def refused(capsys, main, *arguments):
     return line
 
 
-def on_two_processes(baseline, *words):
-    """Run baselines/BASELINE.py on two processes of the CPU, by the real launcher."""
-    config = ["--config_file", str(ROOT / "accelerate_configs" / "cpu.yaml"), "--num_processes", "2"]
-    place = str(ROOT / "baselines" / f"{baseline}.py")
-    done = subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.launch", *config, place, *map(str, words)],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
+@dataclasses.dataclass
+class Ended:
+    """A group of processes that have ended."""
+
+    codes: list[int]  # exit codes in the order of their ranks; minus the number of the signal that ended a process
+    stdout: str  # of all of them, one after the other
+    stderr: str
+
+
+def in_processes(count, main, *words, before=None):
+    """`main(words)` in processes that form a group like those of a launcher, or in one; each calls `before()` first.
+
+    They are forked from this one, so that nothing has to be imported; tests/test_launch.py has the real launchers. When one
+    of them fails the others have a while to notice, and are killed then.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    where |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    children, codes, limit = {}, {}, time.monotonic() + 300
+    with tempfile.TemporaryDirectory() as folder:
+        logs = [[Path(folder, f"{name}{rank}") for name in ("stdout", "stderr")] for rank in range(count)]
+        for rank in range(count):
+            own = where | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if count > 1 else {}
+            children[rank] = forked(main, words, logs[rank], before, own)
+        while len(codes) < count:
+            for rank in children.keys() - codes:
+                ended, status = os.waitpid(children[rank], os.WNOHANG)
+                if ended:
+                    codes[rank] = os.waitstatus_to_exitcode(status)
+                    limit = min(limit, time.monotonic() + 20) if codes[rank] else limit
+                elif time.monotonic() > limit:
+                    os.kill(children[rank], signal.SIGKILL)
+            time.sleep(0.01)
+        texts = ["".join(files[number].read_text() for files in logs) for number in (0, 1)]
+    return Ended([codes[rank] for rank in range(count)], *texts)
+
+
+def forked(main, words, logs, before=None, environment=()):
+    """A process that runs `main(words)` after `before()` on the CPU and writes into two `logs`; gives its number."""
+    if child := os.fork():
+        return child
+    code = 1
+    try:
+        for number, file in enumerate(logs, start=1):
+            os.dup2(os.open(file, os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
+        sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w", 1)
+        os.environ |= dict(environment) | {"CUDA_VISIBLE_DEVICES": ""}
+        # pytest keeps warnings to itself
+        warnings.resetwarnings()
+        warnings.showwarning = lambda *args: sys.stderr.write(warnings.formatwarning(*args[:4]))
+        # threads of the process that was forked are not there, and neither is its device
+        torch.set_num_threads(1)
+        threadpool_limits(1)
+        torch.cuda.is_available = lambda: False
+        AcceleratorState._reset_state(reset_partial_state=True)
+        if before:
+            before()
+        code = main([str(word) for word in words]) or 0
+    except SystemExit as left:
+        code = left.code or 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def on_two_processes(main, *words):
+    """`main(words)` on two processes of the CPU, which have to end well; gives what they printed."""
+    ended = in_processes(2, main, *words)
+    assert ended.codes == [0, 0], ended.stderr[-2000:]
+    return ended.stdout
 
 
 def as_votes(drawn, folder, spec="m"):
@@ -79,16 +149,18 @@ def as_votes(drawn, folder, spec="m"):
     votes[np.arange(votes.shape[1]) >= sets.sum(axis=1, keepdims=True)] = -1
     probs = (sets / sets.sum(axis=1, keepdims=True)).astype(np.float16)
     templates = [f"synthetic candidate {number} ({{}})" for number in range(1, votes.shape[1] + 1)]
-    details = {"features": None, "data_root": "data", "preprocessing": None, "versions": {}}
-    model = {"spec": spec, "weights": "w"}
-    manifest = make_manifest(images, store.class_names, templates, model, 40, **details)
-    writer = StoreWriter(Path(folder), manifest)
-    writer.begin(images)
-    for index in range(len(writer.files)):
-        rows = slice(writer.rows(index).start, writer.rows(index).stop)
-        writer.write(index, {"votes": votes[rows], "probs": probs[rows]}, {})
-    writer.finish(images.paths)
+    write_store(folder, images, store.class_names, templates, {"votes": votes, "probs": probs}, spec=spec)
     return Path(folder)
+
+
+def write_store(root, images, class_names, templates, tensors, block_size=40, errors=None, spec="m"):
+    """A store of these tensors, with rows for all images; gives it."""
+    features = tensors["features"].shape[1] if "features" in tensors else None
+    details = {"features": features, "data_root": "data", "preprocessing": None, "versions": {}}
+    manifest = make_manifest(images, class_names, templates, {"spec": spec, "weights": "w"}, block_size, **details)
+    part = lambda rows: {name: table[rows] for name, table in tensors.items()}  # noqa: E731
+    StoreWriter(Path(root), manifest).write_all(images, part, errors)
+    return AnnotationStore.open(root)
 
 
 class Killed(BaseException):

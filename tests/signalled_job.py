@@ -1,13 +1,9 @@
 """train_coreg.py with a signal at an exactly chosen event; the tests of interrupted jobs start it, it holds no test.
 
-    python signalled_job.py PLAN ARGUMENTS...     one job; PLAN is JSON, see `follow`; a launcher may start several of these
-    python signalled_job.py --several             a line of JSON {"plan", "arguments", "log"} on stdin for each job, one
-                                                  after the other, forked from one process that has imported torch
+    python signalled_job.py PLAN ARGUMENTS...     PLAN is JSON, see `follow`; a launcher may start several of these
 
 Events are counted from 1: `warm-up` and `training` after every step, `division` after every division, `save` when the
-file of a checkpoint is written but not yet in place, `saved` when it is. With --several one line is printed for each job:
-its exit code, or minus the number of the signal that ended or stopped it. The line `null` lets the job that was stopped go
-on; the answer is its exit code.
+file of a checkpoint is written but not yet in place, `saved` when it is.
 """
 
 from __future__ import annotations
@@ -18,10 +14,9 @@ import os
 import signal
 import sys
 import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -92,45 +87,6 @@ def follow(plan: dict[str, Any]) -> None:
     torch.save = then(torch.save, lambda *_: "save")
 
 
-def several() -> None:
-    """Answer each line of stdin."""
-    stopped = 0
-    for line in sys.stdin:
-        job = json.loads(line)
-        if job is None:
-            os.kill(stopped, signal.SIGCONT)
-            child = stopped
-        else:
-            child = os.fork() or run(job)
-        _, status = os.waitpid(child, os.WUNTRACED)
-        if os.WIFSTOPPED(status):
-            stopped = child
-        print(-os.WSTOPSIG(status) if os.WIFSTOPPED(status) else os.waitstatus_to_exitcode(status), flush=True)
-
-
-def run(job: dict[str, Any]) -> NoReturn:
-    """The job in this forked process, which then ends."""
-    log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    code = 1
-    try:
-        follow(job["plan"])
-        train_coreg.main(job["arguments"])
-        code = 0
-    except SystemExit as left:
-        code = left.code
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-
-
 if __name__ == "__main__":
-    if sys.argv[1] == "--several":
-        several()
-    else:
-        follow(json.loads(sys.argv[1]))
-        train_coreg.main(sys.argv[2:])
+    follow(json.loads(sys.argv[1]))
+    train_coreg.main(sys.argv[2:])

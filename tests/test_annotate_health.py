@@ -9,11 +9,11 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 from PIL import Image
+from runs import write_store
 
 from coreg.annotate.health import examine, write_report
 from coreg.annotate.tools import main
 from coreg.data.images import ImageList, Paths
-from coreg.store.store import AnnotationStore, StoreWriter, make_manifest
 from coreg.weak.rules import candidate_sets, partial_accuracy, zero_shot_accuracy
 
 NAMES = ["cat", "dog", "cow"]
@@ -40,19 +40,9 @@ def store_of(
     labels = None if labels is None else np.asarray(labels)
     images = images or ImageList("/somewhere", paths, labels, np.zeros(count, np.uint8), None, lambda row: None)
     templates = templates or [f"template {number} {{}}" for number in range(votes.shape[1])]
-    details = {"features": None if features is None else 4, "data_root": "data", "preprocessing": {}, "versions": {}}
-    writer = StoreWriter(
-        root, make_manifest(images, names, templates, {"spec": "m", "weights": "w"}, block_size, **details)
-    )
-    writer.begin(images)
     tensors = {"votes": votes, "probs": np.asarray(probs, np.float16)}
     tensors |= {} if features is None else {"features": np.asarray(features, np.float16)}
-    for index in range(len(writer.files)):
-        rows = writer.rows(index)
-        bad = {row: reason for row, reason in (errors or {}).items() if row in rows}
-        writer.write(index, {name: table[rows.start : rows.stop] for name, table in tensors.items()}, bad)
-    writer.finish(images.paths)
-    return AnnotationStore.open(root)
+    return write_store(root, images, names, templates, tensors, block_size, errors)
 
 
 def test_numbers_by_hand(tmp_path):

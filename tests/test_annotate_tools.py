@@ -11,6 +11,7 @@ import tarfile
 
 import numpy as np
 import pytest
+import runs
 from PIL import Image
 
 from coreg.annotate.tools import main
@@ -46,14 +47,14 @@ def write_store(
     writer = StoreWriter(
         root, make_manifest(images, NAMES, templates, {"spec": spec, "weights": "w"}, block_size, **details)
     )
-    writer.begin(images)
+    writer.start(images)
     whole = evidence(len(images), len(templates), seed, features)
     for index in set(range(len(writer.files))) - set(skip):
         rows = writer.rows(index)
         bad = {row: reason for row, reason in (errors or {}).items() if row in rows}
         writer.write(index, {name: table[rows.start : rows.stop] for name, table in whole.items()}, bad)
     if not skip:
-        writer.finish(images.paths)
+        writer.complete(images.paths)
     return whole
 
 
@@ -168,14 +169,8 @@ def test_export_to_a_folder_that_torchvision_reads(place):
         wanted[images.load(row).getpixel((0, 0))[0]] = ("train", "test")[store.split[row]], name
     assert linked == wanted
     digits = open_images("builtin:digits")
-    details = {"features": None, "data_root": "data", "preprocessing": {}, "versions": {}}
-    writer = StoreWriter(
-        root / "digits", make_manifest(digits, digits.class_names, ["{}"], {"spec": "m", "weights": "w"}, 2000, **details)
-    )
-    writer.begin(digits)
-    probs = np.eye(10, dtype=np.float16)[digits.labels]
-    writer.write(0, {"votes": digits.labels[:, None].astype(np.int16), "probs": probs}, {})
-    writer.finish(digits.paths)
+    tensors = {"votes": digits.labels[:, None].astype(np.int16), "probs": np.eye(10, dtype=np.float16)[digits.labels]}
+    runs.write_store(root / "digits", digits, digits.class_names, ["{}"], tensors)
     assert main(["export", str(root / "digits"), "--output", str(root / "pngs")]) == 0
     row = int(np.flatnonzero(digits.split == 0)[0])
     path = root / "pngs" / "train" / digits.class_names[digits.labels[row]] / f"{digits.paths[row]}.png"
@@ -263,13 +258,12 @@ def test_answers_are_kept_by_merging(place):
     for name, part in (("x", images), ("y", more)):
         details = {"features": None, "data_root": "data", "preprocessing": {}, "versions": {}}
         writer = StoreWriter(root / name, make_manifest(part, NAMES, ["{}"], {"spec": "m", "weights": "w"}, 4, **details))
-        writer.begin(part)
-        for index in range(len(writer.files)):
-            tensors = evidence(len(writer.rows(index)), 1, index, None)
-            writer.write(
-                index, tensors | {"answers": pack_answers([[f'{name}{row}\n"é'] for row in writer.rows(index)])}, {}
-            )
-        writer.finish(part.paths)
+
+        def tensors(rows, name=name):
+            answers = [[f'{name}{row}\n"é'] for row in range(rows.start, rows.stop)]
+            return evidence(len(answers), 1, rows.start, None) | {"answers": pack_answers(answers)}
+
+        writer.write_all(part, tensors)
     main(["merge", str(root / "x"), str(root / "y"), "--output_dir", str(root / "all")])
     wanted = [[f'x{row}\n"é'] for row in range(11)] + [[f'y{row}\n"é'] for row in range(3)]
     assert AnnotationStore.open(root / "all").answers() == wanted
@@ -293,12 +287,8 @@ def test_export_writes_nowhere_but_into_its_folder(tmp_path, capsys):
     images = open_images(str(tmp_path / "x.tar"))
     assert not any(path.startswith((".", "/")) and ".." in path.split("/") for path in images.paths)
     classes = ["../..", "nul", "a/b"]
-    details = {"features": None, "data_root": "data", "preprocessing": {}, "versions": {}}
-    manifest = make_manifest(images, classes, ["{}"], {"spec": "m", "weights": "w"}, 10, **details)
-    writer = StoreWriter(tmp_path / "ann", manifest)
-    writer.begin(images)
-    writer.write(0, {"votes": np.zeros((6, 1), np.int16), "probs": np.eye(3, dtype=np.float16)[np.arange(6) % 3]}, {})
-    writer.finish(images.paths)
+    tensors = {"votes": np.zeros((6, 1), np.int16), "probs": np.eye(3, dtype=np.float16)[np.arange(6) % 3]}
+    runs.write_store(tmp_path / "ann", images, classes, ["{}"], tensors)
     before = {path for path in tmp_path.rglob("*") if not path.is_dir()}
     main(["export", str(tmp_path / "ann"), "--output", str(tmp_path / "deep" / "er" / "out")])
     written = {path for path in tmp_path.rglob("*") if not path.is_dir()} - before
@@ -307,12 +297,8 @@ def test_export_writes_nowhere_but_into_its_folder(tmp_path, capsys):
     # two members whose copies would have one name
     hostile_tar(tmp_path / "y.tar", ["f.jpg", "f.jpg.png"])
     images = open_images(str(tmp_path / "y.tar"))
-    writer = StoreWriter(
-        tmp_path / "two", make_manifest(images, classes, ["{}"], {"spec": "m", "weights": "w"}, 10, **details)
-    )
-    writer.begin(images)
-    writer.write(0, {"votes": np.zeros((2, 1), np.int16), "probs": np.eye(3, dtype=np.float16)[[0, 0]]}, {})
-    writer.finish(images.paths)
+    tensors = {"votes": np.zeros((2, 1), np.int16), "probs": np.eye(3, dtype=np.float16)[[0, 0]]}
+    runs.write_store(tmp_path / "two", images, classes, ["{}"], tensors)
     assert "is there already" in fails(capsys, "export", tmp_path / "two", "--output", tmp_path / "out")
     assert not (tmp_path / "out").exists() and not [name for name in os.listdir(tmp_path) if name.startswith(".")]
 

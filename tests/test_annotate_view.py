@@ -2,8 +2,6 @@
 
 import io
 import shutil
-import subprocess
-import sys
 import tarfile
 import threading
 
@@ -13,8 +11,9 @@ import timm
 import torch
 import yaml
 from PIL import Image
-from runs import refused
+from runs import on_two_processes, refused, write_store
 
+from coreg.annotate import tools
 from coreg.annotate import view as module
 from coreg.annotate.settings import ViewConfig
 from coreg.annotate.view import View, main, make_view, pixels_of, views_of
@@ -23,7 +22,7 @@ from coreg.data.decode import decode
 from coreg.data.sources import open_images
 from coreg.errors import UserError
 from coreg.nets.model import create_backbone
-from coreg.store.store import AnnotationStore, StoreWriter, make_manifest
+from coreg.store.store import AnnotationStore
 
 NAMES = ["cat", "dog"]
 TINY = {
@@ -40,14 +39,8 @@ WORDS = ["--backbone", "preact_resnet_tiny", "--pretrained", "false", "--image_s
 def annotated(spec, root):
     """A store of the images of `spec`, with some evidence."""
     images = open_images(str(spec), NAMES)
-    fields = {"features": None, "data_root": "data", "preprocessing": {}, "versions": {}}
-    writer = StoreWriter(root, make_manifest(images, NAMES, ["{}"], {"spec": "m", "weights": "w"}, 8, **fields))
-    writer.begin(images)
-    for index in range(len(writer.files)):
-        n = len(writer.rows(index))
-        writer.write(index, {"votes": np.zeros((n, 1), np.int16), "probs": np.full((n, 2), 0.5, np.float16)}, {})
-    writer.finish(images.paths)
-    return AnnotationStore.open(root)
+    tensors = {"votes": np.zeros((len(images), 1), np.int16), "probs": np.full((len(images), 2), 0.5, np.float16)}
+    return write_store(root, images, NAMES, ["{}"], tensors, block_size=8)
 
 
 def photos(root, count=11):
@@ -219,16 +212,13 @@ def test_networks_of_one_input_size_are_made_for_the_pixels_that_are_asked_for()
 
 @pytest.mark.multiprocess
 def test_two_processes_make_the_view_and_the_refined_store_that_one_makes(digits, tmp_path):
-    words = [*WORDS, "--channels", "1"]
     for name in ("one", "two"):
         shutil.copytree(digits.root, tmp_path / name)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    for name, start in (("one", [sys.executable]), ("two", launch)):
-        command = [*start, "-m", "coreg.annotate", "refine", str(tmp_path / name), *words]
-        done = subprocess.run(
-            [*command, "--output_dir", str(tmp_path / f"refined-{name}")], capture_output=True, text=True, timeout=300
-        )
-        assert done.returncode == 0 and "refined by preact_resnet_tiny-12" in done.stdout, done.stderr
+        words = ["refine", tmp_path / name, *WORDS, "--channels", "1", "--output_dir", tmp_path / f"refined-{name}"]
+        if name == "one":
+            assert tools.main([str(word) for word in words]) == 0
+        else:
+            assert on_two_processes(tools.main, *words).count("refined by preact_resnet_tiny-12") == 1
     one, two = (AnnotationStore.open(tmp_path / f"refined-{name}") for name in ("one", "two"))
     assert one.hash == two.hash
     views = [

@@ -2,22 +2,21 @@
 
 import os
 import shutil
-import subprocess
-import sys
+import signal
 import threading
 import time
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from runs import in_processes, on_two_processes
 from test_annotate_annotators import save_tiny_clip
 
-import annotate_vlm
 from annotate_vlm import main
 from coreg.annotate import work as loop
-from coreg.annotate.work import Progress, annotate_images, work
+from coreg.annotate.work import Progress, annotated, work
 from coreg.data.sources import open_images
 from coreg.errors import UserError
 from coreg.store.claims import BlockQueue
@@ -66,25 +65,22 @@ def begun(folder, root, block_size=4):
     model = {"spec": "m", "weights": "w"}
     details = {"features": None, "data_root": "data", "preprocessing": None, "versions": {}}
     writer = StoreWriter(root, make_manifest(images, NAMES, ["{}"], model, block_size, **details))
-    writer.begin(images)
+    writer.start(images)
     return images, writer
 
 
 def take_part(images, writer, annotator, start=0.0, max_errors=None, workers=0):
     with BlockQueue(writer.root, writer.files, start) as queue:
         progress = Progress(queue, writer, shown=False)
-
-        def annotate_from(first):
-            annotate_images(first, images, annotator, writer, queue, progress, 3, workers, max_errors)
-
-        work(queue, annotate_from, progress)
+        evidence = partial(annotated, images=images, annotator=annotator, writer=writer, batch_size=3, workers=workers)
+        work(queue, writer, evidence, progress, images.paths, max_errors)
 
 
 def test_a_slow_process_does_not_hold_a_fixed_share(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "POLL_SECONDS", 0.02)
     images, writer = begun(folder, tmp_path / "alone")
     take_part(images, writer, Brightness())
-    writer.finish(images.paths)
+    writer.complete(images.paths)
 
     images, writer = begun(folder, tmp_path / "ann")
     workers = [Brightness(seconds) for seconds in (0.15, 0.002, 0.01)]
@@ -101,7 +97,7 @@ def test_a_slow_process_does_not_hold_a_fixed_share(folder, tmp_path, monkeypatc
     assert time.monotonic() - start < 1.4
     assert sum(annotator.images for annotator in workers) == 61  # and nothing was done twice
     assert workers[0].images < 61 / 3 < workers[1].images
-    writer.finish(images.paths)
+    writer.complete(images.paths)
     one, many = (AnnotationStore.open(tmp_path / name) for name in ("alone", "ann"))
     assert one.hash == many.hash and np.flatnonzero(many.unreadable).tolist() == [30, 60]
     bright = [int(Brightness.preprocess(images.load(row)) / 86) for row in range(61) if row not in (30, 60)]
@@ -119,7 +115,7 @@ def test_too_many_errors_stop_the_job_and_a_higher_limit_goes_on(folder, tmp_pat
     with pytest.raises(UserError, match="2 images cannot be read and --max_errors is 1"):
         take_part(images, StoreWriter(writer.root, writer.manifest), Brightness(), max_errors=1)
     take_part(images, writer, Brightness(), max_errors=2)
-    writer.finish(images.paths)
+    writer.complete(images.paths)
     assert AnnotationStore.open(writer.root).unreadable.sum() == 2
     assert os.listdir(writer.root / "claims") == []
 
@@ -146,29 +142,23 @@ def test_progress_counts_the_blocks_of_all_processes(folder, tmp_path, capfd):
 
 # ---- real processes -------------------------------------------------------------------------------------------------
 
-# annotate_vlm.py whose processes are killed when they have written some blocks: the one with rank r after its r-th number.
-DIES = """
-import os, sys
-from coreg.store import blocks
-import annotate_vlm
-left = [int(number) for number in sys.argv[1].split(",")]
-rank, real = int(os.environ.get("RANK", "0")), blocks.write_block
 
-def write_block(*arguments):
-    real(*arguments)
-    left[rank] -= 1
-    if left[rank] == 0:
-        os.kill(os.getpid(), 9)
+def dying(*left):
+    """What kills the process of rank r when it has written as many blocks as the r-th number says."""
 
-annotate_vlm.StoreWriter.write.__globals__["write_block"] = write_block
-annotate_vlm.main(sys.argv[2:])
-"""
+    def before():
+        left_over, write = left[int(os.environ["RANK"])], StoreWriter.write
 
+        def write_then_die(*arguments):
+            nonlocal left_over
+            write(*arguments)
+            left_over -= 1
+            if left_over == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
 
-def launched(processes, script, *arguments):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(annotate_vlm.__file__).parent)}
-    return subprocess.run([*command, str(script), *arguments], env=environment, capture_output=True, text=True)
+        StoreWriter.write = write_then_die
+
+    return before
 
 
 @pytest.mark.multiprocess
@@ -176,7 +166,6 @@ def test_kill_and_restart_matrix(folder, tmp_path):
     """Two processes are killed, then three, then one or two finish: the same store, byte by byte."""
     save_tiny_clip(tmp_path / "model")
     (tmp_path / "classes.txt").write_text("\n".join(NAMES))
-    (tmp_path / "dies.py").write_text(DIES)
 
     def arguments(output):
         options = f"--images {folder} --vlm local-dir:{tmp_path}/model --classes {tmp_path}/classes.txt --workers 0"
@@ -184,22 +173,21 @@ def test_kill_and_restart_matrix(folder, tmp_path):
 
     main(arguments(tmp_path / "whole"))
     output = tmp_path / "ann"
-    killed = launched(2, tmp_path / "dies.py", "3,5", *arguments(output))
-    assert killed.returncode != 0 and not (output / "errors.csv").exists()
+    assert in_processes(2, main, *arguments(output), before=dying(3, 5)).codes == [-signal.SIGKILL] * 2
+    assert not (output / "errors.csv").exists()
     written = {file.name for file in (output / "blocks").glob("0*")}
-    assert 3 <= len(written) <= 8 and "00000.safetensors" in written
-    killed = launched(3, tmp_path / "dies.py", "1,1,1", *arguments(output))
-    assert killed.returncode != 0 and not (output / "errors.csv").exists()
+    assert len(written) == 8 and "00000.safetensors" in written
+    assert in_processes(3, main, *arguments(output), before=dying(1, 1, 1)).codes == [-signal.SIGKILL] * 3
+    assert not (output / "errors.csv").exists()
     assert written < {file.name for file in (output / "blocks").glob("0*")}
     content = bytearray((output / "blocks" / "00000.safetensors").read_bytes())
     content[-1] ^= 255
     (output / "blocks" / "00000.safetensors").write_bytes(content)  # and a disk that lies
     copy = shutil.copytree(output, tmp_path / "copy")
     main(arguments(output))
-    done = launched(2, annotate_vlm.__file__, *arguments(copy))
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("damaged, annotated again: 00000.safetensors") == 1
-    assert done.stdout.count("next: accelerate launch train_coreg.py") == 1
+    printed = on_two_processes(main, *arguments(copy))
+    assert printed.count("damaged, annotated again: 00000.safetensors") == 1
+    assert printed.count("next: accelerate launch ") == 1
     whole = AnnotationStore.open(tmp_path / "whole")
     for root in (output, copy):
         for file in sorted((tmp_path / "whole" / "blocks").iterdir()):

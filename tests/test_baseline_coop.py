@@ -1,15 +1,11 @@
 """CoOp through its own entry point: which images it learns from, resuming, what it leaves, what it refuses."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from runs import final_state, killed_at, refused, same_curves, script
+from runs import final_state, killed_at, on_two_processes, refused, same_curves, script
 from safetensors import safe_open
 from test_annotate_annotators import save_tiny_clip
 from test_annotate_chat import save_tiny_llava
@@ -20,7 +16,6 @@ from coreg.data.labels import few_shot_draw, read_labels
 from coreg.nets.tuners.prompts import PromptLearner, lay_out, token_embedding
 from coreg.store.store import AnnotationStore
 
-ROOT = Path(__file__).parents[1]
 SHORT = ["--epochs", "3", "--workers", "0", "--report_to", "none"]
 
 
@@ -188,14 +183,7 @@ def test_two_processes_train_like_one(small_store, tmp_path):
     options = ["--annotations", str(small_store), "--vlm", f"local-dir:{clip}", "--context_tokens", "2", "--shots", "7",
                "--batch_size", "4", "--dtype", "float64", "--lr", "0.1", *SHORT]  # fmt: skip
     coop.main([*options, "--output_dir", str(tmp_path / "1")])
-    config = ["--config_file", str(ROOT / "accelerate_configs" / "cpu.yaml"), "--num_processes", "2"]
-    start = [sys.executable, "-m", "accelerate.commands.launch", *config]
-    done = subprocess.run(
-        [*start, str(ROOT / "baselines" / "coop.py"), *options, "--output_dir", str(tmp_path / "2")],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True,
-        timeout=300, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
+    on_two_processes(coop.main, *options, "--output_dir", tmp_path / "2")
     one, two = (final_state(tmp_path / str(count)) for count in (1, 2))
     torch.testing.assert_close(one["learners"][0]["context"], two["learners"][0]["context"], rtol=1e-10, atol=1e-12)
     same_curves(one, two)

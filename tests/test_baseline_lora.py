@@ -1,9 +1,6 @@
 """LoRA through its own entry point, on CLIP and on a tiny LLaVA: what is trained, resumed, saved and refused."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +8,7 @@ import open_clip
 import pytest
 import torch
 from peft import PeftModel
-from runs import final_state, killed_at, refused, same_curves, script
+from runs import final_state, killed_at, on_two_processes, refused, same_curves, script
 from safetensors.torch import save_file
 from test_annotate_annotators import save_tiny_clip
 from test_annotate_chat import NAMES, pictures, save_tiny_llava
@@ -22,7 +19,6 @@ from coreg.annotate.chat import CHAT_TEMPLATES, ChatAnnotator
 from coreg.annotate.models import resolve
 from coreg.store.store import AnnotationStore
 
-ROOT = Path(__file__).parents[1]
 SHORT = ["--workers", "0", "--report_to", "none"]
 
 
@@ -235,14 +231,7 @@ def test_two_processes_train_like_one(clip_store, chat_store, tmp_path, kind):
     options = ["--annotations", str(store.root), "--shots", shots, "--batch_size", "4", "--dtype", "float64",
                "--lr", "0.01", "--epochs", "2", "--dropout", "0", *SHORT]  # fmt: skip
     lora.main([*options, "--output_dir", str(tmp_path / "1")])
-    config = ["--config_file", str(ROOT / "accelerate_configs" / "cpu.yaml"), "--num_processes", "2"]
-    start = [sys.executable, "-m", "accelerate.commands.launch", *config]
-    done = subprocess.run(
-        [*start, str(ROOT / "baselines" / "lora.py"), *options, "--output_dir", str(tmp_path / "2")],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True, timeout=300,
-        check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
+    on_two_processes(lora.main, *options, "--output_dir", tmp_path / "2")
     one, two = (final_state(tmp_path / count) for count in "12")
     # transformers takes some softmaxes in float32, whatever the weights are
     rtol, atol = (1e-9, 1e-11) if kind == "clip" else (1e-3, 1e-4)

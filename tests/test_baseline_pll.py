@@ -4,23 +4,18 @@ import copy
 import csv
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from runs import final_state, refused, script, signalled_after, with_method
+from runs import final_state, on_two_processes, refused, script, signalled_after, with_method
 
 from coreg.export.folder import load_export
 from coreg.learn.partial import METHODS
 from coreg.run.watch import EXIT_INTERRUPTED
 from coreg.store.store import AnnotationStore
 
-ROOT = Path(__file__).parents[1]
-SCRIPT = ROOT / "baselines" / "pll.py"
 pll = script("pll")
 
 # 97 images of three classes in batches of 13; every starting time is over after the first of three epochs
@@ -296,13 +291,7 @@ def test_the_noise_rate_is_counted_on_labelled_images(small_annotated, tmp_path)
 def test_two_processes_train_like_one(small_store, tmp_path, method):
     small = ["--annotations", str(small_store), *with_method(method, **OWN), *SMALL]
     pll.main([*small, "--output_dir", str(tmp_path / "one")])
-    config = ["--config_file", str(ROOT / "accelerate_configs" / "cpu.yaml"), "--num_processes", "2"]
-    done = subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.launch", *config, str(SCRIPT), *small, "--output_dir", "two"],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True, text=True, timeout=300, check=False, cwd=tmp_path,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
+    on_two_processes(pll.main, *small, "--output_dir", tmp_path / "two")
     ours, theirs = (final_state(tmp_path / name)["learners"][0] for name in ("one", "two"))
     if method == "irnet":  # it had something to correct
         offered = json.loads((tmp_path / "one" / "report.json").read_text())["annotator"]["mean_candidates"]

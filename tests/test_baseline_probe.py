@@ -200,7 +200,7 @@ def test_a_run_like_any_other(small_store, tmp_path, capsys, targets):
 def test_two_processes_fit_the_head_that_one_fits(small_store, tmp_path):
     words = ["--annotations", str(small_store), *JOB, "--head", "cosine", "--share", "50", "--output_dir"]
     probe.main([*words, str(tmp_path / "one")])
-    on_two_processes("probe", *words, tmp_path / "two")
+    on_two_processes(probe.main, *words, tmp_path / "two")
     one, two = (read_run(tmp_path / name / "report.json").report for name in ("one", "two"))
     assert one["accuracy"] == two["accuracy"] and one["images"] == {"train": 50, "test": 5}
     assert one["last_epoch"]["loss/net1/total"] == pytest.approx(two["last_epoch"]["loss/net1/total"], abs=1e-9)

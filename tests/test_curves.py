@@ -5,18 +5,16 @@ In the quick tests, curves of the other scripts are compared where their weights
 
 import json
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from accelerate.state import AcceleratorState
 from conftest import SMALL_JOB
-from runs import final_state, same_curves, with_method
+from runs import final_state, in_processes, same_curves, script, with_method
 from test_annotate_annotators import save_tiny_clip
 
+import train_coreg
 from coreg.learn.partial import METHODS
 
-ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.multiprocess
 
 NET = [
@@ -63,6 +61,15 @@ PARTS = {
 }
 
 
+def run_all(words):
+    """Jobs one after the other."""
+    for number, (name, arguments) in enumerate(json.loads(words[0])):
+        # keys of the group's store are taken once; as if a launcher had started the processes again
+        os.environ["TORCHELASTIC_RESTART_COUNT"] = str(number)
+        AcceleratorState._reset_state(reset_partial_state=True)
+        (train_coreg if name == "coreg" else script(name)).main(arguments)
+
+
 @pytest.fixture(scope="module")
 def states_of(small_annotated, tmp_path_factory):
     """(jobs, processes) -> their final states by name; each is trained once."""
@@ -76,16 +83,8 @@ def states_of(small_annotated, tmp_path_factory):
     def ask(names, processes):
         new = [name for name in names if (name, processes) not in done]
         jobs = [("pll" if name in METHODS else name, arguments(name, root / str(processes) / name)) for name in new]
-        start = [sys.executable]
-        if processes > 1:
-            config = ["--config_file", str(ROOT / "accelerate_configs" / "cpu.yaml"), "--num_processes", str(processes)]
-            start = [sys.executable, "-m", "accelerate.commands.launch", *config]
-        finished = subprocess.run(
-            [*start, str(ROOT / "tests" / "several_jobs.py"), json.dumps(jobs)],
-            env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-            capture_output=True, text=True, timeout=900, check=False,
-        )  # fmt: skip
-        assert finished.returncode == 0, finished.stderr[-3000:]
+        ended = in_processes(processes, run_all, json.dumps(jobs))
+        assert ended.codes == [0] * processes, ended.stderr[-3000:]
         for name in new:
             output = root / str(processes) / name
             report = json.loads((output / "report.json").read_text())

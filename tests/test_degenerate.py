@@ -2,25 +2,20 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import SMALL_JOB
 from PIL import Image
-from runs import as_votes, final_state, refused, same_curves, script, with_method
+from runs import as_votes, final_state, on_two_processes, refused, same_curves, script, with_method
 
 import train_coreg
 from coreg.learn.division import Division
 from coreg.learn.partial import METHODS
 from coreg.run import checkpoint
+from coreg.run import epoch as module
 from coreg.store.store import AnnotationStore
 from coreg.weak.__main__ import main as draw_sets
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +108,7 @@ def deep_run(name, store, output, *more):
     return state
 
 
-def divided_by_hand(monkeypatch, module, n_trusted):
+def divided_by_hand(monkeypatch, n_trusted):
     """Both networks trust the first images alone."""
     trusted = np.arange(65) < n_trusted
     monkeypatch.setattr(module, "divide", lambda *_: Division(trusted.astype(float), trusted.copy()))
@@ -137,7 +132,7 @@ def test_65_images_in_batches_of_64_for_a_deep_network(sixty_five, tmp_path, nam
 @pytest.mark.parametrize(("n_trusted", "batch_size"), [(65, 32), (64, 64), (1, 64)])
 def test_coreg_with_one_image_left_over_or_alone(sixty_five, tmp_path, monkeypatch, n_trusted, batch_size):
     """65 trusted in batches of 32, warm-up in batches of 64; U is one image; P is one image. One label that is known."""
-    divided_by_hand(monkeypatch, train_coreg, n_trusted)
+    divided_by_hand(monkeypatch, n_trusted)
     store = AnnotationStore.open(sixty_five)
     path = store.paths[np.flatnonzero(store.split == 0)[0]]
     (tmp_path / "labels.csv").write_text(f"path,label\n{path},a\n")
@@ -157,21 +152,11 @@ def test_batches_of_one_are_refused(sixty_five, tmp_path, capsys):
 @pytest.mark.multiprocess
 def test_two_processes_with_one_image_left_over_and_with_one_each(sixty_five, tmp_path):
     """Of batches of 63 two images are left over, one for each process; of batches of 64 one, and both train like one."""
-    store = ["--annotations", str(sixty_five)]
-    jobs = [
-        ("distill", [*store, *DEEP, "--batch_size", "63", "--output_dir", str(tmp_path / "each")]),
-        ("distill", [*store, *SMALL_JOB[: SMALL_JOB.index("--epochs")], *DEEP[DEEP.index("--batch_size") :]]),
-    ]
-    script("distill").main([*jobs[1][1], "--output_dir", str(tmp_path / "1")])
-    jobs[1][1].extend(["--output_dir", str(tmp_path / "2")])
-    config = ["--config_file", str(ROOT / "accelerate_configs" / "cpu.yaml"), "--num_processes", "2"]
-    start = [sys.executable, "-m", "accelerate.commands.launch", *config]
-    done = subprocess.run(
-        [*start, str(ROOT / "tests" / "several_jobs.py"), json.dumps(jobs)],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True, text=True, timeout=600, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
+    main, store = script("distill").main, ["--annotations", str(sixty_five)]
+    on_two_processes(main, *store, *DEEP, "--batch_size", "63", "--output_dir", tmp_path / "each")
+    one_left = [*store, *SMALL_JOB[: SMALL_JOB.index("--epochs")], *DEEP[DEEP.index("--batch_size") :]]
+    main([*one_left, "--output_dir", str(tmp_path / "1")])
+    on_two_processes(main, *one_left, "--output_dir", tmp_path / "2")
     assert all(math.isfinite(v) for epoch in final_state(tmp_path / "each")["curves"] for v in epoch.values())
     one, two = (final_state(tmp_path / count) for count in "12")
     assert one["images_seen"] == two["images_seen"] == 130 and one["updates"] == two["updates"] == 2

@@ -2,14 +2,10 @@
 
 import copy
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from runs import final_state, same_curves, script
+from runs import final_state, on_two_processes, same_curves, script
 from torch.nn import functional as F
 
 from coreg.learn.coreg import CoRegBatch, WarmUpBatch
@@ -20,7 +16,6 @@ from coreg.nets.model import Model
 from coreg.nets.preact import PreActResNet
 
 C = 4
-ROOT = Path(__file__).parents[1]
 
 
 def small_net(seed):
@@ -188,13 +183,7 @@ SMALL = [
 def test_two_processes_train_like_one(small_annotated, tmp_path, name, more):
     options = ["--annotations", str(small_annotated), *SMALL, *more]
     script(name).main([*options, "--output_dir", str(tmp_path / "1")])
-    launch = ["accelerate.commands.launch", "--config_file", str(ROOT / "accelerate_configs" / "cpu.yaml")]
-    command = [str(ROOT / "baselines" / f"{name}.py"), *options, "--output_dir", str(tmp_path / "2")]
-    done = subprocess.run(
-        [sys.executable, "-m", *launch, *command], env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
+    on_two_processes(script(name).main, *options, "--output_dir", tmp_path / "2")
     alone, both = final_state(tmp_path / "1"), final_state(tmp_path / "2")
     assert len(alone["learners"]) == len(both["learners"]) == (2 if name == "dividemix" else 1)
     for ours, theirs in zip(alone["learners"], both["learners"]):

@@ -7,14 +7,15 @@ import random
 import resource
 import shutil
 import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
+from runs import in_processes
 from safetensors.torch import load_file, save_file
 
-from coreg.errors import UserError
+from coreg.errors import UserError, exits_with_one_line
+from coreg.export import ensemble
 from coreg.export.ensemble import export, make_program
 from coreg.export.folder import load_export, write_settings
 from coreg.export.predict import load_classifier
@@ -287,15 +288,10 @@ def test_an_onnx_file_from_elsewhere_is_refused(program, tmp_path):
         assert problem in answer(tmp_path / "other.onnx")
 
 
-def limited(words, bytes_a_file):
+def limited(bytes_a_file, main, *words):
     """A process that can write files of so many bytes, as where a disk is full."""
-    return subprocess.run(
-        [sys.executable, *words],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_a_file, bytes_a_file)),
-    )
+    limits = (bytes_a_file, bytes_a_file)
+    return in_processes(1, main, *words, before=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits))
 
 
 @pytest.mark.parametrize("kind", ["onnx", "torch_export"])
@@ -303,23 +299,20 @@ def test_a_program_that_does_not_fit_on_the_disk_is_one_line(whole, tmp_path, ki
     pytest.importorskip("onnxscript")
     folder = shutil.copytree(whole, tmp_path / "export")
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    ended = limited(["-m", "coreg.export", "--run", folder, "--format", kind, "--images", "builtin:digits"], 8192)
+    ended = limited(8192, ensemble.main, "--run", folder, "--format", kind, "--images", "builtin:digits")
     errors = [line for line in ended.stderr.splitlines() if "rror" in line]
-    assert ended.returncode == 2 and len(errors) == 1, ended.stderr
+    assert ended.codes == [2] and len(errors) == 1, ended.stderr
     assert errors[0].startswith(f"error: cannot write {folder}") and "File too large" in errors[0]
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
 def test_an_export_that_does_not_fit_on_the_disk_is_one_line(tmp_path):
-    code = (
-        "import torch, sys; from pathlib import Path; sys.path[:0] = ['.']\n"
-        "from coreg.errors import exits_with_one_line; from coreg.export.ensemble import export\n"
-        "from coreg.nets.model import create_backbone\n"
-        f"nets = [create_backbone('preact_resnet_tiny', 3, 3, {SMALL}, pretrained=False).eval()]\n"
-        f"exits_with_one_line(export)(Path({str(tmp_path / 'export')!r}), nets, 'preact_resnet_tiny', {SMALL}, "
-        f"torch.zeros(2, 3, 16, 16), **{SETTINGS})\n"
-    )
-    ended = limited(["-c", code], 4096)
-    assert ended.returncode == 2 and ended.stderr.count("\n") == 1, ended.stderr
+    @exits_with_one_line
+    def main(words):
+        nets = [create_backbone("preact_resnet_tiny", 3, 3, SMALL, pretrained=False).eval()]
+        export(tmp_path / "export", nets, "preact_resnet_tiny", SMALL, torch.zeros(2, 3, 16, 16), **SETTINGS)
+
+    ended = limited(4096, main)
+    assert ended.codes == [2] and ended.stderr.count("\n") == 1, ended.stderr
     assert "cannot write" in ended.stderr and "the same command goes on" in ended.stderr
     assert not list(tmp_path.iterdir())

@@ -12,6 +12,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from runs import on_two_processes
 
 from coreg.export import predict
 from coreg.export.ensemble import ensemble_logits, export
@@ -124,13 +125,12 @@ def test_predictions_go_through_links_and_into_devices(exported, photos, tmp_pat
 @pytest.mark.multiprocess
 def test_two_at_once_and_one_that_writes_to_its_output(exported, photos, tmp_path):
     """The same output from two processes is one whole file; /dev/stdout is where the shell leads it."""
-    words = [sys.executable, "-m", "coreg.export.predict", "--model", str(exported[0]), "--images", str(photos), "--output"]
-    both = [subprocess.Popen([*words, "same.csv"], cwd=tmp_path, stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    errors = [process.communicate(timeout=300)[1] for process in both]
-    assert [process.returncode for process in both] == [0, 0], errors
+    words = ["--model", str(exported[0]), "--images", str(photos), "--output"]
+    on_two_processes(predict.main, *words, tmp_path / "same.csv")
     whole = (tmp_path / "same.csv").read_text()
     assert len(whole.splitlines()) == 7 and not list(tmp_path.glob(".tmp*"))
-    piped = subprocess.run([*words, "/dev/stdout"], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    command = [sys.executable, "-m", "coreg.export.predict", *words, "/dev/stdout"]
+    piped = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert piped.returncode == 0 and piped.stdout.startswith(whole)
 
 

@@ -15,8 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import SMALL_JOB
-from runs import final_state, same_curves
+from runs import final_state, forked, same_curves
+from signalled_job import follow
 
+import train_coreg
 from coreg.run import checkpoint
 from coreg.run.watch import EXIT_INTERRUPTED
 
@@ -34,21 +36,23 @@ def arguments(store, output, *more):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """Runs a job in a process of its own: (plan, arguments) to its exit code (or minus the signal) and what it printed."""
-    folder, count = tmp_path_factory.mktemp("logs"), itertools.count()
-    command = [sys.executable, str(SIGNALLED), "--several"]
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, env=ENVIRONMENT, stdin=pipe, stdout=pipe, text=True) as server:
+    folder, count, stopped = tmp_path_factory.mktemp("logs"), itertools.count(), []
 
-        def ask(plan, args):
-            """`plan` None: let the job that was stopped go on; no arguments then."""
-            log = folder / f"{next(count)}.log"
-            log.touch()
-            job = None if plan is None else {"plan": plan, "arguments": args, "log": str(log)}
-            print(json.dumps(job), file=server.stdin, flush=True)
-            return int(server.stdout.readline()), log.read_text()
+    def ask(plan, args):
+        """`plan` None: let the job that was stopped go on; no arguments then."""
+        log = folder / f"{next(count)}.log"
+        log.touch()
+        if plan is None:
+            os.kill(child := stopped.pop(), signal.SIGCONT)
+        else:
+            child = forked(train_coreg.main, args, (log, log), lambda: follow(plan))
+        _, status = os.waitpid(child, os.WUNTRACED)
+        if os.WIFSTOPPED(status):
+            stopped.append(child)
+            return -os.WSTOPSIG(status), log.read_text()
+        return os.waitstatus_to_exitcode(status), log.read_text()
 
-        yield ask
-        server.stdin.close()
+    return ask
 
 
 def launched(processes, plan, args, launcher="accelerate", more=()):

@@ -112,7 +112,8 @@ sys.stdout.write(f"PROBE {accelerator.process_index} {accelerator.num_processes}
         ("cpu", (), 2),
         ("multi_gpu", ("--num_processes", "3"), 3),
         ("multi_node", ("--num_machines", "1", "--num_processes", "2", "--main_process_port", "0"), 2),
-        ("bf16", ("--multi_gpu", "--num_processes", "2"), 2),
+        # with no setting of processes that the others have not
+        pytest.param("bf16", ("--multi_gpu", "--num_processes", "2"), 2, marks=pytest.mark.slow),
     ],
 )
 def test_several_processes_see_each_other(tmp_path, name, more, processes):
@@ -128,7 +129,7 @@ def job(small_store, output):
     return ["--annotations", str(small_store), "--output_dir", str(output), *SMALL_JOB, "--epochs", "1"]
 
 
-@pytest.mark.parametrize("name", ["single_gpu", "bf16"])
+@pytest.mark.parametrize("name", [pytest.param("single_gpu", marks=pytest.mark.slow), "bf16"])
 def test_one_process_trains_as_the_configuration_says(small_store, tmp_path, name):
     done = launch(name, arguments=[*job(small_store, tmp_path / "run"), "--dtype", "float32"])
     assert done.returncode == 0, done.stderr[-2000:]

@@ -1,21 +1,17 @@
 """Images that were readable when they were annotated and are not when they are trained on: one line from every script."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
-from runs import refused, script
+from runs import in_processes, refused, script
 from test_annotate_annotators import save_tiny_clip
 
 import train_coreg
 from annotate_vlm import AnnotateConfig, annotate
 
-ROOT = Path(__file__).parents[1]
 SHORT = ["--workers", "0", "--report_to", "none", "--epochs", "2"]
 NETWORK = [
     "--recipe", "digits", "--refine", "none", "--image_size", "12", "--batch_size", "5",
@@ -98,13 +94,8 @@ def test_zero_shot_needs_no_image(store, losing, tmp_path, capsys):
 @pytest.mark.multiprocess
 def test_where_one_process_meets_it_all_end_with_one_line(store, losing, tmp_path):
     losing("train/red/10.png")  # of the 12 labelled images the second process reads the latter half
-    config = ["--config_file", str(ROOT / "accelerate_configs" / "cpu.yaml"), "--num_processes", "2"]
-    done = subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.launch", *config, str(ROOT / "baselines" / "lora.py"), "--annotations",
-         str(store.root), "--output_dir", str(tmp_path / "run"), "--shots", "6", *SHORT],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True, timeout=300,
-        check=False,
-    )  # fmt: skip
-    assert done.returncode != 0
-    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    words = ["--annotations", store.root, "--output_dir", tmp_path / "run", "--shots", "6", *SHORT]
+    ended = in_processes(2, script("lora").main, *words)
+    assert ended.codes == [2, 2], ended.stderr
+    (line,) = [line for line in ended.stderr.splitlines() if line.startswith("error:")]
     assert names_the_loss(line, 1, "train/red/10.png"), line

@@ -1,7 +1,6 @@
-"""N processes compute what one computes: real processes started by the real launcher, float64, odd sizes."""
+"""N processes compute what one computes: float64, odd sizes. One test starts them by the real launcher, the others fork."""
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -9,42 +8,28 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import SMALL_JOB
-from runs import final_state, same_curves
+from runs import final_state, in_processes, same_curves
+
+import train_coreg
+from coreg.learn.coreg import CoRegLearner
 
 ROOT = Path(__file__).parents[1]
-SCRIPT = ROOT / "train_coreg.py"
 
 
-def launch(processes, small_store, output, *more, launcher="accelerate"):
-    """Start train_coreg.py in `processes` processes as a user would; gives the finished process."""
-    script = [
-        str(ROOT / "train_coreg.py"),
-        "--annotations",
-        str(small_store),
-        "--output_dir",
-        str(output),
-        *SMALL_JOB,
-        *more,
-    ]
-    if launcher == "accelerate":
-        config = ["--config_file", str(ROOT / "accelerate_configs" / "cpu.yaml"), "--num_processes", str(processes)]
-        start = [sys.executable, "-m", "accelerate.commands.launch", *config]
-    else:
-        start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run([*start, *script], env=environment, capture_output=True, text=True, timeout=300, check=False)
+def arguments(store, output, *more):
+    return ["--annotations", str(store), "--output_dir", str(output), *SMALL_JOB, *more]
+
+
+def trained(processes, store, output, *more):
+    """The final state of a job in so many processes."""
+    ended = in_processes(processes, train_coreg.main, *arguments(store, output, *more))
+    assert ended.codes == [0] * processes, ended.stderr[-2000:]
+    return final_state(output)
 
 
 @pytest.fixture(scope="module")
 def alone(small_store, tmp_path_factory):
-    output = tmp_path_factory.mktemp("alone") / "run"
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), "--annotations", str(small_store), "--output_dir", str(output), *SMALL_JOB],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True, timeout=300,
-        check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    return final_state(output)
+    return trained(1, small_store, tmp_path_factory.mktemp("alone") / "run")
 
 
 def same(ours, theirs, rtol=1e-10):
@@ -63,12 +48,21 @@ def same(ours, theirs, rtol=1e-10):
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize(("processes", "launcher"), [(2, "accelerate"), (4, "torchrun")])
-def test_several_processes_train_like_one(small_store, alone, tmp_path, processes, launcher):
-    done = launch(processes, small_store, tmp_path / "run", launcher=launcher)
+def test_two_processes_of_the_launcher_train_like_one(small_store, alone, tmp_path):
+    """As a user starts them."""
+    config = ["--config_file", str(ROOT / "accelerate_configs" / "cpu.yaml"), "--num_processes", "2"]
+    start = [sys.executable, "-m", "accelerate.commands.launch", *config, str(ROOT / "train_coreg.py")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [*start, *arguments(small_store, tmp_path / "run")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     same(alone, final_state(tmp_path / "run"))
     assert (tmp_path / "run" / "report.json").is_file()
+
+
+@pytest.mark.multiprocess
+def test_four_processes_train_like_one(small_store, alone, tmp_path):
+    same(alone, trained(4, small_store, tmp_path / "run"))
 
 
 @pytest.mark.multiprocess
@@ -78,64 +72,38 @@ def test_two_processes_train_like_one_with_adamw_too(small_store, tmp_path):
     They train on half of the images, which every process draws for itself.
     """
     words = ("--optimizer", "adamw", "--lr", "0.001", "--share", "0.5")
-    for processes in (1, 2):
-        done = launch(processes, small_store, tmp_path / str(processes), *words)
-        assert done.returncode == 0, done.stderr[-2000:]
-    same(final_state(tmp_path / "1"), final_state(tmp_path / "2"), rtol=1e-8)
+    one, two = (trained(count, small_store, tmp_path / str(count), *words) for count in (1, 2))
+    same(one, two, rtol=1e-8)
 
 
 @pytest.mark.multiprocess
-def test_a_process_that_is_told_of_others_it_cannot_find_is_refused(small_store, tmp_path):
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), "--annotations", str(small_store), "--output_dir", str(tmp_path / "run")],
-        env=os.environ | {"WORLD_SIZE": "2", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
-    assert done.returncode == 2 and "error: the processes cannot start" in done.stderr
+def test_a_process_whose_group_cannot_be_joined_is_refused(small_store, tmp_path):
+    """A launcher that names the number of processes and not where they are."""
+    words = arguments(small_store, tmp_path / "run")
+    ended = in_processes(1, train_coreg.main, *words, before=lambda: os.environ.update(WORLD_SIZE="2"))
+    assert ended.codes == [2] and "error: the processes cannot start" in ended.stderr
     assert not (tmp_path / "run").exists()
 
 
-BROKEN_ON_THE_SECOND = """
-import os, sys
-sys.path.insert(0, sys.argv[1])
-import train_coreg
-from coreg.learn.coreg import CoRegLearner
-step = CoRegLearner._warm_up
+def broken_on_the_second():
+    step = CoRegLearner._warm_up
 
-def broken(self, batch):
-    parts = step(self, batch)
-    return parts | {"negative_entropy": parts["negative_entropy"] * (float("nan") if os.environ["RANK"] == "1" else 1)}
+    def broken(self, batch):
+        parts = step(self, batch)
+        return parts | {"negative_entropy": parts["negative_entropy"] * (float("nan") if os.environ["RANK"] == "1" else 1)}
 
-CoRegLearner._warm_up = broken
-train_coreg.main(sys.argv[2:])
-"""
+    CoRegLearner._warm_up = broken
 
 
 @pytest.mark.multiprocess
 def test_no_number_on_one_process_ends_all_of_them_with_one_line(small_store, tmp_path):
-    """Started without a launcher, which would end the first process when the second has left."""
-    (tmp_path / "broken.py").write_text(BROKEN_ON_THE_SECOND)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
-    arguments = ["--annotations", str(small_store), "--output_dir", str(tmp_path / "run"), *SMALL_JOB]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(tmp_path / "broken.py"), str(ROOT), *arguments],
-            env=os.environ | where | {"RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in "01"
-    ]  # fmt: skip
-    try:
-        errors = [process.communicate(timeout=300)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [2, 2], errors
-    (line,) = [line for text in errors for line in text.splitlines() if "error:" in line]
+    """Without a launcher, which would end the first process when the second has left."""
+    words = arguments(small_store, tmp_path / "run")
+    ended = in_processes(2, train_coreg.main, *words, before=broken_on_the_second)
+    assert ended.codes == [2, 2], ended.stderr
+    (line,) = [line for line in ended.stderr.splitlines() if "error:" in line]
     assert "loss/net1/negative_entropy became nan in epoch 1" in line
-    assert not any("Traceback" in text for text in errors)
+    assert "Traceback" not in ended.stderr
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
@@ -144,7 +112,7 @@ def test_no_number_on_one_process_ends_all_of_them_with_one_line(small_store, tm
 def test_what_every_process_meets_is_one_line(small_store, tmp_path, wrong):
     absent = tmp_path / "absent"
     more = ("--labels", str(absent)) if wrong == "labels" else ()
-    done = launch(2, small_store if more else absent, tmp_path / "run", *more)
-    assert done.returncode != 0
-    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    ended = in_processes(2, train_coreg.main, *arguments(small_store if more else absent, tmp_path / "run", *more))
+    assert ended.codes == [2, 2], ended.stderr
+    (line,) = [line for line in ended.stderr.splitlines() if line.startswith("error:")]
     assert str(absent) in line

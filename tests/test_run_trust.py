@@ -63,7 +63,7 @@ def test_pretrained_weights_judge_the_same_on_two_processes(run, digits, tmp_pat
     words = ["--annotations", str(digits.root), *JOB, "--backbone_args", "{}", "--refine", "none"]
     words += ["--backbone", f"local-dir:{run / 'export' / 'net1'}", "--output_dir"]
     probe.main([*words, str(tmp_path / "one")])
-    on_two_processes("probe", *words, tmp_path / "two")
+    on_two_processes(probe.main, *words, tmp_path / "two")
     one, two = (report_of(tmp_path / name)["trust"] for name in ("one", "two"))
     assert one["kind"] == "weights" and one["agreement"] == two["agreement"] and one["most"] == two["most"]
     assert one["fit"]["score"] == pytest.approx(two["fit"]["score"], abs=1e-9)
@@ -71,14 +71,10 @@ def test_pretrained_weights_judge_the_same_on_two_processes(run, digits, tmp_pat
 
 def test_a_view_that_knows_nothing_is_refused_before_training(digits, tmp_path, capsys):
     """Features that belong to other images."""
-    writer = StoreWriter(tmp_path / "ann", dict(digits.manifest))
-    writer.begin(digits.images())
     strange = digits.features()[np.random.default_rng(0).permutation(len(digits))]
-    for index in range(len(writer.files)):
-        rows = slice(writer.rows(index).start, writer.rows(index).stop)
-        tensors = {"votes": digits.votes()[rows], "probs": digits.probs()[rows], "features": strange[rows]}
-        writer.write(index, tensors, {})
-    writer.finish(digits.paths)
+    tensors = {"votes": digits.votes(), "probs": digits.probs(), "features": strange}
+    writer = StoreWriter(tmp_path / "ann", dict(digits.manifest))
+    writer.write_all(digits.images(), lambda rows: {name: table[rows] for name, table in tensors.items()})
     words = ["--annotations", tmp_path / "ann", *JOB, *TINY, "--refine", "own", "--output_dir", tmp_path / "run"]
     line = refused(capsys, probe.main, *words)
     assert "cannot tell the classes apart" in line and "--refine none" in line

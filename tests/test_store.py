@@ -56,7 +56,7 @@ def evidence(count, seed=0):
 def write_store(root, images=None, skip=(), errors=None, finish=True, **changed):
     images = images or image_list()
     writer = StoreWriter(root, manifest(images, **changed))
-    writer.begin(images)
+    writer.start(images)
     whole = evidence(len(images))
     for index in range(len(writer.files)):
         if index not in skip:
@@ -64,7 +64,7 @@ def write_store(root, images=None, skip=(), errors=None, finish=True, **changed)
             bad = {row: reason for row, reason in (errors or {}).items() if row in rows}
             writer.write(index, {name: table[rows.start : rows.stop] for name, table in whole.items()}, bad)
     if finish:
-        writer.finish(images.paths)
+        writer.complete(images.paths)
     return writer, whole
 
 
@@ -97,10 +97,10 @@ def test_a_store_gives_back_what_was_written(tmp_path):
 def test_a_store_without_labels_and_features(tmp_path):
     images = image_list(labels=False)
     writer = StoreWriter(tmp_path / "ann", manifest(images, block_size=100, features=None))
-    writer.begin(images)
+    writer.start(images)
     tables = evidence(7)
     writer.write(0, {"votes": tables["votes"], "probs": tables["probs"]}, {})
-    writer.finish(images.paths)
+    writer.complete(images.paths)
     store = AnnotationStore.open(tmp_path / "ann")
     assert store.labels is None and store.features() is None and (store.votes() == tables["votes"]).all()
 
@@ -229,9 +229,9 @@ def test_a_changed_list_is_noticed_and_mended_by_the_same_command(tmp_path, name
         refused(AnnotationStore.open, tmp_path / "ann")
         # what the same command does
         again = StoreWriter(tmp_path / "ann", manifest(images))
-        again.begin(images)
+        again.start(images)
         assert again.discard_damaged() == []
-        again.finish(images.paths)
+        again.complete(images.paths)
         assert (tmp_path / "ann" / name).read_bytes() == content
         assert AnnotationStore.open(tmp_path / "ann").hash == whole
     (tmp_path / "ann" / "checksums.json").unlink()  # stores that are older than this file
@@ -254,16 +254,16 @@ def test_another_job_is_refused_and_the_difference_named(tmp_path):
         assert "another job" in message and words in message
     assert "images count (7 there, 8 asked for)" in refused(continued, root, manifest(image_list(8)))
     images.paths[0] = "other"
-    assert "images sha256" in refused(StoreWriter(root, manifest(images)).begin, images)
+    assert "images sha256" in refused(StoreWriter(root, manifest(images)).start, images)
 
 
 def test_a_folder_with_other_things_is_left_alone(tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
     images = image_list()
-    assert "holds other things" in refused(StoreWriter(tmp_path, manifest(images)).begin, images)
+    assert "holds other things" in refused(StoreWriter(tmp_path, manifest(images)).start, images)
     assert "holds other things" in refused(continued, tmp_path / "thesis.txt", manifest(images))
     assert os.listdir(tmp_path) == ["thesis.txt"]
-    message = refused(StoreWriter(tmp_path / "thesis.txt" / "ann", manifest(images)).begin, images)
+    message = refused(StoreWriter(tmp_path / "thesis.txt" / "ann", manifest(images)).start, images)
     assert "cannot write" in message and os.listdir(tmp_path) == ["thesis.txt"]
     (tmp_path / "empty").mkdir()
     write_store(tmp_path / "empty", images)
@@ -274,7 +274,7 @@ def test_labels_that_came_later_are_taken_over(tmp_path):
     write_store(tmp_path / "ann", image_list(labels=False))
     assert AnnotationStore.open(tmp_path / "ann").labels is None
     images = image_list()
-    StoreWriter(tmp_path / "ann", manifest(images)).begin(images)
+    StoreWriter(tmp_path / "ann", manifest(images)).start(images)
     assert (AnnotationStore.open(tmp_path / "ann").labels == images.labels).all()
 
 
@@ -317,9 +317,9 @@ def test_a_store_opens_its_images_again_only_if_they_are_the_same(tmp_path):
         Image.new("RGB", (2, 2)).save(tmp_path / "in" / name / "1.png")
     images = open_images(str(tmp_path / "in"), NAMES)
     writer = StoreWriter(tmp_path / "ann", manifest(images))
-    writer.begin(images)
+    writer.start(images)
     writer.write(0, evidence(2), {})
-    writer.finish(images.paths)
+    writer.complete(images.paths)
     store = AnnotationStore.open(tmp_path / "ann")
     assert store.images().paths == images.paths and store.images().labels.tolist() == [0, 1]
     Image.new("RGB", (2, 2)).save(tmp_path / "in" / "cat" / "2.png")
@@ -335,7 +335,7 @@ def start_at_once(root, images, barrier, results):
     for number in range(200):
         barrier.wait(120)
         try:
-            StoreWriter(root / f"{number}" / "ann", manifest(images)).begin(images)
+            StoreWriter(root / f"{number}" / "ann", manifest(images)).start(images)
         except BaseException as error:
             results.put(f"{number}: {error!r}")
     results.put("done")
@@ -371,7 +371,7 @@ def test_a_start_on_a_full_disk_leaves_nothing_and_a_folder_without_blocks_gets_
 
     with monkeypatch.context() as patch:
         patch.setattr(files.os, "fsync", full)
-        assert "No space left" in refused(StoreWriter(tmp_path / "ann", manifest(images)).begin, images)
+        assert "No space left" in refused(StoreWriter(tmp_path / "ann", manifest(images)).start, images)
     assert os.listdir(tmp_path) == []
     write_store(tmp_path / "ann", images, skip=range(3), finish=False)
     (tmp_path / "ann" / "blocks").rmdir()  # as an earlier version could leave it

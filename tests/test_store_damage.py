@@ -58,7 +58,7 @@ def test_the_place_of_the_images_is_no_part_of_the_job(tmp_path):
     assert AnnotationStore.open(tmp_path / "other").hash == before
     writer.files[1].unlink()
     again = StoreWriter(tmp_path / "ann", manifest(elsewhere, data_root="/data"))
-    again.begin(elsewhere)
+    again.start(elsewhere)
     again.write(1, {name: table[3:6] for name, table in whole.items()}, {})
     store = AnnotationStore.open(tmp_path / "ann")
     assert store.hash == before and store.images_spec == "/elsewhere/photos" and store.manifest["data_root"] == "/data"
@@ -69,12 +69,12 @@ def test_old_stores_are_read_continued_and_moved_and_keep_their_hash(tmp_path):
     digest, whole = write_old_store(tmp_path / "old", images)
     before = (tmp_path / "old" / "manifest.json").read_bytes()
     assert AnnotationStore.open(tmp_path / "old").hash == digest
-    StoreWriter(tmp_path / "old", manifest(images)).begin(images)  # the same command
+    StoreWriter(tmp_path / "old", manifest(images)).start(images)  # the same command
     assert (tmp_path / "old" / "manifest.json").read_bytes() == before
     for place in ("/elsewhere", "/elsewhere", "/third"):
         moved_images = at(images, place)
         writer = StoreWriter(tmp_path / "old", manifest(moved_images))
-        writer.begin(moved_images)
+        writer.start(moved_images)
         assert writer.discard_damaged() == []
         writer.files[2].unlink()
         writer.write(2, {name: table[6:] for name, table in whole.items()}, {})
@@ -87,7 +87,7 @@ def test_data_sets_with_made_up_names_are_not_mistaken_for_each_other(tmp_path):
     images = at(image_list(), "torchvision:CIFAR10")
     write_store(tmp_path / "ann", images)
     other = at(images, "torchvision:CIFAR100")
-    message = refused(StoreWriter(tmp_path / "ann", manifest(other)).begin, other)
+    message = refused(StoreWriter(tmp_path / "ann", manifest(other)).start, other)
     assert "images spec ('torchvision:CIFAR10' there, 'torchvision:CIFAR100' asked for)" in message
     # their hash is the one of version 1
     assert StoreWriter(tmp_path / "ann", manifest(images)).job == job_of_version_1(manifest(images))
@@ -104,9 +104,9 @@ def test_a_link_to_the_images_may_point_elsewhere_later(tmp_path):
     images = open_images(str(link), NAMES)
     assert images.spec == str(link)
     writer = StoreWriter(tmp_path / "ann", manifest(images))
-    writer.begin(images)
+    writer.start(images)
     writer.write(0, evidence(1), {})
-    writer.finish(images.paths)
+    writer.complete(images.paths)
     link.unlink()
     link.symlink_to("second")
     shutil.rmtree(tmp_path / "first")
@@ -141,8 +141,8 @@ def test_a_damaged_manifest_is_written_anew_by_the_same_command(tmp_path, conten
     message = refused(AnnotationStore.open, root)
     assert "the same annotate_vlm.py command" in message or "command that made it again" in message
     other = manifest(images, templates=["x {}", "y {}"])
-    assert "give another --output_dir" in refused(StoreWriter(root, other).begin, images)
-    StoreWriter(root, manifest(images)).begin(images)
+    assert "give another --output_dir" in refused(StoreWriter(root, other).start, images)
+    StoreWriter(root, manifest(images)).start(images)
     assert AnnotationStore.open(root).hash == before
 
 
@@ -229,7 +229,7 @@ def test_what_is_no_evidence_is_neither_written_nor_read(tmp_path, name, value, 
         (tmp_path / "b", {"spec": "m", "weights": "w"}, "its model or weights are damaged"),
     ]:
         writer = StoreWriter(root, manifest(images, block_size=3, model=model))
-        writer.begin(images)
+        writer.start(images)
         block = {key: table[3:6] for key, table in whole.items()}
         message = refused(writer.write, 1, block, {})
         assert f"block 1 is not written: image {images.paths[4]!r}: {words}" in message and advice in message
@@ -239,14 +239,14 @@ def test_what_is_no_evidence_is_neither_written_nor_read(tmp_path, name, value, 
             rows = slice(writer.rows(index).start, writer.rows(index).stop)
             writer.write(index, {key: table[rows] for key, table in whole.items()}, {})
         write_block(writer.files[1], 1, writer.job, block, {})
-        writer.finish(images.paths)
+        writer.complete(images.paths)
         message = refused(AnnotationStore.open, root)
         assert "00001.safetensors" in message and repr(images.paths[4]) in message and words in message
         assert advice in message
         # an image that cannot be read abstains, whatever the model made of its stand-in
         writer.files[1].unlink()
         writer.write(1, block, {4: "empty file"})
-        writer.finish(images.paths)
+        writer.complete(images.paths)
         assert AnnotationStore.open(root).unreadable.tolist() == [row == 4 for row in range(7)]
 
 
@@ -269,16 +269,16 @@ def test_probabilities_of_many_classes_sum_to_one_but_for_rounding(tmp_path):
         probs = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
         names, votes = [f"c{number}" for number in range(classes)], np.zeros((7, 2), np.int16)
         writer = StoreWriter(tmp_path / str(classes), manifest(images, 7, class_names=names, features=None))
-        writer.begin(images)
+        writer.start(images)
         writer.write(0, {"votes": votes, "probs": probs.astype(np.float16)}, {})
 
 
 def test_tables_that_lie_column_by_column_are_written_as_they_read(tmp_path):
     images, whole = image_list(), evidence(7)
     writer = StoreWriter(tmp_path / "ann", manifest(images, block_size=7))
-    writer.begin(images)
+    writer.start(images)
     writer.write(0, {name: np.asfortranarray(table) for name, table in whole.items()}, {})
-    writer.finish(images.paths)
+    writer.complete(images.paths)
     store = AnnotationStore.open(tmp_path / "ann")
     assert (store.votes() == whole["votes"]).all() and (store.features() == whole["features"]).all()
     write_block(tmp_path / "block", 0, "job", {"votes": np.asfortranarray(whole["votes"])}, {})

@@ -275,12 +275,8 @@ def test_images_that_were_moved_are_trained_on_in_their_new_place(small_store, s
 def test_a_store_in_which_no_template_names_a_class_is_refused(small_annotated, tmp_path, capsys):
     store = AnnotationStore.open(small_annotated)
     writer = StoreWriter(tmp_path / "silent", store.manifest)
-    writer.begin(store.images())
     votes, probs = np.full_like(store.votes(), -1), np.full_like(store.probs(), 1 / 3)
-    for index in range(len(writer.files)):
-        rows = writer.rows(index)
-        writer.write(index, {"votes": votes[: len(rows)], "probs": probs[: len(rows)]}, {})
-    writer.finish(store.paths)
+    writer.write_all(store.images(), lambda rows: {"votes": votes[rows], "probs": probs[rows]})
     line = refused(capsys, train_coreg.main, "--annotations", writer.root, "--output_dir", tmp_path / "run", *SMALL_JOB)
     assert "no template names a class of any training image" in line
 

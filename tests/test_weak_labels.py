@@ -13,13 +13,13 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from runs import as_votes, refused
+from runs import as_votes, refused, write_store
 from safetensors.torch import save, save_file
 
 from coreg.annotate.tools import main as tool
 from coreg.data.images import ImageList
 from coreg.errors import UserError
-from coreg.store.store import AnnotationStore, StoreWriter, make_manifest
+from coreg.store.store import AnnotationStore, StoreWriter
 from coreg.weak import __main__ as command
 from coreg.weak import noise
 from coreg.weak.__main__ import main
@@ -350,13 +350,8 @@ def evidence(tmp_path):
     labels, split = np.array([0, 1, 2, 0, -1, 1]), np.array([0, 0, 0, 0, 0, 1])
     images = ImageList("x", [f"{i}.png" for i in range(6)], labels, split, None, None)
     votes = np.array([[0, 0, 1], [1, 1, 1], [0, -1, 1], [-1, -1, -1], [2, 1, 0], [1, 2, 1]], dtype=np.int16)
-    fields = {"features": None, "data_root": "data", "preprocessing": {}, "versions": {}}
-    model = {"spec": "m", "weights": "w"}
-    writer = StoreWriter(tmp_path / "ann", make_manifest(images, ["a", "b", "c"], ["1", "2", "3"], model, 6, **fields))
-    writer.begin(images)
-    writer.write(0, {"votes": votes, "probs": np.full((6, 3), 1 / 3, dtype=np.float16)}, {})
-    writer.finish(images.paths)
-    return AnnotationStore.open(writer.root)
+    tensors = {"votes": votes, "probs": np.full((6, 3), 1 / 3, dtype=np.float16)}
+    return write_store(tmp_path / "ann", images, ["a", "b", "c"], ["1", "2", "3"], tensors)
 
 
 def test_weak_labels_of_a_store_and_of_a_person(tmp_path):
@@ -497,7 +492,7 @@ def test_a_block_without_a_candidate_is_refused(place, tmp_path):
     main(arguments(place, tmp_path / "ann"))
     store = AnnotationStore.open(tmp_path / "ann")
     writer = StoreWriter(tmp_path / "other", store.manifest)
-    writer.begin(store.images())
+    writer.start(store.images())
     sets = store.drawn_sets()
     sets[3] = False
     with pytest.raises(UserError, match="it has no candidate"):

@@ -79,7 +79,7 @@ class ChatImages:
             for name, value in inputs.items()
         }
 
-    def judge(self) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    def predict(self) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
         """Log probabilities (n, C) and named classes int64 (n,), -1 for none, of every split that has images."""
         logits, named = {}, {}
         for split, rows in self.labelled.samples.items():

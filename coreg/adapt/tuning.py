@@ -61,9 +61,7 @@ class Labelled:
         if (counts == 0).any():
             missing = [name for name, count in zip(store.class_names, counts) if not count]
             run.accelerator.print(f"note: {len(missing)} classes have no labelled image, such as {missing[0]!r}")
-        samples = {
-            split: np.flatnonzero((store.split == number) & ~store.unreadable) for number, split in enumerate(SPLITS)
-        }
+        samples = {name: store.rows_of(split) for split, name in enumerate(SPLITS)}
         same = (model.spec, model.weights) == (annotator["spec"], annotator["weights"])
         return cls(rows, run.known[rows], samples, model, same)
 
@@ -117,7 +115,7 @@ def check_readable(accelerator: Accelerator, photos: Photos, rows: np.ndarray) -
     Raises:
         UserError: some cannot be read any more; on every process.
     """
-    all_or_none(accelerator, lambda: photos.check(rows[my_slice(len(rows))]))
+    all_or_none(accelerator, lambda: photos.read(rows[my_slice(len(rows))]))
 
 
 class ClipImages:
@@ -191,7 +189,7 @@ class ClipImages:
             try:
                 return encode()
             except UserError:
-                self.photos.check(my_rows)  # tells how many there are
+                self.photos.read(my_rows)  # tells how many there are
                 raise
 
         def encode() -> list[Tensor]:
@@ -207,7 +205,7 @@ class ClipImages:
 
 
 @torch.no_grad()
-def judge(learner: ClipLearner, images: ClipImages, labelled: Labelled) -> dict[str, np.ndarray]:
+def predict(learner: ClipLearner, images: ClipImages, labelled: Labelled) -> dict[str, np.ndarray]:
     """Logits (n, C) of every split that has images."""
     learner.train(False)
     samples = {split: rows for split, rows in labelled.samples.items() if len(rows)}

@@ -100,7 +100,7 @@ class Photos:
         draws = keyed_uniform((self.seed, "view", number), torch.from_numpy(rows), DRAWS).double().numpy()
         return self._prepared(rows, lambda image, drawn: self.preprocess(self.random_view(image, drawn)), draws)
 
-    def check(self, rows: np.ndarray) -> None:
+    def read(self, rows: np.ndarray) -> None:
         """Read the images of rows int64 (n,) and do nothing with them.
 
         Raises:

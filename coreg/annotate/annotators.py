@@ -22,21 +22,14 @@ SAME = {torch.float32: 1e-6, torch.bfloat16: 1e-3, torch.float16: 1e-3}  # featu
 
 
 class Annotator(Protocol):
-    """What `annotate_vlm.py` asks of an annotator; a new one is a class with these six.
+    """What `annotate_vlm.py` asks of an annotator; a new one is a class with these six."""
 
-    Attributes:
-        features: D, the length of the feature vectors that `annotate` gives, or None when it gives none.
-        preprocessing: for the manifest.
-        notes: for the person, a line each, before the work begins.
-        preprocess: PIL image -> what one image becomes in a decoding process; it is sent there, so it holds no model.
-        collate: list of what `preprocess` gave -> a batch.
-    """
-
-    features: int | None
-    preprocessing: dict[str, Any]
-    notes: list[str]
+    features: int | None  # D, the length of the feature vectors that `annotate` gives, or None when it gives none
+    preprocessing: dict[str, Any]  # for the manifest
+    notes: list[str]  # for the person, a line each, before the work begins
+    # what one image becomes in a decoding process; it is sent there, so it holds no model
     preprocess: Callable[[Image.Image], Any]
-    collate: Callable[[list[Any]], Any]
+    collate: Callable[[list[Any]], Any]  # list of what `preprocess` gave -> a batch
 
     def annotate(self, batch: Any) -> dict[str, torch.Tensor | list]:
         """Judge a batch of n images under every template.
@@ -72,31 +65,19 @@ def load_annotator(
 
 @dataclass
 class Towers:
-    """A model of the CLIP family, reduced to what annotating needs.
+    """A model of the CLIP family, reduced to what annotating needs."""
 
-    Attributes:
-        network: the model itself, in evaluation mode and frozen, on the device.
-        image: float (n, 3, H, W) on the device -> features (n, D), of any length and dtype.
-        tokenize: list of m texts -> `input_ids` int64 (m, L) on the device and whatever else the text side reads.
-        context: tokens that the text side reads at most.
-        cut: list of m texts -> bool (m,), those that have more.
-        text: what `tokenize` gave -> features (m, D).
-        preprocess: PIL image -> float32 (3, H, W).
-        scale: factor s of the cosine, exp(logit_scale).
-        bias: logit_bias of models trained with a sigmoid, None for all others.
-        preprocessing: for the manifest.
-    """
-
-    network: torch.nn.Module
-    image: Callable[[torch.Tensor], torch.Tensor]
+    network: torch.nn.Module  # the model itself, in evaluation mode and frozen, on the device
+    image: Callable[[torch.Tensor], torch.Tensor]  # float (n, 3, H, W) on the device -> (n, D), of any length and dtype
+    # m texts -> `input_ids` int64 (m, L) on the device and whatever else the text side reads
     tokenize: Callable[[list[str]], dict[str, torch.Tensor]]
-    context: int
-    cut: Callable[[list[str]], torch.Tensor]
-    text: Callable[[dict[str, torch.Tensor]], torch.Tensor]
-    preprocess: Callable[[Image.Image], torch.Tensor]
-    scale: float
-    bias: float | None
-    preprocessing: dict[str, Any]
+    context: int  # tokens that the text side reads at most
+    cut: Callable[[list[str]], torch.Tensor]  # m texts -> bool (m,), those that have more
+    text: Callable[[dict[str, torch.Tensor]], torch.Tensor]  # what `tokenize` gave -> features (m, D)
+    preprocess: Callable[[Image.Image], torch.Tensor]  # PIL image -> float32 (3, H, W)
+    scale: float  # factor s of the cosine, exp(logit_scale)
+    bias: float | None  # logit_bias of models trained with a sigmoid, None for all others
+    preprocessing: dict[str, Any]  # for the manifest
 
 
 @contextlib.contextmanager
@@ -292,10 +273,10 @@ class ClipAnnotator:
         """
         images = batch.to(self.device, self.dtype, non_blocking=True)
         features = torch.nn.functional.normalize(self.towers.image(images).float(), dim=-1).half()
-        return self.judge(features) | {"features": features}
+        return self.score(features) | {"features": features}
 
     @torch.inference_mode()
-    def judge(self, features: torch.Tensor | np.ndarray) -> dict[str, torch.Tensor]:
+    def score(self, features: torch.Tensor | np.ndarray) -> dict[str, torch.Tensor]:
         """Votes and probabilities (see `annotate`) of images whose features are float16 (n, D)."""
         features = torch.as_tensor(features).to(self.device).float()
         templates, classes = self.shape

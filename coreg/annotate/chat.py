@@ -50,9 +50,9 @@ class Asked:
     tensors (L,), and `pixels`, a mapping to tensors whose first dimension counts images, tiles or patches.
     """
 
-    processor: Any
-    prompts: list[str]
-    special_tokens: bool
+    processor: Any  # of transformers
+    prompts: list[str]  # a conversation for every question
+    special_tokens: bool  # whether the tokenizer is to add those that begin a text
 
     def __call__(self, image: Image.Image) -> dict[str, Any]:
         image = image.convert("RGB")
@@ -71,15 +71,12 @@ class Asked:
 
 @dataclass
 class Read:
-    """What the model has read of n conversations of equal length: the tokens, and its keys and values of them.
+    """What the model has read of n conversations of equal length."""
 
-    `cache` is None where the model is asked without one; then everything is read anew for every further token.
-    """
-
-    ids: torch.Tensor
-    types: dict[str, torch.Tensor]
-    pixels: list[dict[str, torch.Tensor]]
-    cache: Any = None
+    ids: torch.Tensor  # int64 (n, L), the tokens
+    types: dict[str, torch.Tensor]  # (n, L') by name, other values of tokens, as many as have one
+    pixels: list[dict[str, torch.Tensor]]  # of each conversation, see `Asked`
+    cache: Any = None  # the model's keys and values of the tokens; without, all are read anew for every further one
 
     def copied(self, times: int = 1) -> Read:
         """An independent copy with every conversation `times` times, one after the other."""

@@ -36,38 +36,23 @@ LINES, SAME = 8, 4e-3  # features are compared by their places on 8 random lines
 
 @dataclass
 class Health:
-    """What a store looks like; sums over the images that could be read.
+    """What a store looks like; sums over the images that could be read."""
 
-    Attributes:
-        sizes: int (C + 1,), sizes[k] images have k candidates.
-        agreement: float (T, T), share of images on which two templates give the same vote, abstentions left out; NaN where
-            there is none.
-        unanimity: mean share of the templates that name an image's most named class.
-        named: float (C,), share of the images with a vote that have the class among their candidates.
-        most_named: int (C,), images whose most named class it is.
-        abstained: float (T,), share of images on which the template abstains.
-        contested: rows of the images the templates agree on least, most contested first.
-        duplicates: pairs of rows with the same features but for rounding, or None where there are no features.
-        accuracy: `templates` (T,), `classes` zero-shot (C,), `partial` (C,), NaN where nothing is labelled; None without
-            labels.
-        splits: with labels, `zero_shot`, `single` (template 0 alone) and `among` (the candidates), each of the numbers
-            of train, test and held out.
-        verdicts: what is wrong, in plain words; empty when nothing is.
-        about: where the images and their labels came from, one line each.
-    """
-
-    sizes: np.ndarray
+    sizes: np.ndarray  # int (C + 1,), sizes[k] images have k candidates
+    # float (T, T), share of images on which two templates give the same vote, abstentions left out; NaN where there is none
     agreement: np.ndarray
-    unanimity: float
-    named: np.ndarray
-    most_named: np.ndarray
-    abstained: np.ndarray
-    contested: np.ndarray
-    duplicates: list[tuple[int, int]] | None
+    unanimity: float  # mean share of the templates that name an image's most named class
+    named: np.ndarray  # float (C,), share of the images with a vote that have the class among their candidates
+    most_named: np.ndarray  # int (C,), images whose most named class it is
+    abstained: np.ndarray  # float (T,), share of images on which the template abstains
+    contested: np.ndarray  # rows of the images the templates agree on least, most contested first
+    duplicates: list[tuple[int, int]] | None  # rows with the same features but for rounding; None without features
+    # `templates` (T,), `classes` zero-shot (C,), `partial` (C,), NaN where nothing is labelled; None without labels
     accuracy: dict[str, np.ndarray] | None
+    # with labels, `zero_shot`, `single` (template 0 alone) and `among` (the candidates), of train, test and held out
     splits: dict[str, np.ndarray] | None = None
-    verdicts: list[str] = field(default_factory=list)
-    about: list[str] = field(default_factory=list)
+    verdicts: list[str] = field(default_factory=list)  # what is wrong, in plain words; empty when nothing is
+    about: list[str] = field(default_factory=list)  # where the images and their labels came from, one line each
 
 
 @np.errstate(invalid="ignore", divide="ignore")

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import hashlib
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from PIL import Image
 from coreg.annotate.settings import GLYPH_CLIP
 from coreg.errors import UserError
 from coreg.hub import cache_only, hub_answers, without_foreign_code
+from coreg.plaintext import did_you_mean
 from coreg.records import Maybe, Number, RecordError, read_record
 from coreg.store.manifest import REFINED
 
@@ -35,21 +35,13 @@ HUB_NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]*(/[A-Za-z0-9][A-Za-z0-9_.-]*)?"
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """Which model an annotator uses.
+    """Which model an annotator uses."""
 
-    Attributes:
-        spec: what identifies it, folders made absolute.
-        name: open_clip's model name, with its `local-dir:` or `hf-hub:` prefix, or the folder of a transformers model.
-        tag: open_clip's name of the pretrained weights, None for folders.
-        weights: the tag, or the sha256 of a folder's files.
-        kind: `open_clip`, `transformers` (CLIP, SigLIP and what is built alike) or `chat` (image-text-to-text).
-    """
-
-    spec: str
-    name: str
-    tag: str | None
-    weights: str
-    kind: str = "open_clip"
+    spec: str  # what identifies it, folders made absolute
+    name: str  # open_clip's model name, with its `local-dir:` or `hf-hub:` prefix, or the folder of a transformers model
+    tag: str | None  # open_clip's name of the pretrained weights, None for folders
+    weights: str  # the tag, or the sha256 of a folder's files
+    kind: str = "open_clip"  # or `transformers` (CLIP, SigLIP and what is built alike), or `chat` (image-text-to-text)
 
 
 def resolve(spec: str) -> ModelSpec:
@@ -91,18 +83,13 @@ def resolve(spec: str) -> ModelSpec:
         tags = open_clip.list_pretrained_tags_by_model(name)
         if tag in tags:
             return ModelSpec(spec, name, tag, f"tag {tag}")
-        raise UserError(f"{name} has no weights {tag!r}{_near(tag, tags)} (tags: {', '.join(tags) or 'none'})")
+        raise UserError(f"{name} has no weights {tag!r}{did_you_mean(tag, tags)} (tags: {', '.join(tags) or 'none'})")
     named = [f"{model}/{weights}" for model, weights in open_clip.list_pretrained()]
-    near = _near(spec, [*named, GLYPH_CLIP])
+    near = did_you_mean(spec, [*named, GLYPH_CLIP])
     if hint := _spelling(spec) or (not near and _download(spec)):
         raise UserError(f"unknown model {spec}{hint}")
-    near = near or _near(name or spec, known)
+    near = near or did_you_mean(name or spec, known)
     raise UserError(f"unknown model {spec}{near}; write --vlm {SPELLINGS}")
-
-
-def _near(word: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(word, known, n=1)
-    return f", did you mean {near[0]}?" if near else ""
 
 
 def _check_open_clip(folder: Path) -> None:

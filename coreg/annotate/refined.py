@@ -21,7 +21,7 @@ import coreg
 from coreg.annotate.health import write_report
 from coreg.annotate.settings import RefineConfig, ViewConfig
 from coreg.annotate.view import View, make_view
-from coreg.data.images import ImageList
+from coreg.data.images import TEST, TRAIN
 from coreg.errors import UserError
 from coreg.process import main_process_decides
 from coreg.store.manifest import REFINED, make_manifest
@@ -66,7 +66,6 @@ def refine_store(
         features["part"] = {"images": len(part), "sha256": hashlib.sha256(part.tobytes()).hexdigest()}
     weights = hashlib.sha256("\n".join([source.hash, *map(str, (features | chosen).values())]).encode()).hexdigest()
     spec = f"{REFINED}{features.get('view', 'own features')}: {source.manifest['model']['spec']}"
-    images = ImageList(source.images_spec, source.paths, source.labels, source.split, None, pixels=lambda row: None)
     kept = {key: source.manifest.get(key) for key in ("data_root", "preprocessing", "versions", "features")}
     record = {
         "source": str(source.root.resolve()),
@@ -75,14 +74,14 @@ def refine_store(
     } | features
     model = {"spec": spec, "weights": f"sha256 {weights}"}
     size = source.manifest["block_size"]
-    manifest = make_manifest(images, source.class_names, TEMPLATES, model, size, **kept, refined=record)
+    manifest = make_manifest(source.image_list(), source.class_names, TEMPLATES, model, size, **kept, refined=record)
 
     def work() -> None:
         continued(output, manifest)
         try:
             AnnotationStore.open(output)
         except UserError:  # not there, unfinished or damaged
-            _write(source, seen, config, output, manifest, images, part)
+            _write(source, seen, config, output, manifest, part)
 
     main_process_decides(accelerator, work)
     return AnnotationStore.open(output)
@@ -91,9 +90,9 @@ def refine_store(
 def _check(source: AnnotationStore, config: RefineConfig) -> None:
     if "refined" in source.manifest:
         raise UserError(f"{source.root} is refined already; refine {source.manifest['refined']['source']} instead")
-    if config.features == "own" and source.manifest["features"] is None:
-        raise UserError(f"{source.root} keeps no features, its annotator gives none; leave out --features own")
-    if not ((source.split == 0) & ~source.unreadable).any():
+    if config.features == "own":
+        source.need_features("leave out --features own")
+    if not len(source.rows_of(TRAIN)):
         raise UserError(f"{source.root} has no readable training image to refine")
 
 
@@ -103,17 +102,16 @@ def _write(
     config: RefineConfig,
     output: Path,
     manifest: dict[str, Any],
-    images: ImageList,
     part: np.ndarray | None,
 ) -> None:
     """Refine and write, on one process."""
     own = source.features()
     features = own if seen is None else seen.features()
     readable = ~source.unreadable if seen is None else ~(source.unreadable | seen.unreadable)
-    asked = source.split == 0
+    asked = source.split == TRAIN
     if part is not None:
         asked &= np.isin(np.arange(len(source)), part)
-    train, test = np.flatnonzero(asked & readable), np.flatnonzero((source.split == 1) & readable)
+    train, test = np.flatnonzero(asked & readable), np.flatnonzero((source.split == TEST) & readable)
     if not len(train):
         raise UserError(f"{source.root} has no training image to refine whose features could be read")
     prior = None if config.prior == "auto" else config.prior
@@ -122,18 +120,13 @@ def _write(
     judged = drawn(train, "judged")[:JUDGED_IMAGES]
     z, evidence = refinement.projection(Subset(features, train[judged])), source.probs()[train[judged]]
     manifest["refined"] |= changes | {"fit": view_fit(z, evidence, refinement.setting, train[judged])}
-    writer = StoreWriter(output, manifest)
-    writer.begin(images)
-    writer.discard_damaged()
+
+    def part_of_store(rows: slice) -> dict[str, np.ndarray]:
+        kept = {} if own is None else {"features": own[rows]}
+        return {"votes": votes[rows], "probs": refinement.part(rows)} | kept
+
     reasons = StoreWriter(source.root, source.manifest).unreadable()
-    for index in range(len(writer.files)):
-        rows = writer.rows(index)
-        here = slice(rows.start, rows.stop)
-        tensors = {"votes": votes[here], "probs": refinement.part(here)}
-        if own is not None:
-            tensors["features"] = own[here]
-        writer.write(index, tensors, {row: why for row, why in reasons.items() if row in rows})
-    writer.finish(source.paths)
+    StoreWriter(output, manifest).write_all(source.image_list(), part_of_store, reasons)
     write_report(AnnotationStore.open(output), None)
 
 

@@ -14,7 +14,7 @@ from coreg.store.store import AnnotationStore
 
 
 def text_side(store: AnnotationStore, templates: Sequence[str], device: torch.device | str = "cpu") -> ClipAnnotator:
-    """The annotator of `store` with other templates for the same class names; its `judge` takes the stored features.
+    """The annotator of `store` with other templates for the same class names; its `score` takes the stored features.
 
     Raises:
         UserError: nobody annotated, the store keeps no features, or its annotator has no text side, cannot be had, or has
@@ -22,8 +22,7 @@ def text_side(store: AnnotationStore, templates: Sequence[str], device: torch.de
     """
     store.need_annotator()
     made_by = store.manifest["model"]
-    if store.manifest["features"] is None:
-        raise UserError(f"{store.root} keeps no features, its annotator gives none")
+    store.need_features()
     model = resolve(made_by["spec"])
     if model.weights != made_by["weights"]:
         raise UserError(f"{model.spec} is not what made {store.root}: its files changed")
@@ -37,7 +36,7 @@ def single_template_probabilities(store: AnnotationStore, device: torch.device |
         UserError: as `text_side`.
     """
     annotator = text_side(store, store.templates[:1], device)
-    return np.concatenate([annotator.judge(tensors["features"])["probs"].cpu().numpy() for _, tensors in store.parts()])
+    return np.concatenate([annotator.score(tensors["features"])["probs"].cpu().numpy() for _, tensors in store.parts()])
 
 
 def class_embeddings(annotator: ClipAnnotator) -> np.ndarray:

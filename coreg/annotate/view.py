@@ -20,6 +20,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from PIL import Image
 
 import coreg.nets
 from coreg.annotate.settings import ViewConfig
-from coreg.annotate.work import annotate_images, every_block
+from coreg.annotate.work import annotated, every_block
 from coreg.config import parse
 from coreg.data.images import ImageList
 from coreg.data.sources import require_readable
@@ -143,7 +144,7 @@ class ViewWriter(BlockWriter):
     def __init__(self, root: Path, manifest: dict[str, Any]) -> None:
         super().__init__(root, manifest, job_hash(manifest))
 
-    def begin(self) -> list[str]:
+    def start(self) -> list[str]:
         """Make the folder, or go on with the view of the same job; returns one line for each block that was damaged.
 
         Raises:
@@ -183,14 +184,7 @@ class ViewWriter(BlockWriter):
 
 
 class Encoder:
-    """A network that gives pooled features, in the form that `annotate_images` asks of an annotator.
-
-    Attributes:
-        network: the timm model on the device, in evaluation mode.
-        arguments: what it was made with besides its name.
-        features: D.
-        mean, std: of the pixels in 0..1, one number a channel.
-    """
+    """A network that gives pooled features, in the form that `annotated` asks of an annotator."""
 
     def __init__(self, config: ViewConfig, device: torch.device | str) -> None:
         """Load the network.
@@ -199,12 +193,12 @@ class Encoder:
             UserError: there is no such network, its weights cannot be had, or it has no pooled features of such images.
         """
         self.config = config
-        self.arguments = _sized(config) | parse_backbone_args(config.backbone_args)
+        self.arguments = _sized(config) | parse_backbone_args(config.backbone_args)  # it is made with besides its name
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # untrained weights are the same in all processes, too
             network = create_backbone(config.backbone, 0, config.channels, self.arguments, config.pretrained)
         self.network = network.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
-        self.mean, self.std = pixels_of(config)
+        self.mean, self.std = pixels_of(config)  # of the pixels in 0..1, one number a channel
         self._mean, self._std = (torch.tensor(x, device=device)[:, None, None] for x in (self.mean, self.std))
 
         side = config.image_size
@@ -321,20 +315,12 @@ def make_view(store: AnnotationStore, config: ViewConfig, accelerator: Accelerat
         | {"images": list_of(store), "block_size": size}
         | {"versions": {"coreg": coreg.__version__, "timm": timm.__version__, "torch": torch.__version__}},
     )
-    for line in main_process_decides(accelerator, writer.begin):
+    for line in main_process_decides(accelerator, writer.start):
         accelerator.print(f"damaged, made again: {printable(line)}")
     if not main_process_decides(accelerator, lambda: (writer.root / "errors.csv").exists()):
-        every_block(
-            writer,
-            store.paths,
-            accelerator,
-            lambda queue, progress: (
-                lambda first: annotate_images(
-                    first, images, encoder, writer, queue, progress, config.batch_size, config.workers, None
-                )
-            ),
-            "features",
-        )
+        more = {"batch_size": config.batch_size, "workers": config.workers}
+        evidence = partial(annotated, images=images, annotator=encoder, writer=writer, **more)
+        every_block(writer, store.paths, accelerator, evidence, "features")
     return View.open(writer.root, store)
 
 

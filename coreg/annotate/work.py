@@ -5,10 +5,10 @@ Nothing in here waits for another process except at the very end, when all block
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,9 +27,11 @@ from coreg.progress import seconds_between_lines
 from coreg.store.blocks import DamagedBlockError, pack_answers, read_block
 from coreg.store.claims import BlockQueue
 from coreg.store.manifest import block_files, job_hash, same_command
-from coreg.store.writer import BlockWriter, StoreWriter
+from coreg.store.store import AnnotationStore
+from coreg.store.writer import BlockWriter
 
 POLL_SECONDS = 0.5
+Evidence = tuple[int, dict[str, np.ndarray], dict[int, str]]  # number of a block, its tensors, rows that cannot be read
 
 
 class Progress:
@@ -61,13 +63,20 @@ class Progress:
         self.bar.update(max(0, min(self.written + unwritten, self.bar.total) - self.bar.n))
 
 
-def work(queue: BlockQueue, annotate_from: Callable[[int], None], progress: Progress) -> None:
-    """Annotate blocks until all of them are there.
+def work(
+    queue: BlockQueue,
+    writer: BlockWriter,
+    evidence: Callable[[Iterator[int], Progress], Iterator[Evidence]],
+    progress: Progress,
+    paths: Sequence[str],
+    max_errors: int | None = None,
+) -> None:
+    """Write blocks as soon as their evidence is there, until all of them are.
 
     Args:
         queue: entered already.
-        annotate_from: takes a claimed block; annotates and writes it and all others that it can claim.
-        progress: the bar.
+        evidence: that of blocks, in their order, which it takes from an iterator that claims them; and the bar.
+        paths, max_errors: see `every_block`.
     """
     try:
         while not all(queue.finished()):
@@ -75,7 +84,13 @@ def work(queue: BlockQueue, annotate_from: Callable[[int], None], progress: Prog
             if first is None:  # the rest is in work elsewhere; if one of those processes dies, its block comes back
                 time.sleep(POLL_SECONDS)
             else:
-                annotate_from(first)
+                # a block is claimed when the evidence runs out of them, so a fast process takes many and a slow one few
+                claimed = itertools.chain([first], iter(queue.claim, None))
+                for index, tensors, errors in evidence(claimed, progress):
+                    writer.write(index, tensors, errors)
+                    queue.release(index)
+                    check_errors(writer, paths, max_errors)
+                    progress.show()
             progress.show()
     finally:
         progress.bar.close()  # an error message begins on a new line
@@ -85,9 +100,10 @@ def every_block(
     writer: BlockWriter,
     paths: Sequence[str],
     accelerator: Accelerator,
-    source: Callable[[BlockQueue, Progress], Callable[[int], None]],
+    evidence: Callable[[Iterator[int], Progress], Iterator[Evidence]],
     doing: str = "annotating",
     safe_csv: bool = False,
+    max_errors: int | None = None,
 ) -> Progress:
     """Write all blocks that are missing, together with whoever works on the same folder, and finish it.
 
@@ -95,26 +111,30 @@ def every_block(
 
     Args:
         paths: of all images, for errors.csv.
-        source: makes what `work` calls for a claimed block.
+        evidence: see `work`.
         doing: a word for the progress bar.
         safe_csv: see `csv_rows`.
+        max_errors: images that cannot be read, at most.
 
     Returns:
         this process's progress.
+
+    Raises:
+        UserError: more images cannot be read, or the disk is full.
     """
     start = accelerator.process_index / accelerator.num_processes
     with BlockQueue(writer.root, writer.files, start) as queue:
         progress = Progress(queue, writer, accelerator.is_main_process, doing)
-        work(queue, source(queue, progress), progress)
+        work(queue, writer, evidence, progress, paths, max_errors)
         if accelerator.is_main_process:
-            writer.finish(paths, safe_csv)
+            writer.complete(paths, safe_csv)
             queue.clear()
     while not (writer.root / "errors.csv").exists():  # the last file, which the main process writes
         time.sleep(POLL_SECONDS)
     return progress
 
 
-def check_errors(writer: BlockWriter, images: ImageList, most: int | None) -> None:
+def check_errors(writer: BlockWriter, paths: Sequence[str], most: int | None) -> None:
     """Stop when more than `most` images could not be read so far, by any process.
 
     Raises:
@@ -126,7 +146,7 @@ def check_errors(writer: BlockWriter, images: ImageList, most: int | None) -> No
     if len(bad) > most:
         row = min(bad)
         raise UserError(
-            f"{len(bad)} images cannot be read and --max_errors is {most} (the first, {images.paths[row]!r}: {bad[row]}); "
+            f"{len(bad)} images cannot be read and --max_errors is {most} (the first, {paths[row]!r}: {bad[row]}); "
             f"see python -m coreg.annotate info {writer.root}, then raise --max_errors and run the same command again"
         )
 
@@ -160,44 +180,34 @@ class _Collate:
 
 
 class ClaimedBatches:
-    """Batches of rows of the blocks that this process claims as it goes.
+    """Batches of rows of blocks as they are claimed, which never cross the border of a block.
 
-    A block is claimed when the decoding processes run out of rows, so a fast process takes many blocks and a slow one few.
-    Batches never cross the border of a block: a block's content does not depend on which others were done before.
+    So a block's content does not depend on which others were done before.
     """
 
-    def __init__(self, first: int, queue: BlockQueue, writer: BlockWriter, size: int) -> None:
-        self.queue, self.writer, self.size = queue, writer, size
-        self.claimed = deque([first])
+    def __init__(self, blocks: Iterator[int], writer: BlockWriter, size: int) -> None:
+        self.blocks, self.writer, self.size = blocks, writer, size
+        self.claimed: deque[int] = deque()
 
     def __iter__(self) -> Iterator[list[int]]:
-        index: int | None = self.claimed[0]
-        while index is not None:
+        for index in self.blocks:
+            self.claimed.append(index)
             rows = self.writer.rows(index)
             for start in range(0, len(rows), self.size):
                 yield list(rows[start : start + self.size])
-            index = self.queue.claim()
-            if index is not None:
-                self.claimed.append(index)
 
 
-def annotate_images(
-    first: int,
+def annotated(
+    blocks: Iterator[int],
+    progress: Progress,
     images: ImageList,
     annotator: Annotator,
     writer: BlockWriter,
-    queue: BlockQueue,
-    progress: Progress,
     batch_size: int,
     workers: int,
-    max_errors: int | None,
-) -> None:
-    """Annotate block `first` and then every other block that can be claimed, writing each as soon as it is complete.
-
-    Raises:
-        UserError: more than `max_errors` images cannot be read, or the disk is full.
-    """
-    batches = ClaimedBatches(first, queue, writer, batch_size)
+) -> Iterator[Evidence]:
+    """The evidence of blocks, from their images."""
+    batches = ClaimedBatches(blocks, writer, batch_size)
     loader = DataLoader(
         Preprocessed(images, annotator.preprocess),
         batch_sampler=batches,
@@ -215,12 +225,10 @@ def annotate_images(
         errors |= {row: reason for row, reason in zip(rows, reasons) if reason}
         done += len(rows)
         if done == len(writer.rows(batches.claimed[0])):
-            index = batches.claimed.popleft()
-            writer.write(index, _joined(parts), errors)
-            queue.release(index)
+            yield batches.claimed.popleft(), _joined(parts), errors
             parts, errors, done = [], {}, 0
-            check_errors(writer, images, max_errors)
-        progress.show(done)
+        else:
+            progress.show(done)
 
 
 def _joined(parts: list[dict[str, torch.Tensor | list]]) -> dict[str, np.ndarray]:
@@ -238,34 +246,20 @@ def _joined(parts: list[dict[str, torch.Tensor | list]]) -> dict[str, np.ndarray
 # ---- from features --------------------------------------------------------------------------------------------------
 
 
-def rescore_features(
-    first: int,
-    source: Path,
-    manifest: dict[str, Any],
-    annotator: ClipAnnotator,
-    writer: StoreWriter,
-    queue: BlockQueue,
-    progress: Progress,
-    batch_size: int,
-) -> None:
-    """As `annotate_images`, but from the features in the blocks of another store.
-
-    Args:
-        source: its folder. manifest: its manifest. The others are those of `annotate_images`.
+def rescored(
+    blocks: Iterator[int], progress: Progress, source: AnnotationStore, annotator: ClipAnnotator, batch_size: int
+) -> Iterator[Evidence]:
+    """The evidence of blocks, from the features in those of another store.
 
     Raises:
         UserError: a block of that store is damaged.
     """
-    files, job = block_files(source, manifest), job_hash(manifest)
-    index: int | None = first
-    while index is not None:
+    files, job = block_files(source.root, source.manifest), job_hash(source.manifest)
+    for index in blocks:
         try:
             tensors, errors, _ = read_block(files[index], index, job)
         except DamagedBlockError as error:
-            raise UserError(f"{files[index]} is damaged: {error}; {same_command(manifest)}") from None
+            raise UserError(f"{files[index]} is damaged: {error}; {same_command(source.manifest)}") from None
         features = tensors["features"]
-        parts = [annotator.judge(features[start : start + batch_size]) for start in range(0, len(features), batch_size)]
-        writer.write(index, _joined(parts) | {"features": features}, errors)
-        queue.release(index)
-        progress.show()
-        index = queue.claim()
+        parts = [annotator.score(features[start : start + batch_size]) for start in range(0, len(features), batch_size)]
+        yield index, _joined(parts) | {"features": features}, errors

@@ -61,26 +61,16 @@ class Paths(Sequence[str]):
 
 @dataclass
 class ImageList:
-    """N images whose row number is their identity everywhere, in an order that does not depend on the machine.
+    """N images whose row number is their identity everywhere, in an order that does not depend on the machine."""
 
-    Attributes:
-        spec: what `open_images` takes to open the same list again; absolute for files.
-        paths: N unique posix paths relative to the folder (or made-up names for data sets), sorted bytewise.
-        labels: int64 (N,), -1 where unknown, or None without any; for reporting only.
-        split: uint8 (N,), 0 = train, 1 = test, 2 = held out: neither trained on nor counted.
-        class_names: what the data set itself says, in label order, or None.
-        pixels: row -> PIL image.
-        notes: what a person should know about how the list came about, one line each.
-        tags: int8 (N, L) where images have several labels (`coreg.data.tags`), or None; for reporting only.
-    """
-
-    spec: str
-    paths: Sequence[str]
-    labels: np.ndarray | None
-    split: np.ndarray
-    class_names: list[str] | None
-    pixels: Callable[[int], Image.Image]
-    notes: list[str] = field(default_factory=list)
+    spec: str  # what `open_images` takes to open the same list again; absolute for files
+    paths: Sequence[str]  # N unique posix paths relative to the folder (or made-up names of data sets), sorted bytewise
+    labels: np.ndarray | None  # int64 (N,), -1 where unknown, or None without any; for reporting only
+    split: np.ndarray  # uint8 (N,), 0 = train, 1 = test, 2 = held out: neither trained on nor counted
+    class_names: list[str] | None  # what the data set itself says, in label order
+    pixels: Callable[[int], Image.Image]  # row -> PIL image
+    notes: list[str] = field(default_factory=list)  # how the list came about, for a person, one line each
+    # int8 (N, L) where images have several labels (`coreg.data.tags`), for reporting only
     tags: np.ndarray | None = None
 
     def __len__(self) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import difflib
 import os
 import posixpath
 from collections.abc import Sequence
@@ -25,6 +24,7 @@ from coreg.data.tag_sets import TAG_SETS
 from coreg.data.tags import names_in, read_tags
 from coreg.data.torchvision_sets import TORCHVISION, torchvision_set
 from coreg.errors import UserError
+from coreg.plaintext import did_you_mean
 
 
 def open_images(spec: str, class_names: Sequence[str] | None = None, data_root: str = "data") -> ImageList:
@@ -67,8 +67,7 @@ def open_images(spec: str, class_names: Sequence[str] | None = None, data_root: 
     if spec.lower().endswith(".txt") and Path(spec).is_file():
         return listed_images(spec, class_names)
     kind = "is a file, but neither a folder nor a .csv, .txt or .tar file" if Path(spec).exists() else "does not exist"
-    near = difflib.get_close_matches(spec, [*TORCHVISION, "builtin:digits"], n=1)
-    hint = f", did you mean {near[0]}?" if near else ""
+    hint = did_you_mean(spec, [*TORCHVISION, "builtin:digits"])
     raise UserError(
         f"--images {spec} {kind}{hint} (give a folder, a .csv or .txt list, a .tar file, builtin:digits or one of "
         f"{', '.join(TORCHVISION)})"
@@ -173,8 +172,7 @@ def _csv(spec: str, class_names: Sequence[str] | None) -> ImageList:
                     raise UserError(f"{place} has the split {split!r}; write train or test")
                 index = find(label) if label else -1
                 if label and index < 0 and class_names is not None:
-                    near = difflib.get_close_matches(label, class_names, n=1)
-                    hint = f", did you mean {near[0]!r}?" if near else ""
+                    hint = did_you_mean(label, class_names, form=repr)
                     raise UserError(f"{place} has the label {label!r}, which is none of the class names{hint}")
                 entries[name] = (index, SPLITS[split])
     except (csv.Error, OSError) as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import shutil
 import socket
@@ -19,6 +18,7 @@ from coreg.data.decode import UnreadableImage
 from coreg.data.images import SPLITS, ImageList, Paths, translated
 from coreg.data.keyed import keyed_generator
 from coreg.errors import UserError
+from coreg.plaintext import did_you_mean
 
 _SIGNS = (
     "Speed limit 20|Speed limit 30|Speed limit 50|Speed limit 60|Speed limit 70|Speed limit 80|"
@@ -64,8 +64,7 @@ class _Parts:
 
 def torchvision_set(name: str, class_names: Sequence[str] | None, data_root: str) -> ImageList:
     if name not in TORCHVISION:
-        near = difflib.get_close_matches(name, TORCHVISION, n=1, cutoff=0.4)
-        hint = f", did you mean {near[0]}?" if near else ""
+        hint = did_you_mean(name, TORCHVISION, cutoff=0.4)
         raise UserError(f"no torchvision data set {name}{hint} (there are: {', '.join(TORCHVISION)})")
     # "test" before "train", so that the made-up names are sorted bytewise like all others
     splits = ("all",) if name == "EuroSAT" else ("test", "train")

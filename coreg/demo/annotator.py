@@ -7,12 +7,9 @@ every other one: `open_clip.create_model_and_transforms("local-dir:" + local_dir
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
-import shutil
-import tempfile
 from pathlib import Path
 
 import torch
@@ -20,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from coreg.errors import UserError
+from coreg.files import making_folder
 
 SHIPPED = Path(__file__).parent / "glyph_clip"
 CONFIG_FILE = "open_clip_config.json"  # open_clip's own name, in the compact and in the full folder
@@ -27,6 +25,7 @@ COMPACT_FILE = "compact.safetensors"
 FULL_FILE = "open_clip_model.safetensors"  # what open_clip tries first
 TOKEN_TABLE = "token_embedding.weight"
 TOKEN_IDS = "token_ids"
+REMEDY = "it takes about 14 MB in a folder of yours: name another cache with: export XDG_CACHE_HOME=FOLDER"
 TEMPLATES_FILE = Path(__file__).parent / "templates.txt"
 
 
@@ -86,8 +85,7 @@ def load_compact(folder: Path) -> tuple[dict, dict[str, torch.Tensor], torch.Ten
 def local_dir(folder: Path = SHIPPED, cache_dir: Path | None = None) -> str:
     """Unpack a compact model folder into a folder that open_clip loads by `local-dir:<path>`, unless that is done already.
 
-    The target is named by a hash of the compact files and appears in one rename: any number of processes may call this at
-    the same time, and an interrupted call leaves nothing that a later one would take for complete.
+    The target is named by a hash of the compact files: any number of processes may call this at the same time.
 
     Args:
         folder: compact model folder, by default the shipped one.
@@ -112,24 +110,10 @@ def local_dir(folder: Path = SHIPPED, cache_dir: Path | None = None) -> str:
     table[token_ids] = state[TOKEN_TABLE]
     state[TOKEN_TABLE] = table
     try:
-        cache.mkdir(parents=True, exist_ok=True)
-        unfinished = Path(tempfile.mkdtemp(prefix=target.name + ".", dir=cache))
-        try:
+        with making_folder(target, REMEDY) as unfinished:
             (unfinished / FULL_FILE).write_bytes(save(state))
             (unfinished / CONFIG_FILE).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-            unfinished.chmod(0o755)
-            # Another process may have been faster: its folder holds the same bytes.
-            with contextlib.suppress(OSError):
-                unfinished.rename(target)
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
-    except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"the model cache {cache} cannot be written ({error}); expected about 14 MB of space in a folder of yours; "
-            "name another one with: export XDG_CACHE_HOME=FOLDER"
-        ) from None
-    if not target.is_dir():
-        raise UserError(
-            f"{unfinished} could not be renamed to {target}; name another cache with: export XDG_CACHE_HOME=FOLDER"
-        )
+    except UserError:
+        if not target.is_dir():  # another process may have been faster: its folder holds the same bytes
+            raise
     return str(target)

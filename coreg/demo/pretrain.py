@@ -9,8 +9,6 @@ from __future__ import annotations
 import argparse
 import copy
 import math
-import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,6 +21,7 @@ from tqdm import tqdm
 from coreg.demo.annotator import local_dir, save_compact
 from coreg.demo.glyphs import IMAGE_SIZE, GlyphStream, all_captions
 from coreg.errors import UserError, exits_with_one_line
+from coreg.files import making_folder
 
 STEPS = 500
 BATCH_SIZE = 192
@@ -131,22 +130,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise UserError(f"--steps is {options.steps}; expected at least 1; try --steps {STEPS}")
     if options.output.exists():
         raise UserError(f"--output {options.output} exists; expected a new folder; name another one or remove it")
-    # Made before the training, so that a folder that cannot be written is noticed now and not in a few minutes.
-    try:
-        parent = options.output.absolute().parent
-        parent.mkdir(parents=True, exist_ok=True)
-        unfinished = Path(tempfile.mkdtemp(prefix=options.output.name + ".", dir=parent))
-    except OSError as error:
-        raise UserError(f"--output {options.output} cannot be written ({error}); name a folder of yours") from None
-    try:
+    # Begun before the training, so that a folder that cannot be written is noticed now and not in a few minutes.
+    with making_folder(options.output, "name another --output, a folder of yours") as unfinished:
         model, token_ids, losses = pretrain(options.seed, options.steps, BATCH_SIZE)
         save_compact(unfinished, CONFIG, model.state_dict(), token_ids)
-        unfinished.chmod(0o755)
-        unfinished.rename(options.output)
-    except OSError as error:
-        raise UserError(f"--output {options.output} could not be written ({error}); name another folder") from None
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
     print(f"wrote {options.output} (last loss {losses[-1]:.3f})")
     print(f"use it with: --vlm local-dir:{local_dir(options.output)}")
     return 0

@@ -16,7 +16,7 @@ import coreg.nets  # noqa: F401  registers the PreAct ResNets with timm
 from coreg.errors import UserError
 from coreg.files import replacing, sha256_of
 from coreg.nets.tuning import Tuning
-from coreg.records import Each, Maybe, Number, RecordError, check_record, read_record
+from coreg.records import Each, Maybe, Number, RecordError, check_record, checksum_of, read_record
 
 SCHEMA = 1
 SETTINGS, CONFIG, WEIGHTS = "coreg.json", "config.json", "model.safetensors"
@@ -78,11 +78,6 @@ def files_of(folder: Path, nets: int) -> dict[str, str]:
     return {name: sha256_of(folder / name) for name in names if not name.endswith(TUNED) or (folder / name).exists()}
 
 
-def _checksum(settings: dict[str, Any]) -> str:
-    rest = {key: value for key, value in settings.items() if key != "checksum"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
-
-
 def write_settings(folder: Path, settings: dict[str, Any], programs: dict[str, bytes] | None = None) -> None:
     """Replace coreg.json, with its checksum, and the programs whose temperature it holds; all of them or none.
 
@@ -96,7 +91,7 @@ def write_settings(folder: Path, settings: dict[str, Any], programs: dict[str, b
     if programs:
         sums = {name: hashlib.sha256(content).hexdigest() for name, content in programs.items()}
         settings = settings | {"files": settings.get("files", {}) | sums}
-    text = json.dumps(settings | {"checksum": _checksum(settings)}, indent=1, ensure_ascii=False) + "\n"
+    text = json.dumps(settings | {"checksum": checksum_of(settings)}, indent=1, ensure_ascii=False) + "\n"
     with contextlib.ExitStack() as stack:
         # every file is on the disk before the first of them takes its place
         for name, content in ({SETTINGS: text.encode("utf-8", "surrogateescape")} | programs).items():
@@ -124,7 +119,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
                 f"{folder} has export schema {settings.get('schema')!r}, this version reads {SCHEMA}; export it anew"
             )
         # exports of older versions have none
-        if "checksum" in settings and settings["checksum"] != _checksum(settings):
+        if "checksum" in settings and settings["checksum"] != checksum_of(settings):
             raise RecordError(
                 'it does not agree with its checksum; whoever changed it by hand deletes the entry "checksum"'
             )

@@ -26,8 +26,8 @@ from coreg.errors import UserError, exits_with_one_line
 from coreg.export.ensemble import Ensemble
 from coreg.export.folder import ABOUT, REMEDY, load_export
 from coreg.export.programs import open_onnx
-from coreg.files import check_writable, replacing
-from coreg.plaintext import csv_rows, printable
+from coreg.files import check_writable, writing_csv
+from coreg.plaintext import printable
 from coreg.progress import seconds_between_lines
 from coreg.records import RecordError, read_file
 
@@ -148,11 +148,7 @@ def write_csv(classifier: Classifier, images: ImageList, config: PredictConfig, 
     names = classifier.class_names
     k = min(config.top_k, len(names))
     unreadable: dict[int, str] = {}
-    with (
-        replacing(output) as temporary,
-        temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
-    ):
-        write = csv_rows(file, config.safe_csv)
+    with writing_csv(output, config.safe_csv) as write:
         columns = ["label", "probability"]
         write(["path", *columns, *(f"{column}_{i}" for i in range(2, k + 1) for column in columns), "error"])
         with tqdm(total=len(images), desc="predict", unit="image", mininterval=seconds_between_lines()) as bar:

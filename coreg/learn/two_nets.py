@@ -40,20 +40,15 @@ class Verdict:
 
 
 class Divisions:
-    """What two networks remember of their divisions.
-
-    nets: both of them. count: N. losses: for each network the division losses (N,) of the last epochs, oldest first.
-    verdicts: of this epoch's division, none before it; health: curves of it. weights: w (N,) of both networks' last
-    division; none before the first. chosen: of the networks that looked best without labels so far, the number of finished
-    epochs, the score and the weights.
-    """
+    """What two networks remember of their divisions."""
 
     def __init__(self, nets: Sequence[nn.Module], count: int) -> None:
-        self.nets, self.count = nets, count
-        self.losses: list[list[np.ndarray]] = [[] for _ in nets]
-        self.verdicts: list[Verdict] = []
-        self.health: dict[str, float] = {}
-        self.weights: list[np.ndarray] = []
+        self.nets, self.count = nets, count  # both of them; N
+        self.losses: list[list[np.ndarray]] = [[] for _ in nets]  # of each, (N,) in the last epochs, oldest first
+        self.verdicts: list[Verdict] = []  # of this epoch's division, none before it
+        self.health: dict[str, float] = {}  # curves of it
+        self.weights: list[np.ndarray] = []  # w (N,) of both networks' last division; none before the first
+        # of the networks that looked best without labels so far: the number of finished epochs, the score, the weights
         self.chosen: dict[str, Any] | None = None
 
     def remember(self, number: int, losses: np.ndarray, epochs: int) -> np.ndarray:

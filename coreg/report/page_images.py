@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from coreg.files import replacing
+from coreg.files import writing_csv
 from coreg.report.page_record import RunRecord
 from coreg.webpage import percent, picture, text
 
@@ -62,13 +61,12 @@ def write_label_next(path: Path, record: RunRecord) -> int:
     Labels that this run was given already stand below the empty rows, so that the file is all the next run needs.
     """
     asked = unsure_rows(record)[:LABEL_NEXT]
-    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        writer = csv.writer(file)
-        writer.writerow(["path", "label"])
-        writer.writerows([record.paths[row], ""] for row in asked)
-        writer.writerows(
-            [record.paths[row], record.class_names[record.known[row]]] for row in np.flatnonzero(record.known >= 0)
-        )
+    with writing_csv(path) as write:
+        write(["path", "label"])
+        for row in asked:
+            write([record.paths[row], ""])
+        for row in np.flatnonzero(record.known >= 0):
+            write([record.paths[row], record.class_names[record.known[row]]])
     return len(asked)
 
 

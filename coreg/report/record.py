@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 from coreg.files import sha256_of, write_atomically
-from coreg.records import Each, Maybe, Number, RecordError, check_record, read_record
+from coreg.records import Each, Maybe, Number, RecordError, check_record, checksum_of, read_record
 
 SCHEMA = 1
 LARGEST = 1e15  # of a count or a number of seconds
@@ -86,14 +85,8 @@ def write_report(path: Path, report: dict[str, Any]) -> None:
     """
     settings = path.with_name(SETTINGS)
     report = report | ({"files": {SETTINGS: sha256_of(settings)}} if settings.is_file() else {})
-    sealed = report | {"checksum": _checksum(report)}
+    sealed = report | {"checksum": checksum_of(report)}
     write_atomically(path, json.dumps(sealed, indent=1, ensure_ascii=False) + "\n")
-
-
-def _checksum(report: dict[str, Any]) -> str:
-    """sha256 of everything in a report but its checksum, however the file is laid out."""
-    rest = {name: value for name, value in report.items() if name != "checksum"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def read_report(path: Path, kind: dict[str, Any] = REPORT) -> dict[str, Any]:
@@ -112,6 +105,6 @@ def read_report(path: Path, kind: dict[str, Any] = REPORT) -> dict[str, Any]:
     for split, judged in (report.get("accuracy") or {}).items():
         if len(judged["interval"]) != 2:
             raise RecordError(f"accuracy.{split}.interval has {len(judged['interval'])} numbers, expected 2")
-    if report.get("checksum") not in (None, _checksum(report)):
+    if report.get("checksum") not in (None, checksum_of(report)):
         raise RecordError("its checksum is wrong")
     return report

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import importlib.metadata
 import os
 import platform
@@ -15,8 +14,8 @@ import numpy as np
 import torch
 
 from coreg.data.folders import unmatched_folders
-from coreg.files import replacing
-from coreg.plaintext import csv_rows, printable
+from coreg.files import writing_csv
+from coreg.plaintext import printable
 from coreg.report.metrics import (
     accuracy,
     calibration_metrics,
@@ -156,8 +155,7 @@ def write_labels(
     disagree = (named != named[0]).any(axis=0)
     trust = np.stack(weights) if weights else np.full((2, len(best)), np.nan)
     review = disagree | (~(trust > 0.5).any(axis=0) & (sure < 0.9))
-    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        write = csv_rows(file, safe_csv)
+    with writing_csv(path, safe_csv) as write:
         write(["path", "label", "probability", "annotator_label", "trust_net1", "trust_net2", "needs_review"])
         for i, image in enumerate(image_paths):
             weight = ["" if np.isnan(w) else f"{w:.4f}" for w in trust[:, i]]
@@ -168,10 +166,10 @@ def write_labels(
 
 def write_known_labels(path: Path, store: AnnotationStore, known: np.ndarray) -> None:
     """The labels that training is given, as a CSV that `--labels` reads back; known: int64 over the store, -1 unknown."""
-    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        writer = csv.writer(file)
-        writer.writerow(["path", "label"])
-        writer.writerows((store.paths[row], store.class_names[known[row]]) for row in np.flatnonzero(known >= 0))
+    with writing_csv(path) as write:
+        write(["path", "label"])
+        for row in np.flatnonzero(known >= 0):
+            write([store.paths[row], store.class_names[known[row]]])
 
 
 def build_report(

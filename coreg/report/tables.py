@@ -71,13 +71,10 @@ class Run:
 
 @dataclass
 class Row:
-    """Runs of one method with the same settings, one a seed.
-
-    special: what sets it apart from other rows of the method, in words.
-    """
+    """Runs of one method with the same settings, one a seed."""
 
     method: str
-    special: str
+    special: str  # what sets it apart from other rows of the method, in words
     runs: list[Run]
 
     def shares(self, split: str) -> list[float]:

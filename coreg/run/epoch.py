@@ -1,22 +1,26 @@
-"""What follows the steps of an epoch: batch statistics, what TensorBoard shows, accuracy on the test images."""
+"""Parts of an epoch: warm-up and division by two networks, batch statistics, what TensorBoard shows, accuracy."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from timm.utils import distribute_bn
+from torch import nn
 from torch.optim.swa_utils import update_bn
 
 from coreg.learn.collective import my_slice
+from coreg.learn.division import Division, divide
+from coreg.learn.two_nets import Verdict, warm_up_batch
 from coreg.nets.model import Model
 from coreg.process import main_process_decides
-from coreg.report.metrics import accuracy
+from coreg.report.metrics import accuracy, division_health
 from coreg.run.board import show_epoch
+from coreg.run.loop import Run
 from coreg.run.task import Task, predict
-from coreg.run.training import Training
+from coreg.run.training import Training, placed
 from coreg.views.order import ShuffledRows
 
 
@@ -61,3 +65,58 @@ def accuracy_on_test(task: Task[Any], nets: Sequence[Model]) -> dict[str, float]
     return {
         f"accuracy/test/{name}": accuracy(p.argmax(1).cpu().numpy(), task.test_labels) for name, p in predictions.items()
     }
+
+
+# ---- two networks that divide the training set for each other: Co-Reg and DivideMix ---------------------------------
+
+
+def paired(learners: Sequence[nn.Module], task: Task[Any]) -> list[nn.Module]:
+    """Two learners on the device, each with the other one's network for its peer."""
+    for learner, other in zip(learners, reversed(learners)):
+        learner.set_peer(other.net)
+    return [placed(learner, task.accelerator, task.job) for learner in learners]
+
+
+def warm_up(run: Run, task: Task[Any], training: Training, lr: float, view: str, informative: np.ndarray) -> None:
+    """Train the present network for an epoch on candidate sets.
+
+    Images that no template could name teach nothing and are left out.
+
+    Args:
+        view: of an image. informative: bool (N,), over which the mean of the partial loss is taken.
+    """
+    key = (training.epoch, training.number)
+    order = ShuffledRows(np.flatnonzero(task.weak.usable), 2 * task.job.batch_size, (task.job.seed, "warm-up", *key))
+    for step in run.steps(training, order.per_round):
+        rows = order.batch(step)
+        training.learn(warm_up_batch(task.data, rows, task.table, key, view, int(informative[rows].sum())), lr)
+
+
+def division_of(task: Task[Any], training: Training, number: int, losses: np.ndarray, monotone: bool = False) -> Division:
+    """Division of the training set by the division losses (N,) of network `number` (0 or 1) in the last epochs."""
+    history = training.divisions.remember(number, losses, task.method.history)
+    fitted, smallest = task.weak.usable & ~task.weak.certain, min(task.job.batch_size, len(task.weak.usable))
+    # fitted on one process and sent to the others: two fits might differ in the last bit, and then in a whole image
+    division = main_process_decides(
+        task.accelerator,
+        lambda: divide(history, fitted, task.job.seed, task.method.threshold, smallest, monotone),
+    )
+    # a person's labels are trusted whatever their loss
+    division.weight[task.weak.certain], division.trusted[task.weak.certain] = 1.0, True
+    return division
+
+
+def divide_training_set(
+    task: Task[Any], training: Training, divide_by: Callable[[int], tuple[Division, Verdict, np.ndarray]]
+) -> Sequence[np.ndarray]:
+    """Both networks divide before either of them trains; gives their log probabilities (N, C).
+
+    Args:
+        divide_by: number of a network (0 or 1) -> its division, what the other one is to train on, its log probabilities.
+    """
+    divisions = training.divisions
+    both, verdicts, log_ps = zip(*(divide_by(number) for number in (0, 1)))
+    divisions.verdicts, divisions.weights = list(verdicts), [division.weight for division in both]
+    weak, names = task.weak, task.store.class_names
+    divisions.health = division_health(both, log_ps, weak.table, task.zero_shot, weak.truth, names)
+    return log_ps

@@ -174,7 +174,7 @@ def _split(run: Run, predicted: Predictions, split: str) -> Split:
 def _part(run: Run) -> dict[str, Any] | None:
     """What the report says of `--share`; None where all images are trained on."""
     asked = getattr(run.job, "share", 1)
-    available = int(((run.store.split == TRAIN) & ~run.store.unreadable).sum())
+    available = len(run.store.rows_of(TRAIN))
     return None if asked == 1 else {"asked": asked, "available": available}
 
 
@@ -255,9 +255,8 @@ def predictions(run: Run, task: Task, logits: dict[str, dict[str, np.ndarray]], 
 
 def logits_of(task: Task, nets: Sequence[Model]) -> dict[str, dict[str, np.ndarray]]:
     """Logits (n, C) of the networks' common prediction (`ensemble`, the sum over them) and of each of two, by split."""
-    splits = {"train": task.data} | ({} if task.test is None else {"test": task.test})
     logits = {}
-    for split, images in splits.items():
+    for split, images in task.splits.items():
         each = [predict(net, images, "plain", (), 4 * task.job.batch_size)[0].cpu().numpy() for net in nets]
         named = {f"net{number}": rows for number, rows in enumerate(each, start=1)} if len(each) > 1 else {}
         logits[split] = {"ensemble": sum(each)} | named
@@ -313,8 +312,7 @@ def _chosen_epoch(run: Run, task: Task, training: Training) -> tuple[dict[str, A
     for net, weights in zip(divisions.nets, divisions.chosen["nets"]):
         net.load_state_dict(weights)
     classes = {split: rows["ensemble"].argmax(axis=1) for split, rows in logits_of(task, divisions.nets).items()}
-    truth = {"train": task.weak.truth, "test": task.test_labels}
-    summary["accuracy"] = {split: accuracy(rows, truth[split]) for split, rows in classes.items()}
+    summary["accuracy"] = {split: accuracy(rows, task.truth[split]) for split, rows in classes.items()}
     settings = _export(task, divisions.nets, run.folder.chosen_export)
     for net, weights in zip(divisions.nets, last):
         net.load_state_dict(weights)
@@ -337,10 +335,9 @@ def _refined(run: Run, task: Task, samples: dict[str, np.ndarray]) -> dict[str, 
     if run.store is run.annotated:
         return None
     best = task.store.probs().argmax(axis=1)
-    truth = {"train": task.weak.truth, "test": task.test_labels}
     return {
         "features": task.store.manifest["refined"].get("view", "own"),
-        "accuracy": {split: accuracy(best[rows], truth[split]) for split, rows in samples.items()},
+        "accuracy": {split: accuracy(best[rows], task.truth[split]) for split, rows in samples.items()},
         "partial_accuracy": partial_accuracy(task.weak.table, task.weak.truth),
         "mean_candidates": mean_candidates(task.weak.table),
     }

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from coreg.data.decode import decode, no_longer_readable
-from coreg.data.images import TRAIN
+from coreg.data.images import TEST, TRAIN
 from coreg.data.labels import few_shot_draw, read_labels
 from coreg.errors import UserError
 from coreg.learn.collective import gather_rows, my_slice
@@ -50,6 +50,16 @@ class Task(Generic[Options]):
     test: TrainingImages | None  # the test images
     test_labels: np.ndarray  # int64, their classes, -1 unknown
 
+    @property
+    def splits(self) -> dict[str, TrainingImages]:
+        """The images by split, `train` and, where there are some, `test`."""
+        return {"train": self.data} | ({} if self.test is None else {"test": self.test})
+
+    @property
+    def truth(self) -> dict[str, np.ndarray]:
+        """int64, true classes of the images of `train` and `test`, -1 unknown; for reports alone."""
+        return {"train": self.weak.truth, "test": self.test_labels}
+
     def labelled(self, rows: np.ndarray, view: str, key: tuple[int | str, ...]) -> tuple[tuple[Tensor, Tensor] | None, int]:
         """This process's share of a step's labelled images and their classes, and how many there are in all.
 
@@ -69,7 +79,7 @@ def training_rows(job: JobConfig, store: AnnotationStore) -> np.ndarray:
     Raises:
         UserError: more images are asked for than there are, or a part of fewer than 2.
     """
-    rows = np.flatnonzero((store.split == TRAIN) & ~store.unreadable)
+    rows = store.rows_of(TRAIN)
     asked = getattr(job, "share", 1.0)  # methods that tune the annotator on labelled images alone have no such option
     if asked == 1:
         return rows
@@ -117,7 +127,7 @@ def prepare(run: Run, method: Options, alignment: str = "uniform") -> Task[Optio
     accelerator, job, image_options, store = run.accelerator, run.job, run.image_options, run.store
     labels = np.full(len(store.paths), -1) if store.labels is None else store.labels
     train = training_rows(job, store)
-    test = np.flatnonzero((store.split == 1) & ~store.unreadable)
+    test = store.rows_of(TEST)
     weak = _weak_labels(run, train)
     train = weak.samples
     given, n_classes = np.flatnonzero(weak.certain), len(store.class_names)

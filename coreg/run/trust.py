@@ -35,7 +35,7 @@ def trust(run: Run, task: Task, predicted: dict[str, np.ndarray]) -> dict[str, A
     kind = main_process_decides(task.accelerator, lambda: _features_of(run, task))
     if kind is None:
         return None
-    splits = {"train": task.data} | ({"test": task.test} if task.test is not None else {})
+    splits = task.splits
     if "test" in splits and len(task.test.samples) < FEWEST:
         del splits["test"]
     classes = len(task.store.class_names)
@@ -48,7 +48,7 @@ def trust(run: Run, task: Task, predicted: dict[str, np.ndarray]) -> dict[str, A
         size = 4 * task.job.batch_size
         features = {split: pooled(net, images, rows[split], size).cpu().numpy() for split, images in splits.items()}
 
-    def judge() -> dict[str, Any]:
+    def decide() -> dict[str, Any]:
         source = run.annotated.unrefined()
         samples = {split: images.samples.numpy()[rows[split]] for split, images in splits.items()}
         if kind != "weights":
@@ -63,7 +63,7 @@ def trust(run: Run, task: Task, predicted: dict[str, np.ndarray]) -> dict[str, A
             features, evidence, samples["train"], predicted[judged][rows[judged]], "refined" in task.store.manifest
         )
 
-    return main_process_decides(task.accelerator, judge)
+    return main_process_decides(task.accelerator, decide)
 
 
 def _features_of(run: Run, task: Task) -> Features | None:

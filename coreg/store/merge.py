@@ -88,7 +88,7 @@ def _same_job(folders: list[Path], manifest: dict[str, Any], root: Path) -> str:
     writer = StoreWriter(root, manifest, REMEDY)
     paths, labels, split = _samples_of(folders)
     spec = manifest["images"]["spec"]
-    writer.begin(ImageList(spec, paths, labels.astype(np.int64), split, None, pixels=lambda row: None))
+    writer.start(ImageList(spec, paths, labels.astype(np.int64), split, None, pixels=lambda row: None))
     count = 0
     for index, target in enumerate(writer.files):
         for folder in folders:
@@ -103,7 +103,7 @@ def _same_job(folders: list[Path], manifest: dict[str, Any], root: Path) -> str:
     if count < len(writer.files):
         missing = f"{count} of {len(writer.files)} blocks are there"
         return f"{missing}; annotate the others with the same annotate_vlm.py command and --output_dir {root}"
-    writer.finish(paths)
+    writer.complete(paths)
     return f"all {count} blocks are there"
 
 
@@ -123,20 +123,20 @@ def _side_by_side(stores: list[AnnotationStore], root: Path) -> str:
     if len(set(names)) < len(names):
         names = [f"{spec}: {template}" for spec, store in zip(specs, stores) for template in store.templates]
     weights = hashlib.sha256("\n".join(store.hash for store in stores).encode()).hexdigest()
-    images = ImageList(first.images_spec, first.paths, first.labels, first.split, None, pixels=lambda row: None)
+    images = first.image_list()
     writer = _writer(root, images, stores, names, {"spec": " + ".join(specs), "weights": f"sha256 {weights}"}, None)
     votes = [store.votes() for store in stores]
     probs = [store.probs() for store in stores]
     counts = [len(store.templates) for store in stores]
     unreadable = np.logical_and.reduce([store.unreadable for store in stores])
     reasons = {row: why for row, why in StoreWriter(first.root, first.manifest).unreadable().items() if unreadable[row]}
-    for index in range(len(writer.files)):
-        part = slice(writer.rows(index).start, writer.rows(index).stop)
-        mean = sum(count * table[part].astype(np.float32) for count, table in zip(counts, probs)) / sum(counts)
-        tensors = {"votes": np.concatenate([table[part] for table in votes], axis=1), "probs": mean.astype(np.float16)}
-        # What one annotator could read can be read: the others abstain there, as they did.
-        writer.write(index, tensors, {row: why for row, why in reasons.items() if row in writer.rows(index)})
-    writer.finish(first.paths)
+
+    def part(rows: slice) -> dict[str, np.ndarray]:
+        mean = sum(count * table[rows].astype(np.float32) for count, table in zip(counts, probs)) / sum(counts)
+        return {"votes": np.concatenate([table[rows] for table in votes], axis=1), "probs": mean.astype(np.float16)}
+
+    # What one annotator could read can be read: the others abstain there, as they did.
+    writer.write_all(images, part, reasons)
     return f"{len(stores)} annotators of the same {len(first)} images, {len(names)} templates in all"
 
 
@@ -149,6 +149,7 @@ def _one_after_the_other(stores: list[AnnotationStore], root: Path) -> str:
     images = ImageList(joined_spec(specs), paths, np.concatenate(labels), split, None, pixels=lambda row: None)
     first = stores[0]
     writer = _writer(root, images, stores, first.templates, first.manifest["model"], first.manifest["features"])
+    writer.start(images)
     waiting: list[dict[str, np.ndarray]] = []
     errors: dict[int, str] = {}
     index = 0
@@ -161,7 +162,7 @@ def _one_after_the_other(stores: list[AnnotationStore], root: Path) -> str:
             here, waiting = _split(whole, len(rows))
             writer.write(index, here, {row: errors.pop(row) for row in sorted(errors) if row in rows})
             index += 1
-    writer.finish(paths)
+    writer.complete(paths)
     return f"{len(paths)} images of {len(stores)} parts"
 
 
@@ -211,6 +212,4 @@ def _writer(
     kept = {key: manifest.get(key) for key in ("data_root", "preprocessing", "versions")}
     size, names = manifest["block_size"], manifest["class_names"]
     manifest = make_manifest(images, names, templates, model, size, features=features, **kept)
-    writer = StoreWriter(root, manifest, REMEDY)
-    writer.begin(images)
-    return writer
+    return StoreWriter(root, manifest, REMEDY)

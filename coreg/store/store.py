@@ -43,25 +43,15 @@ __all__ = ["AnnotationStore", "StoreWriter", "continued", "make_manifest", "read
 
 @dataclass
 class AnnotationStore:
-    """An opened, verified and finished store.
+    """An opened, verified and finished store."""
 
-    Attributes:
-        root: its folder.
-        manifest: the content of manifest.json.
-        paths: N image paths; the row number is the identity of an image.
-        labels: int64 (N,), -1 where unknown, or None without any; for reporting only.
-        split: uint8 (N,), 0 = train, 1 = test.
-        unreadable: bool (N,), images that could not be read; all templates abstain and the probabilities are uniform.
-        hash: sha256 (hex) over the job and all checksums; changes with anything that a trainer could learn from.
-    """
-
-    root: Path
-    manifest: dict[str, Any]
-    paths: Sequence[str]
-    labels: np.ndarray | None
-    split: np.ndarray
-    unreadable: np.ndarray
-    hash: str
+    root: Path  # its folder
+    manifest: dict[str, Any]  # the content of manifest.json
+    paths: Sequence[str]  # N image paths; the row number is the identity of an image
+    labels: np.ndarray | None  # int64 (N,), -1 where unknown, or None without any; for reporting only
+    split: np.ndarray  # uint8 (N,), 0 = train, 1 = test
+    unreadable: np.ndarray  # bool (N,), images that could not be read: all templates abstain, probabilities are uniform
+    hash: str  # sha256 (hex) over the job and all checksums; changes with anything that a trainer could learn from
 
     @classmethod
     def open(cls, folder: str | Path) -> AnnotationStore:
@@ -143,6 +133,15 @@ class AnnotationStore:
             names = next((f"{a!r} for {b!r}" for a, b in pairs if a != b), f"{len(self.class_names)} classes")
             raise UserError(f"{option} {self.root} has other classes ({names}); annotate with the same --classes")
 
+    def need_features(self, remedy: str = "annotate the images again") -> None:
+        """Raise a UserError where the annotator left no features."""
+        if self.manifest["features"] is None:
+            raise UserError(f"{self.root} keeps no features, its annotator gives none; {remedy}")
+
+    def rows_of(self, split: int) -> np.ndarray:
+        """int64 (n,): the images of a split that could be read."""
+        return np.flatnonzero((self.split == split) & ~self.unreadable)
+
     def drawn_sets(self) -> np.ndarray:
         """bool (N, C): the candidate sets of a store in which they were drawn."""
         # up to version 2 such stores had votes of made-up templates, and probabilities that are uniform over the set
@@ -206,6 +205,10 @@ class AnnotationStore:
         except UserError:
             return None
         return source if source.hash == self.manifest["refined"]["source_hash"] else None
+
+    def image_list(self) -> ImageList:
+        """The images that were annotated, as they are recorded: without their pixels."""
+        return ImageList(self.images_spec, self.paths, self.labels, self.split, None, pixels=lambda row: None)
 
     def images(self) -> ImageList:
         """Open the images that were annotated, with labels in this store's classes.

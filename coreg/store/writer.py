@@ -7,7 +7,7 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -173,7 +173,7 @@ class BlockWriter:
                     self._errors[index] = read_errors(file)
         return {row: reason for index in sorted(self._errors) for row, reason in self._errors[index].items()}
 
-    def finish(self, paths: Iterable[str], safe_csv: bool = False) -> None:
+    def complete(self, paths: Iterable[str], safe_csv: bool = False) -> None:
         """Write errors.csv (see `csv_rows`), which ends the job; every block must be there. One process calls this.
 
         Raises:
@@ -197,7 +197,7 @@ class StoreWriter(BlockWriter):
         """Prepare to write; `manifest` is of the job (see `make_manifest`), or what `continued` gives of a folder there."""
         super().__init__(root, manifest, job_hash(manifest), remedy)
 
-    def begin(self, images: ImageList) -> None:
+    def start(self, images: ImageList) -> None:
         """Make the folder with everything but blocks, or go on with the store of the same job.
 
         One process of a job calls this; if several jobs do at the same time, one of them makes the folder.
@@ -228,7 +228,7 @@ class StoreWriter(BlockWriter):
         except UserError:
             if not (self.root / "manifest.json").exists():
                 raise
-            self.begin(images)  # another job made it in the meantime
+            self.start(images)  # another job made it in the meantime
 
     def _renew(self, content: dict[str, bytes]) -> None:
         """Write what is missing, damaged, or not what it was: labels and the images' place are no part of the job."""
@@ -268,6 +268,22 @@ class StoreWriter(BlockWriter):
                 f"{self.root}: block {index} is not written: {describe(error, self.root, self.manifest)}"
             ) from None
         super().write(index, tensors, errors)
+
+    def write_all(
+        self, images: ImageList, part: Callable[[slice], dict[str, np.ndarray]], reasons: Mapping[int, str] | None = None
+    ) -> None:
+        """Make the folder, or go on with it, write every block, and complete the store.
+
+        Args:
+            part: the tensors of some rows. reasons: row number -> why the image could not be read.
+        """
+        self.start(images)
+        self.discard_damaged()
+        for index in range(len(self.files)):
+            rows = self.rows(index)
+            errors = {row: reasons[row] for row in rows if row in reasons} if reasons else {}
+            self.write(index, part(slice(rows.start, rows.stop)), errors)
+        self.complete(images.paths)
 
 
 def errors_csv(paths: Iterable[str], reasons: dict[int, str], safe_csv: bool) -> bytes:

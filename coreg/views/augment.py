@@ -38,32 +38,24 @@ _TOP, _LEFT, _FLIP, _SIDE, _CENTRE_X, _CENTRE_Y, _FIXED_X, _FIXED_Y, _FIRST_OP =
 class Augmentation:
     """Views of batches of square uint8 images; `VIEWS` has the kinds.
 
-    Attributes:
-        size: height and width of the views, pixels.
-        padding: pixels around an image before the random crop back to `size`: zeros, or its reflection in CR's views.
-        flip: flip horizontally with probability 1/2, in every kind of view that has flips.
-        strong_ops: what strong views draw from, names of `RANDAUGMENT` in any order.
-        strong_count: how many operations a `strong` view gets, drawn uniformly with replacement.
-        cutout: a strong view loses a square whose side is uniform in [0, cutout * size], centred anywhere, clipped to
-            the image, filled with (125, 123, 114), or the luma of this colour where c = 1. 0: none.
-        cutout_fixed: a strong view loses a square of this side, centred anywhere, clipped, filled with 0 before the
-            normalisation (DeVries and Taylor, 2017). 0: none.
-        mean, std: of every channel, for images in [0, 1].
-
     Raises:
         ValueError: a field is out of its range.
     """
 
-    size: int
-    padding: int
-    flip: bool
-    strong_ops: tuple[str, ...] = tuple(RANDAUGMENT)
-    strong_count: int = 1
+    size: int  # height and width of the views, pixels
+    padding: int  # pixels around an image before the random crop back to `size`: zeros, or its reflection in CR's views
+    flip: bool  # flip horizontally with probability 1/2, in every kind of view that has flips
+    strong_ops: tuple[str, ...] = tuple(RANDAUGMENT)  # what strong views draw from, names of `RANDAUGMENT` in any order
+    strong_count: int = 1  # how many operations a `strong` view gets, drawn uniformly with replacement
+    # a strong view loses a square whose side is uniform in [0, cutout * size], centred anywhere, clipped to the image,
+    # filled with (125, 123, 114), or the luma of this colour where c = 1; 0: none
     cutout: float = 0.5
+    # a strong view loses a square of this side, centred anywhere, clipped, filled with 0 before the normalisation (DeVries
+    # and Taylor, 2017); 0: none
     cutout_fixed: int = 0
     _: KW_ONLY
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    mean: tuple[float, ...]  # of every channel, for images in [0, 1]
+    std: tuple[float, ...]  # likewise
 
     def __post_init__(self) -> None:
         unknown = sorted(set(self.strong_ops) - set(RANDAUGMENT))

@@ -123,12 +123,7 @@ def draw(config: WeakConfig) -> AnnotationStore:
         preprocessing=None,
         versions={"coreg": coreg.__version__, "numpy": np.__version__, "torch": torch.__version__},
     )
-    writer = StoreWriter(Path(config.output_dir), job)
-    writer.begin(images)
-    for index in range(len(writer.files)):
-        rows = writer.rows(index)
-        writer.write(index, {"candidates": table[rows.start : rows.stop]}, {})
-    writer.finish(images.paths)
+    StoreWriter(Path(config.output_dir), job).write_all(images, lambda rows: {"candidates": table[rows]})
     return AnnotationStore.open(config.output_dir)
 
 
