@@ -27,10 +27,10 @@ test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 test-slow: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -o addopts="-q --strict-markers"
+	OMP_NUM_THREADS=1 REAL_LAUNCHER=1 $(BIN)/python -m pytest -m slow -o addopts="-q --strict-markers"
 
 test-multiprocess: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m multiprocess -o addopts="-q --strict-markers"
+	OMP_NUM_THREADS=1 REAL_LAUNCHER=1 $(BIN)/python -m pytest -m multiprocess -o addopts="-q --strict-markers"
 
 # Every method on the digits, three seeds, JOBS runs at a time; what is finished is skipped. Hours; the table is in docs/results.md
 compare: $(READY)

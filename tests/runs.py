@@ -3,9 +3,11 @@
 import contextlib
 import dataclasses
 import importlib.util
+import inspect
 import os
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import time
@@ -27,9 +29,9 @@ from coreg.weak.noise import uniforms
 ROOT = Path(__file__).parents[1]
 
 
-def script(name):
-    """The module of baselines/NAME.py."""
-    spec = importlib.util.spec_from_file_location(f"baselines_{name}", ROOT / "baselines" / f"{name}.py")
+def script(name, folder=ROOT / "baselines"):
+    """The module of baselines/NAME.py, or of another folder's."""
+    spec = importlib.util.spec_from_file_location(f"{folder.name}_{name}", folder / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
@@ -76,8 +78,8 @@ class Ended:
 def in_processes(count, main, *words, before=None):
     """`main(words)` in processes that form a group like those of a launcher, or in one; each calls `before()` first.
 
-    They are forked from this one, so that nothing has to be imported; tests/test_launch.py has the real launchers. When one
-    of them fails the others have a while to notice, and are killed then.
+    They are forked from this one, so that nothing has to be imported; tests/test_launch.py has the real launchers, and
+    `on_two_processes` can use one. When one of them fails the others have a while to notice, and are killed then.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -134,10 +136,23 @@ def forked(main, words, logs, before=None, environment=()):
 
 
 def on_two_processes(main, *words):
-    """`main(words)` on two processes of the CPU, which have to end well; gives what they printed."""
-    ended = in_processes(2, main, *words)
-    assert ended.codes == [0, 0], ended.stderr[-2000:]
-    return ended.stdout
+    """`main(words)` on two processes of the CPU, which have to end well; gives what they printed.
+
+    Forked ones, or, where REAL_LAUNCHER is set (`make test-multiprocess` and `make test-slow` do), those of accelerate's.
+    """
+    if "REAL_LAUNCHER" not in os.environ:
+        ended = in_processes(2, main, *words)
+        assert ended.codes == [0, 0], ended.stderr[-2000:]
+        return ended.stdout
+    config = ["--config_file", str(ROOT / "accelerate_configs" / "cpu.yaml"), "--num_processes", "2"]
+    begin = [str(ROOT / "tests" / "launched.py"), inspect.getsourcefile(inspect.unwrap(main)), *map(str, words)]
+    done = subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.launch", *config, *begin],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
 
 
 def as_votes(drawn, folder, spec="m"):
