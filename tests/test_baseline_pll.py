@@ -3,6 +3,7 @@
 import copy
 import csv
 import dataclasses
+import html
 import json
 from pathlib import Path
 
@@ -11,7 +12,10 @@ import pytest
 import torch
 from runs import final_state, on_two_processes, refused, script, signalled_after, with_method
 
+from coreg.data.decode import decode
+from coreg.export.ensemble import Ensemble
 from coreg.export.folder import load_export
+from coreg.export.programs import as_program
 from coreg.learn.partial import METHODS
 from coreg.run.watch import EXIT_INTERRUPTED
 from coreg.store.store import AnnotationStore
@@ -25,7 +29,20 @@ SMALL = [
     '{"norm": "group", "widths": [8, 16], "depths": [1, 1]}', "--epochs", "3", "--batch_size", "13",
     "--workers", "0", "--report_to", "none",
 ]  # fmt: skip
-OWN = {"queue_size": 50, "projection_dim": 8, "correction_margin": 0, "noise_rate": 0.2}
+OWN = {
+    "queue_size": 50,
+    "projection_dim": 8,
+    "correction_margin": 0,
+    "noise_rate": 0.2,
+    "plan_queue": 30,
+    "estimation": 0.4,
+}
+
+
+TWO_HEADED = [
+    "--backbone", "deit_tiny_distilled_patch16_224", "--image_size", "16",
+    "--backbone_args", '{"img_size": 16, "patch_size": 8, "depth": 1, "embed_dim": 16, "num_heads": 2}',
+]  # fmt: skip
 
 
 def small_run(store, output, method, *more):
@@ -69,6 +86,35 @@ def test_every_method_runs_to_its_report_and_the_same_command_again_does_nothing
     assert "finished" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("method", ["records", "htc"])
+def test_an_export_predicts_as_the_method_does(small_store, tmp_path, method):
+    """Not as its network does: what it was judged by, what the report has, and its export agree; the card says so."""
+    state, report = small_run(small_store, tmp_path / "run", method, "--epochs", "2")
+    (net,), settings = load_export(tmp_path / "run")
+    store = AnnotationStore.open(small_store)
+    rows = np.flatnonzero(store.split == 0)
+    pixels = decode(store.images(), rows, 12, 3, 0, {})
+    ensemble = Ensemble([net], settings).eval()
+    with torch.no_grad():
+        logits = ensemble(pixels)[0]
+    if method == "htc":  # a module that programs have not met
+        torch.testing.assert_close(as_program(ensemble, settings, "torch_export")[1](pixels), logits)
+    labels = [row["label"] for row in csv.DictReader((tmp_path / "run" / "labels.csv").open())]
+    assert [store.class_names[row] for row in logits.argmax(1)] == labels
+    assert np.mean(store.labels[rows] == logits.argmax(1).numpy()) == pytest.approx(report["accuracy"]["train"]["ensemble"])
+    weights = {key.removeprefix("net.backbone."): value.float() for key, value in state["learners"][0].items()}
+    if method == "htc":
+        assert type(net).__name__ == "TwoHeads"
+        for key, value in net.state_dict().items():
+            torch.testing.assert_close(value, weights[key])
+        confidence = state["learners"][0]["confidence"]
+        torch.testing.assert_close(net.prior, (confidence.sum(0) / confidence.sum()).float())
+    else:
+        prior = (weights["fc.weight"] @ weights["feature_mean"] + weights["fc.bias"]).softmax(0)
+        torch.testing.assert_close(net.fc.bias, weights["fc.bias"] - (prior + 1e-9).log())
+    assert report["prediction"] in html.unescape((tmp_path / "run" / "export" / "README.md").read_text().replace("\\", ""))
+
+
 def test_what_a_method_judges_by_is_tested_reported_and_exported(small_store, tmp_path, monkeypatch):
     def certain_of_the_last_class(self):
         net = copy.deepcopy(self.net)
@@ -100,6 +146,9 @@ def test_the_authors_settings_train_too(small_store, tmp_path, method):
         ["pico_plus"],
         ["irnet"],
         ["alim_scale", "--few_shot", "2"],
+        ["solar"],
+        ["htc", "--few_shot", "2"],
+        *(pytest.param([method], marks=pytest.mark.slow) for method in ("able", "idgp", "records")),
     ],
     ids=" ".join,
 )
@@ -235,6 +284,9 @@ def test_learning_rates():
         ),
         (["--method", "cc", "--pure_ratio", "1"], "--pure_ratio is no option of --method cc; these have it: pico_plus"),
         (["--contrast_after", "3"], "--contrast_after"),
+        (["--method", "htc", "--selected", "0.5"], "--selected is 0.5; give two numbers"),
+        (["--method", "records", *TWO_HEADED], "needs a classifier that is one linear layer"),
+        (["--method", "htc", *TWO_HEADED], "needs a classifier that is one linear layer"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(small_store, tmp_path, capsys, arguments, message):
@@ -287,7 +339,9 @@ def test_the_noise_rate_is_counted_on_labelled_images(small_annotated, tmp_path)
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("method", ["pico_plus", "alim_scale", "irnet", "rc", "cr_dpll"])
+@pytest.mark.parametrize(
+    "method", ["pico_plus", "alim_scale", "irnet", "rc", "cr_dpll", "able", "idgp", "solar", "records", "htc"]
+)
 def test_two_processes_train_like_one(small_store, tmp_path, method):
     small = ["--annotations", str(small_store), *with_method(method, **OWN), *SMALL]
     pll.main([*small, "--output_dir", str(tmp_path / "one")])
