@@ -86,7 +86,10 @@ class Labels:
         "none", f"candidates that a zero-shot classifier finds unlikely are dropped before training: {SPELLINGS}"
     )
     prefilter_annotations: str | None = advanced(
-        None, "store of the same images by whose probabilities --prefilter goes; default: --annotations", job=False
+        None,
+        "store of the same images by an annotator, by whose probabilities --prefilter goes and whose tower --backbone "
+        "annotator takes; default: --annotations",
+        job=False,
     )
     refine: Literal["none", "auto", "own", "view"] = option(
         "none",
@@ -260,8 +263,7 @@ def check_labels(job: JobConfig) -> None:
         raise UserError(
             f"--share is {job.share:g}; give a share up to 1, such as 0.2, or a whole number of images from 2 on"
         )
-    if parse_prefilter(job.prefilter)[0] == "none" and job.prefilter_annotations:
-        raise UserError("--prefilter_annotations is for --prefilter, which is none; write --prefilter topk for example")
+    parse_prefilter(job.prefilter)
     if job.few_shot and job.labels:
         raise UserError("--few_shot and --labels exclude each other; give one of them")
 
@@ -352,7 +354,11 @@ def read_student(
         return ANNOTATOR if typed.get("backbone") == ANNOTATOR else "folder" if "annotations" in typed else "digits"
 
     def below(*configs: Any) -> Mapping[str, Any]:
-        own = annotators_pixels(configs[0].annotations) if configs[1].backbone == ANNOTATOR else {}
+        own = (
+            annotators_pixels(configs[0].prefilter_annotations or configs[0].annotations)
+            if configs[1].backbone == ANNOTATOR
+            else {}
+        )
         return own | dict(preset(*configs) if preset else {})
 
     job, image_options, method = parse(
@@ -370,6 +376,11 @@ def read_student(
     check_labels(job)
     check_image_options(image_options)
     parse_rule(job.candidates)
+    if job.prefilter_annotations and job.prefilter == "none" and image_options.backbone != ANNOTATOR:
+        raise UserError(
+            "--prefilter_annotations is for --prefilter, which is none, and --backbone annotator; write one of them, such "
+            "as --prefilter topk"
+        )
     return job, image_options, method
 
 

@@ -357,6 +357,34 @@ def test_gtsrb_and_eurosat_are_read_from_torchvisions_folders(tmp_path):
     assert images.paths[0] == "all/000000"
 
 
+def test_aircraft_and_cars_are_read_from_torchvisions_folders(tmp_path):
+    from scipy.io import savemat
+
+    data = tmp_path / "fgvc-aircraft-2013b" / "data"
+    (data / "images").mkdir(parents=True)
+    (data / "variants.txt").write_text("707-320\nA300B4\n")
+    for split, lines in (("trainval", "01 A300B4\n02 707-320\n"), ("test", "03 A300B4\n")):
+        (data / f"images_variant_{split}.txt").write_text(lines)
+        for line in lines.splitlines():
+            put(data / "images" / f"{line[:2]}.jpg")
+    images = open_images("torchvision:FGVCAircraft", None, str(tmp_path))
+    assert images.class_names == ["707-320", "A300B4"] and images.labels.tolist() == [1, 1, 0]
+    assert images.paths == ["test/000000", "train/000000", "train/000001"] and images.load(2).size == (6, 4)
+
+    cars = tmp_path / "stanford_cars"
+    for part, file, names in (("train", "devkit/cars_train_annos", "ab"), ("test", "cars_test_annos_withlabels", "cd")):
+        (cars / f"cars_{part}").mkdir(parents=True)
+        (cars / "devkit").mkdir(exist_ok=True)
+        rows = [(f"{name}.jpg", 2 - number) for number, name in enumerate(names)]
+        for name, _ in rows:
+            put(cars / f"cars_{part}" / name)
+        savemat(cars / f"{file}.mat", {"annotations": np.array(rows, dtype=[("fname", object), ("class", object)])})
+    savemat(cars / "devkit" / "cars_meta.mat", {"class_names": np.array(["Audi R8", "BMW X3"], dtype=object)})
+    images = open_images("StanfordCars", None, str(tmp_path))
+    assert images.class_names == ["Audi R8", "BMW X3"] and images.labels.tolist() == [1, 0, 1, 0]
+    assert images.split.tolist() == [1, 1, 0, 0] and images.load(0).size == (6, 4)
+
+
 def test_cifar10_keeps_its_own_split_names_and_labels(tmp_path, monkeypatch):
     from torchvision import datasets
 
@@ -378,7 +406,9 @@ def test_cifar10_keeps_its_own_split_names_and_labels(tmp_path, monkeypatch):
     assert images.load(3).getpixel((0, 0)) == (2, 1, 0)
 
 
-@pytest.mark.parametrize("name", ["CIFAR10", "CIFAR100", "SVHN", "FashionMNIST", "EuroSAT", "FER2013", "GTSRB"])
+@pytest.mark.parametrize(
+    "name", ["CIFAR10", "CIFAR100", "SVHN", "FashionMNIST", "EuroSAT", "FER2013", "GTSRB", "FGVCAircraft", "StanfordCars"]
+)
 def test_a_data_set_that_cannot_be_downloaded_ends_in_one_line(tmp_path, monkeypatch, name):
     def no_network(*args, **kwargs):
         raise urllib.error.URLError("no network")

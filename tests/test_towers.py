@@ -8,6 +8,7 @@ import open_clip
 import pytest
 import timm
 import torch
+import yaml
 from PIL import Image
 from runs import refused, script
 from test_annotate_annotators import save_tiny_clip
@@ -27,6 +28,7 @@ from coreg.nets.towers import timm_tower
 from coreg.nets.tuning import Tuning
 from coreg.settings import annotators_pixels
 from coreg.store.store import AnnotationStore
+from coreg.weak.__main__ import main as draw
 
 CPU, NAMES = torch.device("cpu"), ["a cat", "the_dog", "blue whale"]
 TINY = {"vision_cfg": {"image_size": 16, "layers": 2, "width": 16, "head_width": 8, "patch_size": 8}}
@@ -167,3 +169,22 @@ def test_a_tuned_annotator_end_to_end(store, tmp_path, capsys):
     assert itself(torch.zeros(1, 3, 16, 16)).shape == (1, 16)
     main([*map(str, words), "--output_dir", str(output)])
     assert "This run is finished" in capsys.readouterr().out
+
+
+def test_sets_that_were_drawn_are_learned_by_the_tower_of_another_stores_annotator(store, tmp_path, capsys):
+    place = store.root.parent
+    draw([
+        "--images", str(place / "images"), "--classes", str(place / "classes.txt"), "--rule", "fps", "--q", "0.5",
+        "--output_dir", str(tmp_path / "drawn"),
+    ])  # fmt: skip
+    words = ["--annotations", tmp_path / "drawn", "--backbone", "annotator", "--tuner", "linear", "--head", "cosine"]
+    words += ["--head_init", "text", "--method", "cc", "--epochs", "1", "--batch_size", "4", "--workers", "0"]
+    output, main = ["--output_dir", str(tmp_path / "run")], script("pll").main
+    assert "name the store of an annotator with --prefilter_annotations" in refused(capsys, main, *words, *output)
+    words += ["--prefilter_annotations", store.root]
+    main([*map(str, words), *output])
+    assert (tmp_path / "run" / "tower" / "text.safetensors").is_file()
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["weak_labels"]["generator"].startswith("fps(") and "prefilter" not in report["weak_labels"]
+    settings = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert (settings["image_size"], settings["mean"]) == (16, [0.5] * 3)  # the annotator's own, not the default [0.5]

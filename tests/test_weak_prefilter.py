@@ -11,7 +11,7 @@ from runs import as_votes, refused, script
 
 import train_coreg
 from coreg.errors import UserError
-from coreg.run.job import prefilter_store
+from coreg.run.job import annotators_store
 from coreg.store.store import AnnotationStore
 from coreg.weak.__main__ import main as draw
 from coreg.weak.labels import WeakLabels
@@ -219,7 +219,7 @@ def test_what_does_not_go_together_is_one_line(small_store, small_annotated, tmp
     assert "name the store of an annotator with --prefilter_annotations" in refused(
         capsys, pll, *job, "--prefilter", "topk"
     )
-    assert "write --prefilter topk" in refused(capsys, pll, *job, "--prefilter_annotations", str(small_annotated))
+    assert "such as --prefilter topk" in refused(capsys, pll, *job, "--prefilter_annotations", str(small_annotated))
     assert "unknown --prefilter best" in refused(capsys, pll, *job, "--prefilter", "best")
     few = ["--prefilter", "conformal:0.1", "--prefilter_annotations", str(small_annotated)]
     assert "--few_shot N" in refused(capsys, pll, *job, *few)
@@ -230,11 +230,11 @@ def test_what_does_not_go_together_is_one_line(small_store, small_annotated, tmp
 
 def test_a_pre_filter_is_of_the_same_images_and_classes(small_store, small_annotated):
     store, job = AnnotationStore.open(small_store), SimpleNamespace(prefilter="topk", prefilter_annotations=small_annotated)
-    assert prefilter_store(job, store).root == small_annotated
+    assert annotators_store(job, store).root == small_annotated
     for change, message in (
         ({"class_names": ["a", "d", "c"]}, "has other classes \\('b' for 'd'\\)"),
         ({"class_names": ["a", "b", "c", "d"]}, "has other classes \\(3 classes\\)"),
         ({"images": store.manifest["images"] | {"sha256": "x"}}, "is of other images"),
     ):
         with pytest.raises(UserError, match=message):
-            prefilter_store(job, dataclasses.replace(store, manifest=store.manifest | change))
+            annotators_store(job, dataclasses.replace(store, manifest=store.manifest | change))

@@ -43,7 +43,7 @@ def write_tower(
             f"{store.root} is refined, and the store that it was refined from, which says what annotated it, is gone; name "
             f"a timm model with --backbone"
         )
-    annotated.need_annotator("name a timm model with --backbone")
+    annotated.need_annotator("name the store of an annotator with --prefilter_annotations, or a timm model with --backbone")
     made_by = annotated.manifest["model"]
     model = resolve(made_by["spec"])
     if model.weights != made_by["weights"]:

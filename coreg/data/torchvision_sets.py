@@ -41,7 +41,10 @@ TORCHVISION: dict[str, list[str] | None] = {
     "EuroSAT": None,
     "FER2013": [f"{face} Facial Expression" for face in _FACES],
     "GTSRB": [f"German Traffic Sign: {sign}" for sign in _SIGNS.split("|")],
+    "FGVCAircraft": None,
+    "StanfordCars": None,
 }
+BY_SPLIT = ("SVHN", "FER2013", "GTSRB", "FGVCAircraft", "StanfordCars")  # whose parts torchvision names by `split`
 
 
 @dataclass
@@ -84,7 +87,9 @@ def _torchvision_part(name: str, split: str, data_root: str) -> Any:
     if name == "EuroSAT":
         choice: dict[str, Any] = {}
     else:
-        choice = {"split": split} if name in ("SVHN", "FER2013", "GTSRB") else {"train": split == "train"}
+        choice = {"split": split} if name in BY_SPLIT else {"train": split == "train"}
+        if name == "FGVCAircraft" and split == "train":  # as everyone reports it
+            choice["split"] = "trainval"
     build = getattr(datasets, name)
     try:
         return build(data_root, **choice)
@@ -94,6 +99,8 @@ def _torchvision_part(name: str, split: str, data_root: str) -> Any:
     try:
         if name == "FER2013":  # needs a login: torchvision cannot fetch it
             raise OSError("torchvision cannot download it; put fer2013.csv from Kaggle into a folder fer2013 there")
+        if name == "StanfordCars":
+            raise OSError("it can no longer be downloaded; put a copy into a folder stanford_cars there")
         with _network_timeout(20):
             return build(data_root, download=True, **choice)
     except Exception as error:  # torchvision lets every kind of network, archive and checksum error through
@@ -107,7 +114,7 @@ def _torchvision_part(name: str, split: str, data_root: str) -> Any:
 
 
 def _torchvision_labels(part: Any) -> np.ndarray:
-    labels = getattr(part, "targets", getattr(part, "labels", None))
+    labels = getattr(part, "targets", getattr(part, "labels", getattr(part, "_labels", None)))
     if labels is None:
         labels = [-1 if label is None else label for _, label in part._samples]
     return np.asarray(labels, dtype=np.int64)

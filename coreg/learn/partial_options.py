@@ -17,7 +17,9 @@ Name = Literal[
     "alim_onehot", "alim_scale", "able", "idgp", "solar", "records", "htc", "supervised",
 ]  # fmt: skip
 # of `coreg.views.augment.VIEWS`
-View = Literal["plain", "weak", "strong", "pico_weak", "pico_strong", "cr_weak", "cr_strong", "cr_strong_svhn"]
+View = Literal[
+    "plain", "weak", "strong", "pico_weak", "pico_strong", "cr_weak", "cr_strong", "cr_strong_svhn", "clip_train"
+]  # fmt: skip
 Values = dict[str, dict[str, Any]]
 
 

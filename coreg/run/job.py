@@ -84,8 +84,8 @@ def open_run(
             store = annotate_default(folder.root / "annotations", accelerator)
         known = all_or_none(accelerator, lambda: known_labels(job, store))
         identity |= {"store": store.hash, "known_labels": hashlib.sha256(known.tobytes()).hexdigest()}
-        likely = all_or_none(accelerator, lambda: prefilter_store(job, store))
-        identity |= {} if likely is None else {"prefilter_store": likely.hash}
+        judged = all_or_none(accelerator, lambda: annotators_store(job, store))
+        identity |= {} if judged is store else {"prefilter_store": judged.hash}
         main_process_decides(accelerator, lambda: folder.refuse_other(identity))
         if main_process_decides(accelerator, lambda: folder.finished):
             accelerator.print(summary(main_process_decides(accelerator, lambda: finished_report(folder)), folder.root))
@@ -96,15 +96,14 @@ def open_run(
         if image_options is not None:
             if image_options.backbone == ANNOTATOR:
                 main_process_decides(accelerator, hold)
-                image_options = annotators_tower(accelerator, folder, store, image_options)
+                image_options = annotators_tower(accelerator, folder, judged, image_options)
             check_pixels(accelerator, image_options, len(store.class_names))
         annotated = store
         if (features := refinement(job, image_options, store)) != "none":
             main_process_decides(accelerator, lambda: refuse_refining(store, features))
             main_process_decides(accelerator, hold)
             store = refined(store, folder.root / "refined", features, job, image_options, accelerator)
-        if likely is annotated:
-            likely = store
+        likely = store if judged is annotated else judged
         yield Run(
             accelerator,
             folder,
@@ -118,22 +117,29 @@ def open_run(
             command,
             started,
             held,
-            likely,
+            likely if filters(job) else None,
         )
 
 
-def prefilter_store(job: JobConfig, store: AnnotationStore) -> AnnotationStore | None:
-    """The store by whose probabilities candidates are dropped, the one that is trained on where none is named.
+def filters(job: JobConfig) -> bool:
+    """Whether candidates are dropped before training; methods that tune the annotator itself have no such option."""
+    return getattr(job, "prefilter", "none") != "none"
+
+
+def annotators_store(job: JobConfig, store: AnnotationStore) -> AnnotationStore:
+    """The store of the annotator by which `--prefilter` and `--backbone annotator` go.
+
+    It is the one that is trained on, where no other is named.
 
     Raises:
-        UserError: it cannot be opened, nobody annotated it, or it is of other images or classes.
+        UserError: it cannot be opened, is of other images or classes, or nobody annotated it and `--prefilter` needs it.
     """
-    if getattr(job, "prefilter", "none") == "none":  # methods that tune the annotator itself have no such option
-        return None
-    likely = AnnotationStore.open(job.prefilter_annotations) if job.prefilter_annotations else store
-    likely.need_annotator("name the store of an annotator with --prefilter_annotations")
-    likely.need_same(store.manifest["images"]["sha256"], store.class_names, "--prefilter_annotations")
-    return likely
+    other = getattr(job, "prefilter_annotations", None)
+    judged = AnnotationStore.open(other) if other else store
+    judged.need_same(store.manifest["images"]["sha256"], store.class_names, "--prefilter_annotations")
+    if filters(job):
+        judged.need_annotator("name the store of an annotator with --prefilter_annotations")
+    return judged
 
 
 def check_settings(settings: tuple[Any, ...], image_options: ImageConfig | None) -> None:
