@@ -60,6 +60,7 @@ from coreg.annotate.work import annotated, every_block, rescored
 from coreg.data.class_names import read_class_names
 from coreg.data.images import ImageList, absolute_path, list_hash, translated
 from coreg.data.sources import open_images, require_readable
+from coreg.data.tags import translated_tags
 from coreg.demo.annotator import demo_templates
 from coreg.plaintext import printable
 from coreg.process import build_accelerator, main_process_decides
@@ -187,7 +188,8 @@ def job_on_store(config: AnnotateConfig, opened: list[ImageList]) -> Job:
     class_names = read_class_names(config.classes) if config.classes else store.class_names
     templates = read_templates(config.templates) if config.templates else store.templates
     labels = None if store.labels is None else translated(store.labels, store.class_names, class_names)
-    images = dataclasses.replace(store.image_list(), labels=labels)
+    tags = None if store.tags is None else translated_tags(store.tags, store.class_names, class_names)
+    images = dataclasses.replace(store.image_list(), labels=labels, tags=tags)
     opened.append(images)
     kept = {key: store.manifest[key] for key in ("model", "block_size", "data_root")} | {"notes": notes_of(store.manifest)}
     manifest = make_manifest(images, class_names, templates, **kept)

@@ -5,10 +5,14 @@ import json
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import load_file, save_file
 
+import annotate_vlm
 from coreg.data.sources import open_images
 from coreg.data.tag_sets import objects_of
 from coreg.errors import UserError
+from coreg.store.merge import merge
+from coreg.store.store import AnnotationStore
 
 
 def put(path, text=None):
@@ -226,3 +230,58 @@ def test_names_that_do_not_correspond(tmp_path):
     assert open_images(f"coco:{tmp_path}", ["a vehicle"]).tags is None
     tags = open_images(f"coco:{tmp_path}", ["dog", "a vehicle", "car"]).tags
     np.testing.assert_array_equal(tags, [[-1, 0, 1]])
+
+
+# ---- in a store -----------------------------------------------------------------------------------------------------
+
+
+FILES = {"images": "list.csv", "classes": "classes.txt", "output_dir": "ann"}
+
+
+@pytest.fixture
+def tagged(tmp_path):
+    """A list of four images, and a store of it by the built-in CLIP under two labels."""
+    for number in range(4):
+        put(tmp_path / f"{number}.png")
+    put(tmp_path / "list.csv", "path,labels,split\n0.png,one;two,\n1.png,,\n2.png,two,test\n3.png,one,test\n")
+    put(tmp_path / "classes.txt", "one\ntwo\n")
+    place = [f"--{name}={tmp_path / file}" for name, file in FILES.items()]
+    annotate_vlm.main([*place, "--workers", "0", "--block_size", "3"])
+    return tmp_path
+
+
+def test_a_store_keeps_several_labels_an_image(tagged, capsys):
+    store = AnnotationStore.open(tagged / "ann")
+    expected = np.array([[1, 1], [-1, -1], [-1, 1], [1, -1]], dtype=np.int8)
+    np.testing.assert_array_equal(store.tags, expected)
+    assert store.tags.dtype == np.int8 and store.labels is None
+    np.testing.assert_array_equal(store.images().tags, expected)
+    # judged again under other labels, what corresponds stays
+    put(tagged / "other.txt", "two\nthree\none\n")
+    annotate_vlm.main(
+        ["--rescore", str(tagged / "ann"), "--classes", str(tagged / "other.txt"), "--output_dir", str(tagged / "ann2")]
+    )
+    again = AnnotationStore.open(tagged / "ann2").tags
+    np.testing.assert_array_equal(again, np.stack([expected[:, 1], np.zeros(4), expected[:, 0]], axis=1))
+    # parts side by side keep them
+    merge([str(tagged / "ann"), str(tagged / "ann")], str(tagged / "both"))
+    np.testing.assert_array_equal(AnnotationStore.open(tagged / "both").tags, expected)
+
+
+def test_damaged_labels_of_a_store_are_refused(tagged):
+    file = tagged / "ann" / "samples.safetensors"
+    tables = load_file(file)
+    for tags in (np.full((4, 2), 2, np.int8), np.zeros((4, 3), np.int8), np.zeros((4, 2), np.int32)):
+        save_file(tables | {"tags": tags}, file)
+        with pytest.raises(UserError, match=r"is damaged: samples\.safetensors (holds|does not hold)"):
+            AnnotationStore.open(tagged / "ann")
+
+
+def test_sources_with_several_labels_are_joined(tmp_path):
+    put(tmp_path / "a.csv", "path,labels\n0.png,cat\n")
+    put(tmp_path / "b.csv", "path,dog\n1.png,1\n")
+    put(tmp_path / "photos" / "2.png")
+    spec = "joined:" + json.dumps([str(tmp_path / name) for name in ("a.csv", "b.csv", "photos")])
+    assert open_images(spec, ["cat", "dog"]).tags.tolist() == [[1, -1], [0, 1], [0, 0]]
+    put(tmp_path / "b.csv", "path,dog,cow\n1.png,1,1\n")
+    assert "give --classes" in refused(spec)

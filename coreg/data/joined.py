@@ -41,6 +41,26 @@ class _Joined:
         raise IndexError(row)
 
 
+def joined_labels(parts: Sequence[ImageList]) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Labels int64 (N,), split uint8 (N,) and tags int8 (N, L) of image lists one after the other, in the same classes.
+
+    Tags are None where no part has any.
+
+    Raises:
+        UserError: parts have tags of different labels.
+    """
+    labels = np.concatenate([np.full(len(part), -1) if part.labels is None else part.labels for part in parts])
+    split = np.concatenate([part.split for part in parts])
+    widths = {part.tags.shape[1] for part in parts if part.tags is not None}
+    if not widths:
+        return labels.astype(np.int64), split, None
+    if len(widths) > 1:
+        raise UserError("the sources that are joined have several labels an image, and not the same; give --classes")
+    nothing = (widths.pop(),)
+    tags = [np.zeros((len(part), *nothing), np.int8) if part.tags is None else part.tags for part in parts]
+    return labels.astype(np.int64), split, np.concatenate(tags)
+
+
 def joined_images(spec: str, open_one: Callable[[str], ImageList]) -> ImageList:
     """Open a `joined:` source.
 
@@ -60,16 +80,16 @@ def joined_images(spec: str, open_one: Callable[[str], ImageList]) -> ImageList:
     if any(one.startswith(PREFIX) for one in specs):
         raise UserError(f"--images {spec} joins what is joined already; list all sources in one {PREFIX}[...]")
     parts = [open_one(one) for one in specs]
-    labels = [np.full(len(part), -1) if part.labels is None else part.labels for part in parts]
-    table = np.concatenate(labels).astype(np.int64)
+    table, split, tags = joined_labels(parts)
     names = {tuple(part.class_names or ()) for part in parts}
     own = list(names.pop()) if len(names) == 1 else []
     return ImageList(
         spec=joined_spec([part.spec for part in parts]),
         paths=joined_paths([part.paths for part in parts]),
         labels=table if (table >= 0).any() else None,
-        split=np.concatenate([part.split for part in parts]),
+        split=split,
         class_names=own or None,
         pixels=_Joined(parts),
         notes=[f"{part.spec}: {note}" for part in parts for note in part.notes],
+        tags=tags,
     )

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from coreg.data.images import ImageList, Paths
-from coreg.data.joined import joined_paths, joined_spec
+from coreg.data.images import ImageList
+from coreg.data.joined import joined_labels, joined_paths, joined_spec
 from coreg.errors import UserError
 from coreg.files import making_folder
 from coreg.store.blocks import DamagedBlockError, pack_answers, read_block, unpack_answers
@@ -86,9 +86,8 @@ def _fitting(folders: Sequence[str]) -> list[AnnotationStore]:
 
 def _same_job(folders: list[Path], manifest: dict[str, Any], root: Path) -> str:
     writer = StoreWriter(root, manifest, REMEDY)
-    paths, labels, split = _samples_of(folders)
-    spec = manifest["images"]["spec"]
-    writer.start(ImageList(spec, paths, labels.astype(np.int64), split, None, pixels=lambda row: None))
+    samples = _samples_of(folders)
+    writer.start(samples)
     count = 0
     for index, target in enumerate(writer.files):
         for folder in folders:
@@ -103,12 +102,12 @@ def _same_job(folders: list[Path], manifest: dict[str, Any], root: Path) -> str:
     if count < len(writer.files):
         missing = f"{count} of {len(writer.files)} blocks are there"
         return f"{missing}; annotate the others with the same annotate_vlm.py command and --output_dir {root}"
-    writer.complete(paths)
+    writer.complete(samples.paths)
     return f"all {count} blocks are there"
 
 
-def _samples_of(folders: list[Path]) -> tuple[Paths, np.ndarray, np.ndarray]:
-    """Paths, labels and split from the first part in which they are whole."""
+def _samples_of(folders: list[Path]) -> ImageList:
+    """The images from the first part in which they are whole."""
     for folder in folders[:-1]:
         with contextlib.suppress(UserError):
             return read_samples(folder, read_manifest(folder))
@@ -144,9 +143,8 @@ def _one_after_the_other(stores: list[AnnotationStore], root: Path) -> str:
     """Rows: all images of all parts."""
     specs = [store.images_spec for store in stores]
     paths = joined_paths([store.paths for store in stores])
-    labels = [np.full(len(store), -1) if store.labels is None else store.labels for store in stores]
-    split = np.concatenate([store.split for store in stores])
-    images = ImageList(joined_spec(specs), paths, np.concatenate(labels), split, None, pixels=lambda row: None)
+    labels, split, tags = joined_labels([store.image_list() for store in stores])
+    images = ImageList(joined_spec(specs), paths, labels, split, None, pixels=lambda row: None, tags=tags)
     first = stores[0]
     writer = _writer(root, images, stores, first.templates, first.manifest["model"], first.manifest["features"])
     writer.start(images)

@@ -4,7 +4,8 @@ A store is a folder:
 
     manifest.json            schema and job: class names, templates, model, image list, block size, tool versions
     images.txt               one path a row; the row number is the image's identity everywhere (see `sources.escape`)
-    samples.safetensors      label int32 (N,) with -1 for unknown, split uint8 (N,): 0 train, 1 test, 2 held out
+    samples.safetensors      label int32 (N,) with -1 for unknown, split uint8 (N,): 0 train, 1 test, 2 held out; and, where
+                             images have several labels, tags int8 (N, C): 1 present, -1 absent, 0 unknown
     checksums.json           sha256 of samples.safetensors; stores of version 1 have none
     blocks/00000.safetensors votes int16 (n, T) with -1 for abstention, probs float16 (n, C) mean over templates,
                              features float16 (n, D) where the annotator has them, answers uint8 (B,) where it answers in
@@ -52,6 +53,7 @@ class AnnotationStore:
     split: np.ndarray  # uint8 (N,), 0 = train, 1 = test
     unreadable: np.ndarray  # bool (N,), images that could not be read: all templates abstain, probabilities are uniform
     hash: str  # sha256 (hex) over the job and all checksums; changes with anything that a trainer could learn from
+    tags: np.ndarray | None = None  # int8 (N, C) where images have several labels, or None; for reporting only
 
     @classmethod
     def open(cls, folder: str | Path) -> AnnotationStore:
@@ -70,7 +72,8 @@ class AnnotationStore:
             raise UserError(
                 f"annotation store {root} is unfinished ({len(missing)} of {len(files)} blocks missing); {again}"
             )
-        paths, labels, split = read_samples(root, manifest)
+        samples = read_samples(root, manifest)
+        paths, labels = samples.paths, samples.labels
         reasons: dict[int, str] = {}
         checksums = [job, hashlib.sha256((root / "samples.safetensors").read_bytes()).hexdigest()]
         for index, file in enumerate(files):
@@ -90,8 +93,8 @@ class AnnotationStore:
         unreadable = np.zeros(len(paths), dtype=bool)
         unreadable[list(reasons)] = True
         digest = hashlib.sha256("\n".join(checksums).encode()).hexdigest()
-        known = labels.astype(np.int64) if (labels >= 0).any() else None
-        return cls(root, manifest, paths, known, split, unreadable, digest)
+        known = labels if (labels >= 0).any() else None
+        return cls(root, manifest, paths, known, samples.split, unreadable, digest, samples.tags)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -208,7 +211,7 @@ class AnnotationStore:
 
     def image_list(self) -> ImageList:
         """The images that were annotated, as they are recorded: without their pixels."""
-        return ImageList(self.images_spec, self.paths, self.labels, self.split, None, pixels=lambda row: None)
+        return ImageList(self.images_spec, self.paths, self.labels, self.split, None, _no_pixels, tags=self.tags)
 
     def images(self) -> ImageList:
         """Open the images that were annotated, with labels in this store's classes.
@@ -239,8 +242,12 @@ class AnnotationStore:
         return stacked(parts(), len(self))
 
 
-def read_samples(root: Path, manifest: dict[str, Any]) -> tuple[Paths, np.ndarray, np.ndarray]:
-    """Paths, labels int32 (N,) and split uint8 (N,) of a store, finished or not.
+def _no_pixels(_: int) -> None:
+    return None
+
+
+def read_samples(root: Path, manifest: dict[str, Any]) -> ImageList:
+    """The images of a store, finished or not; labels are -1 where unknown, of all images too, and pixels None.
 
     Raises:
         UserError: they are damaged.
@@ -261,14 +268,20 @@ def read_samples(root: Path, manifest: dict[str, Any]) -> tuple[Paths, np.ndarra
     if list_hash(paths) != manifest["images"]["sha256"]:
         raise UserError(f"{damaged}: images.txt was changed; {again}")
     kinds = {name: (table.dtype.name, table.shape) for name, table in tensors.items()}
-    if kinds != {"label": ("int32", (count,)), "split": ("uint8", (count,))} or len(paths) != count:
+    expected = {"label": ("int32", (count,)), "split": ("uint8", (count,))}
+    several = {"tags": ("int8", (count, len(manifest["class_names"])))}
+    if kinds not in (expected, expected | several) or len(paths) != count:
         raise UserError(f"{damaged}: samples.safetensors does not hold labels and splits of {count} images; {again}")
-    label, split = tensors["label"], tensors["split"]
-    if label.min() < -1 or label.max() >= len(manifest["class_names"]) or split.max() > HELD_OUT:
+    label, split, tags = tensors["label"].astype(np.int64), tensors["split"], tensors.get("tags")
+    if label.min() < -1 or label.max() >= len(manifest["class_names"]) or split.max() > HELD_OUT or _strange(tags):
         raise UserError(f"{damaged}: samples.safetensors holds labels or splits that there are not; {again}")
     if wanted and hashlib.sha256(samples).hexdigest() != wanted["samples.safetensors"]:
         raise UserError(f"{damaged}: samples.safetensors was changed; {again}")
-    return paths, label, split
+    return ImageList(manifest["images"]["spec"], paths, label, split, None, _no_pixels, tags=tags)
+
+
+def _strange(tags: np.ndarray | None) -> bool:
+    return tags is not None and tags.size > 0 and (tags.min() < -1 or tags.max() > 1)
 
 
 def _has_content(file: Path, contents: list[bytes]) -> bool:

@@ -209,7 +209,8 @@ class StoreWriter(BlockWriter):
         self.manifest = continued(self.root, self.manifest)
         self.job = job_hash(self.manifest)
         labels = np.full(len(images), -1) if images.labels is None else images.labels
-        samples = save({"label": labels.astype(np.int32), "split": images.split.astype(np.uint8)})
+        tables = {"label": labels.astype(np.int32), "split": images.split.astype(np.uint8)}
+        samples = save(tables if images.tags is None else tables | {"tags": images.tags.astype(np.int8)})
         content = {
             "images.txt": b"".join(os.fsencode(escape(path)) + b"\n" for path in images.paths),
             "samples.safetensors": samples,
