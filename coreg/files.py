@@ -52,8 +52,8 @@ def replacing(path: str | Path, remedy: str = "free some space or choose another
     Raises:
         UserError: it cannot be written; nothing is left behind and what was at `path` is untouched.
     """
-    given, temporary = Path(path), None
-    try:
+    given = Path(path)
+    with _whole_or_nothing(given, remedy) as made:
         # as given, and not where a link leads: /dev/stdout leads to a name that is no place
         if given.exists() and not given.is_file():
             if given.is_dir():
@@ -64,6 +64,7 @@ def replacing(path: str | Path, remedy: str = "free some space or choose another
         target = Path(os.path.realpath(given))
         # its own name is kept at the end: libraries go by the suffix
         temporary = target.with_name(f".tmp.{secrets.token_hex(8)}.{target.name[-100:]}")
+        made.append(temporary)
         descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
         mode = stat.S_IMODE(os.fstat(descriptor).st_mode)
         os.close(descriptor)
@@ -72,18 +73,6 @@ def replacing(path: str | Path, remedy: str = "free some space or choose another
             os.fchmod(file.fileno(), mode)
             os.fsync(file.fileno())
         temporary.replace(target)
-    except UserError:
-        _remove(temporary)
-        raise
-    except Exception as error:
-        _remove(temporary)
-        reason = reason_of(error)
-        if reason is None:
-            raise
-        raise UserError(f"cannot write {given} ({reason}); {remedy}") from None
-    except BaseException:
-        _remove(temporary)
-        raise
 
 
 @contextlib.contextmanager
@@ -101,10 +90,25 @@ def _kept_open(pipe: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _remove(temporary: Path | None) -> None:
-    if temporary is not None:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+@contextlib.contextmanager
+def _whole_or_nothing(given: Path, remedy: str) -> Iterator[list[Path]]:
+    """What is put into the list is removed where an error comes, and the error's one line is about `given`."""
+    made: list[Path] = []
+    try:
+        yield made
+    except BaseException as error:
+        for path in made:
+            with contextlib.suppress(OSError):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if isinstance(error, UserError):
+            text = str(error)
+            for path in made:
+                text = text.replace(str(path), str(given))
+            raise UserError(text, error.silent) from None
+        reason = reason_of(error) if isinstance(error, Exception) else None
+        if reason is None:
+            raise
+        raise UserError(f"cannot write {given} ({reason}); {remedy}") from None
 
 
 def write_atomically(
@@ -200,12 +204,13 @@ def making_folder(
     Raises:
         UserError: it cannot be made or filled, or is there already; nothing is left behind and what was there is untouched.
     """
-    given, temporary = Path(path), None
-    try:
+    given = Path(path)
+    with _whole_or_nothing(given, remedy) as made:
         target = Path(os.path.realpath(given))
         target.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(target, alone=replace)
         temporary = _hidden(target)
+        made.append(temporary)
         temporary.mkdir()
         yield temporary
         _settle(temporary)
@@ -216,15 +221,6 @@ def making_folder(
             shutil.rmtree(old, ignore_errors=True)
         else:
             temporary.rename(target)
-    except BaseException as error:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, UserError):
-            raise UserError(str(error).replace(str(temporary), str(given)), error.silent) from None
-        reason = reason_of(error) if isinstance(error, Exception) else None
-        if reason is None:
-            raise
-        raise UserError(f"cannot write {given} ({reason}); {remedy}") from None
 
 
 def _hidden(target: Path) -> Path:

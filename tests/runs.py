@@ -21,6 +21,7 @@ import torch
 from accelerate.state import AcceleratorState
 from threadpoolctl import threadpool_limits
 
+from coreg.errors import UserError
 from coreg.learn.partial_options import OPTIONS
 from coreg.run import checkpoint
 from coreg.store.store import AnnotationStore, StoreWriter, make_manifest
@@ -64,6 +65,14 @@ def refused(capsys, main, *arguments):
     assert stopped.value.code == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     return line
+
+
+def error_of(function, *arguments):
+    """The one line of the UserError that a call ends with."""
+    with pytest.raises(UserError) as raised:
+        function(*arguments)
+    assert "\n" not in str(raised.value)
+    return str(raised.value)
 
 
 @dataclasses.dataclass

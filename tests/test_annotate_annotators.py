@@ -11,6 +11,7 @@ import open_clip
 import pytest
 import torch
 from PIL import Image
+from runs import error_of
 from safetensors.torch import load_file, save_file
 
 from coreg import hub
@@ -260,13 +261,6 @@ def test_quick_gelu_follows_the_weights(monkeypatch):
 # ---- models that cannot be had --------------------------------------------------------------------------------------
 
 
-def refused(function, *arguments):
-    with pytest.raises(UserError) as raised:
-        function(*arguments)
-    assert "\n" not in str(raised.value)
-    return str(raised.value)
-
-
 @pytest.mark.parametrize(
     ("spec", "words"),
     [
@@ -279,27 +273,27 @@ def refused(function, *arguments):
         ("local-dir:/nowhere/at/all", "model folder /nowhere/at/all does not exist"),
     ],
 )
-def test_unknown_models_are_told_in_one_line(spec, words):
-    assert words in refused(resolve, spec)
+def test_unknown_models_are_one_line(spec, words):
+    assert words in error_of(resolve, spec)
 
 
-def test_folders_that_hold_no_model_are_told_in_one_line(tmp_path, tiny):
+def test_folders_that_hold_no_model_are_one_line(tmp_path, tiny):
     folder = tmp_path / "model"
     folder.mkdir()
     spec = f"local-dir:{folder}"
-    assert "open_clip_config.json does not exist" in refused(resolve, spec)
+    assert "open_clip_config.json does not exist" in error_of(resolve, spec)
     for content in ("", "[]", '{"model_cfg": {}}', '{"model_cfg": 3}', '{"vision_cfg": {}}'):
         (folder / "open_clip_config.json").write_text(content)
-        assert "is not an open_clip configuration" in refused(resolve, spec)
+        assert "is not an open_clip configuration" in error_of(resolve, spec)
     config = (tiny / "open_clip_config.json").read_text()
     (folder / "open_clip_config.json").write_text(config)
-    assert "holds no weights" in refused(resolve, spec)
+    assert "holds no weights" in error_of(resolve, spec)
     (folder / "open_clip_model.safetensors").write_bytes(b"junk")
-    assert "cannot load local-dir:" in refused(load_open_clip, resolve(spec))
+    assert "cannot load local-dir:" in error_of(load_open_clip, resolve(spec))
     wrong = dict(load_file(tiny / "open_clip_model.safetensors"))
     wrong.pop("text_projection")
     save_file(wrong, folder / "open_clip_model.safetensors")
-    assert "cannot load local-dir:" in refused(load_open_clip, resolve(spec))
+    assert "cannot load local-dir:" in error_of(load_open_clip, resolve(spec))
 
 
 def test_weights_that_are_no_numbers_are_refused(tmp_path):
@@ -307,7 +301,7 @@ def test_weights_that_are_no_numbers_are_refused(tmp_path):
     weights = load_file(folder / "open_clip_model.safetensors")
     weights["text_projection"].fill_(math.nan)
     save_file(weights, folder / "open_clip_model.safetensors")
-    assert "not finite" in refused(ClipAnnotator, resolve(f"local-dir:{folder}"), TEMPLATES, NAMES)
+    assert "not finite" in error_of(ClipAnnotator, resolve(f"local-dir:{folder}"), TEMPLATES, NAMES)
 
 
 class Trap:
@@ -323,9 +317,9 @@ def test_weights_never_run_code(tmp_path):
     folder = save_tiny_clip(tmp_path / "model")
     (folder / "open_clip_model.safetensors").unlink()
     torch.save({"state_dict": Trap(tmp_path / "trapped")}, folder / "open_clip_pytorch_model.bin")
-    assert "cannot load" in refused(load_open_clip, resolve(f"local-dir:{folder}"))
+    assert "cannot load" in error_of(load_open_clip, resolve(f"local-dir:{folder}"))
     (folder / "open_clip_pytorch_model.bin").write_bytes(pickle.dumps(Trap(tmp_path / "trapped")))
-    assert "cannot load" in refused(load_open_clip, resolve(f"local-dir:{folder}"))
+    assert "cannot load" in error_of(load_open_clip, resolve(f"local-dir:{folder}"))
     assert not (tmp_path / "trapped").exists()
     pickle.loads(pickle.dumps(Trap(tmp_path / "trapped")))
     assert (tmp_path / "trapped").exists()  # the trap works where code is run
@@ -334,12 +328,12 @@ def test_weights_never_run_code(tmp_path):
 def test_folders_that_bring_code_are_refused(tmp_path):
     folder = save_tiny_clip(tmp_path / "model")
     (folder / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["evil.Tokenizer", null]}}')
-    assert "asks to run code of its own" in refused(resolve, f"local-dir:{folder}")
+    assert "asks to run code of its own" in error_of(resolve, f"local-dir:{folder}")
     (folder / "tokenizer_config.json").unlink()
     config = json.loads((folder / "open_clip_config.json").read_text())
     config["model_cfg"]["text_cfg"]["tokenizer_kwargs"] = {"trust_remote_code": True}
     (folder / "open_clip_config.json").write_text(json.dumps(config))
-    assert "asks to run code of its own" in refused(resolve, f"local-dir:{folder}")
+    assert "asks to run code of its own" in error_of(resolve, f"local-dir:{folder}")
 
 
 @pytest.mark.parametrize("spec", ["ViT-B-32/openai", "hf-hub:timm/ViT-B-16-SigLIP", "ViT-B-16-SigLIP/webli"])
@@ -347,7 +341,7 @@ def test_without_network_a_hub_model_is_given_up_within_seconds(spec, monkeypatc
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")  # nothing listens there
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     start = time.monotonic()
-    message = refused(load_open_clip, resolve(spec))
+    message = error_of(load_open_clip, resolve(spec))
     assert time.monotonic() - start < 10
     assert "cannot be reached" in message and "local-dir:FOLDER" in message and spec in message
     assert huggingface_hub.constants.HF_HUB_OFFLINE is False

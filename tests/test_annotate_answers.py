@@ -63,7 +63,7 @@ def test_answers_that_are_no_vote(answer):
     assert AnswerParser(NAMES)(answer) == -1
 
 
-def test_names_that_look_alike_are_told_apart_by_none():
+def test_names_that_look_alike_are_kept_apart_by_none():
     parse = AnswerParser(["a b", "a_b", "ab", "!?", "the"])
     assert [parse(text) for text in ("a b", "A-B", "ab", "!?", "the")] == [-1, -1, 2, -1, 4]
     assert AnswerParser(["!", "?"])("anything") == -1

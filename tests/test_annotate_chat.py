@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from runs import error_of
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
@@ -26,7 +27,6 @@ from annotate_vlm import main
 from coreg.annotate.annotators import load_annotator
 from coreg.annotate.chat import CHAT_TEMPLATES, ChatAnnotator, questions
 from coreg.annotate.models import ModelSpec, resolve
-from coreg.errors import UserError
 from coreg.store.store import AnnotationStore
 
 NAMES = ["red thing", "green thing", "blue sky", "cat"]
@@ -280,29 +280,22 @@ def test_bf16_gives_nearly_the_same(tiny):
 # ---- models that cannot be had --------------------------------------------------------------------------------------
 
 
-def refused(function, *arguments):
-    with pytest.raises(UserError) as raised:
-        function(*arguments)
-    assert "\n" not in str(raised.value)
-    return str(raised.value)
-
-
-def test_folders_that_hold_no_chat_model_are_told_in_one_line(tiny, tmp_path):
-    assert "does not exist" in refused(resolve, "chat:/nowhere/at/all")
+def test_folders_that_hold_no_chat_model_are_one_line(tiny, tmp_path):
+    assert "does not exist" in error_of(resolve, "chat:/nowhere/at/all")
     (tmp_path / "empty").mkdir()
-    assert "config.json is missing" in refused(resolve, f"chat:{tmp_path}/empty")
+    assert "config.json is missing" in error_of(resolve, f"chat:{tmp_path}/empty")
     shutil.copytree(tiny, tmp_path / "weightless")
     (tmp_path / "weightless" / "model.safetensors").unlink()
-    assert "holds no .safetensors weights" in refused(resolve, f"chat:{tmp_path}/weightless")
+    assert "holds no .safetensors weights" in error_of(resolve, f"chat:{tmp_path}/weightless")
     shutil.copytree(tiny, tmp_path / "damaged")
     (tmp_path / "damaged" / "model.safetensors").write_bytes(b"junk")
-    assert "as a chat model" in refused(load_annotator, resolve(f"chat:{tmp_path}/damaged"), CHAT_TEMPLATES, NAMES)
+    assert "as a chat model" in error_of(load_annotator, resolve(f"chat:{tmp_path}/damaged"), CHAT_TEMPLATES, NAMES)
     shutil.copytree(tiny, tmp_path / "silent")
     (tmp_path / "silent" / "chat_template.jinja").unlink()
-    assert "chat_template" in refused(load_annotator, resolve(f"chat:{tmp_path}/silent"), CHAT_TEMPLATES, NAMES)
+    assert "chat_template" in error_of(load_annotator, resolve(f"chat:{tmp_path}/silent"), CHAT_TEMPLATES, NAMES)
     shutil.copytree(tiny, tmp_path / "blind")
     (tmp_path / "blind" / "processor_config.json").unlink()
-    assert str(tmp_path / "blind") in refused(load_annotator, resolve(f"chat:{tmp_path}/blind"), CHAT_TEMPLATES, NAMES)
+    assert str(tmp_path / "blind") in error_of(load_annotator, resolve(f"chat:{tmp_path}/blind"), CHAT_TEMPLATES, NAMES)
 
 
 def test_code_in_a_folder_is_never_run(tiny, tmp_path):
@@ -311,9 +304,9 @@ def test_code_in_a_folder_is_never_run(tiny, tmp_path):
     config = json.loads((folder / "config.json").read_text())
     config |= {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Model", "AutoModelForImageTextToText": "evil.Model"}}
     (folder / "config.json").write_text(json.dumps(config))
-    assert "asks to run code of its own" in refused(resolve, f"chat:{folder}")
+    assert "asks to run code of its own" in error_of(resolve, f"chat:{folder}")
     unchecked = ModelSpec(f"chat:{folder}", str(folder), None, "", "chat")
-    assert "cannot load" in refused(load_annotator, unchecked, CHAT_TEMPLATES, NAMES)
+    assert "cannot load" in error_of(load_annotator, unchecked, CHAT_TEMPLATES, NAMES)
     assert not (tmp_path / "trapped").exists()
 
 

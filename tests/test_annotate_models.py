@@ -7,19 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from runs import error_of
 from test_annotate_annotators import save_tiny_clip
 
 from coreg.annotate.models import resolve
-from coreg.errors import UserError
 
 AUTO_MAP = '"auto\\u005fmap"'  # JSON for auto_map, without these bytes
-
-
-def refused(spec):
-    with pytest.raises(UserError) as raised:
-        resolve(spec)
-    assert "\n" not in str(raised.value)
-    return str(raised.value)
 
 
 @pytest.mark.parametrize(
@@ -37,13 +30,13 @@ def refused(spec):
     ],
 )
 def test_spellings_of_others_get_the_one_that_works(spec, right):
-    assert right in refused(spec)
+    assert right in error_of(resolve, spec)
     assert resolve(right.removeprefix("write --vlm ")).tag
 
 
 @pytest.mark.parametrize("prefix", ["", "https://huggingface.co/"])
 def test_models_of_the_hub_are_downloaded_first(prefix):
-    line = refused(f"{prefix}google/siglip-base-patch16-224")
+    line = error_of(resolve, f"{prefix}google/siglip-base-patch16-224")
     assert "hf download google/siglip-base-patch16-224 --local-dir siglip-base-patch16-224" in line
     assert "--vlm transformers:siglip-base-patch16-224" in line
 
@@ -68,7 +61,7 @@ def test_folders_get_the_prefix_that_fits_what_is_in_them(tmp_path, monkeypatch)
         "local-dir:llava": f"write --vlm chat:{tmp_path}/llava",
         "transformers:clip": f"write --vlm local-dir:{tmp_path}/clip",
     }.items():
-        assert right in refused(spec)
+        assert right in error_of(resolve, spec)
     assert resolve("local-dir:clip").kind == "open_clip"
 
 
@@ -125,7 +118,7 @@ def evil(tmp_path):
 def test_folders_that_bring_code_are_refused_however_it_is_written(evil, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for spec in evil:
-        line = refused(spec)
+        line = error_of(resolve, spec)
         assert "asks to run code of its own" in line or "may name models of the hub alone" in line
 
 
@@ -176,24 +169,26 @@ def test_pipes_and_broken_links_in_a_model_folder_are_refused_and_not_waited_for
     (folder / "x").mkdir()
     (folder / name).unlink(missing_ok=True)
     os.mkfifo(folder / name)
-    line = refused(f"local-dir:{folder}")
+    line = error_of(resolve, f"local-dir:{folder}")
     assert name in line and ("pipe" in line or "it is no file" in line)
     (folder / name).unlink()
     (folder / name).symlink_to(tmp_path / "nowhere")
-    line = refused(f"local-dir:{folder}")
+    line = error_of(resolve, f"local-dir:{folder}")
     assert name in line and ("broken link" in line or "does not exist" in line)
 
 
 @pytest.mark.parametrize("kind", ["transformers", "chat"])
 def test_a_pipe_in_the_place_of_config_json_is_no_configuration(tmp_path, kind):
     os.mkfifo(tmp_path / "config.json")
-    assert "config.json is missing or not a transformers configuration (it is no file)" in refused(f"{kind}:{tmp_path}")
+    assert "config.json is missing or not a transformers configuration (it is no file)" in error_of(
+        resolve, f"{kind}:{tmp_path}"
+    )
 
 
 @pytest.mark.parametrize(
     "content", ["[" * 100_000, '{"model_cfg": {"embed_dim": "8"}}', '{"model_cfg": 3}', "\xff", "{", "[]"]
 )
-def test_damaged_configurations_are_told_in_one_line(tmp_path, content):
+def test_damaged_configurations_are_one_line(tmp_path, content):
     folder = save_tiny_clip(tmp_path / "model")
     (folder / "open_clip_config.json").write_text(content, encoding="latin-1")
-    assert "is not an open_clip configuration" in refused(f"local-dir:{folder}")
+    assert "is not an open_clip configuration" in error_of(resolve, f"local-dir:{folder}")

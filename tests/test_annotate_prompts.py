@@ -1,17 +1,10 @@
 """Templates and class names: the papers' list, and files that people write."""
 
 import pytest
+from runs import error_of
 
 from coreg.annotate.prompts import TEMPLATES, prompts, read_templates
 from coreg.data.class_names import read_class_names
-from coreg.errors import UserError
-
-
-def refused(read, path):
-    with pytest.raises(UserError) as raised:
-        read(str(path))
-    assert "\n" not in str(raised.value)
-    return str(raised.value)
 
 
 def test_the_papers_templates_are_27_in_order():
@@ -44,10 +37,10 @@ def test_files_are_read_with_bom_windows_lines_and_blank_lines(tmp_path):
         ("cat\ndog\x00\n", "line 2 holds control characters"),
     ],
 )
-def test_bad_class_files_are_told_in_one_line(tmp_path, text, words):
+def test_bad_class_files_are_one_line(tmp_path, text, words):
     text = text.replace("\n\ufeff", "\n")
     (tmp_path / "classes.txt").write_text(text)
-    assert words in refused(read_class_names, tmp_path / "classes.txt")
+    assert words in error_of(read_class_names, str(tmp_path / "classes.txt"))
 
 
 @pytest.mark.parametrize(
@@ -61,18 +54,18 @@ def test_bad_class_files_are_told_in_one_line(tmp_path, text, words):
         ("a {}\n\nA {}\n", "line 3 repeats the template 'A {}' of line 1"),
     ],
 )
-def test_bad_template_files_are_told_in_one_line(tmp_path, text, words):
+def test_bad_template_files_are_one_line(tmp_path, text, words):
     (tmp_path / "templates.txt").write_text(text)
-    assert words in refused(read_templates, tmp_path / "templates.txt")
+    assert words in error_of(read_templates, str(tmp_path / "templates.txt"))
 
 
-def test_files_that_cannot_be_read_are_told_in_one_line(tmp_path):
-    assert "No such file" in refused(read_class_names, tmp_path / "missing.txt")
-    assert "Is a directory" in refused(read_templates, tmp_path)
+def test_files_that_cannot_be_read_are_one_line(tmp_path):
+    assert "No such file" in error_of(read_class_names, str(tmp_path / "missing.txt"))
+    assert "Is a directory" in error_of(read_templates, str(tmp_path))
     (tmp_path / "latin.txt").write_bytes("Käfer\nHund\n".encode("latin-1"))
-    assert "not UTF-8" in refused(read_class_names, tmp_path / "latin.txt")
+    assert "not UTF-8" in error_of(read_class_names, str(tmp_path / "latin.txt"))
     (tmp_path / "many.txt").write_text("\n".join(f"class {i}" for i in range(32768)))
-    assert "32768 class names" in refused(read_class_names, tmp_path / "many.txt")
+    assert "32768 class names" in error_of(read_class_names, str(tmp_path / "many.txt"))
 
 
 @pytest.mark.parametrize(
@@ -111,7 +104,7 @@ def test_files_that_cannot_be_read_are_told_in_one_line(tmp_path):
 )
 def test_what_is_more_than_names_is_refused(tmp_path, lines, words):
     (tmp_path / "classes.txt").write_text("\n".join(lines), encoding="utf-8")
-    assert words in refused(read_class_names, tmp_path / "classes.txt")
+    assert words in error_of(read_class_names, str(tmp_path / "classes.txt"))
 
 
 @pytest.mark.parametrize(

@@ -174,7 +174,7 @@ def test_training_refines_on_the_way_and_resumes(small_store, tmp_path, monkeypa
     assert "refine was view and is none" in line
 
 
-def test_what_is_told_of_the_sizes_of_classes(digits, tmp_path, capsys):
+def test_what_is_printed_of_the_sizes_of_classes(digits, tmp_path, capsys):
     output = tmp_path / "ann2"
     command = ["refine", str(digits.root), "--features", "own", "--output_dir", str(output)]
     assert main([*command, "--prior", "estimated", "--weight", "1"]) == 0

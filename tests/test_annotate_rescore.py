@@ -85,7 +85,7 @@ def refused(capsys, place, *options):
     return lines[0]
 
 
-def test_stores_that_cannot_be_judged_again_are_told_in_one_line(place, capsys):
+def test_stores_that_cannot_be_judged_again_are_one_line(place, capsys):
     assert "does not exist" in refused(capsys, place, "--rescore", str(place / "nowhere"))
     annotated(place, "ann", "names")
     capsys.readouterr()

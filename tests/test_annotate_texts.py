@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from runs import script
+from runs import error_of, script
 from test_annotate_annotators import save_tiny_clip
 from test_annotate_chat import save_tiny_llava
 from test_annotate_transformers import save_tiny
@@ -13,17 +13,9 @@ from annotate_vlm import main
 from coreg.annotate.annotators import load_annotator
 from coreg.annotate.models import resolve
 from coreg.annotate.texts import compare_texts, groups_of, same_rows
-from coreg.errors import UserError
 
 LONG = "a very long name of an animal that lives in the deep and dark forest of the far north"
 TWINS = [f"{LONG} and is black", "cat", f"{LONG} and is white"]
-
-
-def refused(call, *arguments):
-    with pytest.raises(UserError) as raised:
-        call(*arguments)
-    assert "\n" not in str(raised.value)
-    return str(raised.value)
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +60,7 @@ def test_one_template_is_a_note_and_every_template_an_error():
     features[0, 2] = features[0, 1]  # other classes under the other template: every two differ somewhere
     assert len(compare_texts(features.view(8, 8), none, templates, names, "m", 0.0)) == 2
     features[0, 3] = features[0, 1]
-    assert "'b' and 'd' and cannot tell them apart" in refused(
+    assert "'b' and 'd' and cannot tell them apart" in error_of(
         compare_texts, features.view(8, 8), none, templates, names, "m", 0.0
     )
     cut = none.clone()
@@ -80,7 +72,7 @@ def test_one_template_is_a_note_and_every_template_an_error():
 @pytest.mark.parametrize("kind", ["open_clip", "clip", "siglip"])
 def test_names_beyond_the_context_are_refused_where_they_become_equal(specs, kind):
     model = resolve(specs[kind])
-    line = refused(load_annotator, model, ["a {}", "my {}"], TWINS)
+    line = error_of(load_annotator, model, ["a {}", "my {}"], TWINS)
     assert repr(TWINS[0]) in line and repr(TWINS[2]) in line and "'cat'" not in line
     # distinguished by their beginnings, but not read to the end
     (note,) = load_annotator(model, ["a {}", "my {}"], [f"black {LONG}", "cat", f"white {LONG}"]).notes
@@ -106,7 +98,7 @@ def test_chat_models_need_names_of_different_tokens(specs):
     model = resolve(specs["chat"])
     question = ["Which one: {}?"]
     assert load_annotator(model, question, ["cat", "dog"]).notes == []
-    assert "'cat' and 'cat'" in refused(load_annotator, model, question, ["cat", "dog", "cat"])
+    assert "'cat' and 'cat'" in error_of(load_annotator, model, question, ["cat", "dog", "cat"])
 
 
 def test_annotating_and_judging_again_refuse_such_names_and_leave_nothing(specs, tmp_path, capsys):
@@ -141,6 +133,6 @@ def test_prompts_that_are_the_same_to_the_model_are_not_tuned():
     from coreg.nets.tuners.prompts import lay_out
 
     prompts = lay_out(Same(), ["cat", "Cat", "dog"], 2, "end")
-    assert "'cat' and 'Cat'" in refused(
+    assert "'cat' and 'Cat'" in error_of(
         coop.refuse_same, coop.same_rows(prompts.tokens["input_ids"]), ["cat", "Cat", "dog"], "the model"
     )

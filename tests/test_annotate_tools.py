@@ -11,8 +11,9 @@ import tarfile
 
 import numpy as np
 import pytest
-import runs
 from PIL import Image
+from runs import refused
+from runs import write_store as write_tensors
 
 from coreg.annotate.tools import main
 from coreg.data.sources import open_images
@@ -65,15 +66,6 @@ def place(tmp_path):
     return tmp_path, images
 
 
-def fails(capsys, *words):
-    with pytest.raises(SystemExit) as raised:
-        main([str(word) for word in words])
-    assert raised.value.code == 2
-    line = capsys.readouterr().err.strip()
-    assert "\n" not in line and line.startswith("error: ")
-    return line
-
-
 def test_info_and_verify_of_a_whole_store(place, capsys):
     root = place[0] / "ann"
     assert main(["info", str(root)]) == 0
@@ -104,7 +96,7 @@ def test_info_and_verify_of_an_unfinished_and_damaged_store(place, capsys):
     text = capsys.readouterr().out
     assert "00002.safetensors is damaged" in text and "1 of 3 blocks are missing" in text and "made anew" in text
     (root / "ann" / "images.txt").write_text("changed\n")
-    assert "images.txt was changed" in fails(capsys, "verify", root / "ann")
+    assert "images.txt was changed" in refused(capsys, main, "verify", root / "ann")
 
 
 def test_a_damaged_store_names_the_command_that_made_it(place, capsys):
@@ -124,7 +116,7 @@ def test_a_damaged_store_names_the_command_that_made_it(place, capsys):
             main(["merge", *(str(root / name) for name in parts), "--output_dir", str(root / store)])
         block = root / store / "blocks" / "00001.safetensors"
         block.write_bytes(b"junk")
-        assert fails(capsys, "export", root / store, "--output", root / "x.csv").endswith(f"; {again}")
+        assert refused(capsys, main, "export", root / store, "--output", root / "x.csv").endswith(f"; {again}")
         assert main(["verify", str(root / store)]) == 1
         assert f"\n{again}: " in capsys.readouterr().out
         block.unlink()
@@ -170,7 +162,7 @@ def test_export_to_a_folder_that_torchvision_reads(place):
     assert linked == wanted
     digits = open_images("builtin:digits")
     tensors = {"votes": digits.labels[:, None].astype(np.int16), "probs": np.eye(10, dtype=np.float16)[digits.labels]}
-    runs.write_store(root / "digits", digits, digits.class_names, ["{}"], tensors)
+    write_tensors(root / "digits", digits, digits.class_names, ["{}"], tensors)
     assert main(["export", str(root / "digits"), "--output", str(root / "pngs")]) == 0
     row = int(np.flatnonzero(digits.split == 0)[0])
     path = root / "pngs" / "train" / digits.class_names[digits.labels[row]] / f"{digits.paths[row]}.png"
@@ -181,7 +173,7 @@ def test_export_to_parquet(place, capsys, monkeypatch):
     root, images = place
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "pyarrow", None)
-        assert "pip install pyarrow" in fails(capsys, "export", root / "ann", "--output", root / "out.parquet")
+        assert "pip install pyarrow" in refused(capsys, main, "export", root / "ann", "--output", root / "out.parquet")
     parquet = pytest.importorskip("pyarrow.parquet")
     main(["export", str(root / "ann"), "--output", str(root / "out.parquet")])
     table = parquet.read_table(root / "out.parquet").to_pydict()
@@ -198,7 +190,7 @@ def test_parts_of_one_job_are_merged_block_by_block(place, capsys):
     (root / "two" / "blocks" / "00002.safetensors").write_bytes(b"junk")
     assert main(["merge", str(root / "one"), str(root / "two"), "--output_dir", str(root / "part")]) == 0
     assert "2 of 3 blocks are there; annotate the others" in capsys.readouterr().out
-    assert "unfinished (1 of 3" in fails(capsys, "export", root / "part", "--output", root / "x.csv")
+    assert "unfinished (1 of 3" in refused(capsys, main, "export", root / "part", "--output", root / "x.csv")
     write_store(root / "four", images, skip={0, 1})
     main(["merge", *(str(root / name) for name in ("one", "two", "three", "four")), "--output_dir", str(root / "all")])
     assert "all 3 blocks are there" in capsys.readouterr().out
@@ -288,7 +280,7 @@ def test_export_writes_nowhere_but_into_its_folder(tmp_path, capsys):
     assert not any(path.startswith((".", "/")) and ".." in path.split("/") for path in images.paths)
     classes = ["../..", "nul", "a/b"]
     tensors = {"votes": np.zeros((6, 1), np.int16), "probs": np.eye(3, dtype=np.float16)[np.arange(6) % 3]}
-    runs.write_store(tmp_path / "ann", images, classes, ["{}"], tensors)
+    write_tensors(tmp_path / "ann", images, classes, ["{}"], tensors)
     before = {path for path in tmp_path.rglob("*") if not path.is_dir()}
     main(["export", str(tmp_path / "ann"), "--output", str(tmp_path / "deep" / "er" / "out")])
     written = {path for path in tmp_path.rglob("*") if not path.is_dir()} - before
@@ -298,8 +290,8 @@ def test_export_writes_nowhere_but_into_its_folder(tmp_path, capsys):
     hostile_tar(tmp_path / "y.tar", ["f.jpg", "f.jpg.png"])
     images = open_images(str(tmp_path / "y.tar"))
     tensors = {"votes": np.zeros((2, 1), np.int16), "probs": np.eye(3, dtype=np.float16)[[0, 0]]}
-    runs.write_store(tmp_path / "two", images, classes, ["{}"], tensors)
-    assert "is there already" in fails(capsys, "export", tmp_path / "two", "--output", tmp_path / "out")
+    write_tensors(tmp_path / "two", images, classes, ["{}"], tensors)
+    assert "is there already" in refused(capsys, main, "export", tmp_path / "two", "--output", tmp_path / "out")
     assert not (tmp_path / "out").exists() and not [name for name in os.listdir(tmp_path) if name.startswith(".")]
 
 
@@ -331,7 +323,7 @@ def test_a_full_disk_leaves_nothing_of_exports_and_merged_stores(place, capsys, 
         ["merge", root / "ann", root / "part", "--output_dir", root / "x"],
     ):
         for left[0] in range(5):
-            line = fails(capsys, *words) if left[0] == 0 or words[0] == "merge" else ""
+            line = refused(capsys, main, *words) if left[0] == 0 or words[0] == "merge" else ""
             assert not line or ("No space left on device" in line and f"cannot write {root / 'x'}" in line)
             if line:
                 assert sorted(root.rglob("*")) == before
@@ -342,17 +334,17 @@ def test_a_full_disk_leaves_nothing_of_exports_and_merged_stores(place, capsys, 
 
 def test_an_output_that_cannot_be_written_is_refused_before_the_work(place, capsys):
     ann = place[0] / "ann"
-    assert "there is no folder" in fails(capsys, "export", ann, "--output", place[0] / "no" / "x.csv")
+    assert "there is no folder" in refused(capsys, main, "export", ann, "--output", place[0] / "no" / "x.csv")
     (place[0] / "file").write_text("kept")
     for words in (["export", ann, "--output"], ["merge", ann, ann, "--output_dir"]):
-        assert "cannot write" in fails(capsys, *words, place[0] / "file" / "x")
+        assert "cannot write" in refused(capsys, main, *words, place[0] / "file" / "x")
     assert (place[0] / "file").read_text() == "kept"
 
 
 def test_images_that_were_moved_are_named_in_a_new_place(place, capsys):
     root, _ = place
     (root / "photos").rename(root / "new")
-    line = fails(capsys, "export", root / "ann", "--output", root / "out")
+    line = refused(capsys, main, "export", root / "ann", "--output", root / "out")
     assert "cannot be opened" in line and "say with --images where to" in line
     main(["export", str(root / "ann"), "--output", str(root / "out"), "--images", str(root / "new")])
     assert all(path.resolve().is_relative_to(root / "new") for path in (root / "out").rglob("*.png"))
@@ -362,30 +354,34 @@ def test_images_that_were_moved_are_named_in_a_new_place(place, capsys):
     output = capsys.readouterr()
     assert output.err == "" and "candidates  images" in output.out and "<img" in (root / "ann/report.html").read_text()
     (root / "new" / "test" / "cat").rename(root / "new" / "test" / "tiger")
-    assert "--images" in fails(capsys, "export", root / "ann", "--output", root / "x", "--images", root / "new")
+    assert "--images" in refused(capsys, main, "export", root / "ann", "--output", root / "x", "--images", root / "new")
 
 
 def test_what_cannot_be_done_ends_in_one_line(place, capsys):
     root, _ = place
     ann = root / "ann"
-    assert "unknown command check" in fails(capsys, "check", ann)
-    assert "write the folder of one annotation store, not 0" in fails(capsys, "info")
-    assert "does not exist" in fails(capsys, "verify", root / "nowhere")
-    assert "--output is missing" in fails(capsys, "export", ann)
-    assert "no known form" in fails(capsys, "export", ann, "--output", root / "x.json")
-    assert "is there already" in fails(capsys, "export", ann, "--output", root / "photos")
-    assert "unknown candidate rule" in fails(capsys, "export", ann, "--output", root / "x.csv", "--candidates", "best")
+    assert "unknown command check" in refused(capsys, main, "check", ann)
+    assert "write the folder of one annotation store, not 0" in refused(capsys, main, "info")
+    assert "does not exist" in refused(capsys, main, "verify", root / "nowhere")
+    assert "--output is missing" in refused(capsys, main, "export", ann)
+    assert "no known form" in refused(capsys, main, "export", ann, "--output", root / "x.json")
+    assert "is there already" in refused(capsys, main, "export", ann, "--output", root / "photos")
+    assert "unknown candidate rule" in refused(
+        capsys, main, "export", ann, "--output", root / "x.csv", "--candidates", "best"
+    )
     assert not (root / "x.csv").exists()
-    assert "at least two stores" in fails(capsys, "merge", ann, "--output_dir", root / "new")
-    assert "--output_dir is missing" in fails(capsys, "merge", ann, ann)
-    assert "is there already" in fails(capsys, "merge", ann, ann, "--output_dir", root / "photos")
+    assert "at least two stores" in refused(capsys, main, "merge", ann, "--output_dir", root / "new")
+    assert "--output_dir is missing" in refused(capsys, main, "merge", ann, ann)
+    assert "is there already" in refused(capsys, main, "merge", ann, ann, "--output_dir", root / "photos")
     more = open_images(str(photos(root / "more", count=3)), NAMES)
     write_store(root / "other", more, spec="n")
-    assert "other images and another model" in fails(capsys, "merge", ann, root / "other", "--output_dir", root / "new")
+    assert "other images and another model" in refused(
+        capsys, main, "merge", ann, root / "other", "--output_dir", root / "new"
+    )
     shutil.copytree(ann, root / "names")
     manifest = json.loads((ann / "manifest.json").read_text())
     (root / "names" / "manifest.json").write_text(json.dumps(manifest | {"class_names": ["x", "y", "z"]}))
-    line = fails(capsys, "merge", ann, root / "names", "--output_dir", root / "new")
+    line = refused(capsys, main, "merge", ann, root / "names", "--output_dir", root / "new")
     assert "damaged" in line or "other class names" in line
     assert not (root / "new").exists()
     assert main(["--help"]) == 0 and "merge ann1 ann2" in capsys.readouterr().out

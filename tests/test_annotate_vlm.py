@@ -10,6 +10,7 @@ import open_clip
 import pytest
 import torch
 from PIL import Image
+from runs import refused
 from test_annotate_annotators import save_tiny_clip
 
 import annotate_vlm
@@ -56,16 +57,6 @@ def arguments(place, output, **changed):
         **changed,
     }
     return [word for key, value in options.items() if value is not None for word in (f"--{key}", str(value))]
-
-
-def fails(capsys, argv):
-    """The one line that `main` leaves on stderr with exit code 2."""
-    with pytest.raises(SystemExit) as raised:
-        main(argv)
-    assert raised.value.code == 2
-    lines = capsys.readouterr().err.strip().split("\n")
-    assert len(lines) == 1 and lines[0].startswith("error: "), lines
-    return lines[0]
 
 
 def block_bytes(root):
@@ -218,7 +209,7 @@ def test_another_job_does_not_touch_the_folder(place, finished, tmp_path, capsys
         ({"images": tmp_path / "photos" / "test"}, "images count (23 there, 5 asked for)"),
         ({"block_size": 5}, "block_size (4 there, 5 asked for)"),
     ]:
-        line = fails(capsys, arguments(place, finished, **changed))
+        line = refused(capsys, main, *arguments(place, finished, **changed))
         assert "another job" in line and words in line
     assert block_bytes(finished) == before and len(TEMPLATES) == 27
 
@@ -251,7 +242,7 @@ def test_bad_input_ends_in_one_line_and_leaves_nothing(place, tmp_path, capsys):
         ({"output_dir": tmp_path}, "holds other things"),
         ({"output_dir": tmp_path / "one.txt"}, "holds other things"),
     ]:
-        assert words in fails(capsys, arguments(place, changed.pop("output_dir", output), **changed))
+        assert words in refused(capsys, main, *arguments(place, changed.pop("output_dir", output), **changed))
     assert not output.parent.exists() and (tmp_path / "one.txt").read_text() == "cat\n"
 
 
@@ -316,7 +307,7 @@ def test_a_report_that_could_not_be_written_is_written_by_the_same_command(place
     (output / "report.html").unlink()
     with monkeypatch.context() as patch:
         patch.setattr(files.os, "fsync", full_disk)
-        assert "No space left" in fails(capsys, arguments(place, output))
+        assert "No space left" in refused(capsys, main, *arguments(place, output))
     main(arguments(place, output))
     assert len((output / "report.html").read_bytes()) == len(report) + len(str(output)) * 2 - len(str(finished)) * 2
     (output / "report.txt").unlink()

@@ -148,7 +148,7 @@ def test_labels_of_ones_own_on_another_model_than_the_annotator(small_store, tmp
     assert report["accuracy"]["train"]["n"] == 97 and report["tuned_model"] == f"local-dir:{clip}"
 
 
-def test_what_cannot_work_is_told_in_one_line(digits, small_store, tmp_path, capsys):
+def test_what_cannot_work_is_one_line(digits, small_store, tmp_path, capsys):
     options = ["--annotations", str(digits.root), "--output_dir", str(tmp_path / "run"), *SHORT]
     assert "give --context_tokens 12 or less" in refused(capsys, coop.main, *options, "--context_tokens", "16")
     assert "--shots is 0" in refused(capsys, coop.main, *options, "--shots", "0")

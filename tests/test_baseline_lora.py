@@ -138,7 +138,7 @@ def test_models_of_transformers(clip_store, tmp_path, family):
     assert curves[-1]["loss/net1/total"] < curves[0]["loss/net1/total"]
 
 
-def test_what_cannot_work_is_told_in_one_line(clip_store, tmp_path, capsys):
+def test_what_cannot_work_is_one_line(clip_store, tmp_path, capsys):
     options = ["--annotations", str(clip_store.root), "--output_dir", str(tmp_path / "run"), *SHORT]
     assert "--rank is 0" in refused(capsys, lora.main, *options, "--rank", "0")
     assert "--template 'a cat' needs exactly one {}" in refused(capsys, lora.main, *options, "--template", "a cat")

@@ -124,7 +124,7 @@ def test_what_a_store_does_not_tell_is_left_out_or_refused(small_annotated, tmp_
     assert "another job" in refused(capsys, zero_shot.main, *arguments)
 
 
-def test_an_annotator_that_cannot_be_had_is_told(tmp_path):
+def test_an_annotator_that_cannot_be_had_is_named(tmp_path):
     def store(spec, weights="w"):
         its_manifest = {"features": 4, "model": {"spec": spec, "weights": weights, "precision": "fp32"}}
         return SimpleNamespace(

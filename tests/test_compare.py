@@ -121,7 +121,7 @@ def test_families_stand_in_the_order_of_the_papers_and_the_best_first(tmp_path, 
 
 def test_settings_that_differ_make_other_rows():
     assert special_settings([{"a": "1", "b": "2"}]) == [""]
-    # most say a 1 and b 2: only what departs is told
+    # most say a 1 and b 2: only what departs is named
     ablations = [{"a": "1", "b": "2"}, {"a": "0", "b": "2"}, {"a": "1", "b": "9"}]
     assert special_settings(ablations) == ["", "a 0", "b 9"]
     # no majority, and a setting that one of them lacks
@@ -129,7 +129,7 @@ def test_settings_that_differ_make_other_rows():
     assert special_settings([{"few_shot": "4"}, {}, {}]) == ["few_shot 4", "", ""]
 
 
-def test_rows_are_told_apart_by_settings_and_labels_but_not_by_places(tmp_path, capsys):
+def test_rows_are_kept_apart_by_settings_and_labels_but_not_by_places(tmp_path, capsys):
     for seed in (0, 1):
         common = {"seed": seed, "output_dir": f"x{seed}", "workers": seed, "annotations": f"y{seed}"}
         write(tmp_path / f"a{seed}", report(seed=seed), epochs=30, **common)

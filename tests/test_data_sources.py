@@ -109,14 +109,14 @@ def test_labels_come_from_the_innermost_folder_called_like_a_class(tmp_path):
     assert open_images(str(tmp_path), ["dog", "horse"]).labels is None
 
 
-def test_names_that_differ_in_separators_only_are_told_apart_by_spelling(tmp_path):
+def test_names_that_differ_in_separators_only_are_kept_apart_by_spelling(tmp_path):
     for folder in ("a b", "a_b", "A-B"):
         put(tmp_path / folder / "1.png")
     images = open_images(str(tmp_path), ["a b", "a_b"])
     assert dict(zip(images.paths, images.labels)) == {"A-B/1.png": -1, "a b/1.png": 0, "a_b/1.png": 1}
 
 
-def test_sources_that_are_none_are_told_in_one_line(tmp_path):
+def test_sources_that_are_none_are_one_line(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "notes.doc").write_text("x")
     for spec, words in [

@@ -175,12 +175,12 @@ def test_a_tuner_tunes_far_away_as_it_tunes_here(name, clip_store, tmp_path, mon
 
 def test_images_are_annotated_far_away_as_they_are_here(small_store, tmp_path, monkeypatch):
     images = Path(AnnotationStore.open(small_store).images_spec)
-    told = ["--images", str(images), "--classes", str(images.parent / "classes.txt"), "--workers", "0"]
-    told += ["--vlm", f"local-dir:{save_tiny_clip(tmp_path / 'clip')}", "--output_dir"]
-    annotate_vlm.main([*told, str(tmp_path / "here")])
+    words = ["--images", str(images), "--classes", str(images.parent / "classes.txt"), "--workers", "0"]
+    words += ["--vlm", f"local-dir:{save_tiny_clip(tmp_path / 'clip')}", "--output_dir"]
+    annotate_vlm.main([*words, str(tmp_path / "here")])
     with far_device(), monkeypatch.context() as patched:
         patched.setattr(Accelerator, "device", property(lambda accelerator: FAR))
-        annotate_vlm.main([*told, str(tmp_path / "far")])
+        annotate_vlm.main([*words, str(tmp_path / "far")])
     here, far = (AnnotationStore.open(tmp_path / place) for place in ("here", "far"))
     assert len(np.unique(here.votes())) > 1
     assert np.array_equal(here.votes(), far.votes()) and np.array_equal(here.probs(), far.probs())

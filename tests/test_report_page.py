@@ -310,7 +310,7 @@ def test_the_page_is_whole_safe_and_alone():
     assert policy.startswith("default-src 'none'")
     for words in (*EVIL, "runs/<b>a", "<s>Co-Reg", "<em>'\"", "x </pre>", "<svg onload=alert(1)>", "<u>", "</td>", "<q>"):
         assert words in shown_page.plain, words
-    # what does not move is told to those who do not see it
+    # what does not move is said to those who do not see it
     assert all(shown_page.labels("alt")) and len(shown_page.labels("alt")) == shown
     assert len(shown_page.labels("role")) == len(shown_page.labels("aria-label")) == shown_page.tags.count("svg") > 5
 

@@ -10,6 +10,7 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image
+from runs import error_of
 from safetensors.numpy import load_file, save_file
 
 from coreg import files
@@ -66,13 +67,6 @@ def write_store(root, images=None, skip=(), errors=None, finish=True, **changed)
     if finish:
         writer.complete(images.paths)
     return writer, whole
-
-
-def refused(function, *arguments):
-    with pytest.raises(UserError) as raised:
-        function(*arguments)
-    assert "\n" not in str(raised.value)
-    return str(raised.value)
 
 
 def test_a_store_gives_back_what_was_written(tmp_path):
@@ -149,27 +143,27 @@ def test_the_hash_changes_with_the_job_the_evidence_and_the_split(tmp_path):
     assert AnnotationStore.open(tmp_path / "versions").hash in hashes  # tools' versions make no other job
 
 
-def test_folders_that_are_no_finished_store_are_told_in_one_line(tmp_path):
-    assert "does not exist" in refused(AnnotationStore.open, tmp_path / "missing")
+def test_folders_that_are_no_finished_store_are_one_line(tmp_path):
+    assert "does not exist" in error_of(AnnotationStore.open, tmp_path / "missing")
     (tmp_path / "empty").mkdir()
-    assert "not an annotation store" in refused(AnnotationStore.open, tmp_path / "empty")
+    assert "not an annotation store" in error_of(AnnotationStore.open, tmp_path / "empty")
     for content in ("", "[]", '{"schema": 1}', "{"):
         (tmp_path / "empty" / "manifest.json").write_text(content)
-        assert "not a valid annotation store" in refused(AnnotationStore.open, tmp_path / "empty")
+        assert "not a valid annotation store" in error_of(AnnotationStore.open, tmp_path / "empty")
 
     write_store(tmp_path / "part", skip={1}, finish=False)
-    message = refused(AnnotationStore.open, tmp_path / "part")
+    message = error_of(AnnotationStore.open, tmp_path / "part")
     assert "unfinished (1 of 3 blocks missing); run the same annotate_vlm.py command again" in message
     write_store(tmp_path / "last", finish=False)
-    assert "unfinished (0 of 3" in refused(AnnotationStore.open, tmp_path / "last")
+    assert "unfinished (0 of 3" in error_of(AnnotationStore.open, tmp_path / "last")
 
     write_store(tmp_path / "next")
     manifest = json.loads((tmp_path / "next" / "manifest.json").read_text())
     (tmp_path / "next" / "manifest.json").write_text(json.dumps(manifest | {"version": 4}))
-    assert "schema coreg-annotations version 4 but this coreg reads" in refused(AnnotationStore.open, tmp_path / "next")
+    assert "schema coreg-annotations version 4 but this coreg reads" in error_of(AnnotationStore.open, tmp_path / "next")
     manifest.pop("templates")
     (tmp_path / "next" / "manifest.json").write_text(json.dumps(manifest))
-    assert "there is no 'templates'" in refused(AnnotationStore.open, tmp_path / "next")
+    assert "there is no 'templates'" in error_of(AnnotationStore.open, tmp_path / "next")
 
 
 def flip(path, place):
@@ -203,7 +197,7 @@ def test_a_damaged_block_is_found_and_counts_as_not_written(tmp_path, damage):
         file.write_bytes(other.files[1].read_bytes())
     elif damage == "plain":
         save_file(load_file(file), file)
-    message = refused(AnnotationStore.open, tmp_path / "ann")
+    message = error_of(AnnotationStore.open, tmp_path / "ann")
     assert "00001.safetensors" in message and "run the same annotate_vlm.py command again" in message
     assert [writer.is_written(index) for index in range(3)] == [True, False, True]
     writer.write(1, {name: table[3:6] for name, table in whole.items()}, {})
@@ -220,13 +214,13 @@ def test_a_changed_list_is_noticed_and_mended_by_the_same_command(tmp_path, name
         damaged = bytearray(content)
         damaged[place] ^= 1 << int(generator.integers(8))
         (tmp_path / "ann" / name).write_bytes(damaged)
-        message = refused(AnnotationStore.open, tmp_path / "ann")
+        message = error_of(AnnotationStore.open, tmp_path / "ann")
         assert "is damaged" in message and name in message and "run the same annotate_vlm.py command again" in message
     for damaged in (b"", content[:-1], content + content, None):
         (tmp_path / "ann" / name).unlink(missing_ok=True)
         if damaged is not None:
             (tmp_path / "ann" / name).write_bytes(damaged)
-        refused(AnnotationStore.open, tmp_path / "ann")
+        error_of(AnnotationStore.open, tmp_path / "ann")
         # what the same command does
         again = StoreWriter(tmp_path / "ann", manifest(images))
         again.start(images)
@@ -250,20 +244,20 @@ def test_another_job_is_refused_and_the_difference_named(tmp_path):
         ({"model": {"spec": "m", "weights": "x"}}, "model weights ('w' there, 'x' asked for)"),
         ({"block_size": 5}, "block_size (3 there, 5 asked for)"),
     ]:
-        message = refused(continued, root, manifest(images, **changed))
+        message = error_of(continued, root, manifest(images, **changed))
         assert "another job" in message and words in message
-    assert "images count (7 there, 8 asked for)" in refused(continued, root, manifest(image_list(8)))
+    assert "images count (7 there, 8 asked for)" in error_of(continued, root, manifest(image_list(8)))
     images.paths[0] = "other"
-    assert "images sha256" in refused(StoreWriter(root, manifest(images)).start, images)
+    assert "images sha256" in error_of(StoreWriter(root, manifest(images)).start, images)
 
 
 def test_a_folder_with_other_things_is_left_alone(tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
     images = image_list()
-    assert "holds other things" in refused(StoreWriter(tmp_path, manifest(images)).start, images)
-    assert "holds other things" in refused(continued, tmp_path / "thesis.txt", manifest(images))
+    assert "holds other things" in error_of(StoreWriter(tmp_path, manifest(images)).start, images)
+    assert "holds other things" in error_of(continued, tmp_path / "thesis.txt", manifest(images))
     assert os.listdir(tmp_path) == ["thesis.txt"]
-    message = refused(StoreWriter(tmp_path / "thesis.txt" / "ann", manifest(images)).start, images)
+    message = error_of(StoreWriter(tmp_path / "thesis.txt" / "ann", manifest(images)).start, images)
     assert "cannot write" in message and os.listdir(tmp_path) == ["thesis.txt"]
     (tmp_path / "empty").mkdir()
     write_store(tmp_path / "empty", images)
@@ -285,7 +279,7 @@ def test_a_full_disk_ends_in_one_line_and_leaves_no_half_block(tmp_path, monkeyp
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(files.os, "fsync", full)
-    message = refused(writer.write, 2, {name: table[6:] for name, table in whole.items()}, {})
+    message = error_of(writer.write, 2, {name: table[6:] for name, table in whole.items()}, {})
     assert "No space left on device" in message and "run the same command again" in message
     assert sorted(os.listdir(tmp_path / "ann" / "blocks")) == ["00000.safetensors", "00001.safetensors"]
     # a block that another process has written in the meantime is as good
@@ -323,7 +317,7 @@ def test_a_store_opens_its_images_again_only_if_they_are_the_same(tmp_path):
     store = AnnotationStore.open(tmp_path / "ann")
     assert store.images().paths == images.paths and store.images().labels.tolist() == [0, 1]
     Image.new("RGB", (2, 2)).save(tmp_path / "in" / "cat" / "2.png")
-    assert "held 2 images" in refused(store.images)
+    assert "held 2 images" in error_of(store.images)
 
 
 # ---- several at once ------------------------------------------------------------------------------------------------
@@ -371,7 +365,7 @@ def test_a_start_on_a_full_disk_leaves_nothing_and_a_folder_without_blocks_gets_
 
     with monkeypatch.context() as patch:
         patch.setattr(files.os, "fsync", full)
-        assert "No space left" in refused(StoreWriter(tmp_path / "ann", manifest(images)).start, images)
+        assert "No space left" in error_of(StoreWriter(tmp_path / "ann", manifest(images)).start, images)
     assert os.listdir(tmp_path) == []
     write_store(tmp_path / "ann", images, skip=range(3), finish=False)
     (tmp_path / "ann" / "blocks").rmdir()  # as an earlier version could leave it

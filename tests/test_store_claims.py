@@ -129,7 +129,7 @@ def test_a_living_process_keeps_its_claims_however_long_a_block_takes(store, mon
         assert two.claimed == {0} and (root / "claims" / "00000.claim").read_text() == two.name
 
 
-def test_a_folder_that_cannot_be_written_is_told_in_one_line(store):
+def test_a_folder_that_cannot_be_written_is_one_line(store):
     root, files = store
     (root / "claims").write_text("a file")
     with pytest.raises(UserError) as raised, BlockQueue(root, files):

@@ -112,7 +112,7 @@ UNCLEAR = (
 
 
 @pytest.mark.parametrize("rule", ["", "topk:2:3", *UNCLEAR.split()])
-def test_rules_that_cannot_be_understood_are_told_in_one_line(rule):
+def test_rules_that_cannot_be_understood_are_one_line(rule):
     with pytest.raises(UserError) as raised:
         candidate_sets(random_evidence(), rule)
     assert "\n" not in str(raised.value) and repr(rule) in str(raised.value)

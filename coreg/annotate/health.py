@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -59,7 +58,7 @@ class Health:
 def examine(store: AnnotationStore) -> Health:
     """Look at a store, block by block: memory for a few numbers an image, not for its votes, probabilities and features."""
     classes, templates = len(store.class_names), len(store.templates)
-    sums: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(1))
+    sums: dict[str, np.ndarray] = {}
     worst = np.empty((0, 3))  # agreement, probability of the winner, row
     places = []
     lines = None
@@ -69,15 +68,15 @@ def examine(store: AnnotationStore) -> Health:
         candidates = candidates_of(votes, probs)
         counts = vote_counts(votes, classes)
         voted = (votes >= 0).any(axis=1)
-        sums["sizes"] = sums["sizes"] + np.bincount(candidates.sum(axis=1), minlength=classes + 1)
-        for name, table in _compared(votes).items():
-            sums[name] = sums[name] + table
-        sums["top"] = sums["top"] + counts.max(axis=1, initial=0).sum()
-        sums["voted"] = sums["voted"] + voted.sum()
-        sums["named"] = sums["named"] + candidates[voted].sum(axis=0)
         winners = (counts + 0.5 * probs)[voted].argmax(axis=1)
-        sums["most_named"] = sums["most_named"] + np.bincount(winners, minlength=classes)
-        sums["abstained"] = sums["abstained"] + (votes < 0).sum(axis=0)
+        tables = _compared(votes) | {
+            "sizes": np.bincount(candidates.sum(axis=1), minlength=classes + 1),
+            "top": counts.max(axis=1, initial=0).sum(),
+            "voted": voted.sum(),
+            "named": candidates[voted].sum(axis=0),
+            "most_named": np.bincount(winners, minlength=classes),
+            "abstained": (votes < 0).sum(axis=0),
+        }
         share = np.where(voted, counts.max(axis=1, initial=0) / np.maximum(counts.sum(axis=1), 1), -1.0)
         # Least agreement first; among equals, the least probable winner.
         worst = np.concatenate([worst, np.stack([share, probs.max(axis=1, initial=0), rows], axis=1)])
@@ -87,8 +86,9 @@ def examine(store: AnnotationStore) -> Health:
             lines = np.random.default_rng(0).normal(size=(features.shape[1], LINES)) if lines is None else lines
             places.append(np.concatenate([features @ lines.astype(np.float32), rows[:, None]], axis=1))
         if store.labels is not None:
-            for name, table in _judged(store.labels[rows], store.split[rows], votes, probs, candidates).items():
-                sums[name] = sums[name] + table
+            tables |= _judged(store.labels[rows], store.split[rows], votes, probs, candidates)
+        for name, table in tables.items():
+            sums[name] = sums.get(name, 0.0) + table
     count = sums["sizes"].sum()
     health = Health(
         sizes=sums["sizes"].astype(int),
