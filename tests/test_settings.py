@@ -91,8 +91,9 @@ def test_the_config_of_an_older_version_is_read_and_repeated():
 @pytest.mark.parametrize("method", OFFICIAL)
 def test_a_flat_recipe_wins_over_official_values_and_its_defaults_do_not(method, tmp_path):
     flat, layered = tmp_path / "flat.yaml", tmp_path / "layered.yaml"
-    flat.write_text("dataset: cifar10\nlr: 0.123\n")
-    layered.write_text("dataset: cifar10\ndefaults:\n  lr: 0.123\n  momentum: 0.4\n")
+    dataset = next(iter(OFFICIAL[method]))
+    flat.write_text(f"dataset: {dataset}\nlr: 0.123\n")
+    layered.write_text(f"dataset: {dataset}\ndefaults:\n  lr: 0.123\n  momentum: 0.4\n")
     official = ["--method", method, "--preset", "official", "--recipe"]
     assert settings("pll", *official, str(flat))["lr"] == 0.123
     job, _, options = SCRIPTS["pll"].read_settings([*official, str(flat), "--batch_size", "7"])
@@ -100,7 +101,7 @@ def test_a_flat_recipe_wins_over_official_values_and_its_defaults_do_not(method,
     kept = ["lr 0.123", "batch_size 7"] if method not in ("lws", "lwc") else ["batch_size 7", "lr 0.123"]
     assert note == f"note: --preset official but for {', '.join(kept)}, from recipe or command line"
     values = settings("pll", *official, str(layered))
-    assert (values["lr"], values["momentum"]) == (OFFICIAL[method]["cifar10"]["lr"], 0.4)
+    assert (values["lr"], values["momentum"]) == (OFFICIAL[method][dataset]["lr"], 0.4)
     assert settings("pll", "--method", method, "--recipe", str(layered))["lr"] == 0.123
 
 
