@@ -41,7 +41,7 @@ from coreg.learn.pseudo import rescale
 from coreg.learn.two_nets import Divisions, Verdict, co_train_batch
 from coreg.report.metrics import consensus, prototype_health
 from coreg.report.report import summary
-from coreg.run.epoch import count_statistics, divide_training_set, division_of, judge, paired, warm_up
+from coreg.run.epoch import count_statistics, division_of, hand_over, judge, paired, warm_up
 from coreg.run.job import open_run
 from coreg.run.loop import Run
 from coreg.run.results import finish_networks
@@ -71,7 +71,7 @@ def divide(task: Task[CoRegOptions], training: Training) -> None:
     if task.method.key_reset == "epoch":
         for learner in training.learners:
             learner.reset_keys()
-    log_ps = divide_training_set(task, training, lambda number: divide_by(task, training, number))
+    log_ps = hand_over(task, training, [divide_by(task, training, number) for number in (0, 1)])
     # both learners share them
     training.divisions.health |= prototype_health(training.learners[0].prototypes.value.cpu().numpy())
     training.divisions.consider(training.epoch, consensus(log_ps))

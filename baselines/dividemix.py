@@ -46,7 +46,7 @@ from coreg.learn.dividemix import DivideMixLearner
 from coreg.learn.division import Division, division_loss
 from coreg.learn.two_nets import Divisions, Verdict, co_train_batch
 from coreg.report.report import summary
-from coreg.run.epoch import divide_training_set, division_of, judge, paired, warm_up
+from coreg.run.epoch import division_of, hand_over, judge, paired, warm_up
 from coreg.run.job import open_run
 from coreg.run.loop import Run
 from coreg.run.results import finish_networks
@@ -148,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                     warm_up(run, noisy, training, lr, method.train_view, np.ones(len(task.data.samples), dtype=bool))
             else:
                 if not divisions.verdicts:  # a job that goes on within an epoch has them
-                    divide_training_set(noisy, training, lambda number: divide_by(noisy, training, number))
+                    hand_over(noisy, training, [divide_by(noisy, training, number) for number in (0, 1)])
                 for _ in training.turns():
                     co_train(run, noisy, training, lr)
             run.log(training, divisions.finish_epoch() | {"lr": lr} | judge(task, training))

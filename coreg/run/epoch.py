@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -106,16 +106,16 @@ def division_of(task: Task[Any], training: Training, number: int, losses: np.nda
     return division
 
 
-def divide_training_set(
-    task: Task[Any], training: Training, divide_by: Callable[[int], tuple[Division, Verdict, np.ndarray]]
+def hand_over(
+    task: Task[Any], training: Training, divided: Sequence[tuple[Division, Verdict, np.ndarray]]
 ) -> Sequence[np.ndarray]:
-    """Both networks divide before either of them trains; gives their log probabilities (N, C).
+    """Let each network have the other one's verdict; gives their log probabilities (N, C).
 
     Args:
-        divide_by: number of a network (0 or 1) -> its division, what the other one is to train on, its log probabilities.
+        divided: of each network its division, what the other one is to train on, its log probabilities.
     """
     divisions = training.divisions
-    both, verdicts, log_ps = zip(*(divide_by(number) for number in (0, 1)))
+    both, verdicts, log_ps = zip(*divided)
     divisions.verdicts, divisions.weights = list(verdicts), [division.weight for division in both]
     weak, names = task.weak, task.store.class_names
     divisions.health = division_health(both, log_ps, weak.table, task.zero_shot, weak.truth, names)
