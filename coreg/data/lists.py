@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import posixpath
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from coreg.data.decode import Files
-from coreg.data.images import TEST, TRAIN, ImageList, Paths, absolute_path
+from coreg.data.images import TEST, TRAIN, ImageList, Paths, absolute_path, path_within
 from coreg.errors import UserError
 
 WANTED = "write `path label` a line, the path as seen from the folder of the list and the label as a number from 0 on"
@@ -64,8 +63,5 @@ def _lines(file: Path) -> list[tuple[str, str, int]]:
         place, parts = f"{file} line {number}", line.strip().rsplit(maxsplit=1)
         if len(parts) != 2 or not (parts[1].isascii() and parts[1].isdigit() and len(parts[1]) < 10):
             raise UserError(f"{place} is {line.strip()[:80]!r}; {WANTED}")
-        name = posixpath.normpath(parts[0])
-        if posixpath.isabs(name) or name.split("/")[0] == ".." or "\0" in name:
-            raise UserError(f"{place} names {parts[0]!r}; paths must lie in the folder of the list")
-        lines.append((place, name, int(parts[1])))
+        lines.append((place, path_within(parts[0], f"{place} names"), int(parts[1])))
     return lines
