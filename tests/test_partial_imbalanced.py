@@ -229,7 +229,7 @@ def test_a_step_of_htc():
     method.finish_epoch(Step(2, 10))
     prior = method.confidence.sum(0) / method.confidence.sum()
     torch.testing.assert_close(method.prior, prior)
-    given, gate, d = batch(when, width=2 * C), method.net.backbone.gate, method.confidence.clone()
+    given, gate, d = batch(when, width=2 * C), method.net.backbone.fc.gate, method.confidence.clone()
     weak, strong, ramp, by_hand = *given.views, 3 / 5, 0.0
     for k, name, priors in ((0, "head", prior), (1, "tail", torch.full((C,), 1 / C).double())):
         z, s = weak[:, k * C : (k + 1) * C], strong[:, k * C : (k + 1) * C]
@@ -265,7 +265,7 @@ def test_htc_predicts_by_its_gate_and_the_prior_of_its_confidence_as_it_is():
     del method.outputs_on  # its own network
     images = torch.randn(3, 1, 8, 8).double()
     head, tail = (logits.detach() for logits in method.outputs_on(images)[0].chunk(2, dim=1))
-    prior, gate = method.confidence.sum(0) / method.confidence.sum(), method.net.backbone.gate
+    prior, gate = method.confidence.sum(0) / method.confidence.sum(), method.net.backbone.fc.gate
     assert not torch.allclose(prior, method.prior)
     both = [(head - (prior + 1e-5).log()).softmax(1), tail.softmax(1)]
     w = torch.nn.functional.leaky_relu(gate(torch.cat(both, dim=1))).softmax(1)

@@ -230,7 +230,7 @@ def test_records(monkeypatch):
 def test_htc(monkeypatch):
     f = numbers("htc")
     method = made("htc", selection_ramp=2 / 5)
-    fused = method.net.backbone
+    fused = method.net.backbone.fc
     fused.gate.weight.data.copy_(array("htc", "gate_weight"))
     fused.gate.bias.data.copy_(array("htc", "gate_bias"))
     for epoch, step in np.ndindex(4, 4):
@@ -256,6 +256,6 @@ def test_htc(monkeypatch):
         near(method.confidence, f["confidence"][epoch, step])
         if step == 3:
             tests = [array("htc", f"logits_test_{head}") for head in ("head", "tail")]
-            judged = method.judged().backbone
+            judged = method.judged().backbone.fc
             near(torch.softmax(judged.fused(*tests, judged.prior), 1), f["test_head_tail_fused"][epoch, 2])
             method.finish_epoch(batch.step)

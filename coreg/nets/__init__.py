@@ -1,3 +1,3 @@
-"""Backbones and heads; importing it registers with timm what it does not have."""
+"""Backbones and heads; importing it registers the PreAct ResNets with timm."""
 
-from coreg.nets import preact, two_heads  # noqa: F401
+from coreg.nets import preact  # noqa: F401

@@ -6,6 +6,7 @@ place of a timm model's own classifier, so that the model's `forward` computes i
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -73,6 +74,7 @@ class Head(nn.Module):
         super().__init__()
         self.kind, self.scale = kind, scale if kind in ("cosine", "projected") else 1.0
         self.weight = nn.Parameter(weight.clone())
+        self.register_buffer("bias", None)  # (C,), added to the logits where it is set
         if kind == "projected":
             self.register_buffer("projection", projection[0].clone())
             self.register_buffer("shift", projection[1].clone())
@@ -86,7 +88,8 @@ class Head(nn.Module):
             h = F.normalize(h, dim=-1)
         elif self.kind == "layernorm":
             h = F.layer_norm(h, h.shape[-1:], eps=LAYER_NORM_EPS)
-        return self.scale * F.linear(h, F.normalize(self.weight, dim=-1))
+        logits = self.scale * F.linear(h, F.normalize(self.weight, dim=-1))
+        return logits if self.bias is None else logits + self.bias
 
     @torch.no_grad()
     def as_linear(self) -> dict[str, Tensor]:
@@ -101,6 +104,37 @@ class Head(nn.Module):
         elif self.kind == "layernorm":
             weight = weight - weight.mean(dim=1, keepdim=True)
         return {"weight": weight, "bias": bias}
+
+
+class GatedHeads(nn.Module):
+    """Two heads on the same features, and a gate that weighs their predictions (Jia et al., "HTC", AAAI 2024).
+
+    With z and z' the logits of head and tail and pi the class prior of the head's training: p = softmax(z - log(pi + 1e-5))
+    and p' = softmax(z'); w = softmax(leaky_relu(gate([p, p']))), brought to length 1; w_1 p + w_2 p' are the logits.
+    """
+
+    def __init__(self, head: nn.Module) -> None:
+        """Begin with a linear classifier or a `Head`; the tail is a copy of it, and the prior uniform."""
+        super().__init__()
+        n_classes = head.out_features
+        self.head, self.tail = head, copy.deepcopy(head)
+        self.gate = nn.Linear(2 * n_classes, 2)
+        self.register_buffer("prior", torch.full((n_classes,), 1 / n_classes))
+        self.out_features, self.in_features, self.scale = n_classes, head.in_features, getattr(head, "scale", 0.0)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.fused(self.head(h), self.tail(h), self.prior)
+
+    def fused(self, head: Tensor, tail: Tensor, prior: Tensor) -> Tensor:
+        """Logits (n, C) from z and z' (n, C) and pi (C,)."""
+        p = torch.softmax(head - torch.log(prior.to(head.dtype) + 1e-5), dim=1)
+        q = torch.softmax(tail, dim=1)
+        weights = F.normalize(torch.softmax(F.leaky_relu(self.gate(torch.cat([p, q], dim=1))), dim=1), dim=1)
+        return weights[:, :1] * p + weights[:, 1:] * q
+
+    def as_linear(self) -> dict[str, Tensor]:
+        """`weight` (C, d) and `bias` (C,), if any, of the head alone as a linear classifier."""
+        return self.head.as_linear() if isinstance(self.head, Head) else dict(self.head.state_dict())
 
 
 def random_weight(n_classes: int, width: int) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from coreg.errors import UserError
-from coreg.nets.heads import ClassText, Head, back_projected, has_one_linear_classifier, put_head, random_weight
+from coreg.nets.heads import ClassText, GatedHeads, Head, back_projected, has_one_linear_classifier, put_head, random_weight
 from coreg.nets.tuners.apply import apply_tuners, merge
 from coreg.nets.tuners.tower import TunerOptions
 
@@ -67,7 +67,7 @@ class Tuning:
         weights, head = plain_weights(backbone), backbone.get_classifier()
         rest = {f"tuners.{name}": value for name, value in left.state_dict().items()}
         rule = replace(self, tuners=kept)
-        if isinstance(head, Head):
+        if isinstance(head, Head | GatedHeads):
             (place,) = [name for name, module in backbone.named_modules() if module is head]
             weights |= {f"{place}.{name}": value for name, value in head.as_linear().items()}
             rest |= {f"head.{name}": value for name, value in head.state_dict().items()}
@@ -83,15 +83,19 @@ class Tuning:
         Raises:
             RuntimeError, KeyError: it is something else.
         """
+        gated = "head.gate.weight" in rest
+        first = "head.head." if gated else "head."
         if self.head != "linear":
-            projection = (rest["head.projection"], rest["head.shift"]) if self.head == "projected" else None
-            put_head(plain, Head(self.head, rest["head.weight"], self.head_scale, projection))
+            projection = (rest[first + "projection"], rest[first + "shift"]) if self.head == "projected" else None
+            head = Head(self.head, rest[first + "weight"], self.head_scale, projection)
+            head.bias = rest.get(first + "bias")
+            put_head(plain, head)
+        if gated:
+            put_head(plain, GatedHeads(plain.get_classifier()))
+            plain.get_classifier().load_state_dict(_below("head.", rest))
         if self.tuners:
             plain.tuners = self._insert(plain, plain.num_classes)
-            prefix = "tuners."
-            plain.tuners.load_state_dict(
-                {name.removeprefix(prefix): value for name, value in rest.items() if name.startswith(prefix)}
-            )
+            plain.tuners.load_state_dict(_below("tuners.", rest))
 
     def _insert(self, backbone: nn.Module, n_classes: int) -> nn.ModuleDict:
         options = TunerOptions(n_classes, self.bottleneck, self.prompt_tokens, self.mask_ratio)
@@ -107,6 +111,11 @@ class Tuning:
         else:
             weight = back_projected(text.features, text.projection)
         return Head(self.head, weight, self.head_scale or COSINE_SCALE)
+
+
+def _below(prefix: str, tensors: Tensors) -> Tensors:
+    """Those whose names begin with a prefix, without it."""
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
 def plain_weights(backbone: nn.Module) -> Tensors:

@@ -271,13 +271,13 @@ def _export(task: Task, nets: Sequence[Model], folder: Path) -> dict[str, Any]:
         for number, net in enumerate(nets)
     ]
     calibration = fit_to_agreement(weak)
-    created_with = (image_options.backbone, parse_backbone_args(image_options.backbone_args))
     return main_process_decides(
         task.accelerator,
         lambda: export(
             folder,
             [net.backbone for net in nets],
-            *getattr(nets[0].backbone, "created_with", created_with),
+            image_options.backbone,
+            parse_backbone_args(image_options.backbone_args),
             check=task.data.view("plain", spread_rows(len(task.data.samples)), ()),
             tuning=image_options.tuning(),
             tuners=[net.tuners for net in nets],

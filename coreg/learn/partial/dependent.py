@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -13,6 +11,7 @@ from coreg.learn.coreg import ramp
 from coreg.learn.losses import divergence, log_probabilities
 from coreg.learn.partial.method import Outputs, PartialMethod, Passes, Step, my_rows, uniform, within, write
 from coreg.learn.partial.plain import PRODEN
+from coreg.nets.tuners.frozen import moving_weights, sharing_copy
 
 
 class ABLE(PRODEN):
@@ -66,7 +65,9 @@ class IDGP(PartialMethod):
 
     def begin(self, candidates: Tensor, dtype: torch.dtype) -> None:
         super().begin(candidates, dtype)
-        self.generator = copy.deepcopy(self.net)
+        self.generator = sharing_copy(self.net)
+        for weight in moving_weights(self.generator, self.net)[0]:
+            weight.requires_grad_(True)
         self.register_buffer("confidence", uniform(candidates, dtype))
         self.register_buffer("flips", candidates.to(dtype))
 

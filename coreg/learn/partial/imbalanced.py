@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 
 import torch
@@ -15,8 +14,9 @@ from coreg.learn.partial.method import Mixed, Outputs, PartialBatch, Passes, Ste
 from coreg.learn.partial.mixing import draw_partners, mixed_view, smallest
 from coreg.learn.partial.plain import PRODEN
 from coreg.learn.pseudo import mix
+from coreg.nets.heads import GatedHeads, put_head
 from coreg.nets.model import Model
-from coreg.nets.two_heads import TwoHeads
+from coreg.nets.tuners.frozen import sharing_copy
 
 
 @dataclass
@@ -64,8 +64,12 @@ class RECORDS(PRODEN):
         return torch.log(beta + self.eps)
 
     def judged(self) -> Model:
-        net = copy.deepcopy(self.net)
-        net.backbone.get_classifier().bias.data -= self.log_prior().detach()
+        net = sharing_copy(self.net)
+        classifier, correction = net.backbone.get_classifier(), -self.log_prior().detach()
+        if isinstance(classifier, nn.Linear):
+            classifier.bias += correction
+        else:
+            classifier.bias = correction
         return net
 
     def _outputs(self, batch: PartialBatch) -> MixedPairOutputs:
@@ -120,7 +124,7 @@ class HTC(PRODEN):
     are; the tail one from softmax(z - 2 log pi), z the logits of the head one and pi the class prior, the mean of D at the
     start of the epoch. Each trains, beside the cross-entropy to D, on the strong views of the images that fit its targets
     best, and on those mixed. D moves towards the tail one's prediction on the set. A gate learns how much of each makes the
-    prediction (`coreg.nets.two_heads.TwoHeads`); at last the prior is that of D as it has become.
+    prediction (`coreg.nets.heads.GatedHeads`); at last the prior is that of D as it has become.
 
     A class that is nobody's candidate gets no mass from the tail's targets, where -2 log 0 would give it all.
     """
@@ -128,12 +132,12 @@ class HTC(PRODEN):
     linear_head = True
     prediction = (
         "the logits are the predictions of two classifiers, one for frequent and one for rare classes, weighed by a gate "
-        "(HTC; timm model two_heads, which import coreg.nets registers)"
+        "(HTC); timm alone loads the first one, coreg.export.folder.load_export, coreg-predict and programs all of it"
     )
 
     def begin(self, candidates: Tensor, dtype: torch.dtype) -> None:
         super().begin(candidates, dtype)
-        self.net = Model(TwoHeads(self.net.backbone), self.options.projection_dim)
+        put_head(self.net.backbone, GatedHeads(self.net.backbone.get_classifier()))
         self.register_buffer("prior", self._current_prior())
 
     def _current_prior(self) -> Tensor:
@@ -144,12 +148,12 @@ class HTC(PRODEN):
 
     def outputs_on(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Logits (l, 2 C), those of the head classifier before those of the tail one, and pooled features (l, d)."""
-        heads = self.net.backbone
-        h = heads.forward_head(heads.forward_features(images), pre_logits=True)
-        return torch.cat(heads.heads(h), dim=1), h
+        backbone = self.net.backbone
+        h, heads = backbone.forward_head(backbone.forward_features(images), pre_logits=True), backbone.get_classifier()
+        return torch.cat([heads.head(h), heads.tail(h)], dim=1), h
 
     def judged(self) -> Model:
-        self.net.backbone.prior.copy_(self._current_prior())
+        self.net.backbone.get_classifier().prior.copy_(self._current_prior())
         return self.net
 
     def _supervised(self, images: Tensor, classes: Tensor) -> Tensor:
@@ -193,7 +197,7 @@ class HTC(PRODEN):
             on_targets = on_targets + soft_cross_entropy(mixed, outputs.mixed_targets[k])
             weight = self.options.strong_weight * self._ramp(step)
             each[k] = each[k] + weight * (on_targets * selected[here]).sum() / selected.sum()
-        fused = self.net.backbone.fused(*(logits.detach() for logits in weak), self.prior)
+        fused = self.net.backbone.get_classifier().fused(*(logits.detach() for logits in weak), self.prior)
         fusion = -(confidence * torch.log(torch.softmax(fused, dim=1) + 1e-8)).sum() / n
         weight = self.options.fusion_weight * ramp(step.epoch, step.epochs)
         return {"loss": sum(each) + weight * fusion, "head": each[0], "tail": each[1], "fusion": fusion}
