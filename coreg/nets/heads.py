@@ -73,6 +73,8 @@ class Head(nn.Module):
         super().__init__()
         self.kind, self.scale = kind, scale if kind in ("cosine", "projected") else 1.0
         self.weight = nn.Parameter(weight.clone())
+        # none of its own: a method's correction of all logits may be put here
+        self.register_buffer("bias", weight.new_zeros(len(weight)))
         if kind == "projected":
             self.register_buffer("projection", projection[0].clone())
             self.register_buffer("shift", projection[1].clone())
@@ -86,18 +88,18 @@ class Head(nn.Module):
             h = F.normalize(h, dim=-1)
         elif self.kind == "layernorm":
             h = F.layer_norm(h, h.shape[-1:], eps=LAYER_NORM_EPS)
-        return self.scale * F.linear(h, F.normalize(self.weight, dim=-1))
+        return self.scale * F.linear(h, F.normalize(self.weight, dim=-1)) + self.bias
 
     @torch.no_grad()
     def as_linear(self) -> dict[str, Tensor]:
         """`weight` (C, d) and `bias` (C,) of a linear classifier that ranks the classes of every image as this head does.
 
-        Its logits are this head's (`l2`), or those times a positive number that depends on the image.
+        Its logits are this head's (`l2`), or those times a positive number that depends on the image. Where there is a
+        bias, that is so near the images for which this number is 1 alone.
         """
-        weight = self.scale * F.normalize(self.weight, dim=-1)
-        bias = weight.new_zeros(len(weight))
+        weight, bias = self.scale * F.normalize(self.weight, dim=-1), self.bias
         if self.kind == "projected":
-            weight, bias = weight @ self.projection, weight @ self.shift
+            weight, bias = weight @ self.projection, bias + weight @ self.shift
         elif self.kind == "layernorm":
             weight = weight - weight.mean(dim=1, keepdim=True)
         return {"weight": weight, "bias": bias}

@@ -64,7 +64,7 @@ class Tuning:
                 backbone = merge(backbone, tuners)
             except UserError:  # prompts, for example, are no change of weights
                 kept, left = self.tuners, tuners
-        weights, head = plain_weights(backbone), backbone.get_classifier()
+        weights, head = plain_weights(backbone), _within(backbone).get_classifier()
         rest = {f"tuners.{name}": value for name, value in left.state_dict().items()}
         rule = replace(self, tuners=kept)
         if isinstance(head, Head):
@@ -83,15 +83,18 @@ class Tuning:
         Raises:
             RuntimeError, KeyError: it is something else.
         """
+        parts: dict[str, Tensors] = {"head": {}, "tuners": {}}
+        for name, value in rest.items():
+            kind, _, name = name.partition(".")
+            parts[kind][name] = value
+        backbone, head = _within(plain), parts["head"]
         if self.head != "linear":
-            projection = (rest["head.projection"], rest["head.shift"]) if self.head == "projected" else None
-            put_head(plain, Head(self.head, rest["head.weight"], self.head_scale, projection))
+            projection = (head["projection"], head["shift"]) if self.head == "projected" else None
+            put_head(backbone, Head(self.head, head["weight"], self.head_scale, projection))
+            backbone.get_classifier().load_state_dict(head)
         if self.tuners:
-            plain.tuners = self._insert(plain, plain.num_classes)
-            prefix = "tuners."
-            plain.tuners.load_state_dict(
-                {name.removeprefix(prefix): value for name, value in rest.items() if name.startswith(prefix)}
-            )
+            backbone.tuners = self._insert(backbone, plain.num_classes)
+            backbone.tuners.load_state_dict(parts["tuners"])
 
     def _insert(self, backbone: nn.Module, n_classes: int) -> nn.ModuleDict:
         options = TunerOptions(n_classes, self.bottleneck, self.prompt_tokens, self.mask_ratio)
@@ -107,6 +110,11 @@ class Tuning:
         else:
             weight = back_projected(text.features, text.projection)
         return Head(self.head, weight, self.head_scale or COSINE_SCALE)
+
+
+def _within(backbone: nn.Module) -> nn.Module:
+    """The timm model itself, where a method has put more around it (`coreg.nets.two_heads`)."""
+    return getattr(backbone, "backbone", backbone)
 
 
 def plain_weights(backbone: nn.Module) -> Tensors:

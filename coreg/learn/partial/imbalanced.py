@@ -133,7 +133,8 @@ class HTC(PRODEN):
 
     def begin(self, candidates: Tensor, dtype: torch.dtype) -> None:
         super().begin(candidates, dtype)
-        self.net = Model(TwoHeads(self.net.backbone), self.options.projection_dim)
+        tuners = self.net.tuners if self.net.frozen else None
+        self.net = Model(TwoHeads(self.net.backbone), self.options.projection_dim, tuners)
         self.register_buffer("prior", self._current_prior())
 
     def _current_prior(self) -> Tensor:
