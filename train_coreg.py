@@ -46,7 +46,7 @@ from coreg.run.job import open_run
 from coreg.run.loop import Run
 from coreg.run.results import finish_networks
 from coreg.run.task import Task, finite, predict, prepare
-from coreg.run.training import Training, build_networks, build_optimizer
+from coreg.run.training import Training, build_optimizer, build_students
 from coreg.views.order import ShuffledRows, n_batches
 
 
@@ -103,7 +103,7 @@ def co_train(run: Run, task: Task[CoRegOptions], training: Training, lr: float) 
 def build_learners(task: Task[CoRegOptions]) -> list[CoRegLearner]:
     """Two networks of one architecture with different initialisation, which share prototypes and learn from each other."""
     method, n_classes = task.method, len(task.store.class_names)
-    nets = build_networks(task.accelerator, task.job, task.image_options, n_classes, method.projection_dim, count=2)
+    nets = build_students(task, method.projection_dim, count=2)
     prototypes = Prototypes(n_classes, method.projection_dim)
     return paired([CoRegLearner(net, prototypes, method) for net in nets], task)
 

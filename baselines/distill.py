@@ -60,7 +60,7 @@ from coreg.run.epoch import judge
 from coreg.run.job import open_run
 from coreg.run.results import finish_networks
 from coreg.run.task import Task, prepare
-from coreg.run.training import build_networks, build_optimizer, placed
+from coreg.run.training import build_optimizer, build_students, placed
 from coreg.views.order import ShuffledRows
 
 
@@ -110,9 +110,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         probs, description = main_process_decides(run.accelerator, lambda: teacher_of(task))
         teacher = torch.from_numpy(probs).to(run.accelerator.device, task.data.dtype)
         taught = np.concatenate([np.flatnonzero(task.weak.usable), task.repeated])
-        nets = build_networks(
-            run.accelerator, job, run.image_options, len(run.store.class_names), projection_dim=1, count=1
-        )
+        nets = build_students(task, projection_dim=1, count=1)
         learner = placed(DistillLearner(nets[0], method.kd_temperature), run.accelerator, job)
         training = run.begin([learner], [build_optimizer(nets[0], job)])
 

@@ -51,7 +51,7 @@ from coreg.run.job import open_run
 from coreg.run.loop import Run
 from coreg.run.results import finish_networks
 from coreg.run.task import Task, finite, predict, prepare
-from coreg.run.training import Training, build_networks, build_optimizer
+from coreg.run.training import Training, build_optimizer, build_students
 from coreg.views.order import ShuffledRows
 from coreg.weak.noise import uniforms
 
@@ -112,9 +112,7 @@ def learning_rate(job: JobConfig, schedule: str, epoch: int) -> float:
 
 def build_learners(task: Task[DivideMixOptions]) -> list[DivideMixLearner]:
     """Two networks of one architecture with different initialisation, which learn from each other."""
-    nets = build_networks(
-        task.accelerator, task.job, task.image_options, len(task.store.class_names), projection_dim=1, count=2
-    )
+    nets = build_students(task, projection_dim=1, count=2)
     return paired([DivideMixLearner(net, task.method) for net in nets], task)
 
 

@@ -56,7 +56,7 @@ from coreg.run.job import open_run
 from coreg.run.loop import Run
 from coreg.run.results import finish_networks
 from coreg.run.task import Task, predict, prepare
-from coreg.run.training import Training, build_networks, build_optimizer, placed
+from coreg.run.training import Training, build_optimizer, build_students, placed
 from coreg.views.order import ShuffledRows
 from coreg.weak.rules import candidate_sets, partial_accuracy
 
@@ -94,8 +94,7 @@ def build_method(task: Task[PartialOptions]) -> tuple[PartialMethod, dict[str, A
     if options.method.startswith("alim"):
         rate, source = noise_rate(task)
         options, fields["noise_rate"] = dataclasses.replace(options, noise_rate=rate), {"value": rate, "source": source}
-    n_classes = len(task.store.class_names)
-    (net,) = build_networks(accelerator, task.job, task.image_options, n_classes, options.projection_dim, count=1)
+    (net,) = build_students(task, options.projection_dim, count=1)
     if METHODS[options.method].linear_head and not net.linear_head:
         raise UserError(
             f"--method {options.method} needs a classifier that is one linear layer on pooled features, and that of "
@@ -175,14 +174,7 @@ def train(run: Run, task: Task[PartialOptions], training: Training, lr: float) -
 def restart(task: Task[PartialOptions], training: Training) -> None:
     """Begin the next stage of the method: its network and its optimiser are as they were before the first step."""
     method = training.learners[0]
-    (fresh,) = build_networks(
-        task.accelerator,
-        task.job,
-        task.image_options,
-        len(task.store.class_names),
-        task.method.projection_dim,
-        count=1,
-    )
+    (fresh,) = build_students(task, task.method.projection_dim, count=1)
     method.net.load_state_dict(fresh.state_dict())
     training.optimizers[0].state.clear()
     method.restart()

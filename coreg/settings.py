@@ -16,7 +16,7 @@ from coreg.config import SAFE_CSV, SEEDS, advanced, as_settings, option, parse
 from coreg.errors import UserError
 from coreg.learn.options import CoRegOptions
 from coreg.records import RecordError, read_record
-from coreg.store.manifest import read_manifest
+from coreg.store.manifest import pixels_of, read_manifest
 from coreg.views.operations import RANDAUGMENT
 from coreg.weak.prefilter import SPELLINGS, parse_prefilter
 from coreg.weak.rules import parse_rule
@@ -390,16 +390,11 @@ def annotators_pixels(annotations: str | None) -> dict[str, Any]:
     Nothing where they are not known; what is wrong with a store is said when it is opened.
     """
     try:
-        if annotations is None:  # digits, which must not be mirrored
-            config, others = read_record(GLYPH_CLIP_CONFIG), {"flip": False}
-            made_for = config["preprocess_cfg"] | {"size": config["model_cfg"]["vision_cfg"]["image_size"]}
-        else:
-            made_for, others = read_manifest(Path(annotations))["preprocessing"], {}
-        size = made_for.get("crop_size") or made_for["size"]
-        if isinstance(size, dict):
-            size = size.get("height") or size["shortest_edge"]
-        values = others | {"image_size": size[0] if isinstance(size, list) else size}
-        return values | {name: made_for.get(name) or made_for[f"image_{name}"] for name in ("mean", "std")}
+        if annotations is not None:
+            return pixels_of(read_manifest(Path(annotations))["preprocessing"])
+        config = read_record(GLYPH_CLIP_CONFIG)
+        size = config["model_cfg"]["vision_cfg"]["image_size"]
+        return pixels_of(config["preprocess_cfg"] | {"size": size}) | {"flip": False}
     except (UserError, RecordError, LookupError, AttributeError, TypeError):
         return {}
 

@@ -1,6 +1,7 @@
 """The annotator's image tower as a backbone: equal to it, a plain timm folder, and with its texts just as it judges."""
 
 import json
+import sys
 import types
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 import yaml
 from PIL import Image
 from runs import refused, script
+from safetensors.torch import load_file, save_file
 from test_annotate_annotators import save_tiny_clip
 from test_tuners_lora import save
 from torch import nn
@@ -188,3 +190,47 @@ def test_sets_that_were_drawn_are_learned_by_the_tower_of_another_stores_annotat
     assert report["weak_labels"]["generator"].startswith("fps(") and "prefilter" not in report["weak_labels"]
     settings = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert (settings["image_size"], settings["mean"]) == (16, [0.5] * 3)  # the annotator's own, not the default [0.5]
+
+
+def test_class_means_are_the_start_of_a_head(store, tmp_path, monkeypatch):
+    """Every class weight is the direction of the features of length 1, each divided among its candidates."""
+    words = ["--annotations", store.root, "--backbone", "annotator", "--tuner", "linear", "--head", "cosine"]
+    words += ["--workers", "0", "--head_init", "class_mean", "--method", "cc", "--output_dir", tmp_path / "run"]
+    words += ["--candidates", "topk:2"]
+    pll, seen = script("pll"), []
+    monkeypatch.setattr(pll, "train", lambda run, task, training, lr: seen.append((task, training)) or sys.exit(7))
+    with pytest.raises(SystemExit):
+        pll.main([*map(str, words)])
+    ((task, training),) = seen
+    net = training.learners[0].net.eval()
+    sums = torch.zeros(3, 16)
+    for i, candidates in enumerate(task.weak.table):
+        with torch.no_grad():
+            view = task.data.view("plain", np.array([i]), ())
+            h = net.backbone.forward_head(net.backbone.forward_features(view), pre_logits=True)[0]
+        for k in np.flatnonzero(candidates):
+            sums[k] += h / h.norm() / candidates.sum()
+    wanted = sums / sums.norm(dim=1, keepdim=True)
+    torch.testing.assert_close(net.backbone.get_classifier().weight.detach(), wanted)
+
+
+def test_a_run_whose_frozen_weights_changed_does_not_go_on(store, tmp_path, capsys):
+    words = ["--annotations", store.root, "--backbone", "annotator", "--tuner", "bias", "--method", "cc", "--workers", "0"]
+    words += ["--epochs", "1", "--batch_size", "4", "--output_dir", tmp_path / "run"]
+    main = script("pll").main
+    main([*map(str, words)])
+    (tmp_path / "run" / "report.json").unlink()
+    file = tmp_path / "run" / "tower" / "model.safetensors"
+    weights = load_file(file)
+    weights["blocks.0.attn.qkv.weight"][0, 0] += 1
+    save_file(weights, file)
+    assert "frozen_weights was" in refused(capsys, main, *words)
+
+
+def test_tuners_and_heads_that_do_not_fit_are_refused_before_any_work(store, tmp_path, capsys):
+    words = ["--annotations", store.root, "--backbone", "annotator", "--output_dir", tmp_path / "run"]
+    main = script("pll").main
+    assert "--blocks last:9 does not fit" in refused(capsys, main, *words, "--tuner", "lora", "--blocks", "last:9")
+    assert "did you mean adapter?" in refused(capsys, main, *words, "--tuner", "adapters")
+    plain = ["--annotations", store.root, "--recipe", "digits", "--output_dir", tmp_path / "run"]
+    assert "goes into pre-norm vision transformers" in refused(capsys, main, *plain, "--tuner", "vpt_deep")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -206,6 +207,14 @@ class Model(nn.Module):
     def trained(self) -> dict[str, Tensor]:
         """What training changes, by name: weights, and statistics of normalisation; all there is of an untuned network."""
         return self.state_dict(keep_vars=True)
+
+    def frozen_hash(self) -> str:
+        """SHA-256 (hex) of what `trained` leaves out, which a training that goes on has to find as it was."""
+        own, digest = dict(self.named_parameters()) | dict(self.named_buffers()), hashlib.sha256()
+        for name in sorted(self.frozen):
+            digest.update(name.encode())
+            digest.update(own[name].detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()
 
     def train(self, mode: bool = True) -> Model:
         """Training mode, but for frozen batch normalisation."""

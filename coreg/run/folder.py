@@ -34,6 +34,10 @@ class RunFolder:
     def finished(self) -> bool:
         return self.report.is_file()
 
+    @property
+    def claimed(self) -> bool:
+        return (self.root / JOB).is_file()
+
     def refuse_other(self, identity: dict[str, Any]) -> None:
         """Check, without writing anything, whether the folder is free for this job or already belongs to it.
 
@@ -78,7 +82,7 @@ class RunFolder:
             UserError: as `refuse_other`, or the folder cannot be written.
         """
         self.refuse_other(identity)
-        if not (self.root / JOB).is_file():
+        if not self.claimed:
             write_atomically(
                 self.root / JOB, json.dumps({"schema": SCHEMA} | identity, indent=1, ensure_ascii=False) + "\n"
             )

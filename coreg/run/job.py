@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from accelerate import Accelerator
 
 from coreg.annotate.changes import before_and_after
@@ -22,6 +23,7 @@ from coreg.config import as_settings, as_yaml, beside_the_job, check_bounds
 from coreg.errors import UserError
 from coreg.nets.model import check_backbone, check_network, check_weights, parse_backbone_args, trained_with
 from coreg.nets.tuners.apply import check_tuners
+from coreg.nets.tuners.audit import audit
 from coreg.plaintext import printable
 from coreg.process import all_or_none, build_accelerator, follow_launcher, main_process_decides
 from coreg.records import RecordError
@@ -32,6 +34,7 @@ from coreg.run.board import silent_thread, writing_curves
 from coreg.run.folder import RunFolder
 from coreg.run.loop import Run
 from coreg.run.task import known_labels, training_rows
+from coreg.run.training import build_model
 from coreg.settings import ANNOTATOR, ImageConfig, JobConfig, check_image_options, check_tracker
 from coreg.store.store import AnnotationStore
 from coreg.weak.rules import parse_rule
@@ -172,7 +175,8 @@ def annotators_tower(
     texts = image_options.head_prompts if image_options.head_init == "text" else None
 
     def write() -> None:
-        if not folder.tower.is_dir():
+        # one that a start left before it claimed the folder may be with other texts
+        if not (folder.claimed and folder.tower.is_dir()):
             write_tower(store, folder.tower, texts, image_options.descriptions)
 
     main_process_decides(accelerator, write)
@@ -191,8 +195,23 @@ def check_pixels(accelerator: Accelerator, image_options: ImageConfig, n_classes
     main_process_decides(
         accelerator, lambda: check_network(image_options.backbone, n_classes, size, image_options.channels, arguments)
     )
+    if image_options.tuner or image_options.head != "linear":
+        main_process_decides(accelerator, lambda: check_tuning(image_options, n_classes))
     if advice := other_pixels(image_options):
         accelerator.print(printable(advice))
+
+
+def check_tuning(image_options: ImageConfig, n_classes: int) -> None:
+    """Make such a network once, and prove that what should train does, and nothing else.
+
+    Raises:
+        UserError: head or tuners do not fit the backbone.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = build_model(image_options, n_classes, projection_dim=1, pretrained=False)
+        size = image_options.image_size
+        audit(net, torch.randn(2, image_options.channels, size, size))
 
 
 def finished_report(folder: RunFolder) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from coreg.config import as_yaml
 from coreg.errors import UserError
 from coreg.files import write_atomically
 from coreg.learn.two_nets import Divisions
+from coreg.nets.model import Model
 from coreg.plaintext import printable
 from coreg.process import main_process_decides
 from coreg.progress import seconds_between_lines
@@ -75,6 +76,9 @@ class Run:
         """
         accumulated = self.job.gradient_accumulation_steps
         training = Training(self.accelerator, list(learners), list(optimizers), divisions, accumulated)
+        nets = [net for learner in learners if isinstance(net := getattr(learner, "net", None), Model) and net.frozen]
+        if frozen := [net.frozen_hash() for net in nets]:  # checkpoints do not hold them
+            self.identity |= {"frozen_weights": frozen}
         main_process_decides(self.accelerator, self._claim)
         newest = main_process_decides(self.accelerator, lambda: checkpoint.latest(self.folder.checkpoints))
         if newest is not None:

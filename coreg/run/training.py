@@ -9,15 +9,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor, nn
+from torch.nn.functional import normalize
 
 from coreg.learn.collective import gather_rows, rank_and_world
 from coreg.learn.two_nets import Divisions
 from coreg.nets.heads import ClassText
 from coreg.nets.model import Model, create_backbone, evaluate_lone_values, parse_backbone_args
+from coreg.nets.tuning import start_head
+from coreg.run.task import Task, pooled
 from coreg.settings import ImageConfig, JobConfig
 
 
@@ -186,6 +190,28 @@ def build_networks(
             evaluate_lone_values(net)
         nets.append(net.to(memory_format=torch.channels_last))
     return nets
+
+
+def build_students(task: Task[Any], projection_dim: int, count: int) -> list[Model]:
+    """`build_networks` for a task, whose images and candidate sets may give the heads their start."""
+    n_classes = len(task.store.class_names)
+    nets = build_networks(task.accelerator, task.job, task.image_options, n_classes, projection_dim, count)
+    if task.image_options.head_init == "class_mean":
+        for net in nets:
+            net.to(task.accelerator.device, getattr(torch, task.job.dtype))
+            start_head(net.backbone, class_means(task, net))
+    return nets
+
+
+def class_means(task: Task[Any], net: Model) -> Tensor:
+    """Unit vectors (C, d): where the images of each class lie, by uniform weights on their candidate sets.
+
+    Features are brought to length 1 before they are added up. Images of which nothing is known are left out.
+    """
+    rows = np.flatnonzero(task.weak.usable)
+    features = normalize(pooled(net, task.data, rows, 4 * task.job.batch_size), dim=1)
+    sets = task.table[torch.from_numpy(rows).to(features.device)].to(features.dtype)
+    return normalize((sets / sets.sum(dim=1, keepdim=True)).T @ features, dim=1)
 
 
 def build_model(image_options: ImageConfig, n_classes: int, projection_dim: int, pretrained: bool | None = None) -> Model:
