@@ -9,14 +9,12 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from coreg.config import SAFE_CSV, SEEDS, advanced, as_settings, option, parse
 from coreg.errors import UserError
 from coreg.learn.options import CoRegOptions
-from coreg.records import RecordError, read_record
-from coreg.store.manifest import pixels_of, read_manifest
+from coreg.store.pixels import annotators_pixels
 from coreg.views.operations import RANDAUGMENT
 from coreg.weak.prefilter import SPELLINGS, parse_prefilter
 from coreg.weak.rules import parse_rule
@@ -30,7 +28,6 @@ TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX")} | {
     name: (name,) for name in ("wandb", "trackio", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab")
 }
 
-GLYPH_CLIP_CONFIG = Path(__file__).parent / "demo" / "glyph_clip" / "open_clip_config.json"
 ANNOTATOR = "annotator"  # the backbone that is the image tower of what made the store
 
 
@@ -354,11 +351,8 @@ def read_student(
         return ANNOTATOR if typed.get("backbone") == ANNOTATOR else "folder" if "annotations" in typed else "digits"
 
     def below(*configs: Any) -> Mapping[str, Any]:
-        own = (
-            annotators_pixels(configs[0].prefilter_annotations or configs[0].annotations)
-            if configs[1].backbone == ANNOTATOR
-            else {}
-        )
+        job, images = configs[:2]
+        own = annotators_pixels(job.prefilter_annotations or job.annotations) if images.backbone == ANNOTATOR else {}
         return own | dict(preset(*configs) if preset else {})
 
     job, image_options, method = parse(
@@ -382,21 +376,6 @@ def read_student(
             "as --prefilter topk"
         )
     return job, image_options, method
-
-
-def annotators_pixels(annotations: str | None) -> dict[str, Any]:
-    """`image_size`, `mean` and `std` of what made a store, and what built-in digits want where there is none yet.
-
-    Nothing where they are not known; what is wrong with a store is said when it is opened.
-    """
-    try:
-        if annotations is not None:
-            return pixels_of(read_manifest(Path(annotations))["preprocessing"])
-        config = read_record(GLYPH_CLIP_CONFIG)
-        size = config["model_cfg"]["vision_cfg"]["image_size"]
-        return pixels_of(config["preprocess_cfg"] | {"size": size}) | {"flip": False}
-    except (UserError, RecordError, LookupError, AttributeError, TypeError):
-        return {}
 
 
 def official(

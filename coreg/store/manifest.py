@@ -132,19 +132,6 @@ def same_command(manifest: dict[str, Any]) -> str:
     return "run the same annotate_vlm.py command again"
 
 
-def pixels_of(preprocessing: dict[str, Any]) -> dict[str, Any]:
-    """`image_size`, `mean` and `std` from the words of open_clip or transformers, as a manifest has them.
-
-    Raises:
-        LookupError, AttributeError, TypeError: it has other words.
-    """
-    size = preprocessing.get("crop_size") or preprocessing["size"]
-    if isinstance(size, dict):
-        size = size.get("height") or size["shortest_edge"]
-    values = {"image_size": size[0] if isinstance(size, list) else size}
-    return values | {name: preprocessing.get(name) or preprocessing[f"image_{name}"] for name in ("mean", "std")}
-
-
 def set_name(spec: str) -> str:
     """What in `spec` is no place: the name of a data set whose file names are made up; "" for files.
 
