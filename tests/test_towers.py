@@ -166,6 +166,7 @@ def test_a_tuned_annotator_end_to_end(store, tmp_path, capsys):
     main = script("pll").main
     main([*map(str, words), "--output_dir", str(output)])
     classifier = load_classifier(output / "export")
+    assert "which timm does not read" in (output / "export" / "README.md").read_text()
     assert classifier.class_names == NAMES and (output / "tower" / "text.safetensors").is_file()
     itself = timm.create_model(f"local-dir:{output / 'tower'}", pretrained=True, num_classes=0)
     assert itself(torch.zeros(1, 3, 16, 16)).shape == (1, 16)

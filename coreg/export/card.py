@@ -39,6 +39,11 @@ Images are squashed to {size}x{size} pixels, bilinear with antialiasing, {colour
 deviation in `coreg.json`. The prediction is the mean of the networks' logits.
 """
 
+TUNED = """
+Part of each network lies in `tuned.safetensors`, which timm does not read: what timm loads predicts otherwise. Use
+coreg-predict, or a program that coreg-export writes.
+"""
+
 
 def escaped(text: str) -> str:
     """One line that Markdown and HTML show letter by letter, whatever it holds."""
@@ -113,6 +118,7 @@ def model_card(report: dict[str, Any], settings: dict[str, Any], which: str = ""
         "",
         "## How to use it",
         USE.format(size=settings["image_size"], colour="grey" if settings["channels"] == 1 else "RGB"),
+        *([TUNED] if settings.get("tuning") else []),
         f"Made with coreg {escaped(report['versions'].get('coreg', ''))}.",
     ]
     return "\n".join(lines) + "\n"
