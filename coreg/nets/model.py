@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch.nn import functional as F
 from coreg.errors import UserError
 from coreg.hub import cache_only, hub_answers
 from coreg.nets.heads import has_one_linear_classifier
+from coreg.nets.tuners.frozen import halve_frozen
 from coreg.records import Number, RecordError, check_record, read_record
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -188,8 +190,23 @@ class Model(nn.Module):
         self.tuners = nn.ModuleDict() if tuners is None else tuners
         self.frozen = frozenset() if tuners is None else _frozen(backbone) & self.state_dict().keys()
         self.register_state_dict_post_hook(_leave_out_frozen)
+        self.halved = False
+
+    def halve(self, *copies: Model) -> None:
+        """Keep frozen weights in bfloat16, here and in copies, and pass under autocast to it from now on."""
+        halve_frozen(self, *copies)
+        for net in (self, *copies):
+            net.halved = True
+
+    def arithmetic(self, images: Tensor) -> AbstractContextManager[object]:
+        """What passes are made under, other than what the caller has chosen."""
+        return torch.autocast(images.device.type, torch.bfloat16) if self.halved else nullcontext()
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        with self.arithmetic(images):
+            return self._outputs(images)
+
+    def _outputs(self, images: Tensor) -> tuple[Tensor, Tensor]:
         features = self.backbone.forward_features(images)
         h = self.backbone.forward_head(features, pre_logits=True)
         if self.linear_head:
@@ -202,7 +219,13 @@ class Model(nn.Module):
 
     def logits(self, images: Tensor) -> Tensor:
         """(n, C) without the projector."""
-        return self.backbone(images)
+        with self.arithmetic(images):
+            return self.backbone(images)
+
+    def pooled(self, images: Tensor) -> Tensor:
+        """Features h (n, d)."""
+        with self.arithmetic(images):
+            return self.backbone.forward_head(self.backbone.forward_features(images), pre_logits=True).flatten(1)
 
     def trained(self) -> dict[str, Tensor]:
         """What training changes, by name: weights, and statistics of normalisation; all there is of an untuned network."""

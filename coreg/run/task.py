@@ -231,8 +231,5 @@ def pooled(net: Model, images: TrainingImages, rows: np.ndarray, batch_size: int
     net.eval()
     my_rows = rows[my_slice(len(rows))]
     batches = images.in_batches("plain", my_rows, batch_size, ()) if len(my_rows) else [images.view("plain", my_rows, ())]
-    features = [
-        net.backbone.forward_head(net.backbone.forward_features(x.flip(3) if mirrored else x), pre_logits=True).flatten(1)
-        for x in batches
-    ]
+    features = [net.pooled(x.flip(3) if mirrored else x) for x in batches]
     return gather_rows(torch.cat(features), len(rows))

@@ -20,6 +20,7 @@ from coreg.learn.collective import gather_rows, rank_and_world
 from coreg.learn.two_nets import Divisions
 from coreg.nets.heads import ClassText
 from coreg.nets.model import Model, create_backbone, evaluate_lone_values, parse_backbone_args
+from coreg.nets.tuners.audit import audit
 from coreg.nets.tuning import start_head
 from coreg.run.task import Task, pooled
 from coreg.settings import ImageConfig, JobConfig
@@ -184,6 +185,9 @@ def build_networks(
     for number in range(1, count + 1):
         set_seed(1000 * job.seed + number)
         net = build_model(image_options, n_classes, projection_dim)
+        if image_options.tuner:
+            size = image_options.image_size
+            audit(net, torch.zeros(2, image_options.channels, size, size))
         if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
             net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
         elif accelerator.num_processes > 1:
@@ -237,9 +241,14 @@ def build_optimizer(net: nn.Module, job: JobConfig) -> torch.optim.Optimizer:
 
 
 def placed(learner: nn.Module, accelerator: Accelerator, job: JobConfig) -> nn.Module:
-    """The learner on the device, its network `net` and its momentum encoder `key_net`, if any, compiled where asked for."""
+    """The learner on the device, its network `net` and its momentum encoder `key_net`, if any, compiled where asked for.
+
+    In mixed precision on a GPU, weights that are frozen take half their memory.
+    """
     learner = learner.to(accelerator.device, getattr(torch, job.dtype))
-    for name in ("net", "key_net") if job.compile else ():
-        if hasattr(learner, name):
-            getattr(learner, name).compile()
+    nets = [getattr(learner, name) for name in ("net", "key_net") if hasattr(learner, name)]
+    if nets[0].frozen and job.mixed_precision == "bf16" and accelerator.device.type == "cuda":
+        nets[0].halve(*nets[1:])
+    for net in nets if job.compile else ():
+        net.compile()
     return learner
