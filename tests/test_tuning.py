@@ -10,6 +10,9 @@ from torch import nn
 
 from coreg.export.ensemble import export, make_program
 from coreg.export.folder import load_export
+from coreg.learn.partial import METHODS
+from coreg.learn.partial.method import PartialBatch, Step
+from coreg.learn.partial_options import OPTIONS
 from coreg.nets.model import Model, create_backbone
 from coreg.nets.tuning import Tuning
 
@@ -81,3 +84,53 @@ def test_the_written_head_has_its_own_scale(tmp_path):
     tuning.apply(backbone, 3)
     (again,), settings = written(tmp_path / "export", Model(backbone, 4).eval(), tuning, torch.randn(2, 3, 16, 16))
     assert settings["tuning"]["head_scale"] == 25.0 == again.get_classifier().scale
+
+
+SETS = torch.tensor([[True, True, False], [True, False, True], [False, True, True], [True, False, False]])
+
+
+def stepped(name, tuners, head):
+    """A method on a tuned network, after a step in its sixth epoch of nine."""
+    net, tuning = tuned(tuners, head)
+    method = METHODS[name](net, SETS, OPTIONS[name]())
+    when, images = Step(5, 9), torch.randn(2, 4, 3, 16, 16)
+    views = tuple(images[: len(method.passes(when).views)])
+    parts = method.train()(PartialBatch(torch.arange(4), when, views, draws=("test",)))
+    parts["loss"].backward()
+    return method.eval(), tuning, images[0]
+
+
+@pytest.mark.parametrize("name", ["records", "htc"])
+@pytest.mark.parametrize(
+    ("tuners", "head"),
+    [((), "cosine"), (("lora",), "linear"), (("vpt_deep", "bias"), "layernorm"), (("adaptformer",), "linear")],
+)
+def test_an_export_of_what_a_method_judges_by(tmp_path, name, tuners, head):
+    method, tuning, images = stepped(name, tuners, head)
+    with torch.no_grad():
+        judged = method.judged()
+        wanted = judged.logits(images)
+        assert (wanted - method.net.logits(images)).abs().max() > 1e-3 or name == "htc"
+        torch.testing.assert_close(judged(images)[0], wanted)
+        (again,), _ = written(tmp_path / "export", judged, tuning, images)
+        torch.testing.assert_close(again(images), wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["able", "idgp", "solar", "records", "htc"])
+def test_methods_train_what_is_tuned_and_nothing_frozen(name):
+    method, _, images = stepped(name, ("adaptformer", "lora"), "cosine")
+    for place, weight in method.trained().named_parameters():
+        if "projector" not in place:
+            assert (weight.grad is not None) == weight.requires_grad, place
+    if name == "idgp":
+        # the second network has tuners of its own on the same frozen weights
+        own = {id(weight) for weight in method.net.parameters()}
+        shared = [weight for weight in method.generator.parameters() if id(weight) in own]
+        assert shared and not any(weight.requires_grad for weight in shared)
+        with torch.no_grad():
+            before = method.net.logits(images)
+            for weight in method.generator.parameters():
+                if weight.requires_grad:
+                    weight.add_(1.0)
+            torch.testing.assert_close(method.net.logits(images), before, rtol=0, atol=0)
+            assert (method.generator.logits(images) - before).abs().max() > 1e-3
