@@ -43,11 +43,6 @@ class CoOpOptions:
     momentum: float = option(0.9, "SGD momentum", (0, 0.999999))
 
 
-def epochs_of(shots: int) -> int:
-    """Epochs that CoOp's authors train for."""
-    return 50 if shots == 1 else 100 if shots <= 4 else 200
-
-
 def preset_of(job: TuningJob, view: ViewOptions, method: CoOpOptions) -> Mapping[str, Any]:
     """The named defaults, of the images where no others are asked for."""
     name = method.preset or ("digits" if Outlook.of(job).digits else "paper")
@@ -58,7 +53,8 @@ def preset_of(job: TuningJob, view: ViewOptions, method: CoOpOptions) -> Mapping
 def read_settings(argv: Sequence[str]) -> tuple[TuningJob, ViewOptions, CoOpOptions]:
     """Preset, recipe and command line, checked."""
     job, view, method = read_tuning(argv, "baselines/coop.py", __doc__, CoOpOptions, preset_of)
-    job.epochs = job.epochs or epochs_of(job.shots)
+    # as many as CoOp's authors train for
+    job.epochs = job.epochs or (50 if job.shots == 1 else 100 if job.shots <= 4 else 200)
     return job, view, method
 
 

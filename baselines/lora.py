@@ -58,12 +58,6 @@ class LoraOptions:
     )
 
 
-def check_lora(method: LoraOptions) -> None:
-    """Refuse a template without a place for the class name."""
-    if method.template is not None and method.template.count("{}") != 1:
-        raise UserError(f"--template {method.template!r} needs exactly one {{}}, such as: a photo of a {{}}")
-
-
 def preset_of(job: TuningJob, view: ViewOptions, method: LoraOptions) -> Mapping[str, Any]:
     """The named defaults, of the kind of model or of the digits where no others are asked for."""
     outlook = Outlook.of(job)
@@ -77,7 +71,8 @@ def read_settings(argv: Sequence[str]) -> tuple[TuningJob, ViewOptions, LoraOpti
     job, view, method = read_tuning(argv, "baselines/lora.py", __doc__, LoraOptions, preset_of)
     steps = math.ceil(job.shots * Outlook.of(job).classes / job.batch_size)
     job.epochs = job.epochs or math.ceil(method.steps_per_shot * job.shots / steps)
-    check_lora(method)
+    if method.template is not None and method.template.count("{}") != 1:
+        raise UserError(f"--template {method.template!r} needs exactly one {{}}, such as: a photo of a {{}}")
     return job, view, method
 
 

@@ -57,9 +57,8 @@ from annotate_vlm import annotate_digits
 from coreg.annotate.textual import averaged_embedding_logits
 from coreg.annotate.transductive import transduce
 from coreg.process import all_or_none, build_accelerator, main_process_decides
-from coreg.records import RecordError
 from coreg.report.metrics import accuracy
-from coreg.report.record import read_report, write_report
+from coreg.report.record import finished_report, write_report
 from coreg.report.report import build_report, without_labels
 from coreg.run.folder import RunFolder
 from coreg.store.store import AnnotationStore
@@ -77,42 +76,18 @@ def of_probabilities(probs: np.ndarray) -> Judged:
         return probs.argmax(axis=1), np.log(probs, dtype=np.float32)
 
 
-def single(store: AnnotationStore) -> Judged:
-    """The votes of the first template, -1 where it names no class."""
-    return store.votes()[:, 0].astype(np.int64), None
-
-
-def averaged(store: AnnotationStore) -> Judged:
-    """The largest mean probability over all templates."""
-    return of_probabilities(store.probs())
-
-
 def embeddings(store: AnnotationStore) -> Judged:
     """One text feature a class, the mean over all templates."""
     logits = averaged_embedding_logits(store, "cuda" if torch.cuda.is_available() else "cpu")
     return logits.argmax(axis=1), logits
 
 
-def neighbours(store: AnnotationStore) -> Judged:
-    """The mean of the mean probabilities of an image's nearest neighbours in its split.
+def split_by_split(store: AnnotationStore, judged: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> Judged:
+    """The images of each split judged together, by their features (n, D) and mean probabilities (n, C).
 
     Raises:
         UserError: the store keeps no features.
     """
-    return _split_by_split(store, vote)
-
-
-def transductive(store: AnnotationStore) -> Judged:
-    """The images of each split judged together, starting from the mean probabilities.
-
-    Raises:
-        UserError: the store keeps no features.
-    """
-    return _split_by_split(store, transduce)
-
-
-def _split_by_split(store: AnnotationStore, judged: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> Judged:
-    """What features (n, D) and mean probabilities (n, C) of a split give, for each by itself."""
     store.need_features()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     features, probs = store.features(), store.probs()
@@ -138,11 +113,12 @@ def refined(store: AnnotationStore) -> Judged:
 
 # variant -> name in reports, how all images of a store are judged
 VARIANTS: dict[str, tuple[str, Callable[[AnnotationStore], Judged]]] = {
-    "single": ("Zero-shot, single template", single),
-    "averaged": ("Zero-shot, averaged probabilities", averaged),
+    # -1 where the template names no class
+    "single": ("Zero-shot, single template", lambda store: (store.votes()[:, 0].astype(np.int64), None)),
+    "averaged": ("Zero-shot, averaged probabilities", lambda store: of_probabilities(store.probs())),
     "embeddings": ("Zero-shot, averaged embeddings", embeddings),
-    "neighbours": ("Zero-shot, neighbours", neighbours),
-    "transductive": ("Zero-shot, transductive", transductive),
+    "neighbours": ("Zero-shot, neighbours", lambda store: split_by_split(store, vote)),
+    "transductive": ("Zero-shot, transductive", lambda store: split_by_split(store, transduce)),
     "refined": ("Zero-shot, refined", refined),
 }
 
@@ -232,12 +208,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             folder = RunFolder(root / variant)
             folder.refuse_other(identity(store, variant))
             if folder.finished:
-                try:
-                    reports.append(read_report(folder.report))
-                except RecordError as error:
-                    raise UserError(
-                        f"{folder.report} is damaged ({error}); delete it, and the same command writes it anew"
-                    ) from None
+                reports.append(finished_report(folder.report))
                 continue
             try:
                 reports.append(report_variant(store, variant, folder, command))
@@ -245,14 +216,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 if len(chosen) == 1:
                     raise
                 lines.append(f"left out: {VARIANTS[variant][0]} ({error})")
-        return "\n".join(
-            [
-                *lines,
-                accuracy_lines(reports),
-                "",
-                f"reports: {root}/*/report.json; coreg-report {root} makes a table of them",
-            ]
-        )
+        where = f"reports: {root}/*/report.json; coreg-report {root} makes a table of them"
+        return "\n".join([*lines, accuracy_lines(reports), "", where])
 
     # files alone, and seconds of work: one process does it
     accelerator.print(printable(main_process_decides(accelerator, work), lines=True))

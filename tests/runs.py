@@ -187,6 +187,14 @@ def write_store(root, images, class_names, templates, tensors, block_size=40, er
     return AnnotationStore.open(root)
 
 
+def zero_shot_accuracy(store, single_template=False):
+    """Accuracy of the annotator itself by split, of template 0 alone or of the mean probabilities; unreadable is wrong."""
+    named = store.votes()[:, 0].astype(np.int64) if single_template else store.probs().argmax(axis=1)
+    right = (named == store.labels) & ~store.unreadable
+    rows = {name: (store.split == split) & (store.labels >= 0) for split, name in enumerate(("train", "test"))}
+    return {name: float(right[chosen].mean()) for name, chosen in rows.items() if chosen.any()}
+
+
 class Killed(BaseException):
     pass
 

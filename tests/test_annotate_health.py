@@ -9,12 +9,12 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 from PIL import Image
-from runs import write_store
+from runs import write_store, zero_shot_accuracy
 
 from coreg.annotate.health import examine, write_report
 from coreg.annotate.tools import main
 from coreg.data.images import ImageList, Paths
-from coreg.weak.rules import candidate_sets, partial_accuracy, zero_shot_accuracy
+from coreg.weak.rules import candidate_sets, partial_accuracy
 
 NAMES = ["cat", "dog", "cow"]
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from runs import zero_shot_accuracy
 from sklearn.datasets import load_digits
 from test_annotate_chat import save_tiny_llava
 
@@ -14,7 +15,6 @@ import train_coreg
 from coreg.annotate.chat import CHAT_TEMPLATES, ChatAnnotator
 from coreg.annotate.models import resolve
 from coreg.store.store import AnnotationStore
-from coreg.weak.rules import zero_shot_accuracy
 
 NAMES = ["zero", "one", "two", "three"]
 TRAIN = (

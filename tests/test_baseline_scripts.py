@@ -12,7 +12,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from runs import killed_at, refused, script
+from runs import killed_at, refused, script, zero_shot_accuracy
 
 import train_coreg
 from coreg.annotate.textual import averaged_embedding_logits, single_template_probabilities, text_side
@@ -26,7 +26,7 @@ from coreg.store.store import AnnotationStore
 from coreg.views.augment import Augmentation
 from coreg.views.resident import TrainingImages
 from coreg.weak.labels import WeakLabels
-from coreg.weak.rules import candidate_sets, zero_shot_accuracy
+from coreg.weak.rules import candidate_sets
 
 ROOT = Path(__file__).parents[1]
 # 97 images of three classes in batches of 13

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import SMALL_JOB
-from runs import final_state, forked, same_curves
+from runs import final_state, forked, in_processes, same_curves
 from signalled_job import follow
 
 import train_coreg
@@ -181,6 +181,15 @@ def test_ctrl_c_outside_of_training_is_one_line_and_leaves_nothing_half_written(
     assert code == 0 and (tmp_path / "run" / "report.json").exists(), log
 
 
+@pytest.fixture(scope="module")
+def often(run, small_store, tmp_path_factory):
+    """The folder of a job that wrote a checkpoint after every step and was killed; nobody writes into it."""
+    folder = tmp_path_factory.mktemp("often")
+    args = arguments(small_store, folder, "--checkpoint_minutes", "0")
+    assert run({"signal": "SIGKILL", "at": 40}, args)[0] == -signal.SIGKILL
+    return folder
+
+
 def cut(checkpoint_folder):
     file = checkpoint_folder / "state.pt"
     file.write_bytes(file.read_bytes()[:-1000])
@@ -195,9 +204,9 @@ def flip(checkpoint_folder):
 @pytest.mark.parametrize(
     "damage", [cut, flip, lambda folder: (folder / "state.json").unlink()], ids=["cut off", "one bit", "no checksum"]
 )
-def test_a_damaged_newest_checkpoint_falls_back(run, small_store, whole, tmp_path, damage):
+def test_a_damaged_newest_checkpoint_falls_back(run, small_store, whole, often, tmp_path, damage):
+    shutil.copytree(often, tmp_path, dirs_exist_ok=True)
     args = arguments(small_store, tmp_path)
-    assert run({"signal": "SIGKILL", "at": 40}, [*args, "--checkpoint_minutes", "0"])[0] == -signal.SIGKILL
     newest = max(path for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit())
     damage(newest)
     code, log = run({}, args)
@@ -322,12 +331,21 @@ def within_rounding(ours, theirs, limit=1e-9):
     same_curves(ours, theirs)
 
 
-def test_one_of_two_gets_the_signal_and_both_stop_with_the_exit_code(run, small_store, whole, tmp_path):
-    """torchrun names every process's exit code; the job then goes on in one process."""
+@pytest.mark.slow
+def test_torchrun_names_the_exit_code_of_a_job_that_was_stopped(small_store, whole, tmp_path):
     plan = {"signal": "SIGUSR1", "at": whole[1].index("training") + 3, "rank": 1}
     done = launched(2, plan, arguments(small_store, tmp_path / "run"), launcher="torchrun")
     assert done.returncode == 1 and f"exitcode  : {EXIT_INTERRUPTED}" in done.stderr, done.stderr[-3000:]
     assert done.stdout.count("Stopped by a signal in epoch 2") == 1
+
+
+def test_one_of_two_gets_the_signal_and_both_stop_with_the_exit_code(run, small_store, whole, tmp_path):
+    """The job then goes on in one process."""
+    plan = {"signal": "SIGUSR1", "at": whole[1].index("training") + 3, "rank": 1}
+    words = arguments(small_store, tmp_path / "run")
+    ended = in_processes(2, train_coreg.main, *words, before=lambda: follow(plan))
+    assert ended.codes == [EXIT_INTERRUPTED] * 2, ended.stderr
+    assert ended.stdout.count("Stopped by a signal in epoch 2") == 1
     code, log = run({}, arguments(small_store, tmp_path / "run"))
     assert code == 0, log
     within_rounding(whole[0], final_state(tmp_path / "run"))

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from coreg.annotate.models import PRECISIONS, ModelSpec, load_open_clip, loading, one_line
+from coreg.annotate.models import PRECISIONS, ModelSpec, load_open_clip, load_transformers, one_line
 from coreg.annotate.prompts import prompts
 from coreg.annotate.texts import compare_texts
 from coreg.errors import UserError
@@ -160,17 +160,8 @@ def transformers_towers(model: ModelSpec, device: torch.device, precision: str) 
     Raises:
         UserError: it cannot be loaded, or has no text and image features in one space.
     """
-    from transformers import AutoModel, AutoProcessor
-
-    safely = {"local_files_only": True, "trust_remote_code": False}
-    try:
-        with loading():
-            processor = AutoProcessor.from_pretrained(model.name, **safely)
-            network = AutoModel.from_pretrained(model.name, dtype=torch.float32, use_safetensors=True, **safely)
-    except Exception as error:  # transformers lets every kind of error through
-        raise UserError(
-            f"cannot load {model.spec}: {one_line(error)}; save model and processor with transformers"
-        ) from None
+    remedy = "save model and processor with transformers"
+    processor, network = load_transformers(model, "AutoModel", torch.float32, "", remedy)
     if not (hasattr(network, "get_image_features") and hasattr(network, "logit_scale")):
         kind = type(network).__name__
         raise UserError(f"{model.spec} is a {kind}, not of the CLIP family; for chat models write chat:FOLDER")

@@ -6,7 +6,7 @@ import copy
 import inspect
 import json
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from coreg.annotate.answers import AnswerParser
-from coreg.annotate.models import PRECISIONS, ModelSpec, loading, one_line
+from coreg.annotate.models import PRECISIONS, ModelSpec, load_transformers, one_line
 from coreg.annotate.texts import refuse_same, same_rows
 from coreg.data.keyed import keyed_generator
 from coreg.errors import UserError
@@ -313,18 +313,8 @@ def load_chat(model: ModelSpec, dtype: torch.dtype) -> tuple[Any, torch.nn.Modul
     Raises:
         UserError: they cannot be loaded.
     """
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
-    safely = {"local_files_only": True, "trust_remote_code": False}
-    load: Callable = AutoModelForImageTextToText.from_pretrained
-    try:
-        with loading():
-            processor = AutoProcessor.from_pretrained(model.name, **safely)
-            network = load(model.name, dtype=dtype, use_safetensors=True, **safely)
-    except Exception as error:  # transformers lets every kind of error through
-        raise UserError(
-            f"cannot load {model.spec} as a chat model: {one_line(error)}; give a folder with an image-text-to-text model"
-        ) from None
+    remedy = "give a folder with an image-text-to-text model"
+    processor, network = load_transformers(model, "AutoModelForImageTextToText", dtype, " as a chat model", remedy)
     if getattr(processor, "image_processor", None) is None or getattr(processor, "tokenizer", None) is None:
         raise UserError(f"{model.spec} has no processor for images and text; copy its processor files into the folder too")
     return processor, network.eval().requires_grad_(False)

@@ -274,8 +274,8 @@ def write_report(store: AnnotationStore, images: ImageList | None) -> Health:
     return health
 
 
-def report(folder: str, place: str | None = None, data_root: str | None = None) -> None:
-    """Write the report of the store in `folder` and print it; without pictures where the images cannot be opened.
+def report(folder: str, place: str | None = None, data_root: str | None = None) -> str:
+    """Write the report of the store in `folder`, without pictures where the images cannot be opened; gives it as text.
 
     Args:
         place: where the images are, if not where they were annotated. data_root: the same of torchvision data sets.
@@ -290,5 +290,4 @@ def report(folder: str, place: str | None = None, data_root: str | None = None) 
     except UserError as error:  # moved or changed since
         print(f"note: without pictures: {printable(error)}", file=sys.stderr)
         images = None
-    print(printable(as_text(store, write_report(store, images)), lines=True), end="")
-    print(printable(store.root / "report.html"))
+    return as_text(store, write_report(store, images)) + printable(store.root / "report.html")

@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import open_clip
@@ -262,6 +263,25 @@ def load_open_clip(model: ModelSpec) -> tuple[torch.nn.Module, Callable[[Image.I
             return _load(model)
     except Exception as error:
         raise UserError(f"cannot load {model.spec}: {one_line(error)}; {offline}") from None
+
+
+def load_transformers(model: ModelSpec, kind: str, dtype: torch.dtype, what: str, remedy: str) -> tuple[Any, Any]:
+    """Processor and model of a folder that transformers saved; only safetensors are read and no code in it is run.
+
+    Args:
+        kind: name of transformers' class. what, remedy: of the error's line, what it was to be and what helps.
+
+    Raises:
+        UserError: they cannot be loaded.
+    """
+    safely = {"local_files_only": True, "trust_remote_code": False}
+    try:
+        with loading():
+            processor = transformers.AutoProcessor.from_pretrained(model.name, **safely)
+            load: Callable = getattr(transformers, kind).from_pretrained
+            return processor, load(model.name, dtype=dtype, use_safetensors=True, **safely)
+    except Exception as error:  # transformers lets every kind of error through
+        raise UserError(f"cannot load {model.spec}{what}: {one_line(error)}; {remedy}") from None
 
 
 def _load(model: ModelSpec) -> tuple[torch.nn.Module, Callable[[Image.Image], torch.Tensor], Callable]:

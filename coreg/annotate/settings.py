@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 from coreg.config import SAFE_CSV, option
-from coreg.errors import UserError
 from coreg.settings import Network, Pixels
 
 GLYPH_CLIP = "builtin:glyph-clip"
@@ -82,13 +81,3 @@ class RefineConfig:
         "auto",
         "sizes of the classes; auto: uniform where those estimated come out nearly equal, else as they are estimated",
     )
-
-
-def check_refine(config: RefineConfig) -> None:
-    """Refuse a refinement that cannot be made.
-
-    Raises:
-        UserError: the first thing that is wrong.
-    """
-    if config.output_dir is None:
-        raise UserError("--output_dir is missing; write for example: refine ann --output_dir ann2")

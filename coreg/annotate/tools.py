@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from coreg.annotate.health import report
-from coreg.annotate.settings import RefineConfig, ViewConfig, check_refine
+from coreg.annotate.settings import RefineConfig, ViewConfig
 from coreg.annotate.summary import summary
 from coreg.config import SAFE_CSV, option, parse
 from coreg.data.decode import UnreadableImage
@@ -206,36 +206,22 @@ class MergeConfig:
     output_dir: str | None = option(None, "folder of the new annotation store")
 
 
-def _merge(folders: list[str], options: list[str]) -> int:
+def _merge(folders: list[str], options: list[str]) -> str:
     (config,) = parse(MergeConfig, argv=options, prog="python -m coreg.annotate merge")
     if config.output_dir is None:
         raise UserError("--output_dir is missing; write: merge ann1 ann2 --output_dir ann")
     root, done = merge(folders, config.output_dir)
-    print(printable(f"{root}: {done}", lines=True))
-    return 0
+    return f"{root}: {done}"
 
 
-def _export(folders: list[str], options: list[str]) -> int:
+def _export(folders: list[str], options: list[str]) -> str:
     config, place = parse(ExportConfig, Place, argv=options, prog="python -m coreg.annotate export")
-    print(printable(export(_only(folders), config, place), lines=True))
-    return 0
+    return export(_only(folders), config, place)
 
 
-def _health(folders: list[str], options: list[str]) -> int:
+def _health(folders: list[str], options: list[str]) -> str:
     (place,) = parse(Place, argv=options, prog="python -m coreg.annotate health")
-    report(_only(folders), place.images, place.data_root)
-    return 0
-
-
-def _info(folders: list[str], options: list[str]) -> int:
-    print(printable(info(_only(folders)), lines=True))
-    return 0
-
-
-def _verify(folders: list[str], options: list[str]) -> int:
-    result, whole = verify(_only(folders))
-    print(printable(result, lines=True))
-    return 0 if whole else 1
+    return report(_only(folders), place.images, place.data_root)
 
 
 def _only(folders: list[str]) -> str:
@@ -244,9 +230,10 @@ def _only(folders: list[str]) -> str:
     return folders[0]
 
 
-def _refine(folders: list[str], options: list[str]) -> int:
+def _refine(folders: list[str], options: list[str]) -> str | None:
     config, view = parse(RefineConfig, ViewConfig, argv=options, prog="python -m coreg.annotate refine")
-    check_refine(config)
+    if config.output_dir is None:
+        raise UserError("--output_dir is missing; write for example: refine ann --output_dir ann2")
     check_pixels(view)
     # here, not above: the other tools need no networks
     from coreg.annotate.refined import refine_store
@@ -255,14 +242,13 @@ def _refine(folders: list[str], options: list[str]) -> int:
     accelerator = build_accelerator(timeout_minutes=60)
     source = all_or_none(accelerator, lambda: AnnotationStore.open(_only(folders)))
     store = refine_store(source, Path(config.output_dir), config, view, accelerator)
-    if accelerator.is_main_process:
-        print(summary(store))
-    return 0
+    return summary(store) if accelerator.is_main_process else None
 
 
-COMMANDS: dict[str, Callable[[list[str], list[str]], int]] = {
-    "info": _info,
-    "verify": _verify,
+# folders and options -> a text for a person, and whether a store that was verified is whole
+COMMANDS: dict[str, Callable[[list[str], list[str]], str | tuple[str, bool] | None]] = {
+    "info": lambda folders, options: info(_only(folders)),
+    "verify": lambda folders, options: verify(_only(folders)),
     "health": _health,
     "export": _export,
     "merge": _merge,
@@ -281,4 +267,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command is None:
         raise UserError(f"unknown command {words[0]}; write one of {', '.join(COMMANDS)} and the folder of a store")
     dashes = next((place for place, word in enumerate(words) if word.startswith("-")), len(words))
-    return command(words[1:dashes], words[dashes:])
+    result = command(words[1:dashes], words[dashes:])
+    result, whole = result if isinstance(result, tuple) else (result, True)
+    if result is not None:
+        print(printable(result, lines=True))
+    return 0 if whole else 1

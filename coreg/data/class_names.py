@@ -106,7 +106,8 @@ def refuse_markup(path: str, lines: Sequence[tuple[int, str]]) -> None:
         if len(bare) > 1 and bare[0] == bare[-1] and bare[0] in "\"'`":
             refuse(number, text, "in quotes", bare[1:-1])
         if "\t" in text:
-            refuse(number, text, "which has several columns", max(text.split("\t"), key=_count_letters).strip())
+            name = max(text.split("\t"), key=lambda field: sum(map(str.isalpha, field))).strip()
+            refuse(number, text, "which has several columns", name)
     first = [re.sub(r"[\s_-]", "", field).casefold() for field in re.split(r"[,;|]", texts[0])]
     if len(first) > 1 and HEADERS.issuperset(first):
         raise UserError(f"{path} begins with {texts[0]!r}, the header of a table; {WANTED}")
@@ -117,7 +118,3 @@ def refuse_markup(path: str, lines: Sequence[tuple[int, str]]) -> None:
         numbers = [int(match["n"]) for match in matches if match]
         if len(numbers) == len(texts) and numbers[0] in starts and numbers == list(range(numbers[0], numbers[-1] + 1)):
             refuse(*lines[0], "which has a number", matches[0]["name"])
-
-
-def _count_letters(field: str) -> int:
-    return sum(map(str.isalpha, field))

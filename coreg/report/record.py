@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from coreg.errors import UserError
 from coreg.files import sha256_of, write_atomically
 from coreg.records import Each, Maybe, Number, RecordError, check_record, checksum_of, read_record
 
@@ -87,6 +88,18 @@ def write_report(path: Path, report: dict[str, Any]) -> None:
     report = report | ({"files": {SETTINGS: sha256_of(settings)}} if settings.is_file() else {})
     sealed = report | {"checksum": checksum_of(report)}
     write_atomically(path, json.dumps(sealed, indent=1, ensure_ascii=False) + "\n")
+
+
+def finished_report(path: Path, kind: dict[str, Any] = REPORT) -> dict[str, Any]:
+    """The report of what is finished.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    try:
+        return read_report(path, kind)
+    except RecordError as error:
+        raise UserError(f"{path} is damaged ({error}); delete it, and the same command writes it anew") from None
 
 
 def read_report(path: Path, kind: dict[str, Any] = REPORT) -> dict[str, Any]:

@@ -26,8 +26,7 @@ from coreg.nets.tuners.apply import check_tuners
 from coreg.nets.tuners.audit import audit
 from coreg.plaintext import printable
 from coreg.process import all_or_none, build_accelerator, follow_launcher, main_process_decides
-from coreg.records import RecordError
-from coreg.report.record import TRAINED, read_report
+from coreg.report.record import TRAINED, finished_report
 from coreg.report.report import summary
 from coreg.report.trust import cannot_tell, reads_alone
 from coreg.run.board import silent_thread, writing_curves
@@ -91,7 +90,8 @@ def open_run(
         identity |= {} if judged is store else {"prefilter_store": judged.hash}
         main_process_decides(accelerator, lambda: folder.refuse_other(identity))
         if main_process_decides(accelerator, lambda: folder.finished):
-            accelerator.print(summary(main_process_decides(accelerator, lambda: finished_report(folder)), folder.root))
+            report = main_process_decides(accelerator, lambda: finished_report(folder.report, TRAINED))
+            accelerator.print(summary(report, folder.root))
             place = printable(folder.root)
             accelerator.print(f"\nThis run is finished; choose another --output_dir, or delete {place} to repeat it.")
             yield None
@@ -212,20 +212,6 @@ def check_tuning(image_options: ImageConfig, n_classes: int) -> None:
         net = build_model(image_options, n_classes, projection_dim=1, pretrained=False)
         size = image_options.image_size
         audit(net, torch.randn(2, image_options.channels, size, size))
-
-
-def finished_report(folder: RunFolder) -> dict[str, Any]:
-    """The report of a finished training.
-
-    Raises:
-        UserError: it is damaged.
-    """
-    try:
-        return read_report(folder.report, TRAINED)
-    except RecordError as error:
-        raise UserError(
-            f"{folder.report} is damaged ({error}); delete it, and the same command writes it anew from the last checkpoint"
-        ) from None
 
 
 def refinement(job: JobConfig, image_options: ImageConfig | None, store: AnnotationStore) -> Literal["none", "own", "view"]:

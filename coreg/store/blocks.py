@@ -101,22 +101,14 @@ def read_block(path: Path, index: int, job: str) -> tuple[dict[str, np.ndarray],
     return tensors, errors, head["sha256"]
 
 
-def read_errors(path: Path) -> dict[int, str]:
-    """The reasons of a block's unreadable rows, from its header alone and without verifying the block.
+def read_head(path: Path) -> tuple[str, dict[int, str]]:
+    """The hash of the job that a block says it belongs to, and the reasons of its unreadable rows; it is not verified.
 
     Raises:
         DamagedBlockError: the header cannot be read.
     """
-    return _read(path, with_tensors=False)[1]
-
-
-def read_job(path: Path) -> str:
-    """The hash of the job that a block says it belongs to, without verifying the block.
-
-    Raises:
-        DamagedBlockError: the header cannot be read.
-    """
-    return _read(path, with_tensors=False)[0]["job"]
+    head, errors, _ = _read(path, with_tensors=False)
+    return head["job"], errors
 
 
 def check_evidence(tensors: dict[str, np.ndarray], errors: dict[int, str], rows: range, manifest: dict[str, Any]) -> None:

@@ -264,7 +264,7 @@ def read_samples(root: Path, manifest: dict[str, Any]) -> ImageList:
         wanted = read_record(root / name, {"samples.safetensors": str}) if (root / name).exists() else {}
     except Exception as error:  # safetensors lets many kinds through
         raise UserError(f"{damaged}: {name}: {' '.join(str(error).split())}; {again}") from None
-    paths = paths_of_lines(lines)
+    paths = Paths([os.fsencode(unescape(os.fsdecode(line))) if b"\\" in line else line for line in lines])
     if list_hash(paths) != manifest["images"]["sha256"]:
         raise UserError(f"{damaged}: images.txt was changed; {again}")
     kinds = {name: (table.dtype.name, table.shape) for name, table in tensors.items()}
@@ -290,8 +290,3 @@ def _has_content(file: Path, contents: list[bytes]) -> bool:
         return read_file(file) in contents
     except RecordError:
         return False
-
-
-def paths_of_lines(lines: Sequence[bytes]) -> Paths:
-    """The paths of the lines of images.txt."""
-    return Paths([os.fsencode(unescape(os.fsdecode(line))) if b"\\" in line else line for line in lines])

@@ -24,8 +24,7 @@ from coreg.store.blocks import (
     DamagedBlockError,
     check_evidence,
     read_block,
-    read_errors,
-    read_job,
+    read_head,
     write_block,
 )
 from coreg.store.manifest import JOB, DamagedManifestError, block_files, job_hash, moved, read_manifest, set_name
@@ -78,7 +77,7 @@ def _of_the_blocks(root: Path, manifest: dict[str, Any]) -> dict[str, Any] | Non
     places = [spec] if set_name(spec) else [spec, os.path.realpath(spec)]  # version 1 had all links resolved
     for file in block_files(root, manifest):
         try:
-            job = read_job(file)
+            job, _ = read_head(file)
         except DamagedBlockError:
             continue
         old = [manifest | {"version": 1, "images": manifest["images"] | {"spec": place}} for place in places]
@@ -170,7 +169,7 @@ class BlockWriter:
         for index, file in enumerate(self.files):
             if index not in self._errors and file.exists():
                 with contextlib.suppress(DamagedBlockError):  # counts as not written
-                    self._errors[index] = read_errors(file)
+                    self._errors[index] = read_head(file)[1]
         return {row: reason for index in sorted(self._errors) for row, reason in self._errors[index].items()}
 
     def complete(self, paths: Iterable[str], safe_csv: bool = False) -> None:

@@ -29,10 +29,6 @@ def per_row(values: Tensor, images: Tensor) -> Tensor:
 # --- operations: (images uint8 (m, c, h, w), magnitudes float64 (m,) on the CPU) -> uint8 (m, c, h, w) ---------------
 
 
-def _identity(images: Tensor, magnitudes: Tensor) -> Tensor:
-    return images
-
-
 def _look_up(images: Tensor, table: Tensor) -> Tensor:
     """Every pixel through the table of its row and channel, (m, c, 256) with entries in [0, 255]."""
     return table.to(torch.uint8).gather(2, images.flatten(2).long()).view_as(images)
@@ -57,10 +53,6 @@ def _equalize(images: Tensor, magnitudes: Tensor) -> Tensor:
     below = histogram.cumsum(2) - histogram
     table = ((step // 2 + below) // step.clamp(min=1)).clamp_(max=255)
     return _look_up(images, torch.where(step > 0, table, torch.arange(256, device=images.device)))
-
-
-def _invert(images: Tensor, magnitudes: Tensor) -> Tensor:
-    return ~images
 
 
 def _posterize(images: Tensor, magnitudes: Tensor) -> Tensor:
@@ -88,10 +80,6 @@ def _blend(degenerate: Tensor | int, images: Tensor, magnitudes: Tensor) -> Tens
     base = degenerate.float() if isinstance(degenerate, Tensor) else degenerate
     mixed = images.float().sub_(base).mul_(per_row(magnitudes.float(), images)).add_(base)
     return mixed.clamp_(0, 255).to(torch.uint8)
-
-
-def _brightness(images: Tensor, magnitudes: Tensor) -> Tensor:
-    return _blend(0, images, magnitudes)
 
 
 def _color(images: Tensor, magnitudes: Tensor) -> Tensor:
@@ -195,14 +183,14 @@ def _rotate(magnitudes: Tensor, size: int) -> Tensor:
 # Operations on pixels: (images uint8 (m, c, size, size), magnitudes float64 (m,) on the CPU) -> uint8.
 PIXEL_OPS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "auto_contrast": _auto_contrast,
-    "brightness": _brightness,
+    "brightness": lambda images, magnitudes: _blend(0, images, magnitudes),
     "color": _color,
     "contrast": _contrast,
     "equalize": _equalize,
     "grey": lambda images, magnitudes: luma(images).expand_as(images),
     "hue": _hue,
-    "identity": _identity,
-    "invert": _invert,
+    "identity": lambda images, magnitudes: images,
+    "invert": lambda images, magnitudes: ~images,
     "posterize": _posterize,
     "sharpness": _sharpness,
     "solarize": _solarize,

@@ -157,26 +157,3 @@ def partial_accuracy(candidates: np.ndarray, labels: np.ndarray) -> float | None
 def mean_candidates(candidates: np.ndarray) -> float:
     """Mean size of the candidate sets, bool (N, C)."""
     return float(candidates.sum(axis=1).mean())
-
-
-def zero_shot_accuracy(store: AnnotationStore, single_template: bool = False) -> dict[str, float] | None:
-    """Accuracy of the annotator itself.
-
-    Args:
-        store: an annotation store.
-        single_template: judge the vote of template 0 alone instead of the argmax of the mean over the templates'
-            probabilities (of probabilities, not of text embeddings, as the papers do).
-
-    Returns:
-        A fraction for each of "train" and "test" that has labels, unreadable images counted as wrong; None without labels.
-    """
-    if store.labels is None:
-        return None
-    named = store.votes()[:, 0].astype(np.int64) if single_template else store.probs().argmax(axis=1)
-    right = (named == store.labels) & ~store.unreadable
-    scores = {}
-    for index, name in enumerate(("train", "test")):
-        rows = (store.split == index) & (store.labels >= 0)
-        if rows.any():
-            scores[name] = float(right[rows].mean())
-    return scores
