@@ -32,7 +32,10 @@ from coreg.records import RecordError
 RECIPES = Path(__file__).parent / "recipes"
 # below these words a recipe holds what presets win over, and settings of one script alone
 DEFAULTS = "defaults"
-SCRIPTS = ("train_coreg.py", "baselines/distill.py", "baselines/dividemix.py", "baselines/pll.py", "baselines/probe.py")
+SCRIPTS = (
+    "train_coreg.py", "baselines/distill.py", "baselines/dividemix.py", "baselines/pll.py", "baselines/probe.py",
+    "baselines/spml.py",
+)  # fmt: skip
 # bounds of a seed: network k of a training is seeded with 1000 * seed + k, which has to fit into 32 bits
 SEEDS = (0, 4_294_966)
 SAFE_CSV = "CSV files: an apostrophe before texts that a spreadsheet would take for a formula"

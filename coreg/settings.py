@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from coreg.config import SAFE_CSV, SEEDS, advanced, as_settings, option, parse
 from coreg.errors import UserError
@@ -147,6 +147,35 @@ class Optimiser(Steps):
 @dataclass
 class JobConfig(Optimiser, Labels, Job):
     """What every script that trains networks of our own is run with."""
+
+
+@dataclass
+class TagJob(Optimiser, Job):
+    """observed labels: what of several labels an image training is given."""
+
+    observed: Literal["numbers", "shares", "published"] = option(
+        "numbers",
+        "how observed labels are drawn from the store's own: so many an image, each with a probability, or so many as the "
+        "public code draws them",
+    )
+    positives: float = option(1.0, "present labels an image that are observed, -1 for all, or their share", (-1, 1e6))
+    negatives: float = option(0.0, "absent labels an image that are observed, -1 for all, or their share", (-1, 1e6))
+    tags: str | None = option(
+        None,
+        "CSV file of labels that a person gave, as annotate_vlm.py reads it; it takes the place of drawn ones",
+        job=False,
+    )
+    validation: float = option(
+        0.2, "share of the training images whose true labels are put aside: they choose thresholds, no epoch", (0, 0.9)
+    )
+    dataset: str | None = advanced(
+        None, "public data set that the images are (voc, coco, nuswide or cub); --preset official goes by it", job=False
+    )
+
+    # options of scripts for one label an image
+    candidates: ClassVar[str] = "union"
+    labels: ClassVar[str | None] = None
+    few_shot: ClassVar[int] = 0
 
 
 @dataclass

@@ -58,13 +58,14 @@ def test_a_split_without_validation_keeps_every_image():
 
 def test_published_labels_are_drawn_before_the_split():
     """The other order gives other labels: the stream of random numbers goes on from image to image."""
-    truth = random_truth(50)
-    observed = ObservedLabels.as_published(truth)
+    truth, rows = random_truth(50), np.arange(100, 150)
     train, _ = published_split(50)
+    observed = ObservedLabels.from_truth(truth, rows, "published", 1, 0, seed=3).at(train)
     np.testing.assert_array_equal(observed.table, published_draw(truth)[train])
     assert (published_draw(truth[train]) != observed.table).any()
-    np.testing.assert_array_equal(observed.samples, train)
+    np.testing.assert_array_equal(observed.samples, 100 + train)
     np.testing.assert_array_equal(observed.truth, truth[train])
+    assert observed.source == {"generator": "published", "positives": 1, "negatives": 0, "seed": 1200}
 
 
 # ---- keyed ----------------------------------------------------------------------------------------------------------
@@ -113,16 +114,17 @@ def test_shares_of_present_and_absent_labels_are_kept():
         share_draw(truth, 0.5, 1.5, seed=1)
 
 
-def test_observed_labels_name_what_they_come_from(tmp_path):
-    truth = random_truth(20)
-    drawn = ObservedLabels.from_truth(truth, "numbers", 1, 0, seed=5)
-    np.testing.assert_array_equal(drawn.table, keyed_draw(truth, 1, 0, seed=5))
-    assert drawn.source == {"generator": "numbers(positives=1,negatives=0,seed=5)"}
+def test_observed_labels_name_what_they_come_from():
+    truth, rows = random_truth(20), np.arange(40, 60)
+    drawn = ObservedLabels.from_truth(truth, rows, "numbers", 1.0, 0.0, seed=5)
+    np.testing.assert_array_equal(drawn.table, keyed_draw(truth, 1, 0, 5, rows))
+    assert drawn.source == {"generator": "numbers", "positives": 1.0, "negatives": 0.0, "seed": 5}
     np.testing.assert_array_equal(drawn.revealed().table, truth)
-    assert not ObservedLabels.nothing(truth).table.any()
-    (tmp_path / "mine.csv").write_text("path,labels\nb.jpg,cat;dog\n")
-    person = ObservedLabels.from_csv(str(tmp_path / "mine.csv"), ["a.jpg", "b.jpg"], ["cat", "cow", "dog"], truth[:2, :3])
-    assert person.table.tolist() == [[0, 0, 0], [1, 0, 1]]
+    shares = ObservedLabels.from_truth(truth, rows, "shares", 0.5, 0.1, seed=5)
+    np.testing.assert_array_equal(shares.table, share_draw(truth, 0.5, 0.1, 5, rows))
+    assert not ObservedLabels.from_truth(truth, rows, "numbers", 0, 0, seed=5).table.any()
+    with pytest.raises(UserError, match="write --observed shares"):
+        ObservedLabels.from_truth(truth, rows, "numbers", 0.5, 0, seed=5)
 
 
 # ---- suggestions of an annotator ------------------------------------------------------------------------------------

@@ -49,6 +49,8 @@ REPORT = {
     "parameters": Maybe(_AMOUNT),
     "training_seconds": Maybe(_AMOUNT),
     "wall_seconds": Maybe(_AMOUNT),
+    # of several labels an image, by split; see `coreg.report.multi_metrics`
+    "tags": Maybe(Each({"mAP": _SHARE, "annotator": Maybe(_SHARE), "images": _COUNT})),
     "files": Maybe(Each(str)),
     "checksum": Maybe(str),
 }

@@ -25,6 +25,7 @@ from coreg.report.metrics import (
     wilson_interval,
 )
 from coreg.report.record import SCHEMA
+from coreg.report.tags import tag_summary
 from coreg.report.trust import trust_lines
 from coreg.store.store import AnnotationStore
 from coreg.weak.rules import candidate_sets, mean_candidates, partial_accuracy
@@ -297,6 +298,8 @@ def _percent(share: float | None, digits: int = 0) -> str:
 
 def summary(report: dict[str, Any], root: Path) -> str:
     """What a person wants to know at the end: annotator against method, per class, and where everything lies."""
+    if report.get("tags"):
+        return tag_summary(report, root)
     wide = max(10, len(report["method"]) + 2)
     lines = [
         "",

@@ -21,6 +21,7 @@ from coreg.annotate.settings import RefineConfig, ViewConfig
 from coreg.annotate.tower import write_tower
 from coreg.config import as_settings, as_yaml, beside_the_job, check_bounds
 from coreg.errors import UserError
+from coreg.files import sha256_of
 from coreg.nets.model import check_backbone, check_network, check_weights, parse_backbone_args, trained_with
 from coreg.nets.tuners.apply import check_tuners
 from coreg.nets.tuners.audit import audit
@@ -86,6 +87,7 @@ def open_run(
             store = annotate_default(folder.root / "annotations", accelerator)
         known = all_or_none(accelerator, lambda: known_labels(job, store))
         identity |= {"store": store.hash, "known_labels": hashlib.sha256(known.tobytes()).hexdigest()}
+        identity |= all_or_none(accelerator, lambda: persons_tags(job))
         judged = all_or_none(accelerator, lambda: annotators_store(job, store))
         identity |= {} if judged is store else {"prefilter_store": judged.hash}
         main_process_decides(accelerator, lambda: folder.refuse_other(identity))
@@ -122,6 +124,19 @@ def open_run(
             held,
             likely if filters(job) else None,
         )
+
+
+def persons_tags(job: JobConfig) -> dict[str, str]:
+    """What the content of a person's list of several labels an image adds to what makes a job.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    path = getattr(job, "tags", None)
+    try:
+        return {"tags": sha256_of(Path(path))} if path else {}
+    except OSError as error:
+        raise UserError(f"cannot read the labels in {path}: {error.strerror}; give a CSV file with path,labels") from None
 
 
 def filters(job: JobConfig) -> bool:

@@ -133,7 +133,7 @@ def prepare(run: Run, method: Options, alignment: str = "uniform") -> Task[Optio
     given, n_classes = np.flatnonzero(weak.certain), len(store.class_names)
     # so often that labelled images make up 5 % of an epoch's draws, once at least
     times = -(-len(train) // (20 * max(len(given), 1))) - 1
-    train_images, test_images = _images(run, train, test)
+    train_images, test_images = resident_images(run, train, test)
     probs = store.probs()[train].astype(np.float64)
     best = probs.argmax(axis=1)
     prior = probs.mean(axis=0) if alignment == "annotator" else np.full(n_classes, 1 / n_classes)
@@ -175,7 +175,7 @@ def _weak_labels(run: Run, train: np.ndarray) -> WeakLabels:
     return weak
 
 
-def _images(run: Run, *splits: np.ndarray) -> list[TrainingImages]:
+def resident_images(run: Run, *splits: np.ndarray) -> list[TrainingImages]:
     """The images at these rows of the store on the device; on every process a UserError where some cannot be read."""
     images, job, image_options, device = run.store.images(), run.job, run.image_options, run.accelerator.device
 

@@ -5,7 +5,6 @@ Labels of N images are int8 (N, L): +1 present, -1 absent, 0 unknown, of true an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +12,6 @@ import numpy as np
 import torch
 
 from coreg.data.keyed import keyed_uniform
-from coreg.data.tags import read_tags
 from coreg.errors import UserError
 
 PUBLISHED_SEED = 1200
@@ -89,9 +87,6 @@ def _draws(truth: np.ndarray, seed: int, rows: np.ndarray | None) -> np.ndarray:
     return keyed_uniform((seed, "observed labels"), torch.from_numpy(rows), truth.shape[1]).numpy()
 
 
-GENERATORS = {"published": published_draw, "numbers": keyed_draw, "shares": share_draw}
-
-
 def pseudo_labels(similarity: np.ndarray, temperature: float, threshold: float, absent_share: float = 0.0) -> np.ndarray:
     """What an annotator's similarities suggest (VLPL, Xing et al., CVPR workshops 2024, eq. 3).
 
@@ -125,36 +120,38 @@ class ObservedLabels:
     similarity: np.ndarray | None = None  # float (N, L), cosines of images and label texts, where there is an annotator
 
     @classmethod
-    def from_truth(cls, truth: np.ndarray, generator: str, positives: float, negatives: float, seed: int) -> ObservedLabels:
-        """Keep some of the true labels of all images, by one of `GENERATORS`.
+    def from_truth(
+        cls, truth: np.ndarray, samples: np.ndarray, generator: str, positives: float, negatives: float, seed: int
+    ) -> ObservedLabels:
+        """Keep some of the true labels: `published`, whose seed is its own, `numbers` (keyed) or `shares`.
+
+        Args:
+            truth: int8 (N, L). samples: int64 (N,), rows of the image list. positives, negatives: as for the draws.
 
         Raises:
-            UserError: a share out of [0, 1].
+            UserError: numbers that are not whole, or shares out of [0, 1].
         """
-        table = GENERATORS[generator](truth, positives, negatives, seed)
-        written = f"{generator}(positives={positives},negatives={negatives},seed={seed})"
-        return cls(table, np.arange(len(truth)), truth, {"generator": written})
+        source = {"generator": generator, "positives": positives, "negatives": negatives}
+        if generator == "shares":
+            table = share_draw(truth, positives, negatives, seed, samples)
+        elif positives != int(positives) or negatives != int(negatives):
+            raise UserError("--positives and --negatives are no whole numbers; write --observed shares for shares")
+        elif generator == "published":
+            table, seed = published_draw(truth, int(positives), int(negatives)), PUBLISHED_SEED
+        else:
+            table = keyed_draw(truth, int(positives), int(negatives), seed, samples)
+        return cls(table, samples, truth, source | {"seed": seed})
 
-    @classmethod
-    def as_published(cls, truth: np.ndarray) -> ObservedLabels:
-        """One present label an image, of the training rows of the published split alone: what published numbers rest on."""
-        rows, _ = published_split(len(truth))
-        source = {"generator": f"published(seed={PUBLISHED_SEED})"}
-        return cls(published_draw(truth)[rows], rows, truth[rows], source)
-
-    @classmethod
-    def from_csv(cls, csv_path: str, paths: Sequence[str], class_names: Sequence[str], truth: np.ndarray) -> ObservedLabels:
-        """What a person's list says (`coreg.data.tags.read_tags`).
-
-        Raises:
-            UserError: it cannot be understood.
-        """
-        return cls(read_tags(csv_path, paths, class_names), np.arange(len(paths)), truth, {"csv": csv_path})
-
-    @classmethod
-    def nothing(cls, truth: np.ndarray) -> ObservedLabels:
-        """No observed label at all: what there is to learn comes from an annotator."""
-        return cls(np.zeros_like(truth), np.arange(len(truth)), truth, {"generator": "none"})
+    def at(self, places: np.ndarray) -> ObservedLabels:
+        """The same of some of the images, int64 (n,), numbers in [0, N)."""
+        similarity = None if self.similarity is None else self.similarity[places]
+        return replace(
+            self,
+            table=self.table[places],
+            samples=self.samples[places],
+            truth=self.truth[places],
+            similarity=similarity,
+        )
 
     def revealed(self) -> ObservedLabels:
         """The true labels in the place of the observed ones."""

@@ -1,0 +1,123 @@
+"""Train one small network on observed labels where an image has several: VLPL and what it is compared with.
+
+    accelerate launch baselines/spml.py --annotations ann --method vlpl --output_dir runs/vlpl
+    accelerate launch baselines/spml.py --annotations ann --method an --observed published --dataset voc --preset official
+    accelerate launch baselines/spml.py --annotations ann --method vlpl --tags mine.csv       # a person's labels
+
+The store is of images with several labels (docs/annotation_store.md). The run folder is the job: the same command again
+goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from coreg.config import parse
+from coreg.errors import UserError, exits_with_one_line
+from coreg.learn.multi_options import NAMES, OFFICIAL, OPTIONS, MultiOptions
+from coreg.learn.options import CoRegOptions
+from coreg.settings import ImageConfig, JobConfig, TagJob, check_image_options, official, official_notes
+
+
+@exits_with_one_line
+def read_settings(argv: Sequence[str]) -> tuple[TagJob, ImageConfig, MultiOptions]:
+    """Preset, recipe and command line, checked; the options are those of the method."""
+    job, image_options, method = parse(
+        TagJob,
+        ImageConfig,
+        argv=argv,
+        default_recipe=lambda typed: "folder",
+        preset=lambda job, image_options, method: official(OFFICIAL[method.method], job.dataset, method.preset)[1],
+        kinds=("method", OPTIONS),
+        others=(CoRegOptions, JobConfig),
+        prog="baselines/spml.py",
+        description=__doc__,
+    )
+    check_image_options(image_options)
+    if not job.annotations and not job.print_config:
+        raise UserError("give --annotations, a store of images with several labels; annotate_vlm.py makes one")
+    return job, image_options, method
+
+
+if __name__ == "__main__":
+    read_settings(sys.argv[1:])  # faults in them are reported before the imports below, which take seconds
+
+import numpy as np
+import torch
+
+from annotate_vlm import annotate_digits
+from coreg.learn.collective import my_slice
+from coreg.learn.coreg import cosine_lr
+from coreg.learn.multi import METHODS
+from coreg.learn.multi.method import MultiBatch, MultiMethod
+from coreg.learn.partial.method import Step
+from coreg.report.report import summary
+from coreg.run.epoch import end_steps
+from coreg.run.job import open_run
+from coreg.run.loop import Run
+from coreg.run.tags import TagTask, finish_tags, judge_tags, predicted, prepare_tags
+from coreg.run.training import Training, build_networks, build_optimizer, placed
+from coreg.views.order import ShuffledRows
+
+
+def build_method(task: TagTask) -> tuple[MultiMethod, torch.optim.Optimizer, dict[str, Any]]:
+    """The method with its network and tables on the device, its optimiser, and fields of the report."""
+    options, fields, job = task.method, {"preset": task.method.preset}, task.job
+    if options.preset == "official":
+        fields["official_for"], _ = official(OFFICIAL[options.method], job.dataset)
+    n_labels = len(task.store.class_names)
+    (net,) = build_networks(task.accelerator, job, task.image_options, n_labels, 1, count=1)
+    method = METHODS[options.method](net, task.weak, options, job.seed, task.data.dtype)
+    method = placed(method, task.accelerator, job)
+    optimizer = build_optimizer(method.net, job)
+    if tables := [weight for name, weight in method.named_parameters() if not name.startswith("net.")]:
+        lr = job.lr * options.estimate_speed
+        optimizer.add_param_group({"params": tables, "lr": lr, "weight_decay": 0.0})
+    return method, optimizer, fields
+
+
+def train(run: Run, task: TagTask, training: Training, lr: float) -> None:
+    """Train for an epoch on one weak view of every image."""
+    job, epoch = task.job, training.epoch
+    order = ShuffledRows(np.arange(len(task.data.samples)), job.batch_size, ("train", job.seed, epoch))
+    now = Step(epoch, job.epochs)
+    for step in run.steps(training, order.per_round):
+        rows = order.batch(step)
+        view = task.data.view("weak", rows[my_slice(len(rows))], ("0", epoch, step))
+        training.learn(MultiBatch(task.data.places(rows), now, view), lr)
+
+
+@exits_with_one_line
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse, check, train, report."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    job, image_options, options = read_settings(argv)
+    settings = (job, image_options, options)
+    with open_run("baselines/spml.py", argv, settings, annotate_digits, f"runs/{options.method}") as run:
+        if run is None:
+            return
+        name = NAMES[options.method]
+        if options.preset == "official" and (note := official_notes(OFFICIAL[options.method], name, job, options)):
+            run.accelerator.print(note)
+        task = prepare_tags(run, options)
+        method, optimizer, fields = build_method(task)
+        training = run.begin([method], [optimizer])
+
+        for epoch in run.epochs(training, name):
+            lr, now = cosine_lr(epoch, job.lr, job.lr_floor, job.lr_horizon or job.epochs), Step(epoch, job.epochs)
+            train(run, task, training, lr)
+            end_steps(task, training)
+            logits = predicted(task, method, task.data) if method.reads_all(now) else None
+            drawn = method.finish_epoch(now, logits)
+            run.log(
+                training, {"lr": lr} | judge_tags(task, method) | {f"method/{key}": value for key, value in drawn.items()}
+            )
+
+        report = finish_tags(run, task, training, method, name, **fields)
+        run.accelerator.print(summary(report, run.folder.root))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""What a run with several labels an image says in the end: its report, and a list of labels for each image."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from coreg.data.tags import BETWEEN
+from coreg.files import write_atomically
+from coreg.plaintext import csv_rows
+from coreg.report.multi_metrics import average_precisions, measure_labels
+
+SHOWN = 30  # labels in the summary
+
+
+def measured_splits(
+    probabilities: dict[str, np.ndarray],
+    truth: dict[str, np.ndarray],
+    similarity: dict[str, np.ndarray] | None,
+    at: np.ndarray,
+) -> dict[str, dict[str, Any]]:
+    """What the report says of each split of which true labels are known.
+
+    Args:
+        probabilities: float64 (n, L) by split. truth: int8 (n, L) likewise. similarity: the annotator's, (n, L), likewise.
+        at: (L,), thresholds of the probabilities.
+    """
+    measured = {}
+    for split, scores in probabilities.items():
+        if not truth[split].any():
+            continue
+        measured[split] = measure_labels(scores, truth[split], at) | {"images": len(scores)}
+        if similarity is not None:
+            measured[split]["annotator"] = float(average_precisions(similarity[split], truth[split]).mean())
+    return measured
+
+
+def tag_summary(report: dict[str, Any], root: Path) -> str:
+    """mAP of annotator and method, average precision of each label, and where everything lies."""
+    lines = ["", f"{report['dataset']}: {report['annotator']['name']} annotated, {report['method']} trained", ""]
+    wide = max(10, len(report["method"]) + 2)
+    lines.append(f"{'mAP':<14}{'annotator':>10}{report['method']:>{wide}}")
+    for split, row in report["tags"].items():
+        before = f"{row['annotator']:.1%}" if "annotator" in row else ""
+        lines.append(f"{split:<14}{before:>10}{row['mAP']:>{wide}.1%}   n = {row['images']}")
+    judged = report["tags"].get("test", next(iter(report["tags"].values())))
+    if judged["labels_without_images"]:
+        lines.append(f"{judged['labels_without_images']} labels that no image has count 0 in the mean.")
+    lines += ["", f"{'label':<28}{'average precision':>18}{'threshold':>11}"]
+    rows = list(zip(report["class_names"], judged["average_precision"], report["thresholds"]))
+    for name, value, threshold in rows[:SHOWN]:
+        lines.append(f"{name[:27]:<28}{'' if value is None else f'{value:.1%}':>18}{threshold:>11.3f}")
+    lines += [f"... {len(rows) - SHOWN} more in report.json"] if len(rows) > SHOWN else []
+    return "\n".join([*lines, "", f"{root / 'labels.csv'}: labels of {report['images']['train']} training images"])
+
+
+def write_tags(
+    path: Path, paths: Iterable[str], class_names: Sequence[str], probabilities: np.ndarray, at: np.ndarray, safe: bool
+) -> None:
+    """labels.csv: path, names of the labels whose probability is at least `at`, and all probabilities, (N, L).
+
+    It can be read back as `--tags`, or as `--images` beside the images.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    text = io.StringIO(newline="")
+    write = csv_rows(text, safe)
+    write(["path", "labels", *(f"p({name})" for name in class_names)])
+    for image, row in zip(paths, probabilities):
+        named = BETWEEN.join(name for name, p, least in zip(class_names, row, at) if p >= least)
+        write([image, named, *(f"{p:.4f}" for p in row)])
+    write_atomically(path, text.getvalue())

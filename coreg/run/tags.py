@@ -1,0 +1,175 @@
+"""What a run trains on where images have several labels, and what it leaves."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from safetensors.numpy import save
+
+from coreg.annotate.similarity import label_similarities
+from coreg.data.images import TRAIN
+from coreg.data.tags import read_tags
+from coreg.errors import UserError
+from coreg.files import write_atomically
+from coreg.learn.multi.method import MultiMethod
+from coreg.learn.multi_options import MultiOptions
+from coreg.process import all_or_none, main_process_decides
+from coreg.report.multi_metrics import average_precisions, thresholds
+from coreg.report.record import SCHEMA, write_report
+from coreg.report.report import hardware, peak_memory_mb, versions
+from coreg.report.tags import measured_splits, write_tags
+from coreg.run.task import predict, resident_images, training_rows
+from coreg.run.training import Training
+from coreg.settings import ImageConfig, TagJob
+from coreg.store.store import AnnotationStore
+from coreg.views.resident import TrainingImages
+from coreg.weak.multi import ObservedLabels, published_split
+
+if TYPE_CHECKING:
+    from coreg.run.loop import Run
+
+OBSERVED = "observed_labels.safetensors"
+
+
+@dataclass
+class TagTask:
+    """What is trained on, and how: N training images of L labels."""
+
+    accelerator: Accelerator
+    job: TagJob
+    image_options: ImageConfig
+    method: MultiOptions
+    store: AnnotationStore
+    data: TrainingImages
+    weak: ObservedLabels
+    others: dict[str, TrainingImages]  # `validation` and `test` images, where there are some
+
+    def truth(self, split: str) -> np.ndarray:
+        """int8 (n, L), true labels of the images of `train`, `validation` or `test`; 0 where unknown."""
+        rows = (self.data if split == "train" else self.others[split]).samples.numpy()
+        return true_labels(self.store)[rows]
+
+
+def true_labels(store: AnnotationStore) -> np.ndarray:
+    """int8 (N, L), the store's own, 0 where it knows none."""
+    return np.zeros((len(store), len(store.class_names)), np.int8) if store.tags is None else store.tags
+
+
+def observed_labels(job: TagJob, method: MultiOptions, store: AnnotationStore) -> tuple[ObservedLabels, np.ndarray]:
+    """What is observed of the images to train on, and the rows of those that are put aside for validation.
+
+    Labels are drawn before images are put aside, as published.
+
+    Raises:
+        UserError: there is nothing to learn from, or a person's list cannot be read or names test images.
+    """
+    rows, truth = training_rows(job, store), true_labels(store)
+    train, validation = published_split(len(rows), job.validation)
+    if job.tags:
+        table = read_tags(job.tags, store.paths, store.class_names)
+        (held_out,) = np.nonzero(table.any(axis=1) & (store.split != TRAIN))
+        if len(held_out):
+            raise UserError(f"--tags {job.tags} labels test images, such as {store.paths[held_out[0]]}; remove those lines")
+        weak = ObservedLabels(table[rows], rows, truth[rows], {"csv": job.tags})
+    else:
+        weak = ObservedLabels.from_truth(truth[rows], rows, job.observed, job.positives, job.negatives, job.seed)
+    weak = weak.at(train)
+    if method.method == "vlpl":
+        weak = replace(weak, similarity=label_similarities(store)[weak.samples])
+    if method.method in ("bce", "bce_ls"):
+        weak = weak.revealed()
+    if not weak.table.any() and weak.similarity is None:
+        raise UserError(
+            f"no label of any training image of {store.root} is observed, and {method.method} learns from nothing else; "
+            f"annotate images whose labels are known, give yours with --tags FILE, or take --method vlpl"
+        )
+    return weak, rows[validation]
+
+
+def prepare_tags(run: Run, method: MultiOptions) -> TagTask:
+    """Observed labels and pixels.
+
+    Raises:
+        UserError: as `observed_labels`, or images cannot be read any more.
+    """
+    store, accelerator = run.store, run.accelerator
+    weak, validation = all_or_none(accelerator, lambda: observed_labels(run.job, method, store))
+    test = np.flatnonzero((store.split == 1) & ~store.unreadable)
+    rows = {"train": weak.samples, "validation": validation, "test": test}
+    images = dict(zip(rows, resident_images(run, *rows.values())))
+    others = {name: images[name] for name in ("validation", "test") if len(rows[name])}
+    return TagTask(accelerator, run.job, run.image_options, method, store, images["train"], weak, others)
+
+
+def predicted(task: TagTask, method: MultiMethod, images: TrainingImages) -> torch.Tensor:
+    """Logits (n, L) of every image, the same on all processes."""
+    return predict(method.net, images, "plain", (), 4 * task.job.batch_size)[0]
+
+
+def judge_tags(task: TagTask, method: MultiMethod) -> dict[str, float]:
+    """mAP on validation and test images, where true labels are known, for the curves."""
+    curves = {}
+    for split, images in task.others.items():
+        truth = task.truth(split)
+        if truth.any():
+            scores = predicted(task, method, images).double().cpu().numpy()
+            curves[f"mAP/{split}"] = float(average_precisions(scores, truth).mean())
+    return curves
+
+
+def finish_tags(run: Run, task: TagTask, training: Training, method: MultiMethod, name: str, **more: Any) -> dict[str, Any]:
+    """Observed labels, labels.csv and report.json, written by the main process; gives the report."""
+    splits = {"train": task.data, **task.others}
+    scores = {k: torch.sigmoid(predicted(task, method, v).double()).cpu().numpy() for k, v in splits.items()}
+    truth = {split: task.truth(split) for split in splits}
+    chosen_on = "validation labels" if truth.get("validation", np.zeros(0)).any() else "predictions"
+    labels = truth["validation"] if chosen_on == "validation labels" else scores["train"]
+    at = thresholds(scores["validation" if chosen_on == "validation labels" else "train"], labels)
+    store, root, job = task.store, run.folder.root, task.job
+    similarity = None
+    if not store.drawn and store.manifest["features"] is not None and "refined" not in store.manifest:
+        table = label_similarities(store)
+        similarity = {split: table[images.samples.numpy()] for split, images in splits.items()}
+    report = {
+        "schema": SCHEMA,
+        "method": name,
+        "dataset": store.images_spec,
+        "seed": job.seed,
+        "labels_used": int(np.count_nonzero(task.weak.table)),
+        "observed": task.weak.source,
+        "images": {split: len(images.samples) for split, images in splits.items()},
+        "classes": len(store.class_names),
+        "class_names": store.class_names,
+        "annotator": {"name": store.manifest["model"]["spec"]},
+        "tags": measured_splits(scores, truth, similarity, at),
+        "thresholds": [float(value) for value in at],
+        "thresholds_from": chosen_on,
+        "per_class_split": "test" if "test" in splits else "train",
+        "needs_review": 0,
+        "parameters": sum(p.numel() for p in method.net.backbone.parameters()),
+        "last_epoch": training.curves[-1],
+        "images_per_second": training.images_seen / training.seconds,
+        "training_seconds": training.seconds,
+        "wall_seconds": time.perf_counter() - run.started,
+        "processes": run.accelerator.num_processes,
+        "command": run.command,
+        "peak_memory_mb": peak_memory_mb(),
+        "hardware": hardware(),
+        "versions": versions(),
+    }
+
+    def write() -> None:
+        tables = {"observed": task.weak.table, "samples": task.weak.samples}
+        write_atomically(root / OBSERVED, save(tables, metadata={"coreg": json.dumps(task.weak.source)}))
+        paths = [store.paths[row] for row in task.weak.samples.tolist()]
+        write_tags(root / "labels.csv", paths, store.class_names, scores["train"], at, job.safe_csv)
+        write_report(run.folder.report, report | more)
+
+    main_process_decides(run.accelerator, write)
+    return report | more

@@ -1,0 +1,153 @@
+"""baselines/spml.py: several labels an image, from a store to a report."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from runs import final_state, killed_at, on_two_processes, refused, same_curves, script
+from safetensors.numpy import load_file
+
+import annotate_vlm
+from coreg.data.tags import read_tags
+from coreg.report.multi_metrics import average_precisions
+from coreg.store.store import AnnotationStore
+
+spml = script("spml")
+NAMES = ["one", "two", "three"]
+SMALL = [
+    "--recipe", "digits", "--dtype", "float64", "--channels", "3", "--image_size", "8", "--batch_size", "7",
+    "--backbone_args", '{"norm": "group", "widths": [8, 16], "depths": [1, 1]}', "--epochs", "3", "--workers", "0",
+    "--report_to", "none", "--flip", "false", "--padding", "0",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """34 training and 10 test images of bands in up to three colours, one of which has none, with their labels."""
+    root, rng = tmp_path_factory.mktemp("bands"), np.random.default_rng(0)
+    lines = ["path,labels,split"]
+    for number in range(44):
+        shown = rng.random(3) < [0.6, 0.4, 0.4] if number else np.zeros(3, bool)
+        pixels = rng.integers(0, 60, (15, 15, 3)).astype(np.uint8)
+        for colour in np.flatnonzero(shown):
+            pixels[5 * colour : 5 * colour + 5, :, colour] = 255
+        Image.fromarray(pixels).save(root / f"{number:02d}.png")
+        named = ";".join(name for name, there in zip(NAMES, shown) if there)
+        lines.append(f"{number:02d}.png,{named},{'test' if number >= 34 else 'train'}")
+    (root / "list.csv").write_text("\n".join(lines))
+    (root / "classes.txt").write_text("\n".join(NAMES))
+    places = [f"--images={root / 'list.csv'}", f"--classes={root / 'classes.txt'}", f"--output_dir={root / 'ann'}"]
+    annotate_vlm.main([*places, "--workers", "0"])
+    return root / "ann"
+
+
+def words(store, output, method, *more):
+    return ["--annotations", str(store), "--output_dir", str(output), "--method", method, *SMALL, *more]
+
+
+def train(store, output, method, *more):
+    spml.main(words(store, output, method, *more))
+    return json.loads((output / "report.json").read_text())
+
+
+def test_true_labels_are_learnt_and_reported(store, tmp_path, capsys):
+    report = train(store, tmp_path / "run", "bce", "--epochs", "25", "--lr", "0.05")
+    assert report["tags"]["test"]["mAP"] > 0.95 and report["method"] == "BCE"
+    assert report["images"] == {"train": 27, "validation": 7, "test": 10}
+    assert report["thresholds_from"] == "validation labels" and len(report["thresholds"]) == 3
+    # what the annotator's similarities are worth, whatever the method
+    assert 0 < report["tags"]["test"]["annotator"] < 1
+    assert "labels of 27 training images" in capsys.readouterr().out
+    # labels.csv can be read back as a person's labels
+    opened = AnnotationStore.open(store)
+    read = read_tags(str(tmp_path / "run" / "labels.csv"), opened.paths, NAMES)
+    rows = list(csv.DictReader((tmp_path / "run" / "labels.csv").open()))
+    assert len(rows) == 27
+    for row in rows:
+        at = list(opened.paths).index(row["path"])
+        p = [float(row[f"p({name})"]) for name in NAMES]
+        near = np.abs(np.array(p) - report["thresholds"]) < 1e-4
+        assert ((read[at] == 1) == (np.array(p) >= report["thresholds"]))[~near].all()
+    # a finished run says so, and shows the same table
+    spml.main(words(store, tmp_path / "run", "bce", "--epochs", "25", "--lr", "0.05"))
+    out = capsys.readouterr().out
+    assert "This run is finished" in out and f"{report['tags']['test']['mAP']:.1%}" in out
+
+
+@pytest.mark.parametrize("method", ["em_apl", "role", "ll_cp"])
+def test_a_run_that_was_killed_goes_on_as_it_would_have(method, store, tmp_path, monkeypatch):
+    own = {"em_apl": ["--pseudo_after", "1"], "ll_cp": ["--large_share", "0.1"]}.get(method, [])
+    train(store, tmp_path / "whole", method, *own)
+    with killed_at(monkeypatch, 2):
+        train(store, tmp_path / "killed", method, *own)
+    train(store, tmp_path / "killed", method, *own)
+    ours, theirs = final_state(tmp_path / "killed"), final_state(tmp_path / "whole")
+    same_curves(ours, theirs, limit=0)
+    for name, value in ours["learners"][0].items():
+        assert torch.equal(value, theirs["learners"][0][name]), name
+    tables = {"em_apl": "soft", "role": "estimate", "ll_cp": "observed"}
+    assert tables[method] in ours["learners"][0]
+
+
+@pytest.mark.multiprocess
+def test_two_processes_train_as_one_does(store, tmp_path):
+    """Of batches of odd sizes; every method's step is compared in tests/test_multi_methods.py."""
+    train(store, tmp_path / "one", "role")
+    on_two_processes(spml.main, *words(store, tmp_path / "two", "role"))
+    ours, theirs = final_state(tmp_path / "two"), final_state(tmp_path / "one")
+    same_curves(ours, theirs)
+    for name, value in ours["learners"][0].items():
+        torch.testing.assert_close(value, theirs["learners"][0][name], rtol=1e-9, atol=1e-10)
+
+
+def test_observed_labels_are_kept_with_the_run(store, tmp_path):
+    report = train(store, tmp_path / "run", "an", "--epochs", "1", "--positives", "1", "--validation", "0")
+    saved, opened = load_file(tmp_path / "run" / "observed_labels.safetensors"), AnnotationStore.open(store)
+    assert len(saved["observed"]) == 34 and report["labels_used"] == (saved["observed"] != 0).sum()
+    truth = opened.tags[saved["samples"]]
+    assert (saved["observed"] * truth >= 0).all()
+    np.testing.assert_array_equal((saved["observed"] == 1).sum(axis=1), (truth == 1).any(axis=1))
+    assert report["observed"] == {"generator": "numbers", "positives": 1.0, "negatives": 0.0, "seed": 0}
+    # without validation images, thresholds come without labels
+    assert report["thresholds_from"] == "predictions" and "validation" not in report["images"]
+
+
+def test_a_persons_labels_and_none_at_all(store, tmp_path, capsys):
+    (tmp_path / "mine.csv").write_text("path,labels,absent\n03.png,one,two\n05.png,three,\n")
+    report = train(store, tmp_path / "run", "vlpl", "--epochs", "1", "--tags", str(tmp_path / "mine.csv"))
+    assert 0 < report["labels_used"] <= 3
+    none = train(store, tmp_path / "none", "vlpl", "--epochs", "1", "--positives", "0")
+    assert none["labels_used"] == 0
+    # other labels are another job
+    (tmp_path / "mine.csv").write_text("path,labels\n03.png,one\n04.png,one\n05.png,one\n06.png,one\n")
+    again = words(store, tmp_path / "run", "vlpl", "--epochs", "1", "--tags", tmp_path / "mine.csv")
+    assert "holds another job (tags was" in refused(capsys, spml.main, *again)
+    (tmp_path / "mine.csv").unlink()
+    assert "cannot read the labels in" in refused(capsys, spml.main, *again)
+
+
+def test_what_cannot_be_trained_on_is_refused(store, tmp_path, capsys):
+    def line(method, *more):
+        return refused(capsys, spml.main, *words(store, tmp_path / "run", method, *more))
+
+    assert "no label of any training image" in line("an", "--positives", "0")
+    assert "write --observed shares" in line("an", "--positives", "0.5")
+    (tmp_path / "tags.csv").write_text("path,labels\n40.png,one\n")
+    assert "labels test images, such as 40.png" in line("an", "--tags", str(tmp_path / "tags.csv"))
+    assert "give --annotations" in refused(capsys, spml.main, "--method", "an")
+    assert not (tmp_path / "run" / "report.json").exists()
+
+
+def test_the_annotators_similarities_are_those_of_its_own_features(store, tmp_path):
+    """The report's number for the annotator, from features and texts by hand."""
+    from coreg.annotate.similarity import label_similarities
+
+    opened = AnnotationStore.open(store)
+    similarity = label_similarities(opened)
+    assert similarity.shape == (44, 3) and np.abs(similarity).max() <= 1 + 1e-3
+    # the softmax over the labels of one template's similarities is what annotating stored; of several, about that
+    assert np.mean(similarity.argmax(axis=1) == opened.probs().argmax(axis=1)) > 0.9
+    assert average_precisions(similarity, opened.tags).shape == (3,)
