@@ -6,8 +6,8 @@
 
 The features are those that the student's own starting weights give to images and, where views are mirrored, their mirror
 images; the network itself is not trained. What comes out is a network like any other, exported with its classifier.
-Features of the annotator (own) or of a stored view are those of another network, and a cosine head is no layer of one, so
-that nothing is exported with them. A cosine head on the annotator's own features begins with its text features.
+Features of the annotator (own) or of a stored view are those of another network, so that nothing is exported with them. A
+cosine head on the annotator's own features begins with its text features.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from coreg.config import option
 from coreg.errors import UserError, exits_with_one_line
-from coreg.settings import ImageConfig, JobConfig, read_student, refuse_prefilter
+from coreg.settings import ImageConfig, JobConfig, TuningOptions, read_student, refuse_prefilter
 
 NAMES = {"probabilities": "Probe, soft labels", "sets": "Probe, candidate sets"}
 
@@ -29,9 +29,6 @@ NAMES = {"probabilities": "Probe, soft labels", "sets": "Probe, candidate sets"}
 class ProbeOptions:
     """probe: what the classifier learns from."""
 
-    head: Literal["linear", "cosine"] = option(
-        "linear", "logits linear in the features, or a scale times the cosine to one vector a class"
-    )
     features: str = option(
         "student", "whose features: the student's starting weights', own (the annotator's), or a stored view by name"
     )
@@ -52,6 +49,13 @@ def read_settings(argv: Sequence[str]) -> tuple[JobConfig, ImageConfig, ProbeOpt
     job, image_options, method = read_student(argv, "baselines/probe.py", __doc__, ProbeOptions)
     if method.targets != "sets":
         refuse_prefilter(job, f"baselines/probe.py --targets {method.targets}")
+    if image_options.head not in ("linear", "cosine"):
+        raise UserError(
+            f"--head is {image_options.head}; baselines/probe.py fits linear or cosine heads, write one of them"
+        )
+    for field in dataclasses.fields(TuningOptions):
+        if field.name != "head" and getattr(image_options, field.name) != field.default:
+            raise UserError(f"--{field.name} is for training; baselines/probe.py trains no network, leave it out")
     return job, image_options, method
 
 
@@ -68,6 +72,7 @@ from annotate_vlm import annotate_digits
 from coreg.annotate.textual import class_embeddings, text_side
 from coreg.annotate.view import View, views_of
 from coreg.learn.probe import SCALE, fit_cosine, fit_probe
+from coreg.nets.heads import Head, put_head
 from coreg.nets.model import Model
 from coreg.process import main_process_decides
 from coreg.report.report import summary
@@ -138,9 +143,9 @@ def targets_of(task: Task[ProbeOptions]) -> Tensor:
     return torch.from_numpy(probs / probs.sum(axis=1, keepdims=True))[torch.from_numpy(task.weak.usable)]
 
 
-def default_folder(method: ProbeOptions) -> str:
+def default_folder(head: str, method: ProbeOptions) -> str:
     """The run folder where none is given: what differs from the usual probe is in its name."""
-    others = [word for word, usual in ((method.head, "linear"), (method.features, "student")) if word != usual]
+    others = [word for word, usual in ((head, "linear"), (method.features, "student")) if word != usual]
     return "_".join(["runs/probe", method.targets, *(word.replace("/", "_") for word in others)])
 
 
@@ -149,7 +154,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parse, check, annotate where there is no store yet, fit, report."""
     argv = list(sys.argv[1:] if argv is None else argv)
     job, image_options, method = read_settings(argv)
-    with open_run("baselines/probe.py", argv, (job, image_options, method), annotate_digits, default_folder(method)) as run:
+    folder = default_folder(image_options.head, method)
+    with open_run("baselines/probe.py", argv, (job, image_options, method), annotate_digits, folder) as run:
         if run is None:
             return
         task = prepare(run, method)
@@ -157,9 +163,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise UserError(
                 f"no template named a class of any training image in {run.store.root}; there is nothing to learn"
             )
-        nets = build_networks(
-            run.accelerator, job, run.image_options, len(run.store.class_names), projection_dim=1, count=1
-        )
+        plain = dataclasses.replace(run.image_options, head="linear")  # a cosine head takes its place once it is fitted
+        nets = build_networks(run.accelerator, job, plain, len(run.store.class_names), projection_dim=1, count=1)
         classifier = nets[0].backbone.get_classifier()
         if not nets[0].linear_head or classifier.bias is None:
             raise UserError(
@@ -169,58 +174,52 @@ def main(argv: Sequence[str] | None = None) -> None:
         stored = None if method.features == "student" else stored_features(run, method.features)
         training = run.begin([], [])  # nothing is trained step by step
         started = time.perf_counter()
-        if method.head == "linear" and stored is None:
+        if stored is None:
             report = _network(run, task, training, nets[0], started)
         else:
-            report = _head(run, task, training, nets[0], stored, started)
+            report = _head(run, task, training, stored, started)
         run.accelerator.print(summary(report, run.folder.root))
 
 
 def _network(run: Run, task: Task[ProbeOptions], training: Training, net: Model, started: float) -> dict[str, Any]:
-    """Fit the student's own classifier; gives the report."""
-    method, classifier = task.method, net.backbone.get_classifier()
-    features = frozen_features(task, net)
+    """Fit the student's own classifier, or a cosine head in its place; gives the report."""
+    method, name, more = task.method, NAMES[task.method.targets], {}
+    features = frozen_features(task, net).cpu()
     targets = targets_of(task).repeat(len(features) // int(task.weak.usable.sum()), 1)
-    weight, bias, loss = main_process_decides(
-        run.accelerator, lambda: tuple(fit_probe(features.cpu(), targets, method.penalty))
-    )
-    with torch.no_grad():
-        classifier.weight.copy_(weight)
-        classifier.bias.copy_(bias)
+    if task.image_options.head == "cosine":
+        fitted = main_process_decides(run.accelerator, lambda: fit_cosine(features, targets, method.penalty))
+        centred = torch.eye(len(fitted.mean)), -fitted.mean.float()
+        head = Head("projected", fitted.weight, fitted.scale, centred)
+        put_head(net.backbone, head.to(run.accelerator.device, task.data.dtype))
+        task.image_options = dataclasses.replace(task.image_options, head=head.kind)
+        loss, name, more = fitted.loss, f"{name}, cosine", {"began_with": "class means"}
+    else:
+        weight, bias, loss = main_process_decides(
+            run.accelerator, lambda: tuple(fit_probe(features, targets, method.penalty))
+        )
+        with torch.no_grad():
+            net.backbone.get_classifier().weight.copy_(weight)
+            net.backbone.get_classifier().bias.copy_(bias)
     training.seconds, training.images_seen = time.perf_counter() - started, len(features)
     training.curves = [{"loss/net1/total": loss}]
-    return finish_networks(run, task, training, [net], NAMES[method.targets])
+    return finish_networks(run, task, training, [net], name, **more)
 
 
 def _head(
-    run: Run,
-    task: Task[ProbeOptions],
-    training: Training,
-    net: Model,
-    stored: tuple[Tensor, np.ndarray] | None,
-    started: float,
+    run: Run, task: Task[ProbeOptions], training: Training, stored: tuple[Tensor, np.ndarray], started: float
 ) -> dict[str, Any]:
-    """Fit a head that is no layer of a network of ours; gives the report."""
-    method, usable = task.method, np.flatnonzero(task.weak.usable)
-    if stored is None:
-        features = frozen_features(task, net).cpu()
-        every = {
-            split: pooled(net, images, np.arange(len(images.samples)), 4 * task.job.batch_size).cpu()
-            for split, images in task.splits.items()
-        }
-    else:
-        every = {split: stored[0][images.samples.numpy()].double() for split, images in task.splits.items()}
-        has = ~stored[1][task.data.samples.numpy()]
-        task.weak = dataclasses.replace(task.weak, usable=task.weak.usable & has)
-        usable = np.flatnonzero(task.weak.usable)
-        if not len(usable):
-            raise UserError(f"no usable training image of {run.store.root} has features in --features {method.features}")
-        features = every["train"][usable]
-    targets = targets_of(task).repeat(len(features) // len(usable), 1)
-    start, scale = text_start(run, method.features) if method.head == "cosine" else (None, SCALE)
+    """Fit a head on features of another network; gives the report."""
+    method, kind = task.method, task.image_options.head
+    every = {split: stored[0][images.samples.numpy()].double() for split, images in task.splits.items()}
+    has = ~stored[1][task.data.samples.numpy()]
+    task.weak = dataclasses.replace(task.weak, usable=task.weak.usable & has)
+    if not task.weak.usable.any():
+        raise UserError(f"no usable training image of {run.store.root} has features in --features {method.features}")
+    features, targets = every["train"][task.weak.usable], targets_of(task)
+    start, scale = text_start(run, method.features) if kind == "cosine" else (None, SCALE)
 
     def fit() -> tuple[dict[str, np.ndarray], float, int]:
-        if method.head == "cosine":
+        if kind == "cosine":
             head = fit_cosine(features, targets, method.penalty, start, scale)
             return {split: head(f).numpy() for split, f in every.items()}, head.loss, head.weight.numel() + 1
         weight, bias, loss = fit_probe(features, targets, method.penalty)
@@ -230,12 +229,12 @@ def _head(
     logits, loss, parameters = main_process_decides(run.accelerator, fit)
     training.seconds, training.images_seen = time.perf_counter() - started, len(features)
     training.curves = [{"loss/net1/total": loss}]
-    what = {"student": "", "own": ", own features"}.get(method.features, f", {method.features}")
-    name = NAMES[method.targets] + (", cosine" if method.head == "cosine" else "") + what
-    run.accelerator.print("There is no export: this head reads features of another network, or is no layer of one.")
+    what = ", own features" if method.features == "own" else f", {method.features}"
+    name = NAMES[method.targets] + (", cosine" if kind == "cosine" else "") + what
+    run.accelerator.print("There is no export: this head reads features of another network.")
     named_logits = {split: {"ensemble": rows} for split, rows in logits.items()}
     begun = "texts" if start is not None else "class means"
-    more = {"began_with": begun} if method.head == "cosine" else {}
+    more = {"began_with": begun} if kind == "cosine" else {}
     predicted = predictions(run, task, named_logits)
     more |= {"parameters": parameters, "temperature": 1.0, "trust": trust(run, task, predicted.classes)}
     return finish(run, training, name, predicted, **more)

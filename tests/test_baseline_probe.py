@@ -176,7 +176,16 @@ def test_heads_on_a_view_and_on_the_students_features(small_store, tmp_path, cap
         probe.main([*words, *more, "--targets", "sets", "--share", "0.9", "--output_dir", str(tmp_path / name)])
         report = read_run(tmp_path / name / "report.json").report
         assert report["accuracy"]["train"]["ensemble"] > 0.6 and report["images"]["train"] == 87
-        assert (tmp_path / name / "report.html").is_file() and not (tmp_path / name / "export").exists()
+        assert (tmp_path / name / "report.html").is_file() and (tmp_path / name / "export").exists() == (name == "cosine")
+    # on the student's own features it is a layer of the network that is exported
+    assert report["began_with"] == "class means" and report["method"] == "Probe, candidate sets, cosine"
+    (net,), settings = load_export(tmp_path / "cosine")
+    head, images = net.get_classifier(), torch.randn(4, 3, 12, 12)
+    with torch.no_grad():
+        h = net.forward_head(net.forward_features(images), pre_logits=True)
+        h = torch.nn.functional.normalize(h + head.shift, dim=1)
+        expected = settings["tuning"]["head_scale"] * h @ torch.nn.functional.normalize(head.weight, dim=1).T
+        torch.testing.assert_close(net(images), expected)
 
 
 @pytest.mark.parametrize("targets", ["probabilities", "sets"])
@@ -209,3 +218,6 @@ def test_two_processes_fit_the_head_that_one_fits(small_store, tmp_path):
 def test_settings_that_cannot_work(capsys):
     assert "--penalty" in refused(capsys, probe.read_settings, "--penalty", "0")
     assert "invalid choice" in refused(capsys, probe.read_settings, "--targets", "votes")
+    assert "linear or cosine heads" in refused(capsys, probe.read_settings, "--head", "l2")
+    for words in (["--tuner", "lora"], ["--blocks", "last:1"], ["--head_scale", "5"], ["--head_init", "class_mean"]):
+        assert f"{words[0]} is for training" in refused(capsys, probe.read_settings, *words)

@@ -56,7 +56,8 @@ class Tuning:
             backbone: what `apply` was given. tuners: what was inserted; none is none. plain: as it was made by timm.
 
         Returns:
-            `plain` with weights in float32 on the CPU; how the rest is put into it; the rest, `head.NAME`, `tuners.NAME`.
+            `plain` with weights in float32 on the CPU; how the rest is put into it; the rest likewise, `head.NAME`,
+            `tuners.NAME`.
         """
         kept, left = (), nn.ModuleDict()
         if self.tuners:
@@ -75,7 +76,7 @@ class Tuning:
         own = plain.state_dict()
         # frozen batch normalisation counts no batches
         plain.load_state_dict({name: weights.get(name, own[name]) for name in own})
-        return plain, rule, {name: value.detach().cpu().contiguous() for name, value in rest.items()}
+        return plain, rule, as_written(rest)
 
     def restore(self, plain: nn.Module, rest: Tensors) -> None:
         """Put into a plain timm model what `separated` gave beside it.
@@ -124,6 +125,11 @@ def plain_weights(backbone: nn.Module) -> Tensors:
         name.replace("parametrizations.", "").removesuffix(".original") if "parametrizations." in name else name: value
         for name, value in backbone.state_dict().items()
     }
+    return as_written(state)
+
+
+def as_written(state: Tensors) -> Tensors:
+    """Weights in float32 on the CPU."""
     return {
         name: value.detach().cpu().float().contiguous() if value.is_floating_point() else value.cpu()
         for name, value in state.items()
