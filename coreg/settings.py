@@ -78,6 +78,21 @@ class Job(Place):
 
 
 @dataclass
+class Home:
+    """images: where decoded images are kept."""
+
+    pixels: Literal["auto", "device", "host", "disk"] = advanced(
+        "auto",
+        "where decoded images are kept: in the device's memory, in memory that all processes of a machine share (host), or "
+        "in one file that later runs share (disk); auto: the first of these with room for them",
+        job=False,
+    )
+    pixels_dir: str | None = advanced(
+        None, "folder of the files of --pixels disk; default: pixels in the annotation store", job=False
+    )
+
+
+@dataclass
 class Labels:
     """labels: what the labels come from, and how many images are trained on."""
 
@@ -148,7 +163,7 @@ class Optimiser(Steps):
 
 
 @dataclass
-class JobConfig(Optimiser, Labels, Job):
+class JobConfig(Optimiser, Labels, Home, Job):
     """What every script that trains networks of our own is run with."""
 
 
@@ -208,6 +223,9 @@ class Pixels:
 
     image_size: int = option(32, "side in pixels to which images are resized", (1, 8192))
     channels: int = advanced(3, "1 for grey images, 3 for RGB", (1, 3))
+    resize: Literal["squash", "crop"] = advanced(
+        "squash", "how an image becomes a square: squashed, or its short side resized and the middle taken"
+    )
     mean: list[float] = advanced([0.5], "mean of the pixels in 0..1, one number or one a channel", (0, 1))
     std: list[float] = advanced([0.5], "standard deviation of the pixels in 0..1, one number or one a channel", (0.001, 10))
 
