@@ -1,13 +1,11 @@
 """Decoded images on the device, in shared memory and on the disk: the same training, decoded once, read ahead."""
 
 import errno
+import multiprocessing
 import os
 import resource
 import shutil
 import signal
-import subprocess
-import sys
-import textwrap
 import threading
 import time
 from pathlib import Path
@@ -16,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from runs import final_state, killed_at, on_two_processes, refused, script
+from runs import as_votes, final_state, killed_at, refused, script
 
 import coreg.store.pixels as stored_pixels
 import train_coreg
@@ -29,10 +27,11 @@ from coreg.errors import UserError
 from coreg.store.__main__ import main as store_command
 from coreg.store.claims import BlockQueue
 from coreg.store.pixels import PixelWriter, begin, folder_name, make_manifest
+from coreg.views import ahead
 from coreg.views.ahead import ReadAhead
 from coreg.views.order import ShuffledRows
+from coreg.weak.__main__ import main as draw_sets
 
-ROOT = Path(__file__).parents[1]
 NONE = np.zeros(0, dtype=np.int64)
 
 
@@ -115,7 +114,7 @@ def test_other_images_of_the_same_names_are_noticed(photos, tmp_path, small_bloc
     for path in other.glob("*.png"):
         if path.name not in ("070.png", "149.png"):
             Image.new("RGB", (9, 9), (200, 10, 30)).save(path)
-    with pytest.raises(UserError, match=r"holds other pixels of .* another set of the same names"):
+    with pytest.raises(UserError, match=r"holds other pixels of .*\(another set of the same names"):
         begin(tmp_path / "px", make_manifest(open_images(str(other)), 8, 1, "squash"), open_images(str(other)), NONE)
 
 
@@ -194,56 +193,39 @@ def test_a_full_disk_is_one_line_and_keeps_what_is_there(photos, tmp_path, small
     assert contents(built(images, root).root) == contents(built(images, tmp_path / "alone").root)
 
 
-BUILDER = textwrap.dedent("""
-    import os, sys, time
-    import numpy as np
-    import coreg.store.pixels as stored_pixels
-    from coreg.annotate.work import Progress, work
-    from coreg.data.sources import open_images
-    from coreg.store.claims import BlockQueue
-    from coreg.store.pixels import PixelWriter, begin, make_manifest
-    stored_pixels.BLOCK_BYTES = 1
-    folder, root, start, pause = sys.argv[1], sys.argv[2], float(sys.argv[3]), float(sys.argv[4])
-    images = open_images(folder)
-    load, images.pixels = images.pixels, lambda row: (time.sleep(pause), load(row))[1]
-    manifest = make_manifest(images, 8, 1, "squash")
-    from pathlib import Path
-    begin(Path(root), manifest, images, np.zeros(0, dtype=np.int64))
-    writer = PixelWriter(Path(root), manifest)
-    made = []
-    with BlockQueue(writer.root, writer.files, start) as queue:
-        def block(index):
-            writer.decode_block(images, index, 1)
-            made.append(index)
-            queue.release(index)
-            print(index, flush=True)
-        work(queue, block, Progress(queue, writer, shown=False))
-    writer.finish(images.paths)
-    print("made", *made)
-""")
+def decoding(photos, root, pause, made=None):
+    """A process that decodes what it can claim, some time an image; `made` gets the number of every block it writes."""
 
+    def run():
+        images = open_images(str(photos))
+        load = images.pixels
+        images.pixels = lambda row: (time.sleep(pause), load(row))[1]
 
-def builder(photos, root, start, pause):
-    return subprocess.Popen(
-        [sys.executable, "-c", BUILDER, str(photos), str(root), str(start), str(pause)],
-        stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+        def decode_block(writer, images, index, workers):
+            writer.decode_block(images, index, workers)
+            made.put(index)
+
+        built(images, root, decode_block=decode_block)
+
+    process = multiprocessing.get_context("fork").Process(target=run)
+    process.start()
+    return process
 
 
 def test_two_jobs_decode_together_and_one_that_is_killed_leaves_whole_blocks(photos, tmp_path, small_blocks):
     alone = contents(built(open_images(str(photos)), tmp_path / "alone").root)
-    killed = builder(photos, tmp_path / "px", 0.0, 0.01)
-    assert killed.stdout.readline() == "0\n"
-    killed.send_signal(signal.SIGKILL)
-    killed.wait(60)
-    assert (tmp_path / "px" / "blocks" / "00000.safetensors").exists()
-    assert not (tmp_path / "px" / "errors.csv").exists()
-    two = [builder(photos, tmp_path / "px", start, 0.005) for start in (0.0, 0.9)]
-    made = [
-        [line for line in process.communicate(timeout=120)[0].splitlines() if line.startswith("made")] for process in two
-    ]
-    assert [process.returncode for process in two] == [0, 0]
-    assert sorted(int(word) for (line,) in made for word in line.split()[1:]) == [1, 2]
+    made = multiprocessing.get_context("fork").SimpleQueue()
+    killed = decoding(photos, tmp_path / "px", 0.01, made)
+    assert made.get() == 0
+    os.kill(killed.pid, signal.SIGKILL)
+    killed.join(60)
+    assert [path.name for path in (tmp_path / "px" / "blocks").glob("*.safetensors")] == ["00000.safetensors"]
+    made = multiprocessing.get_context("fork").SimpleQueue()
+    two = [decoding(photos, tmp_path / "px", 0.005, made) for _ in range(2)]
+    for process in two:
+        process.join(120)
+    assert [process.exitcode for process in two] == [0, 0]
+    assert sorted((made.get(), made.get())) == [1, 2] and made.empty()
     there = contents(tmp_path / "px")
     assert {name: there[name] for name in alone} == alone
 
@@ -421,7 +403,7 @@ def test_a_lost_image_is_one_line_wherever_the_images_are(small_annotated, tmp_p
         assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(("free", "home"), [(10**9, "device"), (102 * 192 * 3, "host"), (102 * 192, "disk")])
+@pytest.mark.parametrize(("free", "home"), [(10**9, "device"), (102 * 192 * 3, "host"), (102 * 192 - 1, "disk")])
 def test_the_first_home_with_room_is_taken(free, home, small_annotated, tmp_path, monkeypatch, capsys):
     import coreg.run.pixels as homes
 
@@ -446,20 +428,49 @@ class Stopped(BaseException):
     pass
 
 
-LIMITED = textwrap.dedent("""
-    import resource, sys
-    from pathlib import Path
-    sys.path.insert(0, "tests")
-    from runs import script
-    main, home, extra = script("distill").main, sys.argv[1], int(sys.argv[2])
-    job = sys.argv[3:]
-    where = ["--pixels", home, "--output_dir"]
-    main([*job, "--image_size", "8", "--epochs", "1", *where, "small"])  # all that comes once: threads, libraries
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    limit = int(status["VmData"].split()[0]) * 1024 + extra
-    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-    try:
-        main([*job, "--image_size", "256", "--epochs", "1", *where, "large"])
-    except (RuntimeError, MemoryError) as error:
-        print("no memory", type(error).__name__)
-""")
+def limited(home, job, place, extra, answer):
+    """Train in a process of its own that gets `extra` bytes more than it has after a first small training."""
+
+    def run():
+        os.chdir(place)
+        # pieces as small as this set is against one that fills a disk
+        ahead.AHEAD_BYTES = stored_pixels.CHUNK_BYTES = 2**20
+        main, where = SCRIPTS["distill"][0], ["--pixels", home, "--pixels_dir", "px", "--output_dir"]
+        main([*job, "--image_size", "8", *where, f"small_{home}"])  # what comes once: threads, libraries, graphs
+        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        limit = int(status["VmData"].split()[0]) * 1024 + extra
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+        try:
+            main([*job, *LARGE, *where, f"large_{home}"])
+            answer.put("trained")
+        except (RuntimeError, MemoryError):
+            answer.put("no memory")
+
+    process = multiprocessing.get_context("fork").Process(target=run)
+    process.start()
+    process.join(300)
+    assert process.exitcode == 0
+
+
+# grey images, which a network of one patch looks at
+LARGE = ["--image_size", "320", "--backbone", "vit_tiny_patch16_224", "--backbone_args"]
+LARGE += ['{"img_size": 320, "patch_size": 320, "depth": 1, "embed_dim": 4, "num_heads": 1}']
+
+
+def test_a_set_ten_times_larger_than_memory_allows_is_trained_on(tmp_path):
+    for i in range(1000):
+        folder = tmp_path / "images" / "ab"[i % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (4, 4), i % 256).save(folder / f"{i}.bmp")
+    drawn = ["--rule", "flip", "--q", "0.3", "--eta", "0.2", "--output_dir", str(tmp_path / "ann")]
+    (tmp_path / "classes.txt").write_text("a\nb\n")
+    draw_sets(["--images", str(tmp_path / "images"), "--classes", str(tmp_path / "classes.txt"), *drawn])
+    job = ["--annotations", str(as_votes(tmp_path / "ann", tmp_path / "votes")), *TINY, "--channels", "1"]
+    job += ["--batch_size", "2", "--epochs", "1"]
+    answer = multiprocessing.get_context("fork").SimpleQueue()
+    limited("disk", job, tmp_path, 10 * 2**20, answer)
+    assert answer.get() == "trained" and (tmp_path / "large_disk" / "report.json").exists()
+    (file,) = (tmp_path / "px").glob("320x320x1-*/pixels.u8")
+    assert file.stat().st_size >= 9.7 * 10 * 2**20
+    limited("device", job, tmp_path, 10 * 2**20, answer)
+    assert answer.get() == "no memory"

@@ -46,7 +46,7 @@ class StoredPixels:
         Raises:
             UserError: the file is damaged, or cannot be read.
         """
-        into = pixels.reshape(len(rows), -1)
+        into = pixels.reshape(len(rows), self.length)
         for start, stop in _runs(rows):
             place, left = int(rows[start]) * self.length, memoryview(into[start:stop]).cast("B")
             while left:
