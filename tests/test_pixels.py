@@ -6,15 +6,18 @@ import os
 import resource
 import shutil
 import signal
+import socket
 import threading
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
-from runs import as_votes, final_state, killed_at, refused, script
+from runs import as_votes, final_state, killed_at, refused, same_curves, script
 
 import coreg.store.pixels as stored_pixels
 import train_coreg
@@ -24,6 +27,7 @@ from coreg.data.images import ImageList
 from coreg.data.pixels import StoredPixels
 from coreg.data.sources import open_images
 from coreg.errors import UserError
+from coreg.run.loop import Run
 from coreg.store.__main__ import main as store_command
 from coreg.store.claims import BlockQueue
 from coreg.store.pixels import PixelWriter, begin, folder_name, make_manifest
@@ -311,6 +315,36 @@ def test_what_was_not_announced_is_had_too_and_disturbs_nothing(slow):
     assert [rows for main, rows in slow.calls if main] == [[5, 9], [90]]
 
 
+def test_an_epoch_over_ten_times_the_memory_that_there_is(tmp_path):
+    """2000 images of 96 KB are read in a process that may have 19 MB more than it has."""
+    stored_file = tmp_path / "pixels.u8"
+    with stored_file.open("wb") as file:
+        file.truncate(2000 * 98304)
+    checksums = np.full(2000, zlib.crc32(bytes(98304)), dtype=np.uint32)
+
+    def run():
+        stored = StoredPixels("pixels.u8", os.open(stored_file, os.O_RDONLY), (3, 128, 256), checksums)
+        images, order = ReadAhead(stored, np.arange(2000), torch.device("cpu")), ShuffledRows(np.arange(2000), 16, ("x",))
+        ahead.AHEAD_BYTES, seen = 2**20, 0
+        images.take(np.array([0]))
+        images.plan(lambda step: np.array([step]), range(1))
+        images.take(np.array([0]))  # its thread is there
+        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        limit = int(status["VmData"].split()[0]) * 1024 + 19 * 2**20
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+        images.plan(order.batch, range(order.per_round))
+        for step in range(order.per_round):
+            seen += len(images.take(order.batch(step)))
+        with pytest.raises(RuntimeError, match="memory"):
+            torch.ones(20 * 2**20, dtype=torch.uint8)
+        os._exit(seen == 2000)
+
+    process = multiprocessing.get_context("fork").Process(target=run)
+    process.start()
+    process.join(120)
+    assert process.exitcode == 1
+
+
 def test_an_error_of_the_thread_is_raised_where_the_images_are_wanted(slow):
     slow.checksums = np.zeros(100, dtype=np.uint32)
     images = ReadAhead(slow, np.arange(100), torch.device("cpu"))
@@ -328,10 +362,10 @@ TINY = [
 CO_TRAINED = ["--warmup_epochs", "1", "--contrast_after", "-1", "--queue_size", "50", "--projection_dim", "8"]
 SCRIPTS = {
     "coreg": (train_coreg.main, CO_TRAINED),
-    "pll": (script("pll").main, ["--method", "proden", "--few_shot", "2"]),
+    "pll": (script("pll").main, ["--method", "proden", "--few_shot", "2", "--epochs", "1"]),
     "pll mixing": (script("pll").main, ["--method", "irnet"]),
     "dividemix": (script("dividemix").main, ["--warmup_epochs", "1"]),
-    "distill": (script("distill").main, []),
+    "distill": (script("distill").main, ["--epochs", "1"]),
     "probe": (script("probe").main, []),
 }
 
@@ -352,8 +386,27 @@ def same(one, other):
     return one[0] == other[0] and one[2] == other[2]
 
 
+def announce_all(monkeypatch):
+    """From now on it is an error when a step asks for images that the thread was not told of."""
+    steps, read, training = Run.steps, StoredPixels.read, []
+
+    def watched_steps(run, *args):
+        for step in steps(run, *args):
+            training.append(step)
+            yield step
+            training.clear()
+
+    def watched_read(stored, rows, pixels):
+        assert not training or threading.current_thread() is not threading.main_thread(), rows
+        read(stored, rows, pixels)
+
+    monkeypatch.setattr(Run, "steps", watched_steps)
+    monkeypatch.setattr(StoredPixels, "read", watched_read)
+
+
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_a_script_trains_the_same_wherever_the_images_are(name, small_annotated, tmp_path, capsys):
+def test_a_script_trains_the_same_wherever_the_images_are(name, small_annotated, tmp_path, capsys, monkeypatch):
+    announce_all(monkeypatch)
     main, more = SCRIPTS[name]
     job, px = ["--annotations", str(small_annotated), *TINY, *more], str(tmp_path / "px")
     homes = {"device": [], "host": [], "disk": ["--pixels_dir", px]}
@@ -365,6 +418,46 @@ def test_a_script_trains_the_same_wherever_the_images_are(name, small_annotated,
     device, *others = (left_behind(tmp_path / home) for home in homes)
     assert all(same(device, other) for other in others)
     assert len(list(Path(px).glob("*/pixels.u8"))) == 1
+
+
+def on_processes(count, main, words):
+    """Run a script on processes of one group, without a launcher, which would take seconds."""
+
+    def run(rank, port):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "MASTER_PORT": str(port)}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "LOCAL_WORLD_SIZE": str(count), "OMP_NUM_THREADS": "1"}
+        torch.set_num_threads(1)
+        main(words)
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=run, args=(rank, port)) for rank in range(count)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(300)
+    assert [process.exitcode for process in processes] == [0] * count
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("name", ["coreg", "pll mixing"])
+def test_two_processes_are_one_wherever_the_images_are(name, small_annotated, tmp_path, monkeypatch):
+    announce_all(monkeypatch)
+    main, more = SCRIPTS[name]
+    job = ["--annotations", str(small_annotated), *TINY, *more, "--dtype", "float64", "--pixels_dir", str(tmp_path / "px")]
+    main([*job, "--output_dir", str(tmp_path / "one")])
+    one = final_state(tmp_path / "one")
+    for home in ("disk", "host", "device"):
+        on_processes(2, main, [*job, "--pixels", home, "--output_dir", str(tmp_path / home)])
+        two = final_state(tmp_path / home)
+        same_curves(one, two, 1e-9)
+        for ours, theirs in zip(one["learners"], two["learners"]):
+            for key, value in ours.items():
+                torch.testing.assert_close(theirs[key], value, rtol=1e-9, atol=1e-9, msg=key)
 
 
 def test_a_run_goes_on_with_its_images_elsewhere_bit_for_bit(small_annotated, tmp_path, monkeypatch):
@@ -433,6 +526,7 @@ def limited(home, job, place, extra, answer):
 
     def run():
         os.chdir(place)
+        threading.stack_size(2**18)
         # pieces as small as this set is against one that fills a disk
         ahead.AHEAD_BYTES = stored_pixels.CHUNK_BYTES = 2**20
         main, where = SCRIPTS["distill"][0], ["--pixels", home, "--pixels_dir", "px", "--output_dir"]
@@ -453,10 +547,11 @@ def limited(home, job, place, extra, answer):
 
 
 # grey images, which a network of one patch looks at
-LARGE = ["--image_size", "320", "--backbone", "vit_tiny_patch16_224", "--backbone_args"]
-LARGE += ['{"img_size": 320, "patch_size": 320, "depth": 1, "embed_dim": 4, "num_heads": 1}']
+LARGE = ["--image_size", "640", "--backbone", "vit_tiny_patch16_224", "--backbone_args"]
+LARGE += ['{"img_size": 640, "patch_size": 640, "depth": 1, "embed_dim": 4, "num_heads": 1}']
 
 
+@pytest.mark.slow
 def test_a_set_ten_times_larger_than_memory_allows_is_trained_on(tmp_path):
     for i in range(1000):
         folder = tmp_path / "images" / "ab"[i % 2]
@@ -468,9 +563,9 @@ def test_a_set_ten_times_larger_than_memory_allows_is_trained_on(tmp_path):
     job = ["--annotations", str(as_votes(tmp_path / "ann", tmp_path / "votes")), *TINY, "--channels", "1"]
     job += ["--batch_size", "2", "--epochs", "1"]
     answer = multiprocessing.get_context("fork").SimpleQueue()
-    limited("disk", job, tmp_path, 10 * 2**20, answer)
+    limited("disk", job, tmp_path, 39 * 2**20, answer)
     assert answer.get() == "trained" and (tmp_path / "large_disk" / "report.json").exists()
-    (file,) = (tmp_path / "px").glob("320x320x1-*/pixels.u8")
-    assert file.stat().st_size >= 9.7 * 10 * 2**20
-    limited("device", job, tmp_path, 10 * 2**20, answer)
+    (file,) = (tmp_path / "px").glob("640x640x1-*/pixels.u8")
+    assert file.stat().st_size >= 10 * 39 * 2**20
+    limited("device", job, tmp_path, 39 * 2**20, answer)
     assert answer.get() == "no memory"
