@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from coreg.annotate.work import Progress, every_block
+from coreg.annotate.work import Evidence, Progress, every_block
 from coreg.data.decode import decode, no_longer_readable
 from coreg.data.images import ImageList
 from coreg.data.pixels import CHUNK_BYTES, StoredPixels, write_at
@@ -28,8 +28,6 @@ from coreg.files import reason_of, this_machine
 from coreg.learn.collective import gather_rows, my_slice
 from coreg.plaintext import printable
 from coreg.process import all_or_none, main_process_decides
-from coreg.run.training import build_networks
-from coreg.store.claims import BlockQueue
 from coreg.store.pixels import PixelWriter, begin, folder_name, gigabytes, make_manifest
 from coreg.views.ahead import ReadAhead
 from coreg.views.resident import TrainingImages
@@ -185,13 +183,13 @@ def room_for_training(run: Run, count: int) -> int:
     networks have weights, gradients, the optimiser's state and momentum encoders; tables of the `count` images are counted
     (docs/distributed.md).
     """
-    job, options, accelerator = run.job, dataclasses.replace(run.image_options, pretrained=False), run.accelerator
+    job, options, accelerator = run.job, run.image_options, run.accelerator
     device, classes, width = accelerator.device, len(run.store.class_names), 128
     torch.cuda.synchronize(device)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     try:
-        (net,) = build_networks(accelerator, job, options, classes, width, count=1)
+        net = run.network(width)
         net.to(device, getattr(torch, job.dtype)).train()
         weights = torch.cuda.memory_allocated(device) - before
         shape = (-(-4 * job.batch_size // accelerator.num_processes), options.channels, *2 * (options.image_size,))
@@ -331,23 +329,15 @@ def _on_disk(run: Run, source: Source, root: Path, wanted: np.ndarray) -> Stored
             f"Decoding {len(source.images)} images once: {gigabytes(writer.bytes)} in {printable(root)}, which later runs "
             f"share."
         )
-        every_block(writer, source.images.paths, accelerator, _decoding(writer, source), "decoding")
+
+        def decoded(blocks: Iterator[int], progress: Progress) -> Iterator[Evidence]:
+            for index in blocks:
+                yield index, *writer.decode_block(source.images, index, source.workers)
+
+        every_block(writer, source.images.paths, accelerator, decoded, "decoding")
     stored, errors = all_or_none(accelerator, writer.open)
     failed = {row: errors[row] for row in np.intersect1d(np.array(list(errors), dtype=np.int64), wanted).tolist()}
     if failed:
         error = no_longer_readable(source.images, failed)
         raise UserError(str(error), silent=not accelerator.is_main_process)
     return stored
-
-
-def _decoding(writer: PixelWriter, source: Source) -> Callable[[BlockQueue, Progress], Callable[[int], None]]:
-    """What decodes a claimed block, for `every_block`."""
-
-    def of(queue: BlockQueue, progress: Progress) -> Callable[[int], None]:
-        def decode_block(index: int) -> None:
-            writer.decode_block(source.images, index, source.workers)
-            queue.release(index)
-
-        return decode_block
-
-    return of

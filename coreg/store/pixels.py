@@ -125,8 +125,8 @@ class PixelWriter(BlockWriter):
             self.files[index].unlink(missing_ok=True)
             self._errors.pop(index, None)
 
-    def decode_block(self, images: ImageList, index: int, workers: int) -> None:
-        """Decode the images of block `index` and write them, then the record that they are there.
+    def decode_block(self, images: ImageList, index: int, workers: int) -> tuple[dict[str, np.ndarray], dict[int, str]]:
+        """Decode the images of block `index` and write them; gives what `write` then takes, the record that they are there.
 
         Raises:
             UserError: the disk is full.
@@ -150,7 +150,7 @@ class PixelWriter(BlockWriter):
             raise UserError(
                 f"cannot write {self.path} ({reason_of(error)}), which takes {gigabytes(self.bytes)}; {REMEDY}"
             ) from None
-        self.write(index, {"crc32": np.array(checksums, dtype=np.uint32)}, errors)
+        return {"crc32": np.array(checksums, dtype=np.uint32)}, errors
 
     def open(self) -> tuple[StoredPixels, dict[int, str]]:
         """The images, when all of them are there, and row -> reason of those that could not be read.
