@@ -38,7 +38,7 @@ from coreg.learn.coreg import CoRegLearner, cosine_lr, ramp
 from coreg.learn.division import Division, align, division_loss
 from coreg.learn.memory import Prototypes
 from coreg.learn.pseudo import rescale
-from coreg.learn.two_nets import Divisions, Verdict, co_train_batch
+from coreg.learn.two_nets import Divisions, Verdict, co_train_batch, partner_rows
 from coreg.report.metrics import consensus, prototype_health
 from coreg.report.report import summary
 from coreg.run.epoch import count_statistics, division_of, hand_over, judge, paired, warm_up
@@ -86,6 +86,11 @@ def co_train(run: Run, task: Task[CoRegOptions], training: Training, lr: float) 
     rest = ShuffledRows(np.flatnonzero(~verdict.trusted & method.use_unlabeled), job.batch_size, ("U", *key))
     labelled = ShuffledRows(task.extra, job.batch_size, ("labelled", *key))
     gate_epoch = method.warmup_epochs + method.contrast_after + 1
+
+    def partners(step: int) -> np.ndarray:
+        return partner_rows(job.seed, trusted.batch(step), rest.batch(step), (epoch, number, step), method.mixup_alpha)
+
+    task.read_ahead(training.step, trusted, rest, labelled, partners=partners)
     for step in run.steps(training, trusted.per_round):
         at = (epoch, number, step)
         guessed = own if method.guesses == "epoch" else None

@@ -117,6 +117,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for epoch in run.epochs(training, "distillation"):
             lr = cosine_lr(epoch, job.lr, job.lr_floor, job.lr_horizon or job.epochs)
             order = ShuffledRows(taught, job.batch_size, (job.seed, "distill", epoch, 0))
+            task.read_ahead(training.step, order)
             for step in run.steps(training, order.per_round):
                 training.learn(make_batch(task, teacher, order.batch(step), epoch), lr)
             run.log(training, {"lr": lr} | judge(task, training))

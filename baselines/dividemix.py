@@ -44,7 +44,7 @@ from annotate_vlm import annotate_digits
 from coreg.learn.coreg import cosine_lr, ramp
 from coreg.learn.dividemix import DivideMixLearner
 from coreg.learn.division import Division, division_loss
-from coreg.learn.two_nets import Divisions, Verdict, co_train_batch
+from coreg.learn.two_nets import Divisions, Verdict, co_train_batch, partner_rows
 from coreg.report.report import summary
 from coreg.run.epoch import division_of, hand_over, judge, paired, warm_up
 from coreg.run.job import open_run
@@ -93,6 +93,11 @@ def co_train(run: Run, task: Task[DivideMixOptions], training: Training, lr: flo
     trusted = ShuffledRows(np.concatenate([np.flatnonzero(verdict.trusted), task.repeated]), job.batch_size, ("P", *key))
     rest = ShuffledRows(np.flatnonzero(~verdict.trusted), job.batch_size, ("U", *key))
     labelled = ShuffledRows(task.extra, job.batch_size, ("labelled", *key))
+
+    def partners(step: int) -> np.ndarray:
+        return partner_rows(job.seed, trusted.batch(step), rest.batch(step), (epoch, number, step), method.mixup_alpha)
+
+    task.read_ahead(training.step, trusted, rest, labelled, partners=partners)
     for step in run.steps(training, trusted.per_round):
         at = (epoch, number, step)
         batch = co_train_batch(

@@ -160,6 +160,14 @@ def train(run: Run, task: Task[PartialOptions], training: Training, lr: float) -
     order, others = (ShuffledRows(everyone, job.batch_size, (name, job.seed, epoch)) for name in ("train", "partner"))
     labelled = ShuffledRows(task.extra, job.batch_size, ("labelled", job.seed, epoch))
     passes = method.passes(Step(epoch, job.epochs))
+
+    def partners(step: int) -> np.ndarray:
+        rows = order.batch(step)
+        _, place = draw_mixup(options.mixup_alpha, len(rows), (job.seed, "mixup", epoch, step))
+        return rows[place[my_slice(len(rows))]]
+
+    orders = (order, labelled, others) if passes.mixup == "epoch" else (order, labelled)
+    task.read_ahead(training.step, *orders, partners=partners if passes.mixup == "batch" else None)
     for step in run.steps(training, order.per_round):
         rows, at = order.batch(step), (epoch, step)
         batch = make_batch(task, rows, passes, Step(epoch, job.epochs, step, order.per_round), at)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from coreg.config import SAFE_CSV, SEEDS, advanced, as_settings, option, parse
 from coreg.errors import UserError
 from coreg.learn.options import CoRegOptions
-from coreg.store.pixels import annotators_pixels
+from coreg.store.preprocessing import annotators_pixels
 from coreg.views.operations import RANDAUGMENT
 from coreg.weak.prefilter import SPELLINGS, parse_prefilter
 from coreg.weak.rules import parse_rule
@@ -72,6 +72,21 @@ class Job(Place):
         "tensorboard", "where curves go: tensorboard, another of accelerate's trackers, or none", job=False
     )
     safe_csv: bool = advanced(False, SAFE_CSV, job=False)
+
+
+@dataclass
+class Home:
+    """images: where decoded images are kept."""
+
+    pixels: Literal["auto", "device", "host", "disk"] = advanced(
+        "auto",
+        "where decoded images are kept: in the device's memory, in memory that all processes of a machine share (host), or "
+        "in one file that later runs share (disk); auto: the first of these with room for them",
+        job=False,
+    )
+    pixels_dir: str | None = advanced(
+        None, "folder of the files of --pixels disk; default: pixels in the annotation store", job=False
+    )
 
 
 @dataclass
@@ -145,7 +160,7 @@ class Optimiser(Steps):
 
 
 @dataclass
-class JobConfig(Optimiser, Labels, Job):
+class JobConfig(Optimiser, Labels, Home, Job):
     """What every script that trains networks of our own is run with."""
 
 
@@ -234,6 +249,9 @@ class Pixels:
 
     image_size: int = option(32, "side in pixels to which images are resized", (1, 8192))
     channels: int = advanced(3, "1 for grey images, 3 for RGB", (1, 3))
+    resize: Literal["squash", "crop"] = advanced(
+        "squash", "how an image becomes a square: squashed, or its short side resized and the middle taken"
+    )
     mean: list[float] = advanced([0.5], "mean of the pixels in 0..1, one number or one a channel", (0, 1))
     std: list[float] = advanced([0.5], "standard deviation of the pixels in 0..1, one number or one a channel", (0.001, 10))
 

@@ -132,6 +132,7 @@ SCRIPTS = {
     "coreg fast": (train_coreg, [*CO_TRAINED, "--preset", "fast", "--few_shot", "2"]),
     "coreg eval": (train_coreg, [*CO_TRAINED, "--guess_mode", "eval", "--optimizer", "adamw", "--mixup_alpha", "0"]),
     "coreg accumulating": (train_coreg, [*CO_TRAINED, "--gradient_accumulation_steps", "2", "--contrast", "supervised"]),
+    "coreg from memory that is shared": (train_coreg, [*CO_TRAINED, "--pixels", "host"]),
     "distill": (script("distill"), ["--teacher", "averaged"]),
     "dividemix": (script("dividemix"), ["--warmup_epochs", "1"]),
     "distill few": (script("distill"), ["--teacher", "single", "--few_shot", "2"]),

@@ -28,7 +28,7 @@ from coreg.nets.heads import ClassText, back_projected
 from coreg.nets.model import Model, create_backbone
 from coreg.nets.towers import timm_tower
 from coreg.nets.tuning import Tuning
-from coreg.store.pixels import annotators_pixels
+from coreg.store.preprocessing import annotators_pixels
 from coreg.store.store import AnnotationStore
 from coreg.weak.__main__ import main as draw
 

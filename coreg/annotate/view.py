@@ -34,6 +34,7 @@ import coreg.nets
 from coreg.annotate.settings import ViewConfig
 from coreg.annotate.work import annotated, every_block
 from coreg.config import parse
+from coreg.data.decode import as_square
 from coreg.data.images import ImageList
 from coreg.data.sources import require_readable
 from coreg.errors import UserError, exits_with_one_line
@@ -227,14 +228,15 @@ class Encoder:
                 "weights": f"sha256 {digest.hexdigest()}",
             },
             "pixels": {"size": config.image_size, "channels": config.channels, "mean": self.mean, "std": self.std}
-            | {"mirror": config.mirror},
+            | {"mirror": config.mirror}
+            | ({"resize": config.resize} if config.resize != "squash" else {}),
             "features": self.features,
         }
 
     def preprocess(self, image: Image.Image) -> torch.Tensor:
-        """uint8 (c, S, S): squashed as for training (`coreg.data.decode.decode`)."""
+        """uint8 (c, S, S), made a square as for training (`coreg.data.decode.decode`)."""
         size, channels = self.config.image_size, self.config.channels
-        image = image.convert("RGB" if channels == 3 else "L").resize((size, size), Image.Resampling.BILINEAR)
+        image = as_square(image, size, channels, self.config.resize)
         return torch.from_numpy(np.array(image).reshape(size, size, channels)).permute(2, 0, 1)
 
     collate = staticmethod(torch.stack)
@@ -302,7 +304,8 @@ def make_view(store: AnnotationStore, config: ViewConfig, accelerator: Accelerat
     images = opened[0] if opened else store.images()
     encoder = Encoder(config, accelerator.device)
     name = Path(config.backbone.removeprefix("local-dir:")).name.replace(os.sep, "_")
-    root = store.root / "views" / f"{name}-{config.image_size}"
+    crop = "" if config.resize == "squash" else f"-{config.resize}"
+    root = store.root / "views" / f"{name}-{config.image_size}{crop}"
 
     def block_size() -> int:  # of what is there already
         return read_manifest(root)["block_size"] if (root / "manifest.json").exists() else config.block_size

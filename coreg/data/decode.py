@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, Literal
 
 import numpy as np
 import torch
@@ -38,6 +38,7 @@ _SUFFIXES = (
 HEIC = frozenset((".heic", ".heif", ".hif"))
 READS_HEIF = importlib.util.find_spec("pillow_heif") is not None
 SUFFIXES = frozenset(_SUFFIXES.split()) | (HEIC if READS_HEIF else frozenset())
+Resize = Literal["squash", "crop"]
 MAX_PIXELS = 89_478_485  # Pillow's own border of suspicion: a quarter of a gigabyte as RGB
 MAX_BYTES = 12 * MAX_PIXELS  # what the dearest ordinary file of so many RGB pixels takes, a progressive JPEG
 TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # how such files begin; they may hold many large pictures
@@ -208,6 +209,23 @@ def _upright(image: Image.Image) -> Image.Image:
         return image.copy()
 
 
+def as_square(image: Image.Image, size: int, channels: int, resize: Resize) -> Image.Image:
+    """`image` in RGB (3 channels) or grey (1), as a square of side `size`; bilinear with antialiasing (Pillow's).
+
+    Args:
+        resize: `squash` changes its shape; `crop` resizes its short side to `size` and takes the middle, as torchvision's
+            `Resize` and `CenterCrop` do.
+    """
+    image = image.convert("RGB" if channels == 3 else "L")
+    if resize == "squash" or image.width == image.height:
+        return image.resize((size, size), Image.Resampling.BILINEAR)
+    short = min(image.size)
+    width, height = (size if side == short else int(size * side / short) for side in image.size)
+    left, top = round((width - size) / 2), round((height - size) / 2)
+    resized = image.resize((width, height), Image.Resampling.BILINEAR)
+    return resized.crop((left, top, left + size, top + size))
+
+
 def decode(
     images: ImageList,
     rows: np.ndarray,
@@ -215,8 +233,9 @@ def decode(
     channels: int,
     workers: int,
     failed: dict[int, str] | None = None,
+    resize: Resize = "squash",
 ) -> torch.Tensor:
-    """Decode images into one tensor for training: squashed to `size` x `size`, bilinear with antialiasing (Pillow's).
+    """Decode images into one tensor for training, each made a square of side `size` (see `as_square`).
 
     Args:
         images: where the pixels come from.
@@ -225,6 +244,7 @@ def decode(
         channels: 3 for RGB, 1 for grey (luma).
         workers: decoding threads; Pillow releases the interpreter's lock while it decodes and resizes.
         failed: takes row -> reason of every image that cannot be read.
+        resize: `squash` or `crop`.
 
     Returns:
         uint8 (n, channels, size, size); rows of unreadable images are zero.
@@ -254,11 +274,11 @@ def decode(
                 if failed is not None:
                     failed[int(rows[place])] = str(error)
                 continue
-            image = image.convert("RGB" if channels == 3 else "L").resize((size, size), Image.Resampling.BILINEAR)
-            target[place] = np.asarray(image).reshape(size, size, channels)
+            target[place] = np.asarray(as_square(image, size, channels, resize)).reshape(size, size, channels)
 
-    # Chunks, because handing over one image at a time costs more than resizing a small one.
-    chunks = [range(start, min(start + 64, len(rows))) for start in range(0, len(rows), 64)]
+    # Chunks, because handing over one image at a time costs more than resizing a small one; no thread waits for the last.
+    length = min(64, -(-len(rows) // (4 * max(1, workers))) or 1)
+    chunks = [range(start, min(start + length, len(rows))) for start in range(0, len(rows), length)]
     with ThreadPoolExecutor(max_workers=max(1, workers)) as pool:
         list(pool.map(fill, chunks))
     return pixels.permute(0, 3, 1, 2).contiguous()

@@ -35,8 +35,8 @@ FOLDER`). Each network is an ordinary timm model:
     import timm, coreg.nets
     model = timm.create_model("local-dir:FOLDER/net1", pretrained=True).eval()
 
-Images are squashed to {size}x{size} pixels, bilinear with antialiasing, {colour}, and normalised with the mean and standard
-deviation in `coreg.json`. The prediction is the mean of the networks' logits.
+Images are {resized} to {size}x{size} pixels, bilinear with antialiasing, {colour}, and normalised with the mean and
+standard deviation in `coreg.json`. The prediction is the mean of the networks' logits.
 """
 
 TUNED = """
@@ -117,7 +117,11 @@ def model_card(report: dict[str, Any], settings: dict[str, Any], which: str = ""
         *(f"- Noticed at the end of training: {escaped(line)}." for line in report.get("warnings", [])),
         "",
         "## How to use it",
-        USE.format(size=settings["image_size"], colour="grey" if settings["channels"] == 1 else "RGB"),
+        USE.format(
+            resized="resized and cropped at the centre" if settings.get("resize") == "crop" else "squashed",
+            size=settings["image_size"],
+            colour="grey" if settings["channels"] == 1 else "RGB",
+        ),
         *([TUNED] if settings.get("tuning") else []),
         f"Made with coreg {escaped(report['versions'].get('coreg', ''))}.",
     ]

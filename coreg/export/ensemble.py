@@ -220,7 +220,8 @@ def example_pixels(folder: Path, images: str | None, settings: dict[str, Any]) -
 def _decode(images: ImageList, rows: np.ndarray, settings: dict[str, Any]) -> tuple[Tensor, np.ndarray]:
     """The readable ones of `rows`: uint8 (n, c, H, W) and their numbers."""
     failed: dict[int, str] = {}
-    pixels = decode(images, rows, settings["image_size"], settings["channels"], 2, failed)
+    size, channels, resize = settings["image_size"], settings["channels"], settings.get("resize") or "squash"
+    pixels = decode(images, rows, size, channels, 2, failed, resize)
     readable = ~np.isin(rows, list(failed))
     return pixels[torch.from_numpy(readable)], rows[readable]
 

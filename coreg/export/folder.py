@@ -23,7 +23,7 @@ SETTINGS, CONFIG, WEIGHTS = "coreg.json", "config.json", "model.safetensors"
 TUNED = "tuned.safetensors"  # of a network, beside its weights: what a plain timm model cannot compute
 
 # what tells programs how to decode images and what their classes are called: in coreg.json, and inside every program
-ABOUT = {"class_names": [str], "image_size": Number(1, 8192), "channels": Number(1, 3)}
+ABOUT = {"class_names": [str], "image_size": Number(1, 8192), "channels": Number(1, 3), "resize": Maybe(str)}
 _KINDS = ABOUT | {
     "schema": Number(),
     "nets": Number(1, 100),
@@ -68,6 +68,9 @@ def check_about(settings: dict[str, Any]) -> None:
     names = settings["class_names"]
     if not names or len(set(names)) < len(names):
         raise RecordError(f"class_names has {len(names)} names, {len(set(names))} of them different")
+    # those that squash images do not say so
+    if settings.get("resize", "crop") not in ("squash", "crop"):
+        raise RecordError(f"resize is {settings['resize'][:20]!r}, expected squash or crop")
     if settings["channels"] == 2:
         raise RecordError("channels is 2, expected 1 or 3")
 

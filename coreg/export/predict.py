@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,12 +20,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from coreg.config import SAFE_CSV, option, parse
-from coreg.data.decode import SUFFIXES, decode, read_image
+from coreg.data.decode import SUFFIXES, Resize, decode, read_image
 from coreg.data.images import ImageList
 from coreg.data.sources import open_images
 from coreg.errors import UserError, exits_with_one_line
 from coreg.export.ensemble import Ensemble
-from coreg.export.folder import ABOUT, REMEDY, load_export
+from coreg.export.folder import REMEDY, load_export
 from coreg.export.programs import open_onnx
 from coreg.files import check_writable, writing_csv
 from coreg.plaintext import printable
@@ -59,6 +60,7 @@ class Classifier:
     image_size: int  # side in pixels to which images are decoded
     channels: int  # 1 or 3, of decoded images
     run: Callable[[Tensor], Tensor]  # uint8 (n, channels, image_size, image_size) -> float32 (n, C), both on the CPU
+    resize: Resize = "squash"  # how they become squares
 
     def batches(
         self, images: ImageList, batch_size: int = 256, workers: int = 2
@@ -74,7 +76,7 @@ class Classifier:
         """
         for start in range(0, len(images), batch_size):
             rows, failed = np.arange(start, min(start + batch_size, len(images))), {}
-            pixels = decode(images, rows, self.image_size, self.channels, workers, failed)
+            pixels = decode(images, rows, self.image_size, self.channels, workers, failed, self.resize)
             yield rows, self._probabilities(pixels), failed
 
     def _probabilities(self, pixels: Tensor) -> np.ndarray:
@@ -117,7 +119,7 @@ def load_classifier(path: str | Path) -> Classifier:
     def run(pixels: Tensor) -> Tensor:
         return ensemble(pixels.to(device))[1].cpu()
 
-    return Classifier(*(settings[name] for name in ABOUT), run)
+    return _classifier(settings, run)
 
 
 def _from_onnx(path: Path) -> Classifier:
@@ -130,7 +132,11 @@ def _from_onnx(path: Path) -> Classifier:
     def run(pixels: Tensor) -> Tensor:
         return torch.from_numpy(session.run(["probabilities"], {"images": pixels.numpy()})[0])
 
-    return Classifier(*(about[name] for name in ABOUT), run)
+    return _classifier(about, run)
+
+
+def _classifier(about: dict[str, Any], run: Callable[[Tensor], Tensor]) -> Classifier:
+    return Classifier(about["class_names"], about["image_size"], about["channels"], run, about.get("resize") or "squash")
 
 
 def one_image(path: Path) -> ImageList:

@@ -42,7 +42,7 @@ def as_program(ensemble: nn.Module, settings: dict[str, Any], kind: Kind) -> tup
             _require(package)
     size = settings["image_size"]
     example = torch.zeros(2, settings["channels"], size, size, dtype=torch.uint8)
-    about = {name: settings[name] for name in ABOUT}
+    about = {name: settings[name] for name in ABOUT if name in settings}
     try:
         # traced without gradients, or the program would carry what a backward pass needs
         with torch.no_grad():

@@ -105,6 +105,29 @@ def warm_up_batch(
     return WarmUpBatch(images, candidates[data.places(my_rows)], len(rows), n_informative)
 
 
+def _lengths(trusted: np.ndarray, rest: np.ndarray) -> tuple[int, int, int, int]:
+    """Of the global views [x_1; x_2; u_1; u_2] of a co-training step."""
+    return len(trusted), len(trusted), len(rest), len(rest)
+
+
+def _my_places(lengths: tuple[int, ...]) -> np.ndarray:
+    """The places of this process's share in blocks of these lengths, one after the other."""
+    starts = np.cumsum((0, *lengths[:-1]))
+    return np.concatenate([start + np.arange(n)[my_slice(n)] for start, n in zip(starts, lengths)])
+
+
+def partner_rows(
+    seed: int, trusted: np.ndarray, rest: np.ndarray, key: tuple[int | str, ...], mixup_alpha: float
+) -> np.ndarray:
+    """Rows of the images whose views `co_train_batch` of the same arguments makes again to mix with, int64 (l,)."""
+    lengths = _lengths(trusted, rest)
+    position = _my_places(lengths)
+    if not mixup_alpha or len(position) == sum(lengths):
+        return trusted[:0]
+    _, order = draw_mixup(mixup_alpha, sum(lengths), (seed, "mixup", *key))
+    return np.concatenate([trusted, trusted, rest, rest])[order[position]]
+
+
 def co_train_batch(
     data: TrainingImages,
     trusted: np.ndarray,
@@ -126,7 +149,7 @@ def co_train_batch(
         view: what is trained on: `strong`, or `weak` for the very views that are predicted.
         own: the own network's verdict, where weak views were predicted once for the epoch.
     """
-    lengths = (len(trusted), len(trusted), len(rest), len(rest))
+    lengths = _lengths(trusted, rest)
     my_trusted, my_rest = trusted[my_slice(len(trusted))], rest[my_slice(len(rest))]
     each = ((trusted, my_trusted, data.pixels(my_trusted), "x"), (rest, my_rest, data.pixels(my_rest), "u"))
 
@@ -140,8 +163,7 @@ def co_train_batch(
     weak = views("weak") if own is None or view == "weak" else []
     trained = torch.cat(weak if view == "weak" else views(view))
     kept, order = draw_mixup(mixup_alpha, sum(lengths), (data.seed, "mixup", *key))
-    starts = np.cumsum((0, *lengths[:-1]))
-    position = np.concatenate([start + np.arange(n)[my_slice(n)] for start, n in zip(starts, lengths)])
+    position = _my_places(lengths)
     blocks = [(view, rows, (f"{split}-{view[0]}{number}", *key)) for rows, _, _, split in each for number in (1, 2)]
     at_trusted, at_rest = data.places(my_trusted), data.places(my_rest)
     guess = None

@@ -50,9 +50,10 @@ def count_statistics(task: Task[Any], nets: Sequence[Model], epoch: int) -> None
     for number, net in enumerate(nets):
         order = ShuffledRows(np.arange(n), size, (task.job.seed, "statistics", epoch, number))
         # every batch counts alike, so a small last one is left out
-        batches = [order.batch(step) for step in range(max(n // size, 1))]
+        batches = [rows[my_slice(len(rows))] for rows in map(order.batch, range(max(n // size, 1)))]
         key = ("statistics", epoch, number)
-        update_bn((task.data.view("weak", rows[my_slice(len(rows))], key) for rows in batches), net)
+        task.data.read_ahead(batches.__getitem__, range(len(batches)))
+        update_bn((task.data.view("weak", rows, key) for rows in batches), net)
 
 
 def accuracy_on_test(task: Task[Any], nets: Sequence[Model]) -> dict[str, float]:
@@ -87,6 +88,7 @@ def warm_up(run: Run, task: Task[Any], training: Training, lr: float, view: str,
     """
     key = (training.epoch, training.number)
     order = ShuffledRows(np.flatnonzero(task.weak.usable), 2 * task.job.batch_size, (task.job.seed, "warm-up", *key))
+    task.read_ahead(training.step, order)
     for step in run.steps(training, order.per_round):
         rows = order.batch(step)
         training.learn(warm_up_batch(task.data, rows, task.table, key, view, int(informative[rows].sum())), lr)

@@ -264,7 +264,7 @@ def refined(
     Raises:
         UserError: the features cannot tell the classes apart.
     """
-    names = ("backbone", "backbone_args", "pretrained", "image_size", "channels", "mean", "std")
+    names = ("backbone", "backbone_args", "pretrained", "image_size", "channels", "resize", "mean", "std")
     view = ViewConfig(**{name: getattr(image_options, name) for name in names}, workers=job.workers)
     whose = "its own features" if features == "own" else image_options.backbone
     accelerator.print(printable(f"Refining {store.root} by {whose}."))

@@ -29,7 +29,7 @@ from coreg.run import checkpoint
 from coreg.run.board import writing_curves
 from coreg.run.folder import RunFolder
 from coreg.run.state import take_state
-from coreg.run.training import Training
+from coreg.run.training import Training, build_model
 from coreg.run.watch import EXIT_INTERRUPTED, GOES_ON, STOP, Watch
 from coreg.settings import ImageConfig, JobConfig
 from coreg.store.store import AnnotationStore
@@ -109,6 +109,11 @@ class Run:
                 f"before it, or delete {path.parent} to start the training anew",
                 silent=not self.accelerator.is_main_process,
             ) from None
+
+    def network(self, width: int) -> nn.Module:
+        """A network like those of the job, with `width` projected features and untrained weights, to be measured."""
+        net = build_model(self.image_options, len(self.store.class_names), width, pretrained=False)
+        return net.to(memory_format=torch.channels_last)
 
     def epochs(self, training: Training, name: str) -> Iterator[int]:
         """Epochs from where `training` stands, each to be closed with `log`; a checkpoint is written after each.

@@ -286,6 +286,7 @@ def _export(task: Task, nets: Sequence[Model], folder: Path) -> dict[str, Any]:
             channels=image_options.channels,
             mean=views.mean,
             std=views.std,
+            **({} if image_options.resize == "squash" else {"resize": image_options.resize}),
             **calibration,
         ),
     )

@@ -24,7 +24,8 @@ from coreg.report.multi_metrics import average_precisions, thresholds
 from coreg.report.record import SCHEMA, write_report
 from coreg.report.report import hardware, peak_memory_mb, versions
 from coreg.report.tags import measured_splits, write_tags
-from coreg.run.task import predict, resident_images, training_rows
+from coreg.run.pixels import training_images
+from coreg.run.task import predict, training_rows
 from coreg.run.training import Training
 from coreg.settings import ImageConfig, TagJob
 from coreg.store.store import AnnotationStore
@@ -102,7 +103,7 @@ def prepare_tags(run: Run, method: MultiOptions) -> TagTask:
     weak, validation = all_or_none(accelerator, lambda: observed_labels(run.job, method, store))
     test = np.flatnonzero((store.split == 1) & ~store.unreadable)
     rows = {"train": weak.samples, "validation": validation, "test": test}
-    images = dict(zip(rows, resident_images(run, *rows.values())))
+    images = dict(zip(rows, training_images(run, *rows.values())))
     others = {name: images[name] for name in ("validation", "test") if len(rows[name])}
     return TagTask(accelerator, run.job, run.image_options, method, store, images["train"], weak, others)
 

@@ -1,7 +1,8 @@
-"""What a run trains on: candidate sets from the annotation store, its images as one tensor, labels that a person gave."""
+"""What a run trains on: candidate sets from the annotation store, its images, labels that a person gave."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, TypeVar
 
@@ -10,7 +11,6 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from coreg.data.decode import decode, no_longer_readable
 from coreg.data.images import TEST, TRAIN
 from coreg.data.labels import few_shot_draw, read_labels
 from coreg.errors import UserError
@@ -18,9 +18,10 @@ from coreg.learn.collective import gather_rows, my_slice
 from coreg.nets.model import Model
 from coreg.process import all_or_none
 from coreg.report.report import prefilter_line
+from coreg.run.pixels import training_images
 from coreg.settings import ImageConfig, JobConfig
 from coreg.store.store import AnnotationStore
-from coreg.views.order import drawn_part
+from coreg.views.order import ShuffledRows, drawn_part
 from coreg.views.resident import TrainingImages
 from coreg.weak.labels import WeakLabels
 
@@ -72,6 +73,21 @@ class Task(Generic[Options]):
         my_rows = rows[my_slice(len(rows))]
         return (self.data.view(view, my_rows, ("labelled", *key)), self.data.places(self.weak.known[my_rows])), len(rows)
 
+    def read_ahead(self, start: int, *orders: ShuffledRows, partners: Callable[[int], np.ndarray] | None = None) -> None:
+        """Announce the steps of a network's epoch from `start` on, as many as the first of `orders` has in a round.
+
+        Args:
+            orders: whose batches they take; each process takes its share of each.
+            partners: step -> further rows int64 (n,) that this process needs.
+        """
+
+        def my_rows(step: int) -> np.ndarray:
+            batches = [order.batch(step) for order in orders]
+            parts = [rows[my_slice(len(rows))] for rows in batches]
+            return np.concatenate(parts if partners is None else [*parts, partners(step)])
+
+        self.data.read_ahead(my_rows, range(start, orders[0].per_round))
+
 
 def training_rows(job: JobConfig, store: AnnotationStore) -> np.ndarray:
     """Rows of the images to train on, int64 (n,): the readable ones, or the part of them that `--share` asks for.
@@ -115,7 +131,7 @@ def known_labels(job: JobConfig, store: AnnotationStore) -> np.ndarray:
 
 
 def prepare(run: Run, method: Options, alignment: str = "uniform") -> Task[Options]:
-    """Candidate sets from the store and from labels that a person gave, and the images as one uint8 tensor.
+    """Candidate sets from the store and from labels that a person gave, and the images where `--pixels` keeps them.
 
     Args:
         alignment: `annotator` for a prior like the annotator's mean prediction, otherwise it is uniform.
@@ -133,7 +149,7 @@ def prepare(run: Run, method: Options, alignment: str = "uniform") -> Task[Optio
     given, n_classes = np.flatnonzero(weak.certain), len(store.class_names)
     # so often that labelled images make up 5 % of an epoch's draws, once at least
     times = -(-len(train) // (20 * max(len(given), 1))) - 1
-    train_images, test_images = resident_images(run, train, test)
+    train_images, test_images = training_images(run, train, test)
     probs = store.probs()[train].astype(np.float64)
     best = probs.argmax(axis=1)
     prior = probs.mean(axis=0) if alignment == "annotator" else np.full(n_classes, 1 / n_classes)
@@ -173,26 +189,6 @@ def _weak_labels(run: Run, train: np.ndarray) -> WeakLabels:
     weak = all_or_none(run.accelerator, lambda: weak.keep_likely(run.likely.probs()[train], run.job.prefilter))
     run.accelerator.print(prefilter_line(weak.source["prefilter"]))
     return weak
-
-
-def resident_images(run: Run, *splits: np.ndarray) -> list[TrainingImages]:
-    """The images at these rows of the store on the device; on every process a UserError where some cannot be read."""
-    images, job, image_options, device = run.store.images(), run.job, run.image_options, run.accelerator.device
-
-    def read() -> list[Tensor]:
-        failed: dict[int, str] = {}
-        pixels = [
-            decode(images, rows, image_options.image_size, image_options.channels, job.workers, failed) for rows in splits
-        ]
-        if failed:
-            raise no_longer_readable(images, failed)
-        return pixels
-
-    augmentation, dtype = image_options.augmentation(), getattr(torch, job.dtype)
-    return [
-        TrainingImages(pixels.to(device), torch.from_numpy(rows), augmentation, device, job.seed, dtype)
-        for pixels, rows in zip(all_or_none(run.accelerator, read), splits)
-    ]
 
 
 @torch.no_grad()

@@ -45,15 +45,16 @@ class ShuffledRows:
         self.key = key
         joins = len(self.rows) > batch_size and 0 < len(self.rows) % batch_size < smallest
         self.per_round = n_batches(len(self.rows), batch_size) - joins
-        self._round, self._order = -1, self.rows
+        self._orders: dict[int, np.ndarray] = {}  # by round: the two last asked for, because rows are read ahead
 
     def batch(self, step: int) -> np.ndarray:
         """The global batch of a step, int64 (< batch_size + smallest,); empty where there are no rows at all."""
         if not self.per_round:
             return self.rows
         number, place = divmod(step, self.per_round)
-        if number != self._round:
-            self._order = keyed_generator(*self.key, number).permutation(self.rows)
-            self._round = number
-        stop = len(self._order) if place + 1 == self.per_round else (place + 1) * self.batch_size
-        return self._order[place * self.batch_size : stop]
+        if number not in self._orders:
+            last = list(self._orders.items())[-1:]
+            self._orders = dict(last) | {number: keyed_generator(*self.key, number).permutation(self.rows)}
+        order = self._orders[number]
+        stop = len(order) if place + 1 == self.per_round else (place + 1) * self.batch_size
+        return order[place * self.batch_size : stop]

@@ -1,4 +1,4 @@
-"""The training images in memory, and their views by key.
+"""The training images, wherever they are kept, and their views by key.
 
 Positions 0 .. N-1 number the training images; `samples` gives each its row in the annotation store, which keys the
 augmentation. A view is a pure function of (seed, purpose, epoch, network, step, sample).
@@ -6,13 +6,14 @@ augmentation. A view is a pure function of (seed, purpose, epoch, network, step,
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from coreg.views.ahead import ReadAhead
 from coreg.views.augment import Augmentation
 
 
@@ -20,7 +21,7 @@ from coreg.views.augment import Augmentation
 class TrainingImages:
     """The training images and how their views are made."""
 
-    images: Tensor  # uint8 (N, c, H, W), on the training device when it fits there
+    images: Tensor | ReadAhead  # uint8 (N, c, H, W), on the training device when it fits there, or read as it is needed
     samples: Tensor  # int64 (N,) on the CPU
     augmentation: Augmentation
     device: torch.device  # that of training
@@ -33,8 +34,19 @@ class TrainingImages:
 
     def pixels(self, rows: np.ndarray) -> Tensor:
         """uint8 (n, c, H, W) on the training device."""
+        if isinstance(self.images, ReadAhead):
+            return self.images.take(rows)
         where = torch.from_numpy(rows).to(self.images.device, non_blocking=True)
         return self.images.index_select(0, where).to(self.device, non_blocking=True)
+
+    def read_ahead(self, rows_of: Callable[[int], np.ndarray], steps: Iterable[int]) -> None:
+        """Announce the steps to come, so that none of them waits for a disk; nothing depends on it but time.
+
+        Args:
+            rows_of: step -> int64 (n,), this process's rows of it. steps: in the order in which they come.
+        """
+        if isinstance(self.images, ReadAhead):
+            self.images.plan(rows_of, steps)
 
     def view(self, kind: str, rows: np.ndarray, key: tuple[int | str, ...], pixels: Tensor | None = None) -> Tensor:
         """A view of one of `coreg.views.augment.VIEWS`, (n, c, H, W), normalised, in channels_last format."""
@@ -45,6 +57,7 @@ class TrainingImages:
 
     def in_batches(self, kind: str, rows: np.ndarray, batch_size: int, key: tuple[int | str, ...]) -> Iterator[Tensor]:
         """Views of many rows in order, for passes without gradient."""
+        self.read_ahead(lambda start: rows[start : start + batch_size], range(0, len(rows), batch_size))
         for start in range(0, len(rows), batch_size):
             yield self.view(kind, rows[start : start + batch_size], key)
 
