@@ -165,7 +165,7 @@ class JobConfig(Optimiser, Labels, Home, Job):
 
 
 @dataclass
-class TagJob(Optimiser, Job):
+class TagJob(Optimiser, Home, Job):
     """observed labels: what of several labels an image training is given."""
 
     observed: Literal["numbers", "shares", "published"] = option(
