@@ -1,6 +1,7 @@
 """The annotator's image tower as a backbone: equal to it, a plain timm folder, and with its texts just as it judges."""
 
 import json
+import shutil
 import sys
 import types
 
@@ -11,7 +12,7 @@ import timm
 import torch
 import yaml
 from PIL import Image
-from runs import refused, script
+from runs import final_state, on_two_processes, refused, same_curves, script
 from safetensors.torch import load_file, save_file
 from test_annotate_annotators import save_tiny_clip
 from test_tuners_lora import save
@@ -19,10 +20,12 @@ from torch import nn
 from torch.nn import functional as F
 
 import annotate_vlm
+import train_coreg
 from coreg.annotate.annotators import ClipAnnotator, load_towers
 from coreg.annotate.models import resolve
 from coreg.annotate.tower import class_texts, disagreement, read_descriptions, write_tower
 from coreg.errors import UserError
+from coreg.export.folder import load_export
 from coreg.export.predict import load_classifier
 from coreg.nets.heads import ClassText, back_projected
 from coreg.nets.model import Model, create_backbone
@@ -171,7 +174,8 @@ def test_a_tuned_annotator_end_to_end(store, tmp_path, capsys):
     itself = timm.create_model(f"local-dir:{output / 'tower'}", pretrained=True, num_classes=0)
     assert itself(torch.zeros(1, 3, 16, 16)).shape == (1, 16)
     main([*map(str, words), "--output_dir", str(output)])
-    assert "This run is finished" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "This run is finished" in said and "was trained with other pixels" not in said
 
 
 def test_sets_that_were_drawn_are_learned_by_the_tower_of_another_stores_annotator(store, tmp_path, capsys):
@@ -235,3 +239,44 @@ def test_tuners_and_heads_that_do_not_fit_are_refused_before_any_work(store, tmp
     assert "did you mean adapter?" in refused(capsys, main, *words, "--tuner", "adapters")
     plain = ["--annotations", store.root, "--recipe", "digits", "--output_dir", tmp_path / "run"]
     assert "goes into pre-norm vision transformers" in refused(capsys, main, *plain, "--tuner", "vpt_deep")
+
+
+@pytest.mark.parametrize(
+    "name", ["train_coreg", *(pytest.param(n, marks=pytest.mark.slow) for n in ("dividemix", "distill"))]
+)
+def test_every_script_tunes_the_annotator(store, tmp_path, name):
+    words = ["--annotations", store.root, "--backbone", "annotator", "--tuner", "lora", "vpt_deep", "--head", "cosine"]
+    words += ["--epochs", "2", "--batch_size", "4", "--workers", "0", "--output_dir", tmp_path / "run"]
+    words += ["--bottleneck", "2", "--prompt_tokens", "2", "--warmup_epochs", "1"][: 4 if name == "distill" else 6]
+    main = train_coreg.main if name == "train_coreg" else script(name).main
+    main([*map(str, words)])
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    nets, settings = load_export(tmp_path / "run")
+    assert len(nets) == (1 if name == "distill" else 2) and settings["tuning"]["tuners"] == ["lora", "vpt_deep"]
+    assert report["accuracy"]["test"]["n"] == 4
+
+
+@pytest.mark.multiprocess
+def test_two_processes_tune_as_one_does_and_a_run_that_was_stopped_goes_on(store, tmp_path):
+    words = ["--annotations", store.root, "--backbone", "annotator", "--tuner", "adaptformer", "bias", "--head", "cosine"]
+    words += ["--head_init", "text", "--method", "pico", "--epochs", "2", "--batch_size", "4", "--workers", "0"]
+    words += ["--dtype", "float64", "--queue_size", "8"]
+    states = {}
+    for name in ("one", "two"):
+        output = ["--output_dir", tmp_path / name]
+        if name == "two":
+            on_two_processes(script("pll").main, *words, *output)
+        else:
+            script("pll").main([*map(str, words), *map(str, output)])
+        states[name] = final_state(tmp_path / name)
+    same_curves(states["one"], states["two"])
+    for mine, theirs in zip(*(state["learners"][0].items() for state in states.values()), strict=True):
+        assert mine[0] == theirs[0]
+        torch.testing.assert_close(mine[1], theirs[1], rtol=1e-9, atol=1e-9)
+    again = tmp_path / "again"
+    shutil.copytree(tmp_path / "one", again)
+    shutil.rmtree(max((again / "checkpoints").iterdir()))
+    (again / "report.json").unlink()
+    script("pll").main([*map(str, words), "--output_dir", str(again)])
+    resumed = final_state(again)["learners"][0]
+    assert all(torch.equal(value, resumed[name]) for name, value in states["one"]["learners"][0].items())

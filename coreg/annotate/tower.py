@@ -19,6 +19,7 @@ from coreg.files import making_folder
 from coreg.nets.heads import ClassText, class_features
 from coreg.nets.towers import ImageTower, timm_tower
 from coreg.records import RecordError, read_record
+from coreg.store.pixels import annotators_pixels
 from coreg.store.store import AnnotationStore
 
 TOLERANCE = 1e-5  # between features of length 1 of the two forms
@@ -70,9 +71,11 @@ def write_tower(
     if head_prompts is not None:
         text = _class_text(annotated, towers, tower, class_texts(annotated, head_prompts, descriptions))
     with making_folder(folder, "free some space, then the same command goes on", replace=True) as temporary:
+        pixels = annotators_pixels(str(annotated.root))
         tower.network.pretrained_cfg = dict(tower.network.pretrained_cfg) | {
             "input_size": (3, size, size),
             "num_classes": 0,
+            **{name: pixels[name] for name in ("mean", "std") if name in pixels},
         }
         timm.models.save_for_hf(tower.network, str(temporary), model_args=tower.arguments, safe_serialization=True)
         if text is not None:

@@ -76,7 +76,7 @@ class Tuning:
         own = plain.state_dict()
         # frozen batch normalisation counts no batches
         plain.load_state_dict({name: weights.get(name, own[name]) for name in own})
-        return plain, rule, as_written(rest)
+        return plain, rule, _in_float32(rest)
 
     def restore(self, plain: nn.Module, rest: Tensors) -> None:
         """Put into a plain timm model what `separated` gave beside it.
@@ -125,14 +125,14 @@ def plain_weights(backbone: nn.Module) -> Tensors:
         name.replace("parametrizations.", "").removesuffix(".original") if "parametrizations." in name else name: value
         for name, value in backbone.state_dict().items()
     }
-    return as_written(state)
+    return _in_float32(state)
 
 
-def as_written(state: Tensors) -> Tensors:
-    """Weights in float32 on the CPU."""
+def _in_float32(tensors: Tensors) -> Tensors:
+    """On the CPU; other than floating numbers stay of their kind."""
     return {
-        name: value.detach().cpu().float().contiguous() if value.is_floating_point() else value.cpu()
-        for name, value in state.items()
+        name: value.detach().cpu().float().contiguous() if value.is_floating_point() else value.cpu().contiguous()
+        for name, value in tensors.items()
     }
 
 
