@@ -91,7 +91,7 @@ def teacher_of(task: Task[DistillOptions]) -> tuple[np.ndarray, str]:
 def make_batch(task: Task[DistillOptions], teacher: Tensor, rows: np.ndarray, epoch: int) -> DistillBatch:
     """This process's share of the global batch `rows`, as the images are seen in an epoch."""
     my_rows = rows[my_slice(len(rows))]
-    images = task.data.view(task.method.view, my_rows, ("distill", epoch, 0))
+    images = task.data.inputs(task.method.view, my_rows, ("distill", epoch, 0))
     return DistillBatch(images, teacher[task.data.places(my_rows)], len(rows))
 
 

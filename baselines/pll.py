@@ -121,7 +121,8 @@ def make_batch(
     pixels = data.pixels(my_rows)
 
     def view(name: str, kind: str) -> Tensor:
-        return data.view(kinds[kind], my_rows, (name, *at), pixels)
+        made = data.view if hasattr(task.method, "mixup_alpha") else data.inputs  # pixels are mixed, not features
+        return made(kinds[kind], my_rows, (name, *at), pixels)
 
     return PartialBatch(
         index=data.places(rows),

@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import SMALL_JOB
 from runs import final_state, on_two_processes, script, signalled_after, with_method
+from timm.models.vision_transformer import VisionTransformer
 
 import train_coreg
 from coreg.errors import UserError
@@ -86,6 +87,30 @@ def test_what_was_trained_is_exported(small_store, tmp_path, more):
     state = final_state(tmp_path / "run")["learners"][0]
     inserted = [value for name, value in state.items() if name.startswith("net.tuners.")]
     assert inserted and all(value.any() for value in inserted)
+
+
+@pytest.mark.parametrize("method", ["proden", "pico_plus"])
+def test_a_classifier_on_plain_views_reads_features_that_were_made_once(small_store, tmp_path, monkeypatch, method):
+    """Nothing else is computed than with images; a method that mixes pixels gets them."""
+    words = pll_words(method, "--tuner", "linear", "--weak_view", "plain")
+    passes = []
+    whole = VisionTransformer.forward_features
+
+    def counted(net, x, **named):
+        passes.append(len(x))
+        return whole(net, x, **named)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(VisionTransformer, "forward_features", counted)
+        run(pll.main, words, small_store, tmp_path / "features")
+        made = sum(passes)
+        passes.clear()
+        patched.setattr(Model, "features_are_fixed", False)
+        run(pll.main, words, small_store, tmp_path / "images")
+    assert sum(passes) - made >= 2 * 97 if method == "proden" else sum(passes) > made
+    for ours, theirs in zip(*(final_state(tmp_path / name)["learners"] for name in ("features", "images"))):
+        for name in ours:
+            torch.testing.assert_close(ours[name], theirs[name], rtol=1e-9, atol=1e-10, equal_nan=True)
 
 
 def tuned_model(tuners):

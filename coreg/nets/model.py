@@ -203,27 +203,43 @@ class Model(nn.Module):
         return torch.autocast(images.device.type, torch.bfloat16) if self.halved else nullcontext()
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Of images, or of their pooled features (n, d), where `features_are_fixed`."""
         with self.arithmetic(images):
             return self._outputs(images)
 
     def _outputs(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        if images.dim() == 2:
+            return self.backbone.get_classifier()(images), self._projected(images)
         features = self.backbone.forward_features(images)
         h = self.backbone.forward_head(features, pre_logits=True)
         if self.linear_head:
             logits = self.backbone.get_classifier()(h)
         else:
             logits, h = self.backbone.forward_head(features), h.flatten(1)
+        return logits, self._projected(h)
+
+    def _projected(self, h: Tensor) -> Tensor:
         # normalised in float32 or wider, whatever the autocast: contrast divides by small temperatures
         q = self.projector(h)
-        return logits, F.normalize(q if q.dtype == torch.float64 else q.float(), dim=-1)
+        return F.normalize(q if q.dtype == torch.float64 else q.float(), dim=-1)
 
     def logits(self, images: Tensor) -> Tensor:
         """(n, C) without the projector."""
         with self.arithmetic(images):
             return self.backbone(images)
 
+    @property
+    def features_are_fixed(self) -> bool:
+        """Whether of the backbone nothing but the classifier trains, nothing is inserted, and no dropout is in it."""
+        head = {id(weight) for weight in self.backbone.get_classifier().parameters()}
+        trained = {id(weight) for weight in self.backbone.parameters() if weight.requires_grad}
+        chances = (getattr(module, name, 0) for module in self.backbone.modules() for name in ("p", "prob", "drop_prob"))
+        return self.linear_head and bool(self.frozen) and not self.tuners and trained <= head and not any(chances)
+
     def pooled(self, images: Tensor) -> Tensor:
-        """Features h (n, d)."""
+        """Features h (n, d); given these, they are as they were."""
+        if images.dim() == 2:
+            return images
         with self.arithmetic(images):
             return self.backbone.forward_head(self.backbone.forward_features(images), pre_logits=True).flatten(1)
 

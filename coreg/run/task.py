@@ -200,7 +200,8 @@ def predict(
     n = len(images.samples)
     rows = np.arange(n)[my_slice(n)]
     # a process without rows passes an empty batch, so that all results have their shapes
-    batches = images.in_batches(view, rows, batch_size, key) if len(rows) else [images.view(view, rows, key)]
+    starts = range(0, max(len(rows), 1), batch_size)
+    batches = (images.inputs(view, rows[start : start + batch_size], key) for start in starts)
     logits, features = zip(*(net(batch) for batch in batches))
     return gather_rows(torch.cat(logits).to(images.dtype), n), gather_rows(torch.cat(features), n)
 

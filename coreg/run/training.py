@@ -197,13 +197,20 @@ def build_networks(
 
 
 def build_students(task: Task[Any], projection_dim: int, count: int) -> list[Model]:
-    """`build_networks` for a task, whose images and candidate sets may give the heads their start."""
+    """`build_networks` for a task, whose images and candidate sets may give the heads their start.
+
+    Where one network is but a classifier on frozen features, those of the plain views are made here once.
+    """
     n_classes = len(task.store.class_names)
     nets = build_networks(task.accelerator, task.job, task.image_options, n_classes, projection_dim, count)
     if task.image_options.head_init == "class_mean":
         for net in nets:
             net.to(task.accelerator.device, getattr(torch, task.job.dtype))
             start_head(net.backbone, class_means(task, net))
+    if count == 1 and nets[0].features_are_fixed:
+        nets[0].to(task.accelerator.device, getattr(torch, task.job.dtype))
+        for images in (task.data, task.test) if task.test is not None else (task.data,):
+            images.features = pooled(nets[0], images, np.arange(len(images.samples)), 4 * task.job.batch_size)
     return nets
 
 

@@ -27,6 +27,7 @@ class TrainingImages:
     device: torch.device  # that of training
     seed: int  # of all keys
     dtype: torch.dtype = torch.float32  # of the views
+    features: Tensor | None = None  # (N, d), pooled, of the plain views, where the backbone that makes them never changes
 
     def places(self, rows: np.ndarray) -> Tensor:
         """Row numbers, or other int64 (n,), on the training device, without waiting for it."""
@@ -54,6 +55,12 @@ class TrainingImages:
         samples = self.samples[torch.from_numpy(rows)]
         view = self.augmentation.view(kind, pixels, samples, (self.seed, *key), self.dtype)
         return view.contiguous(memory_format=torch.channels_last)
+
+    def inputs(self, kind: str, rows: np.ndarray, key: tuple[int | str, ...], pixels: Tensor | None = None) -> Tensor:
+        """What the network is given of a view: itself, or the features of a plain one where they are there, (n, d)."""
+        if kind == "plain" and self.features is not None:
+            return self.features.index_select(0, self.places(rows))
+        return self.view(kind, rows, key, pixels)
 
     def in_batches(self, kind: str, rows: np.ndarray, batch_size: int, key: tuple[int | str, ...]) -> Iterator[Tensor]:
         """Views of many rows in order, for passes without gradient."""

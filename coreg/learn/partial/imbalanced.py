@@ -53,9 +53,8 @@ class RECORDS(PRODEN):
 
     def outputs_on(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Logits (l, C) and pooled features (l, d)."""
-        backbone = self.net.backbone
-        h = backbone.forward_head(backbone.forward_features(images), pre_logits=True)
-        return backbone.get_classifier()(h), h
+        h = self.net.pooled(images)
+        return self.net.backbone.get_classifier()(h), h
 
     def log_prior(self) -> Tensor:
         """log(beta + 1e-9), (C,)."""
@@ -148,8 +147,7 @@ class HTC(PRODEN):
 
     def outputs_on(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Logits (l, 2 C), those of the head classifier before those of the tail one, and pooled features (l, d)."""
-        backbone = self.net.backbone
-        h, heads = backbone.forward_head(backbone.forward_features(images), pre_logits=True), backbone.get_classifier()
+        h, heads = self.net.pooled(images), self.net.backbone.get_classifier()
         return torch.cat([heads.head(h), heads.tail(h)], dim=1), h
 
     def judged(self) -> Model:
