@@ -193,7 +193,7 @@ class ABLEOptions(PartialOptions):
     projection_dim: int = advanced(128, "D, width of the projected features", (1, 65_536))
 
 
-_COSINE = {"optimizer": "sgd", "lr": 0.01, "lr_floor": 0, "lr_horizon": 0, "weight_decay": 1e-3, "batch_size": 256}
+_COSINE = {"optimizer": "sgd", "lr": 0.01, "lr_floor": 1e-5, "lr_horizon": 0, "weight_decay": 1e-3, "batch_size": 256}
 _ABLE: Values = {"cifar10": _COSINE | {"batch_size": 64, "epochs": 500, "contrast_temperature": 0.1}}
 
 
