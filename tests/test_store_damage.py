@@ -9,8 +9,9 @@ import shutil
 import numpy as np
 import pytest
 from PIL import Image
+from runs import error_of
 from safetensors.numpy import save_file
-from test_store import NAMES, evidence, image_list, manifest, refused, write_store
+from test_store import NAMES, evidence, image_list, manifest, write_store
 
 from coreg.annotate.tools import info, verify
 from coreg.data.sources import open_images
@@ -87,7 +88,7 @@ def test_data_sets_with_made_up_names_are_not_mistaken_for_each_other(tmp_path):
     images = at(image_list(), "torchvision:CIFAR10")
     write_store(tmp_path / "ann", images)
     other = at(images, "torchvision:CIFAR100")
-    message = refused(StoreWriter(tmp_path / "ann", manifest(other)).start, other)
+    message = error_of(StoreWriter(tmp_path / "ann", manifest(other)).start, other)
     assert "images spec ('torchvision:CIFAR10' there, 'torchvision:CIFAR100' asked for)" in message
     # their hash is the one of version 1
     assert StoreWriter(tmp_path / "ann", manifest(images)).job == job_of_version_1(manifest(images))
@@ -114,7 +115,7 @@ def test_a_link_to_the_images_may_point_elsewhere_later(tmp_path):
     store.images().load(0)
     assert store.at(str(tmp_path / "second"), None).images().spec == str(tmp_path / "second")
     link.unlink()
-    assert "--images" in refused(store.images)
+    assert "--images" in error_of(store.images)
     (tmp_path / "deep" / "er").mkdir(parents=True)
     link.symlink_to("deep/er")
     assert open_images(f"{link}/../../second").spec == str(tmp_path / "second")  # as the system reads it
@@ -138,10 +139,10 @@ def test_a_damaged_manifest_is_written_anew_by_the_same_command(tmp_path, conten
         file.unlink()
     else:
         file.write_bytes(wrong[content]().encode() if content in wrong else content)
-    message = refused(AnnotationStore.open, root)
+    message = error_of(AnnotationStore.open, root)
     assert "the same annotate_vlm.py command" in message or "command that made it again" in message
     other = manifest(images, templates=["x {}", "y {}"])
-    assert "give another --output_dir" in refused(StoreWriter(root, other).start, images)
+    assert "give another --output_dir" in error_of(StoreWriter(root, other).start, images)
     StoreWriter(root, manifest(images)).start(images)
     assert AnnotationStore.open(root).hash == before
 
@@ -170,9 +171,9 @@ def test_a_manifest_that_no_writer_wrote_is_refused_at_once(tmp_path):
     ):
         (tmp_path / "ann" / "manifest.json").write_text(json.dumps(good | change))
         for reader in (AnnotationStore.open, info, verify):
-            assert "manifest.json is missing or damaged" in refused(reader, str(tmp_path / "ann")), change
+            assert "manifest.json is missing or damaged" in error_of(reader, str(tmp_path / "ann")), change
     (tmp_path / "ann" / "manifest.json").write_text("[" * 100_000)
-    assert "damaged" in refused(AnnotationStore.open, tmp_path / "ann")
+    assert "damaged" in error_of(AnnotationStore.open, tmp_path / "ann")
 
 
 def test_headers_and_samples_that_no_writer_wrote_are_refused(tmp_path):
@@ -181,16 +182,16 @@ def test_headers_and_samples_that_no_writer_wrote_are_refused(tmp_path):
     tensors, file = {name: table[:3] for name, table in whole.items()}, writer.files[0]
     for errors in ({6: "not in this block"}, {10**30: "x"}, {-1: "x"}):
         write_block(file, 0, writer.job, tensors, errors)
-        assert "00000.safetensors" in refused(AnnotationStore.open, tmp_path / "ann")
+        assert "00000.safetensors" in error_of(AnnotationStore.open, tmp_path / "ann")
     write_block(file, 0, writer.job, tensors, {})
     AnnotationStore.open(tmp_path / "ann")
     for head in ("5", "[]", "{}", '{"job": 1}', "[" * 100_000, json.dumps({"errors": {"a": "b"}})):
         save_file(tensors, file, metadata={"coreg": head})
-        assert "is damaged: 00000.safetensors" in refused(AnnotationStore.open, tmp_path / "ann")
+        assert "is damaged: 00000.safetensors" in error_of(AnnotationStore.open, tmp_path / "ann")
         assert writer.unreadable() == {}
     file.unlink()
     os.mkfifo(file)  # at which a reader would wait
-    assert "00000.safetensors" in refused(AnnotationStore.open, tmp_path / "ann")
+    assert "00000.safetensors" in error_of(AnnotationStore.open, tmp_path / "ann")
     file.unlink()
     write_block(file, 0, writer.job, tensors, {})
     for label, split in [
@@ -202,7 +203,7 @@ def test_headers_and_samples_that_no_writer_wrote_are_refused(tmp_path):
     ]:
         save_file({"label": label, "split": split}, tmp_path / "ann" / "samples.safetensors")
         (tmp_path / "ann" / "checksums.json").unlink(missing_ok=True)
-        message = refused(AnnotationStore.open, tmp_path / "ann")
+        message = error_of(AnnotationStore.open, tmp_path / "ann")
         assert "samples.safetensors holds" in message or "samples.safetensors does not hold" in message
 
 
@@ -231,7 +232,7 @@ def test_what_is_no_evidence_is_neither_written_nor_read(tmp_path, name, value, 
         writer = StoreWriter(root, manifest(images, block_size=3, model=model))
         writer.start(images)
         block = {key: table[3:6] for key, table in whole.items()}
-        message = refused(writer.write, 1, block, {})
+        message = error_of(writer.write, 1, block, {})
         assert f"block 1 is not written: image {images.paths[4]!r}: {words}" in message and advice in message
         assert not writer.files[1].exists()
         # stores that were written before anybody checked
@@ -240,7 +241,7 @@ def test_what_is_no_evidence_is_neither_written_nor_read(tmp_path, name, value, 
             writer.write(index, {key: table[rows] for key, table in whole.items()}, {})
         write_block(writer.files[1], 1, writer.job, block, {})
         writer.complete(images.paths)
-        message = refused(AnnotationStore.open, root)
+        message = error_of(AnnotationStore.open, root)
         assert "00001.safetensors" in message and repr(images.paths[4]) in message and words in message
         assert advice in message
         # an image that cannot be read abstains, whatever the model made of its stand-in
@@ -258,7 +259,7 @@ def test_tables_of_another_kind_are_refused(tmp_path):
         ({"features": whole["features"][:5]}, "features are float16 (5, 4), expected float16 (7, 4)"),
         ({"more": whole["votes"]}, "it holds features, more, probs, votes, expected features, probs, votes"),
     ]:
-        assert words in refused(writer.write, 0, whole | changed, {})
+        assert words in error_of(writer.write, 0, whole | changed, {})
 
 
 def test_probabilities_of_many_classes_sum_to_one_but_for_rounding(tmp_path):
