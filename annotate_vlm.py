@@ -9,6 +9,9 @@
     accelerate launch annotate_vlm.py --images photos --classes classes.txt --vlm chat:llava-1.5-7b-hf --output_dir ann
         asks a chat model that was downloaded into the folder llava-1.5-7b-hf
 
+    accelerate launch annotate_vlm.py --images photos --vlm run:runs/tuned --output_dir ann_tuned
+        annotates with the networks of a finished run, such as an annotator that was tuned on its own candidate sets
+
     accelerate launch annotate_vlm.py --rescore ann --classes other.txt --output_dir ann2
         judges the same images under other class names or templates, from the features in ann; no image is read
 
@@ -52,6 +55,7 @@ from accelerate import Accelerator, PartialState
 import coreg
 from coreg.annotate.annotators import load_annotator
 from coreg.annotate.chat import CHAT_TEMPLATES
+from coreg.annotate.exported import RUN_TEMPLATES, run_class_names
 from coreg.annotate.health import REPORTS, notes_of, write_report
 from coreg.annotate.models import ModelSpec, resolve
 from coreg.annotate.prompts import TEMPLATES, read_templates
@@ -155,6 +159,8 @@ def job_on_images(config: AnnotateConfig, opened: list[ImageList]) -> Job:
     """
     model = resolve(config.vlm)
     class_names = read_class_names(config.classes) if config.classes else None
+    if model.kind == "run":
+        class_names = classes_of_run(config, model, class_names)
     templates = read_templates(config.templates) if config.templates else default_templates(model)
     images = open_images(config.images, class_names, config.data_root)
     opened.append(images)
@@ -174,6 +180,22 @@ def job_on_images(config: AnnotateConfig, opened: list[ImageList]) -> Job:
     return Job(manifest, model, finished)
 
 
+def classes_of_run(config: AnnotateConfig, model: ModelSpec, asked: list[str] | None) -> list[str]:
+    """The class names of a finished run that annotates, whose networks know no others and read no texts.
+
+    Raises:
+        UserError: others are asked for, or templates, or another precision than theirs.
+    """
+    names = run_class_names(model.name)
+    if asked is not None and asked != names:
+        raise UserError(f"{config.classes} has other classes than {model.spec}, or in another order; leave out --classes")
+    if config.templates:
+        raise UserError(f"{model.spec} is a finished run, which reads no texts; leave out --templates")
+    if config.precision != "fp32":
+        raise UserError(f"{model.spec} is a finished run, which computes in fp32; leave out --precision")
+    return names
+
+
 def job_on_store(config: AnnotateConfig, opened: list[ImageList]) -> Job:
     """As `job_on_images`, for a store that is judged again.
 
@@ -183,6 +205,8 @@ def job_on_store(config: AnnotateConfig, opened: list[ImageList]) -> Job:
     store = AnnotationStore.open(config.rescore)
     store.need_features()
     model = resolve(store.manifest["model"]["spec"])
+    if model.kind == "run":
+        raise UserError(f"{model.spec} is a finished run, which reads no texts to judge again by; annotate the images anew")
     if model.weights != store.manifest["model"]["weights"]:
         raise UserError(f"{model.spec} is not what made {config.rescore}: its files changed; annotate the images again")
     class_names = read_class_names(config.classes) if config.classes else store.class_names
@@ -224,6 +248,8 @@ def default_templates(model: ModelSpec) -> Sequence[str]:
     """The papers' templates, those that the built-in model was trained with, or questions for a chat model."""
     if model.kind == "chat":
         return CHAT_TEMPLATES
+    if model.kind == "run":
+        return RUN_TEMPLATES
     return demo_templates() if model.spec == GLYPH_CLIP else TEMPLATES
 
 

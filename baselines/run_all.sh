@@ -5,6 +5,8 @@
 #   baselines/run_all.sh --jobs 8 --compute_matched                the same, and with as much computing as Co-Reg has
 #   baselines/run_all.sh --annotations ann --recipe cifar10 --output_dir runs/cifar10
 #   baselines/run_all.sh --annotations ann --only "zero_shot coop lora" --output_dir runs/few_shot
+#   baselines/run_all.sh --annotations ann --recipe annotator --student "--backbone annotator --tuner adaptformer --head cosine
+#       --head_init text" --output_dir runs/tuned
 #
 #   --jobs K            runs at a time, one thread each (default 1)
 #   --seeds "0 1 2"     of every method
@@ -12,24 +14,26 @@
 #   --compute_matched   further runs of each method with so many epochs that its networks make about as many passes as Co-Reg's
 #   --refine "none own" the evidence that students are trained on, as it is, refined by the annotator's own features (own) or by a
 #                       view, or several of these, each in runs of its own (default none)
+#   --student "..."     further options of everything that trains a student, such as what of a backbone is tuned; the probe,
+#                       which trains none, is left out then
 #   --epochs N          epochs of all methods (default: the recipe's)
 #
 # The run folder is the job: what is finished is skipped, what was stopped goes on. A run that fails is named at the end, and
 # its output lies in OUTPUT_DIR/logs.
 set -u
 
-OUT=runs/compare RECIPE=digits ANNOTATIONS="" JOBS=1 SEEDS="0 1 2" SHOTS="1 4 16" MATCHED=0 EPOCHS="" REFINE=none ONLY="" TUNING="" ANY=""
+OUT=runs/compare RECIPE=digits ANNOTATIONS="" JOBS=1 SEEDS="0 1 2" SHOTS="1 4 16" MATCHED=0 EPOCHS="" REFINE=none ONLY="" TUNING="" STUDENT="" ANY=""
 while (($#)); do
     case $1 in
     --compute_matched) MATCHED=1 && shift && continue ;;
-    --output_dir | --recipe | --annotations | --jobs | --seeds | --shots | --epochs | --refine | --only | --tuning)
+    --output_dir | --recipe | --annotations | --jobs | --seeds | --shots | --epochs | --refine | --only | --tuning | --student)
         (($# > 1)) || { echo "error: $1 needs a value after it" >&2 && exit 2; } ;;
     *) sed -n '2,/^set -u/{s/^# \{0,1\}//p}' "$0" >&2 && exit 2 ;;
     esac
     case $1 in
     --output_dir) OUT=$2 ;; --recipe) RECIPE=$2 ;; --annotations) ANNOTATIONS=$2 ;;
     --jobs) JOBS=$2 ;; --seeds) SEEDS=$2 ;; --shots) SHOTS=$2 ;; --epochs) EPOCHS=$2 ;;
-    --refine) REFINE=$2 ;; --only) ONLY=$2 ;; --tuning) TUNING=$2 ;;
+    --refine) REFINE=$2 ;; --only) ONLY=$2 ;; --tuning) TUNING=$2 ;; --student) STUDENT=$2 ;;
     esac
     shift 2
 done
@@ -48,7 +52,8 @@ run() {
 }
 
 # options of every method that trains a student, and of those that tune the annotator
-student=(--recipe "$RECIPE" --workers 0 ${EPOCHS:+--epochs "$EPOCHS"})
+read -ra more <<<"${STUDENT//$'\n'/ }"
+student=(--recipe "$RECIPE" --workers 0 ${EPOCHS:+--epochs "$EPOCHS"} "${more[@]}")
 tuning=(--workers 0)
 if [ -z "$ANNOTATIONS" ]; then
     ANNOTATIONS=$OUT/annotations
@@ -89,7 +94,7 @@ for seed in $SEEDS; do
         mark=$([ "$evidence" = none ] || echo "-$evidence")
         options=("${student[@]}" --refine "$evidence" --seed "$seed")
         run "coreg-$seed$mark" train_coreg "${options[@]}"
-        for targets in probabilities sets; do
+        for targets in $([ -n "$STUDENT" ] || echo probabilities sets); do
             run "probe_$targets-$seed$mark" coreg.baselines.probe "${options[@]}" --targets "$targets"
         done
         for method in "${!PASSES[@]}"; do learn "$method" "$seed"; done

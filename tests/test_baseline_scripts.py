@@ -308,6 +308,9 @@ esac
 """
 
 
+STUDENTS = ("pll", "distill", "dividemix")
+
+
 def run_all(tmp_path, *options, broken="nothing", script="run_all.sh"):
     """Exit code, what was said on stderr, and the modules that were started, with their arguments."""
     python, commands = tmp_path / "python", tmp_path / "commands"
@@ -360,6 +363,22 @@ def test_run_all_says_which_evidence_each_student_is_trained_on(tmp_path):
     assert evidence("--refine", "none own") == {f"{name}-own": "own" for name in raw if name != "supervised-0"}
     code, stderr, _ = run_all(tmp_path, "--refine", "own views")
     assert code == 2 and "--refine is views" in stderr
+
+
+def test_run_all_hands_what_is_tuned_to_every_student(tmp_path):
+    tuned = "--backbone annotator --tuner adaptformer lora --head cosine\n  --head_init text"
+    words = ["--student", tuned, "--recipe", "annotator", "--annotations", "ann", "--shots", "", "--seeds", "0"]
+    code, stderr, commands = run_all(tmp_path, *words)
+    assert code == 0 and stderr == ""
+    students = [
+        words for words in commands if words[0] in ("train_coreg", *(f"coreg.baselines.{name}" for name in STUDENTS))
+    ]
+    students = [words for words in students if "--print_config" not in words]
+    assert len(students) == 1 + len(pll.NAMES) + 2 + 2
+    for words in students:
+        at = words.index("--tuner")
+        assert words[at - 2 : at + 7] == tuned.split()
+    assert not [words for words in commands if words[0] == "coreg.baselines.probe"]
 
 
 def test_run_all_names_what_failed_and_does_the_rest(tmp_path):

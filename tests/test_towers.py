@@ -25,7 +25,7 @@ from coreg.annotate.annotators import ClipAnnotator, load_towers
 from coreg.annotate.models import resolve
 from coreg.annotate.tower import class_texts, disagreement, read_descriptions, write_tower
 from coreg.errors import UserError
-from coreg.export.folder import load_export
+from coreg.export.folder import load_export, read_settings, write_settings
 from coreg.export.predict import load_classifier
 from coreg.nets.heads import ClassText, back_projected
 from coreg.nets.model import Model, create_backbone
@@ -162,20 +162,81 @@ def test_pixels_of_an_annotator_are_those_it_was_made_with():
     assert annotators_pixels("nowhere") == {}
 
 
-def test_a_tuned_annotator_end_to_end(store, tmp_path, capsys):
+@pytest.fixture(scope="module")
+def tuned(store, tmp_path_factory):
+    """The annotator, tuned on its own candidate sets: the words of the command, the last of which is the run folder."""
     words = ["--annotations", store.root, "--backbone", "annotator", "--tuner", "adaptformer", "--head", "cosine"]
     words += ["--head_init", "text", "--method", "cr_dpll", "--epochs", "1", "--batch_size", "4", "--workers", "0"]
-    output = tmp_path / "run"
-    main = script("pll").main
-    main([*map(str, words), "--output_dir", str(output)])
+    words += ["--output_dir", tmp_path_factory.mktemp("tuned") / "run"]
+    script("pll").main([*map(str, words)])
+    return words
+
+
+def test_a_tuned_annotator_end_to_end(tuned, capsys):
+    output = tuned[-1]
     classifier = load_classifier(output / "export")
     assert "which timm does not read" in (output / "export" / "README.md").read_text()
     assert classifier.class_names == NAMES and (output / "tower" / "text.safetensors").is_file()
     itself = timm.create_model(f"local-dir:{output / 'tower'}", pretrained=True, num_classes=0)
     assert itself(torch.zeros(1, 3, 16, 16)).shape == (1, 16)
-    main([*map(str, words), "--output_dir", str(output)])
-    said = capsys.readouterr().out
-    assert "This run is finished" in said and "was trained with other pixels" not in said
+    script("pll").main([*map(str, tuned)])
+    printed = capsys.readouterr().out
+    assert "This run is finished" in printed and "was trained with other pixels" not in printed
+
+
+def test_a_tuned_annotator_annotates_again_and_teaches_a_small_student(store, tuned, tmp_path, capsys):
+    words = ["--images", str(store.root.parent / "images"), "--vlm", f"run:{tuned[-1]}", "--workers", "0"]
+    annotate_vlm.main([*words, "--output_dir", str(tmp_path / "ann")])
+    again = AnnotationStore.open(tmp_path / "ann")
+    assert again.class_names == NAMES and again.manifest["model"]["spec"] == f"run:{tuned[-1]}"
+    # what the export says of the very files
+    ((_, probabilities, failed),) = load_classifier(tuned[-1]).batches(again.images())
+    assert not failed and len(probabilities) == 12
+    np.testing.assert_allclose(again.probs(), probabilities, atol=1e-3)
+    np.testing.assert_array_equal(again.votes()[:, 0], probabilities.argmax(axis=1))
+    (net,), settings = load_export(tuned[-1])
+    for row, features in enumerate(again.features()):
+        pixels = np.asarray(again.images().load(row).convert("RGB")) / 255  # they have the networks' size already
+        x = torch.tensor((pixels - settings["mean"]) / settings["std"]).float().permute(2, 0, 1)
+        with torch.no_grad():
+            h = net.forward_head(net.forward_features(x[None]), pre_logits=True)[0].numpy()
+        np.testing.assert_allclose(features, h / np.linalg.norm(h), atol=1e-3)
+
+    capsys.readouterr()
+    student = ["--annotations", again.root, "--recipe", "digits", "--image_size", "16", "--backbone_args"]
+    student += ['{"widths": [4, 8], "depths": [1, 1]}', "--epochs", "1", "--batch_size", "4", "--workers", "0"]
+    for teacher in ("averaged", "single"):
+        output = tmp_path / teacher
+        script("distill").main([*map(str, student), "--teacher", teacher, "--output_dir", str(output)])
+        report = json.loads((output / "report.json").read_text())
+        assert report["annotator"]["name"].endswith(str(tuned[-1])) and "votes of the first" not in report["teacher"]
+        assert str(tuned[-1].parent) not in (output / "export" / "README.md").read_text()
+    np.testing.assert_array_equal(script("distill").single_template_probabilities(again), again.probs())
+
+
+def test_a_run_annotates_with_its_own_classes_and_without_texts(store, tuned, tmp_path, capsys):
+    place, output = store.root.parent, ["--output_dir", tmp_path / "ann"]
+    words = ["--images", place / "images", "--vlm", f"run:{tuned[-1]}", "--workers", "0", *output]
+    (tmp_path / "others.txt").write_text("a cat\nblue whale\nthe_dog\n")
+    main = annotate_vlm.main
+    assert "leave out --classes" in refused(capsys, main, *words, "--classes", tmp_path / "others.txt")
+    assert "leave out --templates" in refused(capsys, main, *words, "--templates", place / "templates.txt")
+    assert "leave out --precision" in refused(capsys, main, *words, "--precision", "bf16")
+    assert "no exported model" in refused(capsys, main, *words[:3], f"run:{tmp_path}", *output)
+    assert f"write --vlm run:{tuned[-1]}" in refused(capsys, main, *words[:3], tuned[-1], *output)
+    assert not (tmp_path / "ann").exists()
+    main([*map(str, words), "--classes", str(place / "classes.txt")])
+    assert "reads no texts" in refused(capsys, main, "--rescore", tmp_path / "ann", "--output_dir", tmp_path / "other")
+    network = ["--annotations", tmp_path / "ann", "--backbone", "annotator", "--output_dir", tmp_path / "other"]
+    assert "is no backbone" in refused(capsys, script("pll").main, *network, "--tuner", "bias", "--method", "cc")
+    # its identity is all that its probabilities depend on
+    shutil.copytree(tuned[-1], tmp_path / "copy")
+    before, settings = resolve(f"run:{tuned[-1]}"), read_settings(tmp_path / "copy" / "export")
+    assert resolve(f"run:{tmp_path / 'copy' / 'export'}").weights == before.weights
+    write_settings(tmp_path / "copy" / "export", settings | {"agreement": {}})
+    assert resolve(f"run:{tmp_path / 'copy'}").weights == before.weights
+    write_settings(tmp_path / "copy" / "export", settings | {"temperature": 2.5})
+    assert resolve(f"run:{tmp_path / 'copy'}").weights != before.weights
 
 
 def test_sets_that_were_drawn_are_learned_by_the_tower_of_another_stores_annotator(store, tmp_path, capsys):

@@ -96,11 +96,12 @@ def load_towers(model: ModelSpec, run: Run, precision: str = "fp32") -> Towers:
     """The CLIP model to tune, frozen, on the device.
 
     Raises:
-        UserError: it cannot be had, or is a chat model.
+        UserError: it cannot be had, or is a chat model or a finished run.
     """
-    if model.kind == "chat":
+    if model.kind in ("chat", "run"):
+        kind = "a chat model" if model.kind == "chat" else "a finished run"
         raise UserError(
-            f"{model.spec} is a chat model, and this needs one of the CLIP family; name one with --vlm",
+            f"{model.spec} is {kind}, and this needs a model of the CLIP family; name one with --vlm",
             silent=not run.accelerator.is_main_process,
         )
     towers = annotators.load_towers(model, run.accelerator.device, precision)

@@ -60,6 +60,10 @@ def load_annotator(
 
         with _usable(model):
             return ChatAnnotator(model, templates, class_names, device, precision, chat_mode)
+    if model.kind == "run":
+        from coreg.annotate.exported import RunAnnotator
+
+        return RunAnnotator(model.name, class_names, device)
     return ClipAnnotator(model, templates, class_names, device, precision)
 
 

@@ -25,7 +25,9 @@ from coreg.plaintext import did_you_mean
 from coreg.records import Maybe, Number, RecordError, read_record
 from coreg.store.manifest import REFINED
 
-SPELLINGS = "NAME/TAG such as ViT-B-32/openai, local-dir:FOLDER, hf-hub:ORG/NAME, transformers:FOLDER or chat:FOLDER"
+SPELLINGS = (
+    "NAME/TAG such as ViT-B-32/openai, local-dir:FOLDER, hf-hub:ORG/NAME, transformers:FOLDER, chat:FOLDER or run:FOLDER"
+)
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 WEIGHT_FILES = (".safetensors", ".bin", ".pth")
 # parts of an open_clip configuration that name a model for transformers to load
@@ -39,10 +41,12 @@ class ModelSpec:
     """Which model an annotator uses."""
 
     spec: str  # what identifies it, folders made absolute
-    name: str  # open_clip's model name, with its `local-dir:` or `hf-hub:` prefix, or the folder of a transformers model
+    # open_clip's model name, with its `local-dir:` or `hf-hub:` prefix, or the folder of a transformers model or an export
+    name: str
     tag: str | None  # open_clip's name of the pretrained weights, None for folders
     weights: str  # the tag, or the sha256 of a folder's files
-    kind: str = "open_clip"  # or `transformers` (CLIP, SigLIP and what is built alike), or `chat` (image-text-to-text)
+    # or `transformers` (CLIP, SigLIP and what is built alike), `chat` (image-text-to-text), or `run` (what a run exported)
+    kind: str = "open_clip"
 
 
 def resolve(spec: str) -> ModelSpec:
@@ -50,7 +54,8 @@ def resolve(spec: str) -> ModelSpec:
 
     Args:
         spec: of open_clip, NAME/TAG, local-dir:FOLDER, hf-hub:ORG/NAME or builtin:glyph-clip; of transformers,
-            transformers:FOLDER (CLIP, SigLIP and the like) or chat:FOLDER (LLaVA and other chat models).
+            transformers:FOLDER (CLIP, SigLIP and the like) or chat:FOLDER (LLaVA and other chat models); run:FOLDER, what a
+            finished run exported.
 
     Raises:
         UserError: no such model, or a folder that holds none.
@@ -67,6 +72,12 @@ def resolve(spec: str) -> ModelSpec:
         _check_open_clip(folder)
         return ModelSpec(f"local-dir:{folder}", f"local-dir:{folder}", None, _folder_hash(folder))
     kind = spec.partition(":")[0]
+    if kind == "run":
+        from coreg.annotate.exported import resolve_run
+
+        export, weights = resolve_run(spec.partition(":")[2])
+        run = export.parent if export.name == "export" else export
+        return ModelSpec(f"run:{run}", str(export), None, weights, "run")
     if kind in ("transformers", "chat"):
         folder = Path(os.path.expanduser(spec.partition(":")[2])).resolve()
         _check_transformers(folder)
@@ -224,6 +235,8 @@ def _folder_hint(folder: Path) -> str:
     """How to write a folder, by what is in it; "" for one without a model."""
     if (folder / "open_clip_config.json").is_file():
         return f"; write --vlm local-dir:{folder}"
+    if any((place / "coreg.json").is_file() for place in (folder, folder / "export")):
+        return f"; write --vlm run:{folder}"
     try:
         config = read_record(folder / "config.json", {"model_type": str})
     except RecordError:

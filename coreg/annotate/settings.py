@@ -18,7 +18,8 @@ class AnnotateConfig:
     images: str = option("builtin:digits", "folder, .csv or .txt list, .tar shards, torchvision data set or builtin:digits")
     vlm: str = option(
         GLYPH_CLIP,
-        "open_clip NAME/TAG such as ViT-B-32/openai, local-dir:FOLDER, transformers:FOLDER or chat:FOLDER",
+        "open_clip NAME/TAG such as ViT-B-32/openai, local-dir:FOLDER, transformers:FOLDER, chat:FOLDER, or run:FOLDER for "
+        "the networks of a finished run",
     )
     classes: str | None = option(None, "text file with one class name a line; default: the names that the images carry")
     templates: str | None = option(

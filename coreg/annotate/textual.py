@@ -26,6 +26,8 @@ def text_side(store: AnnotationStore, templates: Sequence[str], device: torch.de
     model = resolve(made_by["spec"])
     if model.weights != made_by["weights"]:
         raise UserError(f"{model.spec} is not what made {store.root}: its files changed")
+    if model.kind == "run":
+        raise UserError(f"{model.spec} is a finished run, which compares images with no texts")
     return ClipAnnotator(model, templates, store.class_names, device, made_by["precision"])
 
 
@@ -35,6 +37,8 @@ def single_template_probabilities(store: AnnotationStore, device: torch.device |
     Raises:
         UserError: as `text_side`.
     """
+    if store.manifest["model"]["spec"].startswith("run:"):  # of one template, and without a text side
+        return store.probs()
     annotator = text_side(store, store.templates[:1], device)
     return np.concatenate([annotator.score(tensors["features"])["probs"].cpu().numpy() for _, tensors in store.parts()])
 

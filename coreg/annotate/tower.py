@@ -51,10 +51,9 @@ def write_tower(
         raise UserError(
             f"{model.spec} is not what made {annotated.root}: its files changed; name a timm model with --backbone"
         )
-    if model.kind == "chat":
-        raise UserError(
-            f"{model.spec} is a chat model, whose image tower is no backbone; name a timm model with --backbone"
-        )
+    if model.kind in ("chat", "run"):
+        kind = "a chat model" if model.kind == "chat" else "a finished run"
+        raise UserError(f"{model.spec} is {kind}, whose image tower is no backbone; name a timm model with --backbone")
     towers = load_towers(model, torch.device("cpu"), "fp32")
     try:
         size = towers.preprocess(Image.new("RGB", (64, 64))).shape[-1]

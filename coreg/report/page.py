@@ -279,6 +279,8 @@ def _colophon(record: RunRecord) -> str:
     report = record.report
     measured = {
         "parameters of a network": ("parameters", "{:,}"),
+        "of them trained": ("trainable_parameters", "{:,}"),
+        "tuned": ("tuning", "{}"),
         "images a second in training": ("images_per_second", "{:,.0f}"),
         "training, seconds": ("training_seconds", "{:,.0f}"),
         "in all, seconds": ("wall_seconds", "{:,.0f}"),

@@ -77,6 +77,7 @@ TRAINED = REPORT | {
     "images": Maybe({"train": _COUNT}),
     "warnings": Maybe([str]),
     "trainable_parameters": Maybe(_COUNT),
+    "tuning": Maybe(str),
 }
 
 

@@ -361,6 +361,7 @@ def summary(report: dict[str, Any], root: Path) -> str:
         "",
         f"{report['parameters'] / 1e6:.2f} M parameters a network{tuned}, {report['images_per_second']:.0f} images/s, "
         f"{report['wall_seconds']:.0f} s, {report['peak_memory_mb']:.0f} MB",
+        *([f"Tuned: {report['tuning']}"] if "tuning" in report else []),
         *([f"  {page}   to look at: curves, classes, changed labels, what to label next"] if page.is_file() else []),
         f"  {root / 'report.json'}   all numbers",
         f"  {root / 'labels.csv'}    purified labels of the training images, {report['needs_review']} of them worth a look",

@@ -222,12 +222,31 @@ def finish_networks(
         method,
         predicted,
         [Export(run.folder.export, settings), *chosen_exports],
-        parameters=sum(p.numel() for p in nets[0].backbone.parameters()),
+        parameters=sum(p.numel() for p in (*nets[0].backbone.parameters(), *nets[0].tuners.parameters())),
+        **_tuned(run, training),
         temperature=settings["temperature"],
         trust=trust(run, task, predicted.classes),
         chosen_epoch=chosen,
         **more,
     )
+
+
+def _tuned(run: Run, training: Training) -> dict[str, Any]:
+    """What the report says of tuners and of the head; nothing where a network is trained as it is."""
+    options = run.image_options
+    if not options.tuner and options.head == "linear":
+        return {}
+    where = "" if options.blocks == "all" else f" in blocks {options.blocks}"
+    start = {"random": "", "text": ", from texts of the classes", "class_mean": ", from mean features of the classes"}
+    head = f"{options.head} head{start[options.head_init]}"
+    if not options.tuner:
+        return {"tuning": head}
+    net = training.nets[0]
+    trained = [w for w in (*net.backbone.parameters(), *net.tuners.parameters()) if w.requires_grad]
+    return {
+        "tuning": f"{' and '.join(options.tuner)}{where}; {head}",
+        "trainable_parameters": sum(weight.numel() for weight in trained),
+    }
 
 
 def predictions(run: Run, task: Task, logits: dict[str, dict[str, np.ndarray]], temperature: float = 1.0) -> Predictions:
