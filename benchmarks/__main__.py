@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks import annotate, augment, growth, kept, mended, start, step, tuners
+from benchmarks import annotate, augment, growth, kept, mended, pixels, start, step, tuners
 from benchmarks.sides import CASES
 from benchmarks.tables import as_markdown, environment, fill
 from coreg.settings import JobConfig
@@ -37,6 +37,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "step": lambda: as_markdown([row for name in CASES for row in step.measure(name, 15.0, JobConfig())]),
     "parts": _parts,
     "kept": lambda: as_markdown(kept.measure("demo", 8.0)),
+    "pixels": lambda: as_markdown([row for name in ("small", "vit") for row in pixels.measure(name, 150, 20.0)]),
     "growth": lambda: as_markdown(growth.measure(1_000_000)),
     "mended": lambda: as_markdown(mended.measure(24_000, 1000)),
     "tuners": lambda: as_markdown(tuners.measure(20.0)),

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch.nn.modules.module import register_module_forward_hook
 
-from benchmarks import growth, mended, record, tiny_clip
+from benchmarks import growth, mended, pixels, record, tiny_clip
 from benchmarks.__main__ import PAGE, TABLES
 from benchmarks.augment import MEAN, STD, pil_batch, waves
 from benchmarks.plain import VIEWS, PlainCoReg
@@ -199,6 +199,15 @@ def test_the_page_has_a_place_for_every_table():
     page = PAGE.read_text(encoding="utf-8")
     for name in TABLES:
         assert fill(page, name, "new") != page
+
+
+def test_training_from_a_disk_is_measured_beside_the_device(tmp_path, monkeypatch):
+    case = pixels.Case("preact_resnet_tiny", {"widths": [4], "depths": [1]}, 8, 4)
+    monkeypatch.setitem(pixels.CASES, "small", case)
+    rows = pixels.measure("small", 0, 0, tmp_path)
+    assert [row["images"] for row in rows] == ["device", "disk, warm", "disk, cold"]
+    assert rows[0]["of device"] == "1.00" and all(float(row["of device"]) > 0 for row in rows)
+    assert not list(tmp_path.iterdir())
 
 
 # ---- the tiny CLIP ---------------------------------------------------------------------------------------------------
