@@ -19,7 +19,7 @@ from coreg.files import making_folder
 from coreg.nets.heads import ClassText, class_features
 from coreg.nets.towers import ImageTower, timm_tower
 from coreg.records import RecordError, read_record
-from coreg.store.pixels import annotators_pixels
+from coreg.store.preprocessing import annotators_pixels
 from coreg.store.store import AnnotationStore
 
 TOLERANCE = 1e-5  # between features of length 1 of the two forms
