@@ -203,7 +203,17 @@ def test_a_tuned_annotator_annotates_again_and_teaches_a_small_student(store, tu
         np.testing.assert_allclose(features, h / np.linalg.norm(h), atol=1e-3)
 
     capsys.readouterr()
-    student = ["--annotations", again.root, "--recipe", "digits", "--image_size", "16", "--backbone_args"]
+    student = [
+        "--annotations",
+        again.root,
+        "--recipe",
+        "digits",
+        "--refine",
+        "none",
+        "--image_size",
+        "16",
+        "--backbone_args",
+    ]
     student += ['{"widths": [4, 8], "depths": [1, 1]}', "--epochs", "1", "--batch_size", "4", "--workers", "0"]
     for teacher in ("averaged", "single"):
         output = tmp_path / teacher
