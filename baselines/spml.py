@@ -83,9 +83,15 @@ def train(run: Run, task: TagTask, training: Training, lr: float) -> None:
     job, epoch = task.job, training.epoch
     order = ShuffledRows(np.arange(len(task.data.samples)), job.batch_size, ("train", job.seed, epoch))
     now = Step(epoch, job.epochs)
+
+    def my_rows(step: int) -> np.ndarray:
+        rows = order.batch(step)
+        return rows[my_slice(len(rows))]
+
+    task.data.read_ahead(my_rows, range(training.step, order.per_round))
     for step in run.steps(training, order.per_round):
         rows = order.batch(step)
-        view = task.data.view("weak", rows[my_slice(len(rows))], ("0", epoch, step))
+        view = task.data.view("weak", my_rows(step), ("0", epoch, step))
         training.learn(MultiBatch(task.data.places(rows), now, view), lr)
 
 

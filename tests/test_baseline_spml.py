@@ -11,6 +11,7 @@ from runs import final_state, killed_at, on_two_processes, refused, same_curves,
 from safetensors.numpy import load_file
 
 import annotate_vlm
+from coreg.annotate.textual import label_similarities
 from coreg.data.tags import read_tags
 from coreg.report.multi_metrics import average_precisions
 from coreg.store.store import AnnotationStore
@@ -143,8 +144,6 @@ def test_what_cannot_be_trained_on_is_refused(store, tmp_path, capsys):
 
 def test_the_annotators_similarities_are_those_of_its_own_features(store, tmp_path):
     """The report's number for the annotator, from features and texts by hand."""
-    from coreg.annotate.similarity import label_similarities
-
     opened = AnnotationStore.open(store)
     similarity = label_similarities(opened)
     assert similarity.shape == (44, 3) and np.abs(similarity).max() <= 1 + 1e-3

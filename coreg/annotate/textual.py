@@ -61,3 +61,20 @@ def averaged_embedding_logits(store: AnnotationStore, device: torch.device | str
     annotator = text_side(store, store.templates, device)
     text = np.float32(annotator.towers.scale) * class_embeddings(annotator)
     return np.concatenate([t["features"].astype(np.float32) @ text.T for _, t in store.parts()])
+
+
+def label_similarities(store: AnnotationStore) -> np.ndarray:
+    """Cosines of every image and one text feature a label, float32 (N, L); 0 for images that could not be read.
+
+    They know of no temperature, and of no other label. Of a refined store they are those of what it was refined from.
+
+    Raises:
+        UserError: as `text_side`, or a refined store's source is gone.
+    """
+    annotated = store.unrefined()
+    if annotated is None:
+        raise UserError(
+            f"{store.root} is refined, and the store that it was refined from is gone; annotate the images again"
+        )
+    text = class_embeddings(text_side(annotated, annotated.templates))
+    return np.concatenate([t["features"].astype(np.float32) @ text.T for _, t in annotated.parts()])

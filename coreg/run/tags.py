@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from safetensors.numpy import save
 
-from coreg.annotate.similarity import label_similarities
+from coreg.annotate.textual import label_similarities
 from coreg.data.images import TRAIN
 from coreg.data.tags import read_tags
 from coreg.errors import UserError
