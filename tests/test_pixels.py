@@ -487,6 +487,10 @@ def test_images_that_lie_decoded_on_the_disk_are_taken_from_there(small_annotate
     monkeypatch.setattr(ImageList, "load", lambda images, row: loaded.append(row) or load(images, row))
     main([*job, "--output_dir", str(tmp_path / "b")])
     assert len(loaded) <= 8 and same(left_behind(tmp_path / "a"), left_behind(tmp_path / "b"))
+    (file,) = (tmp_path / "px").glob("*/pixels.u8")
+    file.write_bytes(bytes(file.stat().st_size))  # other pixels
+    main([*job, "--output_dir", str(tmp_path / "c")])
+    assert same(left_behind(tmp_path / "a"), left_behind(tmp_path / "c"))
 
 
 def test_a_lost_image_is_one_line_wherever_the_images_are(small_annotated, tmp_path, capsys, monkeypatch):

@@ -199,7 +199,7 @@ def room_for_training(run: Run, count: int) -> int:
         loss.backward()
         passes = torch.cuda.max_memory_allocated(device) - before - 2 * weights
         del net, logits, features, loss
-    except torch.OutOfMemoryError:
+    except torch.cuda.OutOfMemoryError:
         return torch.cuda.get_device_properties(device).total_memory
     finally:
         torch.cuda.empty_cache()
@@ -296,7 +296,10 @@ def _reading(run: Run, source: Source, root: Path) -> Read:
     def check() -> bool:
         if not _is_there(root, source):
             return False
-        begin(root, source.manifest(), source.images, np.zeros(0, dtype=np.int64))
+        try:
+            begin(root, source.manifest(), source.images, np.zeros(0, dtype=np.int64))
+        except UserError:  # it holds other pixels, or cannot be read; who asks for it is told
+            return False
         return _is_there(root, source)
 
     if not main_process_decides(run.accelerator, check):
