@@ -61,8 +61,17 @@ def trained(method):
     return before
 
 
-@pytest.mark.parametrize(("tuners", "head"), itertools.product(TUNERS, ["linear", "cosine"]), ids=str)
-@pytest.mark.parametrize("name", list(METHODS))
+def cases():
+    """All of them, most marked slow; one of every method and all of those with a prediction of their own are quick."""
+    each = list(itertools.product(TUNERS, ["linear", "cosine"]))
+    for number, name in enumerate(METHODS):
+        for place, (tuners, head) in enumerate(each):
+            quick = METHODS[name].prediction or place == number % len(each)
+            label = "-".join([name, *(tuners or ["untuned"]), head])
+            yield pytest.param(name, tuners, head, id=label, marks=[] if quick else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("name", "tuners", "head"), list(cases()))
 def test_a_method_trains_what_is_tuned_and_its_export_predicts_as_it_does(tmp_path, name, tuners, head):
     tuning = Tuning(tuners, head=head, bottleneck=2, prompt_tokens=2)
     method = made(name, tuning)

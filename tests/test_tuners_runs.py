@@ -42,7 +42,13 @@ def pll_words(method, *more):
 
 
 COREG = [*SMALL_JOB, "--epochs", "2", *TUNED]
-SCRIPTS = {"pico": (pll.main, pll_words("pico")), "coreg": (train_coreg.main, COREG)}
+OTHERS = ["--blocks", "last:1", "--head", "cosine", "--head_init", "class_mean"]
+SCRIPTS = {
+    "pico": (pll.main, pll_words("pico")),
+    "coreg": (train_coreg.main, [*COREG, *OTHERS]),
+    "dividemix": (script("dividemix").main, [*SMALL, "--warmup_epochs", "1", *OTHERS]),
+    "distill": (script("distill").main, [*SMALL, *OTHERS]),
+}
 
 
 def run(main, words, store, output):
@@ -57,13 +63,13 @@ def assert_same(ours, theirs):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_stopped_and_resumed_bit_for_bit(small_store, tmp_path, monkeypatch, script):
+def test_stopped_and_resumed_bit_for_bit(small_annotated, tmp_path, monkeypatch, script):
     main, words = SCRIPTS[script]
-    run(main, words, small_store, tmp_path / "whole")
+    run(main, words, small_annotated, tmp_path / "whole")
     with pytest.raises(SystemExit) as stopped, signalled_after(monkeypatch, 5):
-        run(main, words, small_store, tmp_path / "run")
+        run(main, words, small_annotated, tmp_path / "run")
     assert stopped.value.code == EXIT_INTERRUPTED
-    run(main, words, small_store, tmp_path / "run")
+    run(main, words, small_annotated, tmp_path / "run")
     whole = final_state(tmp_path / "whole")
     assert_same(whole, final_state(tmp_path / "run"))
     # no frozen weight is in a checkpoint: of network and momentum encoder, what was inserted, head and projector
@@ -72,6 +78,13 @@ def test_stopped_and_resumed_bit_for_bit(small_store, tmp_path, monkeypatch, scr
         assert {part for part in parts if part[0] != "projector"} == {
             ("tuners", "adaptformer"), ("tuners", "lora"), ("backbone", "head"),
         }  # fmt: skip
+    report = json.loads((tmp_path / "whole" / "report.json").read_text())
+    blocks, classifier = (2, 3 * 16 + 3) if script == "pico" else (1, 3 * 16)
+    # of a block: a normalisation, two linear layers and a factor; two matrices each for queries and values
+    assert report["trainable_parameters"] == blocks * (32 + (32 + 2) + (32 + 16) + 1 + 2 * 2 * 32) + classifier
+    named = "linear head" if script == "pico" else "cosine head, from mean features of the classes"
+    assert report["tuning"].startswith("adaptformer and lora") and report["tuning"].endswith(named)
+    assert report["tuning"] in (tmp_path / "whole" / "report.html").read_text()
 
 
 @pytest.mark.parametrize(
@@ -166,10 +179,10 @@ def test_halved_networks_pass_by_themselves_as_under_autocast():
 
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_two_processes_train_like_one(small_store, tmp_path, script):
+def test_two_processes_train_like_one(small_annotated, tmp_path, script):
     main, words = SCRIPTS[script]
-    run(main, words, small_store, tmp_path / "one")
-    on_two_processes(main, "--annotations", small_store, *words, "--output_dir", tmp_path / "two")
+    run(main, words, small_annotated, tmp_path / "one")
+    on_two_processes(main, "--annotations", small_annotated, *words, "--output_dir", tmp_path / "two")
     for ours, theirs in zip(*(final_state(tmp_path / name)["learners"] for name in ("one", "two")), strict=True):
         assert ours.keys() == theirs.keys()
         for name in ours:

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from coreg.data.decode import Resize, as_square
 from coreg.errors import UserError
 from coreg.export.ensemble import Ensemble
 from coreg.export.folder import export_folder, files_of, load_export, read_settings
@@ -22,7 +23,7 @@ from coreg.export.folder import export_folder, files_of, load_export, read_setti
 # a classifier has no words: its only template stands for its one vote
 RUN_TEMPLATES = ("{}",)
 # of an export's settings, what its probabilities depend on beside the networks' files
-JUDGES_BY = ("class_names", "image_size", "channels", "mean", "std", "temperature", "tuning")
+JUDGES_BY = ("class_names", "image_size", "channels", "resize", "mean", "std", "temperature", "tuning")
 
 
 def resolve_run(path: str) -> tuple[Path, str]:
@@ -52,15 +53,15 @@ def run_class_names(folder: str) -> list[str]:
 
 @dataclass
 class _Pixels:
-    """An image as the networks were trained on it: squashed to a square, bilinear; uint8 (c, H, W)."""
+    """An image as the networks were trained on it, uint8 (c, H, W)."""
 
     size: int
     channels: int
+    resize: Resize
 
     def __call__(self, image: Image.Image) -> Tensor:
-        shape = (self.size, self.size)
-        image = image.convert("RGB" if self.channels == 3 else "L").resize(shape, Image.Resampling.BILINEAR)
-        return torch.from_numpy(np.asarray(image).reshape(*shape, self.channels).transpose(2, 0, 1).copy())
+        square = np.asarray(as_square(image, self.size, self.channels, self.resize))
+        return torch.from_numpy(square.reshape(self.size, self.size, self.channels).transpose(2, 0, 1).copy())
 
 
 class RunAnnotator:
@@ -82,13 +83,14 @@ class RunAnnotator:
             raise UserError(f"the classes of {folder} are others than those asked for; leave out --classes")
         self.device = torch.device(device)
         self.ensemble = Ensemble(nets, settings).to(self.device).eval()
-        self.preprocess = _Pixels(settings["image_size"], settings["channels"])
+        resize = settings.get("resize") or "squash"
+        self.preprocess = _Pixels(settings["image_size"], settings["channels"], resize)
         self.preprocessing: dict[str, Any] = {
             "size": settings["image_size"],
             "mean": settings["mean"],
             "std": settings["std"],
             "interpolation": "bilinear",
-            "resize_mode": "squash",
+            "resize_mode": resize,
         }
         self.features = sum(net.head_hidden_size for net in nets)
         self.notes: list[str] = []
