@@ -17,7 +17,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
-from runs import as_votes, final_state, killed_at, refused, same_curves, script
+from runs import final_state, killed_at, refused, same_curves, script
 
 import coreg.store.pixels as stored_pixels
 import train_coreg
@@ -34,7 +34,6 @@ from coreg.store.pixels import PixelWriter, begin, folder_name, make_manifest
 from coreg.views import ahead
 from coreg.views.ahead import ReadAhead
 from coreg.views.order import ShuffledRows
-from coreg.weak.__main__ import main as draw_sets
 
 NONE = np.zeros(0, dtype=np.int64)
 
@@ -532,53 +531,3 @@ def test_the_first_home_with_room_is_taken(free, home, small_annotated, tmp_path
 
 class Stopped(BaseException):
     pass
-
-
-def limited(home, job, place, extra, answer):
-    """Train in a process of its own that gets `extra` bytes more than it has after a first small training."""
-
-    def run():
-        os.chdir(place)
-        threading.stack_size(2**18)
-        # pieces as small as this set is against one that fills a disk
-        ahead.AHEAD_BYTES = stored_pixels.CHUNK_BYTES = 2**20
-        main, where = SCRIPTS["distill"][0], ["--pixels", home, "--pixels_dir", "px", "--output_dir"]
-        main([*job, "--image_size", "8", *where, f"small_{home}"])  # what comes once: threads, libraries, graphs
-        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-        limit = int(status["VmData"].split()[0]) * 1024 + extra
-        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-        try:
-            main([*job, *LARGE, *where, f"large_{home}"])
-            answer.put("trained")
-        except (RuntimeError, MemoryError):
-            answer.put("no memory")
-
-    process = multiprocessing.get_context("fork").Process(target=run)
-    process.start()
-    process.join(300)
-    assert process.exitcode == 0
-
-
-# grey images, which a network of 64 patches looks at
-LARGE = ["--image_size", "640", "--backbone", "vit_tiny_patch16_224", "--backbone_args"]
-LARGE += ['{"img_size": 640, "patch_size": 80, "depth": 1, "embed_dim": 4, "num_heads": 1}']
-
-
-@pytest.mark.slow
-def test_a_set_ten_times_larger_than_memory_allows_is_trained_on(tmp_path):
-    for i in range(1000):
-        folder = tmp_path / "images" / "ab"[i % 2]
-        folder.mkdir(parents=True, exist_ok=True)
-        Image.new("L", (4, 4), i % 256).save(folder / f"{i}.bmp")
-    drawn = ["--rule", "flip", "--q", "0.3", "--eta", "0.2", "--output_dir", str(tmp_path / "ann")]
-    (tmp_path / "classes.txt").write_text("a\nb\n")
-    draw_sets(["--images", str(tmp_path / "images"), "--classes", str(tmp_path / "classes.txt"), *drawn])
-    job = ["--annotations", str(as_votes(tmp_path / "ann", tmp_path / "votes")), *TINY, "--channels", "1"]
-    job += ["--batch_size", "2", "--epochs", "1"]
-    answer = multiprocessing.get_context("fork").SimpleQueue()
-    limited("disk", job, tmp_path, 39 * 2**20, answer)
-    assert answer.get() == "trained" and (tmp_path / "large_disk" / "report.json").exists()
-    (file,) = (tmp_path / "px").glob("640x640x1-*/pixels.u8")
-    assert file.stat().st_size >= 10 * 39 * 2**20
-    limited("device", job, tmp_path, 39 * 2**20, answer)
-    assert answer.get() == "no memory"
