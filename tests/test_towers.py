@@ -215,6 +215,7 @@ def test_a_tuned_annotator_annotates_again_and_teaches_a_small_student(store, tu
         "--backbone_args",
     ]
     student += ['{"widths": [4, 8], "depths": [1, 1]}', "--epochs", "1", "--batch_size", "4", "--workers", "0"]
+    student += ["--refine", "none"]
     for teacher in ("averaged", "single"):
         output = tmp_path / teacher
         script("distill").main([*map(str, student), "--teacher", teacher, "--output_dir", str(output)])
