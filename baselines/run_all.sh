@@ -5,8 +5,7 @@
 #   baselines/run_all.sh --jobs 8 --compute_matched                the same, and with as much computing as Co-Reg has
 #   baselines/run_all.sh --annotations ann --recipe cifar10 --output_dir runs/cifar10
 #   baselines/run_all.sh --annotations ann --only "zero_shot coop lora" --output_dir runs/few_shot
-#   baselines/run_all.sh --annotations ann --recipe annotator --student "--backbone annotator --tuner adaptformer --head cosine
-#       --head_init text" --output_dir runs/tuned
+#   baselines/run_all.sh --annotations ann --recipe annotator --student "--backbone annotator --tuner adaptformer --head cosine"
 #
 #   --jobs K            runs at a time, one thread each (default 1)
 #   --seeds "0 1 2"     of every method
