@@ -128,7 +128,12 @@ def test_an_annotator_that_cannot_be_had_is_named(tmp_path):
     def store(spec, weights="w"):
         its_manifest = {"features": 4, "model": {"spec": spec, "weights": weights, "precision": "fp32"}}
         return SimpleNamespace(
-            manifest=its_manifest, root=tmp_path, class_names=["a", "b"], templates=["{}"], need_annotator=lambda: None
+            manifest=its_manifest,
+            root=tmp_path,
+            class_names=["a", "b"],
+            templates=["{}"],
+            need_annotator=lambda: None,
+            need_features=lambda: None,
         )
 
     with pytest.raises(UserError, match="does not exist"):
@@ -228,7 +233,7 @@ def test_dividemix_takes_one_of_the_candidates_where_sets_were_drawn():
         "data": SimpleNamespace(samples=torch.arange(20_000)),
         "weak": dataclasses.replace(weak, table=sets),
         "annotator": sets.argmax(axis=1),
-        "job": SimpleNamespace(seed=1),
+        "job": SimpleNamespace(seed=1, prefilter="none"),
         "method": SimpleNamespace(labels_from="averaged"),
         "accelerator": SimpleNamespace(device="cpu"),
     }

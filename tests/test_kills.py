@@ -168,7 +168,7 @@ def left_over(folder):
 
 @pytest.mark.parametrize(
     "place",
-    ["coreg.run.task:decode", "coreg.export.ensemble:load_export", "coreg.run.results:model_card", "json:dumps"],
+    ["coreg.run.pixels:decode", "coreg.export.ensemble:load_export", "coreg.run.results:model_card", "json:dumps"],
     ids=["images are decoded", "an export is half there", "the end is half done", "the first file is written"],
 )
 def test_ctrl_c_outside_of_training_is_one_line_and_leaves_nothing_half_written(run, small_store, tmp_path, place):

@@ -231,10 +231,12 @@ class Model(nn.Module):
     @property
     def features_are_fixed(self) -> bool:
         """Whether of the backbone nothing but the classifier trains, nothing is inserted, and no dropout is in it."""
+        if not (self.linear_head and self.frozen) or self.tuners:
+            return False
         head = {id(weight) for weight in self.backbone.get_classifier().parameters()}
         trained = {id(weight) for weight in self.backbone.parameters() if weight.requires_grad}
         chances = (getattr(module, name, 0) for module in self.backbone.modules() for name in ("p", "prob", "drop_prob"))
-        return self.linear_head and bool(self.frozen) and not self.tuners and trained <= head and not any(chances)
+        return trained <= head and not any(chances)
 
     def pooled(self, images: Tensor) -> Tensor:
         """Features h (n, d); given these, they are as they were."""
