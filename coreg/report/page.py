@@ -135,7 +135,7 @@ def _health(record: RunRecord) -> str:
     report, train = record.report, record.train
     named = [logits.argmax(axis=1) for logits in train.networks.values()]
     counts = np.bincount(train.predicted, minlength=len(record.class_names))
-    entropy = mean_prediction_entropy(np.log(np.maximum(train.opinion, 1e-300)))
+    entropy = mean_prediction_entropy(np.log(np.maximum(train.opinion.astype(np.float64), 1e-300)))
     facts = {
         "labels as the annotator gave them": percent((train.predicted == train.annotator).mean()),
     }
