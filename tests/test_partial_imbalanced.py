@@ -124,7 +124,8 @@ def test_a_step_of_solar(full):
     )
     method.prior.copy_(torch.tensor([0.4, 0.3, 0.2, 0.1]))
     if full:
-        method.queue.copy_(random(6, C, seed=9).detach().sigmoid())
+        earlier = {"queue": random(6, C, seed=9).detach().sigmoid(), "queued": torch.tensor(6)}
+        method.load_state_dict(method.state_dict() | earlier)  # as after a checkpoint
     given = batch(Step(10, 20))
     assert method.stage(Step(10, 20)) == Step(6, 16) and method.stage(Step(3, 20)) == Step(3, 16)
     weak, strong = given.views
@@ -169,9 +170,11 @@ def test_solar_counts_classes_after_every_epoch_and_begins_anew_after_its_first_
     torch.testing.assert_close(method.prior, 0.1 * counts + 0.9 * first)
     assert method.finish_epoch(Step(4, 20))["largest_prior"] == pytest.approx(method.prior.max().item())
     method.queue.fill_(0.1)
+    method.queued.fill_(7)
     prior = method.prior.clone()
     method.restart()
-    assert torch.equal(method.confidence, SETS.double() / SETS.sum(1, keepdim=True)) and not method.queue.any()
+    assert torch.equal(method.confidence, SETS.double() / SETS.sum(1, keepdim=True))
+    assert not method.queue.any() and not method.queued
     assert torch.equal(method.prior, prior)
     # one epoch leaves none for a first stage
     assert method.stage(Step(0, 1)) == Step(0, 1) and METHODS["proden"].stage(method, Step(4, 20)) == Step(4, 20)

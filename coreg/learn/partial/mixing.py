@@ -34,7 +34,7 @@ def draw_partners(batch: PartialBatch, alpha: float, name: str, among: Tensor | 
         name: of the draw, where there are several in a step. among: bool (n,), rows that are mixed among themselves.
     """
     kept, drawn = draw_mixup(alpha, batch.size, (*batch.draws, name))
-    order = torch.from_numpy(drawn).to(batch.index.device)
+    order = torch.from_numpy(drawn).to(batch.index.device, non_blocking=True)
     if among is None:
         return kept, order
     others = (~among).to(torch.uint8)

@@ -29,9 +29,11 @@ def transport_plan(scores: Tensor, prior: Tensor, power: float = 3.0, iterations
         (n, C), zero where `scores` is; rows sum to 1, and columns nearly to n times the prior.
     """
     plan = _iterated(scores, prior, power, iterations)
-    if plan.isfinite().all():
+    # to ask which one is wanted costs a CPU nothing, but would make a GPU wait: that computes both
+    if plan.device.type == "cpu" and plan.isfinite().all():
         return plan
-    return _iterated(torch.where(scores == 0, 1e-5, scores), prior, power, iterations) * (scores != 0)
+    filled = _iterated(torch.where(scores == 0, 1e-5, scores), prior, power, iterations) * (scores != 0)
+    return torch.where(plan.isfinite().all(), plan, filled)
 
 
 def _iterated(scores: Tensor, prior: Tensor, power: float, iterations: int) -> Tensor:
@@ -68,6 +70,13 @@ class SoLar(PRODEN):
         self.register_buffer("prior", torch.full((n_classes,), 1 / n_classes, dtype=dtype))
         # scores of earlier batches, the newest first; the plan takes them in once the last row is written
         self.register_buffer("queue", torch.zeros(self.options.plan_queue, n_classes, dtype=dtype))
+        # rows ever written: a tensor for checkpoints, and an int, because to ask the tensor in a step would make a GPU wait
+        self.register_buffer("queued", torch.zeros((), dtype=torch.long))
+        self._queued = 0
+
+    def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._queued = int(self.queued)
 
     def _first_stage(self, epochs: int) -> int:
         """Epochs of the first stage."""
@@ -80,6 +89,11 @@ class SoLar(PRODEN):
     def restart(self) -> None:
         self.confidence.copy_(uniform(self.candidates, self.confidence.dtype))
         self.queue.zero_()
+        self._count_queued(0)
+
+    def _count_queued(self, rows: int) -> None:
+        self._queued = rows
+        self.queued.fill_(rows)
 
     def passes(self, step: Step) -> Passes:
         return Passes(views=("weak", "strong") if self.stage(step).epoch else ("weak",))
@@ -102,7 +116,7 @@ class SoLar(PRODEN):
         """The plan (n, C), and who is trained on it, bool (n,)."""
         n, here, log_p = len(index), my_slice(len(index)), log_probabilities(logits)
         scores = gather_rows(log_p.exp() * self.candidates[index[here]], n)
-        earlier = self.queue.to(scores.dtype) if self.queue[-1].any() else scores[:0]
+        earlier = self.queue.to(scores.dtype) if self._queued >= len(self.queue) else scores[:0]
         plan = transport_plan(torch.cat([earlier, scores]), self.prior.to(scores.dtype))[-n:]
         losses = gather_rows(-(plan[here] * log_p).sum(dim=1), n)
         agreement = gather_rows((plan[here] * log_p.exp()).sum(dim=1), n)
@@ -128,6 +142,7 @@ class SoLar(PRODEN):
         p = log_probabilities(outputs.logits[0]).exp() * self.candidates[my_rows(index)]
         newest = gather_rows(p, len(index)).to(self.queue.dtype)
         self.queue.copy_(torch.cat([newest, self.queue])[: len(self.queue)])
+        self._count_queued(self._queued + len(index))
 
     def survey(self, logits: Tensor, step: Step) -> None:
         best = logits.masked_fill(~self.candidates, -torch.inf).argmax(dim=1)
