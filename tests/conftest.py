@@ -1,8 +1,13 @@
 """A job that is small and odd enough to find mistakes quickly: 97 training images of three classes, float64."""
 
+import signal
+
 import numpy as np
 import pytest
 from PIL import Image
+
+# a shell lets what it starts in the background ignore Ctrl-C, and whatever that starts
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # batches of 13 of 97 images: uneven tails everywhere
 SMALL_JOB = [

@@ -21,6 +21,12 @@ SMALL = (
     "--recipe folder --pretrained false --backbone preact_resnet_tiny --image_size 12 --padding 1 --mean 0.3 --std 0.4 "
     "--epochs 2 --batch_size 32 --workers 0"
 )
+QUICK = "--epochs 2 --batch_size 32 --workers 0".split()  # where the network is the annotator's
+TINY_VIT = [
+    *SMALL.replace("preact_resnet_tiny", "vit_tiny_patch16_224").replace("size 12", "size 16").split(),
+    "--backbone_args",
+]
+TINY_VIT += ['{"img_size": 16, "patch_size": 8, "depth": 2}']
 TRAINERS = ("train_coreg.py", "baselines/distill.py", "baselines/dividemix.py", "baselines/pll.py", "baselines/probe.py")
 TUNERS = ("baselines/coop.py", "baselines/lora.py")
 
@@ -89,7 +95,8 @@ def adjusted(program, words):
     """The words of a command, with what there is here in the place of what the reader has."""
     words = [{"ViT-B-32/openai": "builtin:glyph-clip", "ann/cifar10": "ann", "n": "1"}.get(word, word) for word in words]
     if program in TRAINERS and "--print_config" not in words:
-        words += SMALL.split() + ["--queue_size", "64"] * (program == "train_coreg.py")
+        own = QUICK if "annotator" in words else TINY_VIT if "--tuner" in words else SMALL.split()
+        words += own + ["--queue_size", "64"] * (program == "train_coreg.py")
         words += ["--warmup_epochs", "1"] * (program in ("train_coreg.py", "baselines/dividemix.py"))
     # the built-in annotator reads short prompts only
     words += ["--context_tokens", "4"] * (program == "baselines/coop.py" and "--context_init" not in words)
