@@ -3,7 +3,7 @@
     python -m benchmarks.pixels [--network small] [--megabytes 300] [--seconds 20]
 
 A network trains on weak views in random order. The sides take turns, batch for batch of the same images: on the device,
-from the file with whatever the page cache holds of it (warm), and from the file after the page cache was told to forget it
+from the file with whatever the page cache holds of it (warm), and from the file after it was dropped from the page cache
 (cold), which it is before every turn. Memory is what a process of its own has resident above what it has after first steps.
 """
 

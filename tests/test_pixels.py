@@ -396,7 +396,7 @@ def same(one, other):
 
 
 def announce_all(monkeypatch):
-    """From now on it is an error when a step asks for images that the thread was not told of."""
+    """From now on it is an error when a step asks for images that were not announced."""
     steps, read, training = Run.steps, StoredPixels.read, []
 
     def watched_steps(run, *args):

@@ -95,7 +95,8 @@ class Head(nn.Module):
     def as_linear(self) -> dict[str, Tensor]:
         """`weight` (C, d) and `bias` (C,) of a linear classifier that ranks the classes of every image as this head does.
 
-        Its logits are this head's (`l2`), or those times a positive number that depends on the image.
+        Its logits are this head's (`l2`), or those times a positive number that depends on the image. A bias that a method
+        has put here is left out: no linear classifier adds it to the cosine of every image.
         """
         weight = self.scale * F.normalize(self.weight, dim=-1)
         bias = weight.new_zeros(len(weight))

@@ -226,10 +226,10 @@ def on_device(accelerator: Accelerator, source: Source, read: Read, rows: np.nda
     step = max(1, accelerator.num_processes * CHUNK_BYTES // source.length)
     for start in range(0, len(rows), step):
         some = rows[start : start + step]
-        mine = some[my_slice(len(some))]
-        part = np.zeros((len(mine), *source.shape), dtype=np.uint8)
+        my_rows = some[my_slice(len(some))]
+        part = np.zeros((len(my_rows), *source.shape), dtype=np.uint8)
         try:
-            part = read(mine, failed)
+            part = read(my_rows, failed)
         except UserError as error:  # the others wait for this part
             problems.append(error)
         pixels[start : start + step] = gather_rows(torch.from_numpy(part).to(accelerator.device), len(some))
@@ -298,7 +298,7 @@ def _reading(run: Run, source: Source, root: Path) -> Read:
             return False
         try:
             begin(root, source.manifest(), source.images, np.zeros(0, dtype=np.int64))
-        except UserError:  # it holds other pixels, or cannot be read; who asks for it is told
+        except UserError:  # other pixels lie there, or none that can be read, which `--pixels disk` reports
             return False
         return _is_there(root, source)
 

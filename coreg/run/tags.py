@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from safetensors.numpy import save
 
 from coreg.annotate.textual import label_similarities
-from coreg.data.images import TRAIN
+from coreg.data.images import TEST, TRAIN
 from coreg.data.tags import read_tags
 from coreg.errors import UserError
 from coreg.files import write_atomically
@@ -101,7 +101,7 @@ def prepare_tags(run: Run, method: MultiOptions) -> TagTask:
     """
     store, accelerator = run.store, run.accelerator
     weak, validation = all_or_none(accelerator, lambda: observed_labels(run.job, method, store))
-    test = np.flatnonzero((store.split == 1) & ~store.unreadable)
+    test = store.rows_of(TEST)
     rows = {"train": weak.samples, "validation": validation, "test": test}
     images = dict(zip(rows, training_images(run, *rows.values())))
     others = {name: images[name] for name in ("validation", "test") if len(rows[name])}
