@@ -93,9 +93,12 @@ def call(program, words):
 
 def adjusted(program, words):
     """The words of a command, with what there is here in the place of what the reader has."""
-    words = [{"ViT-B-32/openai": "builtin:glyph-clip", "ann/cifar10": "ann", "n": "1"}.get(word, word) for word in words]
+    here = {"ViT-B-32/openai": "builtin:glyph-clip", "ann/cifar10": "ann", "NEWPLACE": "photos", "n": "1"}
+    here |= dict.fromkeys(("ann/st", "ann/lt", "ann/id"), "drawn") | {"ann/cifar100": "ann"}
+    words = [here.get(word, word) for word in words]
     if program in TRAINERS and "--print_config" not in words:
-        own = QUICK if "annotator" in words else TINY_VIT if "--tuner" in words else SMALL.split()
+        of_annotator = any(word == "annotator" or word.startswith("partialclip_") for word in words)
+        own = QUICK if of_annotator else TINY_VIT if "--tuner" in words else SMALL.split()
         words += own + ["--queue_size", "64"] * (program == "train_coreg.py")
         words += ["--warmup_epochs", "1"] * (program in ("train_coreg.py", "baselines/dividemix.py"))
     # the built-in annotator reads short prompts only
@@ -122,6 +125,8 @@ def prepared(tmp_path_factory):
         Path("other_templates.txt").write_text("a photo of the number {}\nthe number {}\n")
         given = "--images photos --classes classes.txt --vlm builtin:glyph-clip --workers 0 --output_dir ann"
         assert call("annotate_vlm.py", given.split()) == 0
+        draw = "--images photos --classes classes.txt --rule fps --q 0.3 --output_dir drawn"
+        assert call("coreg.weak", draw.split()) == 0
         for name in ("ann1", "ann2"):
             shutil.copytree("ann", name)
         words = ["--annotations", "ann", "--output_dir", "runs/a"]
