@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 
 from coreg.errors import UserError
@@ -17,6 +19,8 @@ class ImageSet:
     Attributes:
         annotator: `builtin`, `clip` (a tiny CLIP trained on the images that nobody else sees) or `conse`.
         per_class: training images a class, the first by name. tested: test images a class.
+        scene: leading characters of file names that frames of one film share, 0 without films. Every third film trains,
+            so that none is seen by both the students and the tiny CLIP.
         size: pixels of the students' images. flip: whether a mirror image shows the same class.
         epochs, warmup: of all methods, and those before the first division.
         mixup: what the recipe does not do: the other value of --mixup_alpha, tried in a stage.
@@ -27,6 +31,7 @@ class ImageSet:
     annotator: str
     per_class: int = 0
     tested: int = 0
+    scene: int = 0
     size: int = 0
     flip: bool = True
     epochs: int = 8
@@ -42,9 +47,9 @@ class ImageSet:
 
 SETS = {
     "digits": ImageSet("digits", "builtin", epochs=30, warmup=6, mixup=0),
-    "cifar10": ImageSet("CIFAR-10", "conse", 80, 100, 40),
-    "eurosat": ImageSet("EuroSAT", "clip", 80, 100, 40, clip=("--skip", "20", "--per_class", "100")),
-    "gtsrb": ImageSet("GTSRB", "clip", 24, 24, 40, flip=False, clip=("--per_class", "76", "--steps", "1500", "--no_flip")),
+    "cifar10": ImageSet("CIFAR-10", "conse", 80, 100, size=40),
+    "eurosat": ImageSet("EuroSAT", "clip", 80, 100, size=40, clip=("--skip", "20", "--per_class", "100")),
+    "gtsrb": ImageSet("GTSRB", "clip", 24, 24, 5, 40, flip=False, clip=("--steps", "1500", "--no_flip")),
 }
 GLOSSES = Path(__file__).parent / "glosses"
 
@@ -56,6 +61,16 @@ def spoken(folder: str) -> str:
     """The class name of a folder: without a number before it, spaces for underscores."""
     number, _, rest = folder.partition("_")
     return (rest if number.isdigit() and rest else folder).replace("_", " ")
+
+
+def divided(files: Sequence[str], count: int, scene: int) -> tuple[list[str], list[str]]:
+    """`count` of a class's files, as few as possible of each scene, and the files of the scenes that stay away; sorted."""
+    if not scene:
+        return list(files[:count]), list(files[count:])
+    ours = sorted({file[:scene] for file in files})[::3]
+    taken = [[file for file in files if file[:scene] == name] for name in ours]
+    in_turn = [file for pictures in zip_longest(*taken) for file in pictures if file]
+    return sorted(in_turn[:count]), [file for file in files if file[:scene] not in ours]
 
 
 def write_lists(data: Path, place: Path, chosen: ImageSet) -> None:
@@ -75,11 +90,13 @@ def write_lists(data: Path, place: Path, chosen: ImageSet) -> None:
     for split, count in (("train", chosen.per_class), ("test", chosen.tested)):
         for name in names:
             files = sorted(file.name for file in (data / split / name).iterdir() if file.is_file())
-            if len(files) < count:
-                raise UserError(f"{data / split / name} holds {len(files)} images; {count} are wanted")
-            rows = [[f"data/{split}/{name}/{file}", spoken(name), split] for file in files]
-            lists["images.csv"] += rows[:count]
-            lists["others.csv"] += rows[count:] if split == "train" else []
+            ours, rest = divided(files, count, chosen.scene) if split == "train" else (files[:count], [])
+            if len(ours) < count:
+                raise UserError(
+                    f"{data / split / name} holds {len(files)} images, {len(ours)} of them usable; {count} are wanted"
+                )
+            for rows, of in ((lists["images.csv"], ours), (lists["others.csv"], rest)):
+                rows += [[f"data/{split}/{name}/{file}", spoken(name), split] for file in of]
     write_atomically(place / "classes.txt", "".join(f"{spoken(name)}\n" for name in names))
     for name, rows in lists.items():
         with (place / name).open("w", encoding="utf-8", newline="") as file:

@@ -19,7 +19,7 @@ from torch import nn
 from benchmarks import evidence, spoil, unlabelled
 from benchmarks.conse import judged, placed, read_glosses
 from benchmarks.evidence import plan
-from benchmarks.evidence_sets import GLOSSES, SETS, ImageSet, write_lists
+from benchmarks.evidence_sets import GLOSSES, SETS, ImageSet, divided, write_lists
 from benchmarks.evidence_tables import Runs, main_table, spread
 from benchmarks.jobs import Job, cpu_seconds, run_jobs
 from benchmarks.lite import named_like
@@ -162,8 +162,15 @@ def test_lists_share_no_image_and_nothing_is_written_beside_the_data(tmp_path):
         + [("no entry", "test")] * 3
     )
     assert all((tmp_path / "out" / row["path"]).is_file() for listed in rows.values() for row in listed)
-    with pytest.raises(UserError, match="holds 5 images; 6 are wanted"):
+    with pytest.raises(UserError, match="holds 5 images, 5 of them usable; 6 are wanted"):
         write_lists(data, tmp_path / "out", ImageSet("signs", "clip", per_class=6, tested=3))
+
+
+def test_pictures_of_one_scene_are_on_one_side_and_as_few_as_possible_of_each_are_taken():
+    files = ["a1", "a2", "a3", "b1", "b2", "c1", "d1", "d2", "e1"]  # every third scene trains: a and d
+    assert divided(files, 3, 1) == (["a1", "a2", "d1"], ["b1", "b2", "c1", "e1"])
+    assert divided(files, 9, 1)[0] == ["a1", "a2", "a3", "d1", "d2"]  # fewer than wanted: write_lists refuses
+    assert divided(files, 2, 0) == (files[:2], files[2:])
 
 
 # ---- annotators ---------------------------------------------------------------------------------------------------
