@@ -25,6 +25,7 @@ ENTRIES = {
     "coreg-predict": "coreg.export.predict",
     "coreg-export": "coreg.export.ensemble",
     "coreg-report": "coreg.report.compare",
+    "coreg-status": "coreg.status",
 }
 COMMAND = re.compile(
     r"((accelerate launch|torchrun|python|sbatch) (.*\.(py|sh)\b|-m |.* -m )|coreg-\w+ \S|\S+\.(py|sh) --\w+ \S|make \w).*"

@@ -12,6 +12,7 @@ ROOMS = """
     annotate
     demo recipes
     export
+    status
     report
     process
     settings

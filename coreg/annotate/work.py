@@ -16,14 +16,13 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from coreg.annotate.annotators import Annotator, ClipAnnotator
 from coreg.data.decode import UnreadableImage
 from coreg.data.eight_bit import USES_FEW_BITS
 from coreg.data.images import ImageList
 from coreg.errors import UserError
-from coreg.progress import seconds_between_lines
+from coreg.progress import progress_bar
 from coreg.store.blocks import DamagedBlockError, pack_answers, read_block
 from coreg.store.claims import BlockQueue
 from coreg.store.manifest import block_files, job_hash, same_command
@@ -41,14 +40,8 @@ class Progress:
         self.queue, self.sizes = queue, np.array([len(writer.rows(index)) for index in range(len(writer.files))])
         self.counted_at, self.written = time.monotonic(), self._written()
         self.few_bits = 0  # images of this process that are nearly black because they use few of their 16 bits
-        self.bar = tqdm(
-            total=int(self.sizes.sum()),
-            initial=self.written,
-            unit="image",
-            desc=doing,
-            disable=not shown,
-            mininterval=seconds_between_lines(),
-        )
+        total = int(self.sizes.sum())
+        self.bar = progress_bar(total=total, initial=self.written, unit="image", desc=doing, disable=not shown)
 
     def _written(self) -> int:
         return int(self.sizes[self.queue.finished()].sum())

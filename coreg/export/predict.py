@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from coreg.config import SAFE_CSV, option, parse
 from coreg.data.decode import SUFFIXES, Resize, decode, read_image
@@ -29,7 +28,7 @@ from coreg.export.folder import REMEDY, load_export
 from coreg.export.programs import open_onnx
 from coreg.files import check_writable, writing_csv
 from coreg.plaintext import printable
-from coreg.progress import seconds_between_lines
+from coreg.progress import progress_bar
 from coreg.records import RecordError, read_file
 
 # of unreadable images on the terminal; the CSV file has them all
@@ -157,7 +156,7 @@ def write_csv(classifier: Classifier, images: ImageList, config: PredictConfig, 
     with writing_csv(output, config.safe_csv) as write:
         columns = ["label", "probability"]
         write(["path", *columns, *(f"{column}_{i}" for i in range(2, k + 1) for column in columns), "error"])
-        with tqdm(total=len(images), desc="predict", unit="image", mininterval=seconds_between_lines()) as bar:
+        with progress_bar(total=len(images), desc="predict", unit="image") as bar:
             for rows, probabilities, failed in classifier.batches(images, config.batch_size, config.workers):
                 unreadable |= failed
                 for row, shares, classes in zip(rows.tolist(), probabilities, best(probabilities, k)):

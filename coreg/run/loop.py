@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import tqdm
 from torch import nn
+from tqdm import tqdm
 
 from coreg.config import as_yaml
 from coreg.errors import UserError
@@ -22,7 +22,7 @@ from coreg.learn.two_nets import Divisions
 from coreg.nets.model import Model
 from coreg.plaintext import printable
 from coreg.process import main_process_decides
-from coreg.progress import seconds_between_lines
+from coreg.progress import ProgressFile, progress_bar
 from coreg.records import RecordError
 from coreg.report.report import write_known_labels
 from coreg.run import checkpoint
@@ -56,6 +56,7 @@ class Run:
     likely: AnnotationStore | None = None  # by whose probabilities `--prefilter` goes; None without
     watch: Watch = field(init=False)  # this and the rest: of the loop, from its first epoch on
     bar: tqdm = field(init=False)
+    progress: ProgressFile | None = field(init=False)  # None on all processes but the main one
     saved_at: float = field(init=False)  # when the loop began, or the last checkpoint was written, on that clock
     epoch_began: float = field(init=False)  # on that clock, too
     made_before: float = field(init=False)  # `Training.making_seconds` at that time
@@ -128,9 +129,13 @@ class Run:
         loop = self.held.enter_context(contextlib.ExitStack())
         loop.enter_context(self.watch.listening())
         loop.enter_context(self.watch.naming_the_lost())
-        total, pause = self.job.epochs, seconds_between_lines()
-        bar = tqdm(total=total, initial=training.epoch, desc=name, bar_format=BAR, mininterval=pause)
+        total, main = self.job.epochs, self.accelerator.is_main_process
+        bar = progress_bar(total=total, initial=training.epoch, desc=name, bar_format=BAR, disable=not main)
         self.bar = loop.enter_context(bar)
+        self.progress = ProgressFile(self.folder.root, name, total) if main else None
+        if self.progress:
+            self.progress.begin(bar.n)
+            loop.callback(lambda: self.progress.write(bar.n, running=False))
         while training.epoch < total:
             self.epoch_began, self.made_before = time.perf_counter(), training.making_seconds
             yield training.epoch
@@ -176,6 +181,8 @@ class Run:
     def _advance(self, epochs: float) -> None:
         # never past its end by a rounding error, about which tqdm would complain
         self.bar.update(min(epochs, self.bar.total - self.bar.n))
+        if self.progress:
+            self.progress.update(self.bar.n)
 
     def _between_steps(self, training: Training) -> None:
         due = self.watch.due()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,7 @@ from coreg.files import reason_of, this_machine
 from coreg.learn.collective import gather_rows, my_slice
 from coreg.plaintext import printable
 from coreg.process import all_or_none, main_process_decides
+from coreg.progress import progress_bar
 from coreg.store.pixels import PixelWriter, begin, folder_name, gigabytes, make_manifest
 from coreg.views.ahead import ReadAhead
 from coreg.views.resident import TrainingImages
@@ -212,6 +213,11 @@ def _machines(accelerator: Accelerator) -> list[str]:
     return gather_object([this_machine()]) if accelerator.num_processes > 1 else [this_machine()]
 
 
+def _shown(accelerator: Accelerator, parts: range) -> Iterable[int]:
+    """The parts of a set, with a bar where decoding them takes more than moments."""
+    return progress_bar(iterable=parts, desc="decoding", unit="part", delay=3, disable=not accelerator.is_main_process)
+
+
 # ---- on the device, and in shared memory ----------------------------------------------------------------------------
 
 
@@ -224,7 +230,7 @@ def on_device(accelerator: Accelerator, source: Source, read: Read, rows: np.nda
     pixels = torch.empty((len(rows), *source.shape), dtype=torch.uint8, device=accelerator.device)
     failed, problems = {}, []
     step = max(1, accelerator.num_processes * CHUNK_BYTES // source.length)
-    for start in range(0, len(rows), step):
+    for start in _shown(accelerator, range(0, len(rows), step)):
         some = rows[start : start + step]
         my_rows = some[my_slice(len(some))]
         part = np.zeros((len(my_rows), *source.shape), dtype=np.uint8)
@@ -258,7 +264,7 @@ def in_shared_memory(accelerator: Accelerator, source: Source, read: Read, rows:
         if number != group[0]:
             descriptor = os.open(paths[group[0]], os.O_RDWR)
         step = max(1, CHUNK_BYTES // source.length)
-        for start in range(group.index(number) * step, len(rows), step * len(group)):
+        for start in _shown(accelerator, range(group.index(number) * step, len(rows), step * len(group))):
             write_at(descriptor, read(rows[start : start + step], failed), start * source.length)
     except UserError as error:
         problems.append(error)
