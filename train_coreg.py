@@ -14,7 +14,9 @@ from collections.abc import Sequence
 
 from coreg.errors import exits_with_one_line
 from coreg.learn.options import PRESETS, CoRegOptions
-from coreg.settings import ImageConfig, JobConfig, check_warm_up, read_student
+from coreg.nets.options import ImageConfig
+from coreg.run.settings import check_warm_up, read_student
+from coreg.settings import JobConfig
 
 
 @exits_with_one_line
@@ -34,10 +36,11 @@ import numpy as np
 import torch
 
 from annotate_vlm import annotate_digits
-from coreg.learn.coreg import CoRegLearner, cosine_lr, ramp
+from coreg.learn.coreg import CoRegLearner
 from coreg.learn.division import Division, align, division_loss
 from coreg.learn.memory import Prototypes
 from coreg.learn.pseudo import rescale
+from coreg.learn.schedules import cosine_lr, ramp
 from coreg.learn.two_nets import Divisions, Verdict, co_train_batch, partner_rows
 from coreg.report.metrics import consensus, prototype_health
 from coreg.report.report import summary

@@ -15,7 +15,9 @@ from typing import Literal
 
 from coreg.config import option
 from coreg.errors import UserError, exits_with_one_line
-from coreg.settings import ImageConfig, JobConfig, read_student, refuse_prefilter
+from coreg.nets.options import ImageConfig
+from coreg.run.settings import read_student, refuse_prefilter
+from coreg.settings import JobConfig
 
 NAMES = {"single": "KD, single template", "averaged": "KD, averaged"}
 
@@ -51,8 +53,8 @@ from torch import Tensor
 from annotate_vlm import annotate_digits
 from coreg.annotate.textual import single_template_probabilities
 from coreg.learn.collective import my_slice
-from coreg.learn.coreg import cosine_lr
 from coreg.learn.distill import DistillBatch, DistillLearner
+from coreg.learn.schedules import cosine_lr
 from coreg.plaintext import printable
 from coreg.process import all_or_none, main_process_decides
 from coreg.report.report import summary

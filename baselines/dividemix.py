@@ -13,7 +13,9 @@ from collections.abc import Sequence
 
 from coreg.errors import exits_with_one_line
 from coreg.learn.dividemix_options import OFFICIAL, DivideMixOptions
-from coreg.settings import ImageConfig, JobConfig, check_warm_up, official, official_notes, read_student
+from coreg.nets.options import ImageConfig
+from coreg.run.settings import check_warm_up, official, official_notes, read_student
+from coreg.settings import JobConfig
 
 NAMES = {"single": "DivideMix, single template", "averaged": "DivideMix, averaged"}
 
@@ -41,9 +43,9 @@ import numpy as np
 import torch
 
 from annotate_vlm import annotate_digits
-from coreg.learn.coreg import cosine_lr, ramp
 from coreg.learn.dividemix import DivideMixLearner
 from coreg.learn.division import Division, division_loss
+from coreg.learn.schedules import cosine_lr, ramp
 from coreg.learn.two_nets import Divisions, Verdict, co_train_batch, partner_rows
 from coreg.report.report import summary
 from coreg.run.epoch import division_of, hand_over, judge, paired, warm_up

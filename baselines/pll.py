@@ -15,7 +15,9 @@ from typing import Any
 
 from coreg.errors import UserError, exits_with_one_line
 from coreg.learn.partial_options import NAMES, OFFICIAL, OPTIONS, PartialOptions
-from coreg.settings import ImageConfig, JobConfig, official, official_notes, read_student
+from coreg.nets.options import ImageConfig
+from coreg.run.settings import official, official_notes, read_student
+from coreg.settings import JobConfig
 
 
 @exits_with_one_line
@@ -46,10 +48,10 @@ from torch import Tensor
 
 from annotate_vlm import annotate_digits
 from coreg.learn.collective import my_slice
-from coreg.learn.coreg import cosine_lr
 from coreg.learn.partial import METHODS
-from coreg.learn.partial.method import PartialBatch, PartialMethod, Passes, Step
+from coreg.learn.partial.method import PartialBatch, PartialMethod, Passes
 from coreg.learn.pseudo import draw_mixup, mix
+from coreg.learn.schedules import Step, cosine_lr
 from coreg.report.report import summary
 from coreg.run.epoch import accuracy_on_test, end_steps
 from coreg.run.job import open_run

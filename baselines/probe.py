@@ -20,7 +20,9 @@ from typing import Any, Literal
 
 from coreg.config import option
 from coreg.errors import UserError, exits_with_one_line
-from coreg.settings import ImageConfig, JobConfig, TuningOptions, read_student, refuse_prefilter
+from coreg.nets.options import ImageConfig, TuningOptions
+from coreg.run.settings import read_student, refuse_prefilter
+from coreg.settings import JobConfig
 
 NAMES = {"probabilities": "Probe, soft labels", "sets": "Probe, candidate sets"}
 

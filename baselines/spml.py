@@ -18,7 +18,9 @@ from coreg.config import parse
 from coreg.errors import UserError, exits_with_one_line
 from coreg.learn.multi_options import NAMES, OFFICIAL, OPTIONS, MultiOptions
 from coreg.learn.options import CoRegOptions
-from coreg.settings import ImageConfig, JobConfig, TagJob, check_image_options, official, official_notes
+from coreg.nets.options import ImageConfig, check_image_options
+from coreg.run.settings import official, official_notes
+from coreg.settings import JobConfig, TagJob
 
 
 @exits_with_one_line
@@ -49,10 +51,9 @@ import torch
 
 from annotate_vlm import annotate_digits
 from coreg.learn.collective import my_slice
-from coreg.learn.coreg import cosine_lr
 from coreg.learn.multi import METHODS
 from coreg.learn.multi.method import MultiBatch, MultiMethod
-from coreg.learn.partial.method import Step
+from coreg.learn.schedules import Step, cosine_lr
 from coreg.report.report import summary
 from coreg.run.epoch import end_steps
 from coreg.run.job import open_run

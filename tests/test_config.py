@@ -15,7 +15,8 @@ import yaml
 
 from coreg.config import RECIPES, advanced, as_settings, as_yaml, beside_the_job, check_bounds, option, parse, read_recipe
 from coreg.errors import UserError
-from coreg.settings import ImageConfig, JobConfig
+from coreg.nets.options import ImageConfig
+from coreg.settings import JobConfig
 
 
 @dataclass

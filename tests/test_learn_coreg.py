@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from coreg.learn.coreg import CoRegBatch, CoRegLearner, WarmUpBatch, cosine_lr, ramp
+from coreg.learn.coreg import CoRegBatch, CoRegLearner, WarmUpBatch
 from coreg.learn.memory import Prototypes
 from coreg.learn.options import CoRegOptions
+from coreg.learn.schedules import cosine_lr, ramp
 from coreg.nets.model import Model
 from coreg.nets.preact import PreActResNet
 

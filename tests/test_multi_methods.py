@@ -13,10 +13,11 @@ from torch import nn
 from torchvision.ops import sigmoid_focal_loss
 
 from coreg.errors import UserError
+from coreg.learn.collective import my_rows
 from coreg.learn.multi import METHODS
 from coreg.learn.multi.method import MultiBatch
 from coreg.learn.multi_options import NAMES, OFFICIAL, OPTIONS, Name
-from coreg.learn.partial.method import Step, my_rows
+from coreg.learn.schedules import Step
 from coreg.settings import JobConfig
 from coreg.weak.multi import ObservedLabels
 

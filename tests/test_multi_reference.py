@@ -11,7 +11,7 @@ from coreg.learn.multi import METHODS
 from coreg.learn.multi.losses import large_losses
 from coreg.learn.multi.tables import initial_estimate
 from coreg.learn.multi_options import OPTIONS
-from coreg.learn.partial.method import Step
+from coreg.learn.schedules import Step
 from coreg.weak.multi import ObservedLabels
 
 FOLDER = Path(__file__).parent / "reference"

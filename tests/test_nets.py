@@ -27,9 +27,9 @@ from coreg.nets.model import (
     evaluate_lone_values,
     trained_with,
 )
+from coreg.nets.options import ImageConfig
 from coreg.nets.preact import PreActBlock
 from coreg.run.job import other_pixels
-from coreg.settings import ImageConfig
 
 
 def test_preact_resnet18_has_the_papers_shapes():

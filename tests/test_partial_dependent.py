@@ -8,8 +8,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from coreg.learn.partial import METHODS
-from coreg.learn.partial.method import Outputs, Step
+from coreg.learn.partial.method import Outputs
 from coreg.learn.partial_options import OPTIONS
+from coreg.learn.schedules import Step
 
 N, C, D = 7, 4, 3
 INDEX = torch.tensor([5, 0, 3, 2])

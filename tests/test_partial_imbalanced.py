@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from coreg.learn.partial import METHODS
-from coreg.learn.partial.method import PartialBatch, Step
+from coreg.learn.partial.method import PartialBatch
 from coreg.learn.partial.mixing import draw_partners, mixed_view, smallest
 from coreg.learn.partial.solar import transport_plan
 from coreg.learn.partial_options import OPTIONS
+from coreg.learn.schedules import Step
 from coreg.nets.model import Model
 from coreg.nets.preact import PreActResNet
 
@@ -220,6 +221,9 @@ def test_a_step_of_records(epoch):
     images, bias = torch.randn(3, 1, 8, 8).double(), head.bias.clone()
     torch.testing.assert_close(method.judged()(images)[0], method.net(images)[0] - (beta + 1e-9).log())
     assert torch.equal(head.bias, bias)
+    # and but for the bias it is no other one
+    of_net, judged = dict(method.net.named_parameters()), dict(method.judged().named_parameters())
+    assert {name for name, weight in judged.items() if weight is not of_net[name]} == {"backbone.fc.bias"}
 
 
 # ---- HTC ------------------------------------------------------------------------------------------------------------

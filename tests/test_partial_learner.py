@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from coreg.learn.partial import METHODS
-from coreg.learn.partial.method import PartialBatch, Step
+from coreg.learn.partial.method import PartialBatch
 from coreg.learn.partial_options import OPTIONS
+from coreg.learn.schedules import Step
 from coreg.nets.model import Model
 from coreg.nets.preact import PreActResNet
 

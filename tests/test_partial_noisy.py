@@ -9,8 +9,9 @@ from torch.nn import Identity
 from torch.nn import functional as F
 
 from coreg.learn.partial import METHODS
-from coreg.learn.partial.method import Mixed, Outputs, Step
+from coreg.learn.partial.method import Mixed, Outputs
 from coreg.learn.partial_options import OPTIONS
+from coreg.learn.schedules import Step
 
 CERTAIN = torch.arange(N) == 3
 

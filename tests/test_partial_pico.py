@@ -8,9 +8,10 @@ from torch.nn import Identity
 from torch.nn import functional as F
 
 from coreg.learn.partial import METHODS
-from coreg.learn.partial.method import Mixed, Outputs, Step
+from coreg.learn.partial.method import Mixed, Outputs
 from coreg.learn.partial.pico import nearest_contrast
 from coreg.learn.partial_options import OPTIONS
+from coreg.learn.schedules import Step
 
 N, C, D = 9, 4, 5
 INDEX = torch.tensor([6, 0, 3, 8])

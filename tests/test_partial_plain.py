@@ -9,8 +9,9 @@ import torch
 from torch.nn import Identity
 
 from coreg.learn.partial import METHODS
-from coreg.learn.partial.method import Outputs, PartialMethod, Step, within
+from coreg.learn.partial.method import Outputs, PartialMethod, within
 from coreg.learn.partial_options import OFFICIAL, OPTIONS, Name, View
+from coreg.learn.schedules import Step
 from coreg.settings import JobConfig
 from coreg.views.augment import VIEWS
 

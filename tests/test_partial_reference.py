@@ -10,9 +10,10 @@ from torch.nn import Identity
 from torch.nn import functional as F
 
 from coreg.learn.partial import METHODS, imbalanced, solar
-from coreg.learn.partial.method import Outputs, PartialBatch, Step
+from coreg.learn.partial.method import Outputs, PartialBatch
 from coreg.learn.partial.solar import transport_plan
 from coreg.learn.partial_options import OPTIONS
+from coreg.learn.schedules import Step
 from coreg.nets.model import Model
 from coreg.nets.preact import PreActResNet
 

@@ -30,7 +30,7 @@ from coreg.errors import UserError
 from coreg.run.loop import Run
 from coreg.store.__main__ import main as store_command
 from coreg.store.claims import BlockQueue
-from coreg.store.pixels import PixelWriter, begin, folder_name, make_manifest
+from coreg.store.pixels import PixelWriter, folder_name, make_manifest, start_folder
 from coreg.views import ahead
 from coreg.views.ahead import ReadAhead
 from coreg.views.order import ShuffledRows
@@ -58,7 +58,7 @@ def small_blocks(monkeypatch):
 def built(images, root, wanted=NONE, decode=PixelWriter.decode_block):
     """The folder of these images, finished as one process does it."""
     manifest = make_manifest(images, 8, 1, "squash")
-    begin(root, manifest, images, wanted)
+    start_folder(root, manifest, images, wanted)
     writer = PixelWriter(root, manifest)
     if not writer.finished:
         with BlockQueue(writer.root, writer.files) as queue:
@@ -125,7 +125,7 @@ def test_other_images_of_the_same_names_are_noticed(photos, tmp_path, small_bloc
         if path.name not in ("070.png", "149.png"):
             Image.new("RGB", (9, 9), (200, 10, 30)).save(path)
     with pytest.raises(UserError, match=r"holds other pixels of .*\(another set of the same names"):
-        begin(tmp_path / "px", make_manifest(open_images(str(other)), 8, 1, "squash"), open_images(str(other)), NONE)
+        start_folder(tmp_path / "px", make_manifest(open_images(str(other)), 8, 1, "squash"), open_images(str(other)), NONE)
 
 
 def test_an_image_that_is_wanted_and_could_not_be_read_is_tried_again(photos, tmp_path, small_blocks):
@@ -172,7 +172,7 @@ def test_damage_is_one_line_or_mended(photos, tmp_path, small_blocks):
     assert contents(built(images, root).root) == whole  # shorter than it has to be: nothing in it is believed
     record = root / "blocks" / "00001.safetensors"
     record.write_bytes(record.read_bytes()[:-1])
-    lines = begin(root, make_manifest(images, 8, 1, "squash"), images, NONE)
+    lines = start_folder(root, make_manifest(images, 8, 1, "squash"), images, NONE)
     assert len(lines) == 1 and lines[0].startswith("00001.safetensors") and not PixelWriter(root, writer.manifest).finished
     assert contents(built(images, root).root) == whole
 
@@ -183,7 +183,7 @@ def test_a_full_disk_is_one_line_and_keeps_what_is_there(photos, tmp_path, small
     with monkeypatch.context() as patched:
         patched.setattr(shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(10**6, 10**6 - 5000, 5000))
         with pytest.raises(UserError, match=r"150 decoded images take 0.0 MB in .*px, and for .* the disk has 0.0 MB left"):
-            begin(root, manifest, images, NONE)
+            start_folder(root, manifest, images, NONE)
         assert not root.exists() and not list(tmp_path.iterdir())
     write, calls = os.pwrite, []
 

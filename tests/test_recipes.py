@@ -19,9 +19,10 @@ from coreg.errors import UserError
 from coreg.learn.dividemix_options import DivideMixOptions
 from coreg.learn.options import CoRegOptions
 from coreg.nets.model import Model, create_backbone, parse_backbone_args
+from coreg.nets.options import ImageConfig
 from coreg.recipes import FOLDER, listing
 from coreg.recipes.__main__ import main
-from coreg.settings import ImageConfig, JobConfig
+from coreg.settings import JobConfig
 from coreg.views.augment import RANDAUGMENT
 from coreg.weak.__main__ import WeakConfig, read_superclasses
 

@@ -12,7 +12,7 @@ from runs import final_state, script
 import annotate_vlm
 import train_coreg
 from coreg.learn.partial_options import OFFICIAL, OPTIONS
-from coreg.settings import official_notes
+from coreg.run.settings import official_notes
 
 SCRIPTS = {"train_coreg": train_coreg, "annotate_vlm": annotate_vlm}
 SCRIPTS |= {name: script(name) for name in ("coop", "distill", "dividemix", "lora", "pll", "probe", "zero_shot")}

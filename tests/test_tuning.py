@@ -11,8 +11,9 @@ from torch import nn
 from coreg.export.ensemble import export, make_program
 from coreg.export.folder import load_export
 from coreg.learn.partial import METHODS
-from coreg.learn.partial.method import PartialBatch, Step
+from coreg.learn.partial.method import PartialBatch
 from coreg.learn.partial_options import OPTIONS
+from coreg.learn.schedules import Step
 from coreg.nets.model import Model, create_backbone
 from coreg.nets.tuning import Tuning
 

@@ -28,8 +28,9 @@ from coreg.config import SAFE_CSV, option, parse
 from coreg.data.decode import UnreadableImage
 from coreg.errors import UserError, exits_with_one_line
 from coreg.files import check_writable, file_name, making_folder, place_below, write_atomically
+from coreg.nets.options import check_pixels
 from coreg.plaintext import csv_rows, printable
-from coreg.settings import Place, check_pixels
+from coreg.settings import Place
 from coreg.store.manifest import block_files, read_manifest, same_command
 from coreg.store.merge import merge
 from coreg.store.store import AnnotationStore

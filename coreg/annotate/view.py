@@ -40,10 +40,10 @@ from coreg.data.sources import require_readable
 from coreg.errors import UserError, exits_with_one_line
 from coreg.files import write_atomically
 from coreg.nets.model import check_backbone, check_weights, create_backbone, parse_backbone_args, trained_with
+from coreg.nets.options import check_pixels
 from coreg.plaintext import printable
 from coreg.process import all_or_none, build_accelerator, main_process_decides
 from coreg.records import Number, RecordError, read_record
-from coreg.settings import check_pixels
 from coreg.store.blocks import DamagedBlockError, read_block, stacked
 from coreg.store.manifest import block_files
 from coreg.store.store import AnnotationStore

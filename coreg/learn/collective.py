@@ -47,3 +47,13 @@ def gather_rows(rows: Tensor, n: int) -> Tensor:
         pieces = [torch.empty_like(padded) for _ in range(world)]
         dist.all_gather(pieces, padded)
     return torch.cat([piece[:count] for piece, count in zip(pieces, counts)])
+
+
+def my_rows(index: Tensor) -> Tensor:
+    """This process's rows of the global batch `index`."""
+    return index[my_slice(len(index))]
+
+
+def write_rows(table: Tensor, index: Tensor, values: Tensor) -> None:
+    """Write the values of all processes' rows, (l, ...) each, into the table (N, ...)."""
+    table[index] = gather_rows(values, len(index)).to(table.dtype)

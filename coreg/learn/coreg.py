@@ -9,7 +9,6 @@ Shapes: n_x and n_u rows of P and U in the global step, l_x and l_u of them here
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -23,16 +22,6 @@ from coreg.learn.options import CoRegOptions
 from coreg.learn.pseudo import fuse_trusted, mix, sharpen
 from coreg.nets.model import Model
 from coreg.nets.tuners.frozen import moving_weights, sharing_copy
-
-
-def cosine_lr(epoch: int, peak: float, floor: float, horizon: int) -> float:
-    """Learning rate of an epoch: floor + (peak - floor) (1 + cos(pi epoch / horizon)) / 2."""
-    return floor + (peak - floor) * (1 + math.cos(math.pi * min(epoch, horizon) / horizon)) / 2
-
-
-def ramp(progress: float, length: float) -> float:
-    """lambda_u's factor after `progress` epochs since warm-up: linear from 0 to 1 over `length` epochs."""
-    return min(max(progress / length, 0.0), 1.0) if length else 1.0
 
 
 @dataclass

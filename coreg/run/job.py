@@ -23,6 +23,7 @@ from coreg.config import as_settings, as_yaml, beside_the_job, check_bounds
 from coreg.errors import UserError
 from coreg.files import sha256_of
 from coreg.nets.model import check_backbone, check_network, check_weights, parse_backbone_args, trained_with
+from coreg.nets.options import ANNOTATOR, ImageConfig, check_image_options
 from coreg.nets.tuners.apply import check_tuners
 from coreg.nets.tuners.audit import audit
 from coreg.plaintext import printable
@@ -35,7 +36,7 @@ from coreg.run.folder import RunFolder
 from coreg.run.loop import Run
 from coreg.run.task import known_labels, training_rows
 from coreg.run.training import build_model
-from coreg.settings import ANNOTATOR, ImageConfig, JobConfig, check_image_options, check_tracker
+from coreg.settings import JobConfig, check_tracker
 from coreg.store.store import AnnotationStore
 from coreg.weak.rules import parse_rule
 
@@ -102,7 +103,7 @@ def open_run(
             if image_options.backbone == ANNOTATOR:
                 main_process_decides(accelerator, hold)
                 image_options = annotators_tower(accelerator, folder, judged, image_options)
-            check_pixels(accelerator, image_options, len(store.class_names))
+            check_fit(accelerator, image_options, len(store.class_names))
         annotated = store
         if (features := refinement(job, image_options, store)) != "none":
             main_process_decides(accelerator, lambda: refuse_refining(store, features))
@@ -198,7 +199,7 @@ def annotators_tower(
     return dataclasses.replace(image_options, backbone=f"local-dir:{folder.tower}")
 
 
-def check_pixels(accelerator: Accelerator, image_options: ImageConfig, n_classes: int) -> None:
+def check_fit(accelerator: Accelerator, image_options: ImageConfig, n_classes: int) -> None:
     """Refuse a network that these images do not fit, and print a note where its weights want other pixels.
 
     Raises:

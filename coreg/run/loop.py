@@ -20,6 +20,7 @@ from coreg.errors import UserError
 from coreg.files import write_atomically
 from coreg.learn.two_nets import Divisions
 from coreg.nets.model import Model
+from coreg.nets.options import ImageConfig
 from coreg.plaintext import printable
 from coreg.process import main_process_decides
 from coreg.progress import ProgressFile, progress_bar
@@ -31,7 +32,7 @@ from coreg.run.folder import RunFolder
 from coreg.run.state import take_state
 from coreg.run.training import Training, build_model
 from coreg.run.watch import EXIT_INTERRUPTED, GOES_ON, STOP, Watch
-from coreg.settings import ImageConfig, JobConfig
+from coreg.settings import JobConfig
 from coreg.store.store import AnnotationStore
 
 BAR = "{desc} {percentage:3.0f}%|{bar}| epoch {n:.1f}/{total} [{elapsed}<{remaining}{postfix}]"

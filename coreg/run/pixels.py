@@ -29,7 +29,7 @@ from coreg.learn.collective import gather_rows, my_slice
 from coreg.plaintext import printable
 from coreg.process import all_or_none, main_process_decides
 from coreg.progress import progress_bar
-from coreg.store.pixels import PixelWriter, begin, folder_name, gigabytes, make_manifest
+from coreg.store.pixels import PixelWriter, folder_name, gigabytes, make_manifest, start_folder
 from coreg.views.ahead import ReadAhead
 from coreg.views.resident import TrainingImages
 
@@ -303,7 +303,7 @@ def _reading(run: Run, source: Source, root: Path) -> Read:
         if not _is_there(root, source):
             return False
         try:
-            begin(root, source.manifest(), source.images, np.zeros(0, dtype=np.int64))
+            start_folder(root, source.manifest(), source.images, np.zeros(0, dtype=np.int64))
         except UserError:  # other pixels lie there, or none that can be read, which `--pixels disk` reports
             return False
         return _is_there(root, source)
@@ -330,7 +330,7 @@ def _on_disk(run: Run, source: Source, root: Path, wanted: np.ndarray) -> Stored
         UserError: some of them cannot be read any more, the disk is full, or other images lie there.
     """
     accelerator, manifest = run.accelerator, source.manifest()
-    for line in main_process_decides(accelerator, lambda: begin(root, manifest, source.images, wanted)):
+    for line in main_process_decides(accelerator, lambda: start_folder(root, manifest, source.images, wanted)):
         accelerator.print(f"damaged, decoded again: {printable(line)}")
     writer = PixelWriter(root, manifest)
     if not main_process_decides(accelerator, lambda: writer.finished):

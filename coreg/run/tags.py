@@ -19,6 +19,7 @@ from coreg.errors import UserError
 from coreg.files import write_atomically
 from coreg.learn.multi.method import MultiMethod
 from coreg.learn.multi_options import MultiOptions
+from coreg.nets.options import ImageConfig
 from coreg.process import all_or_none, main_process_decides
 from coreg.report.multi_metrics import average_precisions, thresholds
 from coreg.report.record import SCHEMA, write_report
@@ -27,7 +28,7 @@ from coreg.report.tags import measured_splits, write_tags
 from coreg.run.pixels import training_images
 from coreg.run.task import predict, training_rows
 from coreg.run.training import Training
-from coreg.settings import ImageConfig, TagJob
+from coreg.settings import TagJob
 from coreg.store.store import AnnotationStore
 from coreg.views.resident import TrainingImages
 from coreg.weak.multi import ObservedLabels, published_split

@@ -16,10 +16,11 @@ from coreg.data.labels import few_shot_draw, read_labels
 from coreg.errors import UserError
 from coreg.learn.collective import gather_rows, my_slice
 from coreg.nets.model import Model
+from coreg.nets.options import ImageConfig
 from coreg.process import all_or_none
 from coreg.report.report import prefilter_line
 from coreg.run.pixels import training_images
-from coreg.settings import ImageConfig, JobConfig
+from coreg.settings import JobConfig
 from coreg.store.store import AnnotationStore
 from coreg.views.order import ShuffledRows, drawn_part
 from coreg.views.resident import TrainingImages

@@ -20,10 +20,11 @@ from coreg.learn.collective import gather_rows, rank_and_world
 from coreg.learn.two_nets import Divisions
 from coreg.nets.heads import ClassText
 from coreg.nets.model import Model, create_backbone, evaluate_lone_values, parse_backbone_args
+from coreg.nets.options import ImageConfig
 from coreg.nets.tuners.audit import audit
 from coreg.nets.tuning import start_head
 from coreg.run.task import Task, pooled
-from coreg.settings import ImageConfig, JobConfig
+from coreg.settings import JobConfig
 
 
 class Batch(Protocol):

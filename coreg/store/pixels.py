@@ -173,7 +173,7 @@ class PixelWriter(BlockWriter):
         return StoredPixels(str(self.path), descriptor, self.shape, np.concatenate(checksums)), errors
 
 
-def begin(root: Path, manifest: dict[str, Any], images: ImageList, wanted: np.ndarray) -> list[str]:
+def start_folder(root: Path, manifest: dict[str, Any], images: ImageList, wanted: np.ndarray) -> list[str]:
     """Make the folder, or go on with the one of the same images; one process of a job calls this.
 
     Blocks in which one of the rows `wanted` could not be read are decoded again: it could be read at some time.

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from coreg.learn.collective import gather_rows
+from coreg.learn.collective import gather_rows, my_rows
 from coreg.learn.multi.losses import count_regulariser
 from coreg.learn.multi_options import MultiOptions
-from coreg.learn.partial.method import Step, my_rows
+from coreg.learn.schedules import Step
 from coreg.weak.multi import ObservedLabels
 
 
@@ -60,9 +60,9 @@ class MultiMethod(nn.Module):
         self.net, self.options = net, options
         # they come from the data in every start
         self.register_buffer("observed", torch.from_numpy(weak.table).clone(), persistent=False)
-        self.begin(weak, seed, dtype)
+        self.init_state(weak, seed, dtype)
 
-    def begin(self, weak: ObservedLabels, seed: int, dtype: torch.dtype) -> None:
+    def init_state(self, weak: ObservedLabels, seed: int, dtype: torch.dtype) -> None:
         """Make the tables of the method."""
 
     def loss(self, logits: Tensor, index: Tensor, step: Step) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from coreg.learn.multi.losses import (
     with_entropy,
 )
 from coreg.learn.multi.method import MultiMethod, count_share
-from coreg.learn.partial.method import Step
+from coreg.learn.schedules import Step
 
 
 class AN(MultiMethod):

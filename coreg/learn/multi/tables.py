@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from coreg.data.keyed import keyed_uniform
 from coreg.errors import UserError
-from coreg.learn.collective import gather_rows
+from coreg.learn.collective import gather_rows, my_rows
 from coreg.learn.multi.losses import (
     ignore_unknown,
     large_losses,
@@ -22,7 +22,7 @@ from coreg.learn.multi.losses import (
 )
 from coreg.learn.multi.method import MultiMethod, count_share
 from coreg.learn.multi.plain import EM
-from coreg.learn.partial.method import Step, my_rows
+from coreg.learn.schedules import Step
 from coreg.weak.multi import ObservedLabels, pseudo_labels
 
 
@@ -34,7 +34,7 @@ class EMAPL(EM):
     the target. As in the authors' code the last of these rounds is trained on no more.
     """
 
-    def begin(self, weak: ObservedLabels, seed: int, dtype: torch.dtype) -> None:
+    def init_state(self, weak: ObservedLabels, seed: int, dtype: torch.dtype) -> None:
         self.register_buffer("soft", torch.full(weak.table.shape, -1, dtype=dtype))  # targets, -1 for none
 
     def loss(self, logits: Tensor, index: Tensor, step: Step) -> dict[str, Tensor]:
@@ -104,7 +104,7 @@ class LLCt(LLR):
 class LLCp(LLCt):
     """Large-loss correction for good: as many in every epoch, and all but the smallest of them stay present."""
 
-    def begin(self, weak: ObservedLabels, seed: int, dtype: torch.dtype) -> None:
+    def init_state(self, weak: ObservedLabels, seed: int, dtype: torch.dtype) -> None:
         # written to: checkpoints have to keep it
         self.register_buffer("observed", self.observed)
 
@@ -126,7 +126,7 @@ class ROLE(MultiMethod):
     outside of a batch too, by its memory of past gradients, as in the authors' code.
     """
 
-    def begin(self, weak: ObservedLabels, seed: int, dtype: torch.dtype) -> None:
+    def init_state(self, weak: ObservedLabels, seed: int, dtype: torch.dtype) -> None:
         n, n_labels = weak.table.shape
         uniform = keyed_uniform((seed, "role"), torch.arange(n), n_labels)
         self.estimate = nn.Parameter(initial_estimate(uniform.to(dtype), self.observed))
@@ -159,7 +159,7 @@ def initial_estimate(uniform: Tensor, observed: Tensor) -> Tensor:
 class VLPL(MultiMethod):
     """Vision-language pseudo-labels (Xing et al., CVPR workshops 2024): EM where the annotator suggests nothing."""
 
-    def begin(self, weak: ObservedLabels, seed: int, dtype: torch.dtype) -> None:
+    def init_state(self, weak: ObservedLabels, seed: int, dtype: torch.dtype) -> None:
         options = self.options
         if weak.similarity is None:
             raise UserError(f"--method {options.method} needs an annotator's evidence for each label, and there is none")

@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from coreg.learn.collective import my_rows, write_rows
 from coreg.learn.losses import log_probabilities
-from coreg.learn.partial.method import Outputs, PartialMethod, Step, my_rows, uniform, within, write
+from coreg.learn.partial.method import Outputs, PartialMethod, uniform, within
 from coreg.learn.partial.plain import PRODEN
+from coreg.learn.schedules import Step
 
 
 class AverageLoss(PartialMethod):
@@ -50,7 +52,7 @@ class CAVL(PRODEN):
     def update(self, outputs: Outputs, index: Tensor, step: Step) -> None:
         z, members = outputs.logits[0], self.candidates[my_rows(index)]
         best = (z * (1 - z).abs()).masked_fill(~members, -torch.inf).argmax(dim=1)
-        write(self.confidence, index, torch.nn.functional.one_hot(best, members.shape[1]))
+        write_rows(self.confidence, index, torch.nn.functional.one_hot(best, members.shape[1]))
 
 
 class POP(PRODEN):
@@ -61,8 +63,8 @@ class POP(PRODEN):
     and fewer than 1e-4 of all N C entries leave. Labels of a person are sets of one class and stay.
     """
 
-    def begin(self, candidates: Tensor, dtype: torch.dtype) -> None:
-        super().begin(candidates, dtype)
+    def init_state(self, candidates: Tensor, dtype: torch.dtype) -> None:
+        super().init_state(candidates, dtype)
         window = self.options.purify_window
         self.register_buffer("kept", candidates.clone())
         self.register_buffer("history", torch.zeros(window, *candidates.shape, dtype=dtype))
@@ -71,7 +73,7 @@ class POP(PRODEN):
     def update(self, outputs: Outputs, index: Tensor, step: Step) -> None:
         rows = my_rows(index)
         log_p = log_probabilities(outputs.logits[0])
-        write(self.confidence, index, within(log_p, self.confidence[rows] > 0))
+        write_rows(self.confidence, index, within(log_p, self.confidence[rows] > 0))
 
     def finish_epoch(self, step: Step) -> dict[str, float]:
         window = self.options.purify_window

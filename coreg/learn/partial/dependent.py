@@ -6,11 +6,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from coreg.learn.collective import gather_rows, my_slice
-from coreg.learn.coreg import ramp
+from coreg.learn.collective import gather_rows, my_rows, my_slice, write_rows
 from coreg.learn.losses import divergence, log_probabilities
-from coreg.learn.partial.method import Outputs, PartialMethod, Passes, Step, my_rows, uniform, within, write
+from coreg.learn.partial.method import Outputs, PartialMethod, Passes, uniform, within
 from coreg.learn.partial.plain import PRODEN
+from coreg.learn.schedules import Step, ramp
 from coreg.nets.tuners.frozen import moving_weights, sharing_copy
 
 
@@ -63,8 +63,8 @@ class IDGP(PartialMethod):
 
     inside, above = 1e-12, 1.0000001  # what is taken in log(f + inside), log(g + inside), log(above - g)
 
-    def begin(self, candidates: Tensor, dtype: torch.dtype) -> None:
-        super().begin(candidates, dtype)
+    def init_state(self, candidates: Tensor, dtype: torch.dtype) -> None:
+        super().init_state(candidates, dtype)
         self.generator = sharing_copy(self.net)
         for weight in moving_weights(self.generator, self.net)[0]:
             weight.requires_grad_(True)
@@ -97,8 +97,8 @@ class IDGP(PartialMethod):
     def update(self, outputs: Outputs, index: Tensor, step: Step) -> None:
         members = self.candidates[my_rows(index)]
         log_f, z = self._split(outputs)
-        write(self.confidence, index, within(log_f, members))
-        write(self.flips, index, z.sigmoid() * members)
+        write_rows(self.confidence, index, within(log_f, members))
+        write_rows(self.flips, index, z.sigmoid() * members)
 
     @staticmethod
     def _split(outputs: Outputs) -> tuple[Tensor, Tensor]:

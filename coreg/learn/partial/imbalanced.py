@@ -7,16 +7,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from coreg.learn.collective import gather_rows, my_slice
-from coreg.learn.coreg import ramp
+from coreg.learn.collective import gather_rows, my_rows, my_slice, write_rows
 from coreg.learn.losses import divergence, log_probabilities, soft_cross_entropy
-from coreg.learn.partial.method import Mixed, Outputs, PartialBatch, Passes, Step, my_rows, within, write
+from coreg.learn.partial.method import Mixed, Outputs, PartialBatch, Passes, within
 from coreg.learn.partial.mixing import draw_partners, mixed_view, smallest
 from coreg.learn.partial.plain import PRODEN
 from coreg.learn.pseudo import mix
+from coreg.learn.schedules import Step, ramp
 from coreg.nets.heads import GatedHeads, put_head
 from coreg.nets.model import Model
-from coreg.nets.tuners.frozen import sharing_copy
+from coreg.nets.tuners.frozen import shallow_copy
 
 
 @dataclass
@@ -44,8 +44,8 @@ class RECORDS(PRODEN):
     )
     eps = 1e-9
 
-    def begin(self, candidates: Tensor, dtype: torch.dtype) -> None:
-        super().begin(candidates, dtype)
+    def init_state(self, candidates: Tensor, dtype: torch.dtype) -> None:
+        super().init_state(candidates, dtype)
         self.register_buffer("feature_mean", torch.zeros(self.net.backbone.head_hidden_size, dtype=dtype))
 
     def passes(self, step: Step) -> Passes:
@@ -63,12 +63,12 @@ class RECORDS(PRODEN):
         return torch.log(beta + self.eps)
 
     def judged(self) -> Model:
-        net = sharing_copy(self.net)
-        classifier, correction = net.backbone.get_classifier(), -self.log_prior().detach()
-        if isinstance(classifier, nn.Linear):
-            classifier.bias += correction
-        else:
-            classifier.bias = correction
+        net = shallow_copy(self.net)
+        classifier, corrected = net.backbone.get_classifier(), -self.log_prior().detach()
+        if classifier.bias is not None:
+            corrected = classifier.bias.detach() + corrected
+        # a weight of a linear layer, a buffer of a `Head`
+        classifier.bias = nn.Parameter(corrected) if isinstance(classifier, nn.Linear) else corrected
         return net
 
     def _outputs(self, batch: PartialBatch) -> MixedPairOutputs:
@@ -103,7 +103,7 @@ class RECORDS(PRODEN):
         self.feature_mean.mul_(momentum).add_(mean, alpha=1 - momentum)
         if step.epoch >= self.options.update_start:
             log_ps = [log_probabilities(logits - self.log_prior()) for logits in outputs.logits]
-            write(self.confidence, index, within(sum(log_ps) / 2, self.candidates[my_rows(index)]))
+            write_rows(self.confidence, index, within(sum(log_ps) / 2, self.candidates[my_rows(index)]))
 
 
 @dataclass
@@ -134,8 +134,8 @@ class HTC(PRODEN):
         "(HTC); timm alone loads the first one, coreg.export.folder.load_export, coreg-predict and programs all of it"
     )
 
-    def begin(self, candidates: Tensor, dtype: torch.dtype) -> None:
-        super().begin(candidates, dtype)
+    def init_state(self, candidates: Tensor, dtype: torch.dtype) -> None:
+        super().init_state(candidates, dtype)
         put_head(self.net.backbone, GatedHeads(self.net.backbone.get_classifier()))
         self.register_buffer("prior", self._current_prior())
 
@@ -203,7 +203,7 @@ class HTC(PRODEN):
     def update(self, outputs: Outputs, index: Tensor, step: Step) -> None:
         rows, rate = my_rows(index), self.options.confidence_rate
         tail = log_probabilities(outputs.logits[0].chunk(2, dim=1)[1])
-        write(self.confidence, index, (1 - rate) * self.confidence[rows] + rate * within(tail, self.candidates[rows]))
+        write_rows(self.confidence, index, (1 - rate) * self.confidence[rows] + rate * within(tail, self.candidates[rows]))
 
     def finish_epoch(self, step: Step) -> dict[str, float]:
         self.prior.copy_(self._current_prior())

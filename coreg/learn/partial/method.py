@@ -16,30 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from coreg.learn.collective import gather_rows, my_slice
 from coreg.learn.losses import log_probabilities
 from coreg.learn.partial_options import PartialOptions
+from coreg.learn.schedules import Step
 from coreg.nets.model import Model
 from coreg.nets.tuners.frozen import moving_weights, sharing_copy
-
-
-@dataclass(frozen=True)
-class Step:
-    """When a step happens."""
-
-    epoch: int  # finished epochs
-    epochs: int  # in all
-    step: int = 0  # finished steps of this epoch
-    steps: int = 1  # of every epoch
-
-    @property
-    def taken(self) -> int:
-        """Finished steps of all epochs."""
-        return self.epoch * self.steps + self.step
-
-    def reached(self, part: float) -> bool:
-        """Whether this share of all epochs is over."""
-        return self.epoch >= part * self.epochs
 
 
 @dataclass(frozen=True)
@@ -127,13 +108,13 @@ class PartialMethod(nn.Module):
         # they come from the annotation store in every start
         self.register_buffer("candidates", candidates.clone(), persistent=False)
         self.register_buffer("certain", certain.clone(), persistent=False)
-        self.begin(candidates, dtype)
+        self.init_state(candidates, dtype)
         if self.passes(Step(0, 1)).key is not None:
             self.key_net = sharing_copy(net)
             self._average = get_ema_multi_avg_fn(options.key_momentum)
         self._unread: list[PartialBatch] = []
 
-    def begin(self, candidates: Tensor, dtype: torch.dtype) -> None:
+    def init_state(self, candidates: Tensor, dtype: torch.dtype) -> None:
         """Make the tables of the method. Candidates: bool (N, C)."""
 
     def passes(self, step: Step) -> Passes:
@@ -233,16 +214,6 @@ class PartialMethod(nn.Module):
         if batch.mixed is not None:
             outputs.mixed = Mixed(self.net(batch.mixed)[0], batch.partner, batch.share_kept)
         return outputs
-
-
-def my_rows(index: Tensor) -> Tensor:
-    """This process's rows of the global batch `index`."""
-    return index[my_slice(len(index))]
-
-
-def write(table: Tensor, index: Tensor, values: Tensor) -> None:
-    """Write the values of all processes' rows, (l, ...) each, into the table (N, ...)."""
-    table[index] = gather_rows(values, len(index)).to(table.dtype)
 
 
 def uniform(candidates: Tensor, dtype: torch.dtype) -> Tensor:

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from coreg.learn.collective import gather_rows
+from coreg.learn.collective import gather_rows, my_rows, write_rows
 from coreg.learn.losses import log_probabilities, soft_cross_entropy
 from coreg.learn.options import Contrast
-from coreg.learn.partial.method import Outputs, Passes, Step, my_rows, write
+from coreg.learn.partial.method import Outputs, Passes
 from coreg.learn.partial.pico import PiCO
 from coreg.learn.pseudo import mix
+from coreg.learn.schedules import Step
 
 
 class NoisyPiCO(PiCO):
@@ -39,8 +40,8 @@ class ALIMOnehot(NoisyPiCO):
 
     score_temperature = 0.07
 
-    def begin(self, candidates: Tensor, dtype: torch.dtype) -> None:
-        super().begin(candidates, dtype)
+    def init_state(self, candidates: Tensor, dtype: torch.dtype) -> None:
+        super().init_state(candidates, dtype)
         self.register_buffer("weight", torch.zeros((), dtype=dtype))
         # one place an image, so that each counts once; nan: not seen in this epoch
         self.register_buffer("log_margin", torch.full((len(candidates),), torch.nan, dtype=dtype))
@@ -59,7 +60,7 @@ class ALIMOnehot(NoisyPiCO):
         log_score, members = self._log_score(outputs.features[0]), self.candidates[my_rows(index)]
         inside = log_score.masked_fill(~members, -torch.inf).amax(dim=1)
         outside = log_score.masked_fill(members, -torch.inf).amax(dim=1)
-        write(self.log_margin, index, inside - outside)
+        write_rows(self.log_margin, index, inside - outside)
         super().update(outputs, index, step)
 
     def finish_epoch(self, step: Step) -> dict[str, float]:
@@ -109,8 +110,8 @@ class IRNet(NoisyPiCO):
 
     alpha, beta = 6.0, 1.0  # weights of cross-entropy and reverse cross-entropy in the symmetric one
 
-    def begin(self, candidates: Tensor, dtype: torch.dtype) -> None:
-        super().begin(candidates, dtype)
+    def init_state(self, candidates: Tensor, dtype: torch.dtype) -> None:
+        super().init_state(candidates, dtype)
         self.register_buffer("candidates", candidates.clone())  # in checkpoints: they grow
         self.margin = self.options.correction_margin / candidates.shape[1]
 
@@ -146,5 +147,5 @@ class IRNet(NoisyPiCO):
         noisy = first & second & (new_class == same_class) & ~self.certain[rows]
         added = F.one_hot(new_class, members.shape[1]).bool() & noisy[:, None]
         confidence = torch.where(added, scores.to(confidence.dtype), confidence)
-        write(self.confidence, index, confidence / confidence.sum(dim=1, keepdim=True))
-        write(self.candidates, index, members | added)
+        write_rows(self.confidence, index, confidence / confidence.sum(dim=1, keepdim=True))
+        write_rows(self.candidates, index, members | added)

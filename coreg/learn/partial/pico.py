@@ -6,12 +6,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from coreg.learn.collective import gather_rows, my_slice
+from coreg.learn.collective import gather_rows, my_rows, my_slice, write_rows
 from coreg.learn.losses import contrastive_loss, log_probabilities, prototype_log_probabilities, soft_cross_entropy
 from coreg.learn.memory import Prototypes, Queue
 from coreg.learn.options import Contrast
-from coreg.learn.partial.method import Outputs, PartialMethod, Passes, Step, my_rows, uniform, write
+from coreg.learn.partial.method import Outputs, PartialMethod, Passes, uniform
 from coreg.learn.pseudo import mix
+from coreg.learn.schedules import Step
 
 
 def nearest_contrast(
@@ -46,8 +47,8 @@ class PiCO(PartialMethod):
     score_temperature = 1.0
     first_epoch = 0  # how the authors number the first epoch
 
-    def begin(self, candidates: Tensor, dtype: torch.dtype) -> None:
-        super().begin(candidates, dtype)
+    def init_state(self, candidates: Tensor, dtype: torch.dtype) -> None:
+        super().init_state(candidates, dtype)
         self.prototypes = Prototypes(candidates.shape[1], self.options.projection_dim).to(dtype)
         self.queue = Queue(self.options.queue_size, self.options.projection_dim).to(dtype)
         self.register_buffer("confidence", uniform(candidates, dtype))
@@ -65,7 +66,7 @@ class PiCO(PartialMethod):
 
     def update(self, outputs: Outputs, index: Tensor, step: Step) -> None:
         n, reliable = len(index), self._reliable(index)
-        write(self.confidence, index, self._next_confidence(outputs, my_rows(index), step))
+        write_rows(self.confidence, index, self._next_confidence(outputs, my_rows(index), step))
         labels, features = self._labels(outputs, index), gather_rows(outputs.features[0].detach(), n)
         self.prototypes.update(features, labels, self.options.prototype_momentum, reliable)
         self.queue.enqueue(gather_rows(outputs.keys, n), labels, reliable)
@@ -158,8 +159,8 @@ class PiCOPlus(PiCO):
     all_weight = 0.1  # of the contrast that believes every label, of the neighbours, and of the guessed targets
     reliable_weight = 2.0
 
-    def begin(self, candidates: Tensor, dtype: torch.dtype) -> None:
-        super().begin(candidates, dtype)
+    def init_state(self, candidates: Tensor, dtype: torch.dtype) -> None:
+        super().init_state(candidates, dtype)
         # infinitely far: not seen yet
         self.register_buffer("distance", torch.full((len(candidates),), torch.inf, dtype=dtype))
         self.register_buffer("reliable", torch.ones(len(candidates), dtype=torch.bool))
@@ -189,7 +190,7 @@ class PiCOPlus(PiCO):
     def update(self, outputs: Outputs, index: Tensor, step: Step) -> None:
         log_p = log_probabilities(outputs.logits[0]) + self._log_trust(my_rows(index))
         own = self.prototypes.value[log_p.argmax(dim=1)]
-        write(self.distance, index, -(outputs.features[0] * own).sum(dim=1))
+        write_rows(self.distance, index, -(outputs.features[0] * own).sum(dim=1))
         super().update(outputs, index, step)
 
     def finish_epoch(self, step: Step) -> dict[str, float]:

@@ -8,9 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from coreg.learn.coreg import ramp
+from coreg.learn.collective import my_rows, write_rows
 from coreg.learn.losses import divergence, log_probabilities, partial_cross_entropy, soft_cross_entropy
-from coreg.learn.partial.method import Outputs, PartialMethod, Passes, Step, my_rows, uniform, within, write
+from coreg.learn.partial.method import Outputs, PartialMethod, Passes, uniform, within
+from coreg.learn.schedules import Step, ramp
 
 _EPS = 1e-8  # keeps log(1 - f) finite, as in the LW authors' definition
 
@@ -32,8 +33,8 @@ class PRODEN(PartialMethod):
     c starts uniform on the candidate set; after each step c_j is proportional to y_j f_j, with f as it was before the step.
     """
 
-    def begin(self, candidates: Tensor, dtype: torch.dtype) -> None:
-        super().begin(candidates, dtype)
+    def init_state(self, candidates: Tensor, dtype: torch.dtype) -> None:
+        super().init_state(candidates, dtype)
         self.register_buffer("confidence", uniform(candidates, dtype))
 
     def loss(self, outputs: Outputs, index: Tensor, step: Step) -> dict[str, Tensor]:
@@ -42,7 +43,7 @@ class PRODEN(PartialMethod):
 
     def update(self, outputs: Outputs, index: Tensor, step: Step) -> None:
         log_p = log_probabilities(outputs.logits[0])
-        write(self.confidence, index, within(log_p, self.candidates[my_rows(index)]))
+        write_rows(self.confidence, index, within(log_p, self.candidates[my_rows(index)]))
 
 
 class RC(PRODEN):
@@ -60,8 +61,8 @@ class LWC(PartialMethod):
 
     reads_again = True
 
-    def begin(self, candidates: Tensor, dtype: torch.dtype) -> None:
-        super().begin(candidates, dtype)
+    def init_state(self, candidates: Tensor, dtype: torch.dtype) -> None:
+        super().init_state(candidates, dtype)
         self.register_buffer("weights", torch.full(candidates.shape, 1 / candidates.shape[1], dtype=dtype))
 
     @staticmethod
@@ -78,7 +79,7 @@ class LWC(PartialMethod):
 
     def update(self, outputs: Outputs, index: Tensor, step: Step) -> None:
         log_p, members = log_probabilities(outputs.logits[0]), self.candidates[my_rows(index)]
-        write(self.weights, index, within(log_p, members) + within(log_p, ~members))
+        write_rows(self.weights, index, within(log_p, members) + within(log_p, ~members))
 
 
 class LWS(LWC):
@@ -98,8 +99,8 @@ class CRDPLL(PartialMethod):
     1/3, restricted to the candidate set and renormalised. A truth outside its candidate set is never found again.
     """
 
-    def begin(self, candidates: Tensor, dtype: torch.dtype) -> None:
-        super().begin(candidates, dtype)
+    def init_state(self, candidates: Tensor, dtype: torch.dtype) -> None:
+        super().init_state(candidates, dtype)
         self.register_buffer("confidence", uniform(candidates, dtype))
 
     def passes(self, step: Step) -> Passes:
@@ -117,4 +118,4 @@ class CRDPLL(PartialMethod):
 
     def update(self, outputs: Outputs, index: Tensor, step: Step) -> None:
         log_mean = torch.stack([log_probabilities(logits) for logits in outputs.logits]).mean(dim=0)
-        write(self.confidence, index, within(log_mean, self.candidates[my_rows(index)]))
+        write_rows(self.confidence, index, within(log_mean, self.candidates[my_rows(index)]))

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from coreg.learn.collective import gather_rows, my_slice
-from coreg.learn.coreg import ramp
+from coreg.learn.collective import gather_rows, my_rows, my_slice
 from coreg.learn.losses import log_probabilities, soft_cross_entropy
-from coreg.learn.partial.method import Mixed, Outputs, PartialBatch, Passes, Step, my_rows, uniform
+from coreg.learn.partial.method import Mixed, Outputs, PartialBatch, Passes, uniform
 from coreg.learn.partial.mixing import draw_partners, mixed_view, smallest
 from coreg.learn.partial.plain import PRODEN
 from coreg.learn.pseudo import mix
+from coreg.learn.schedules import Step, ramp
 
 
 def transport_plan(scores: Tensor, prior: Tensor, power: float = 3.0, iterations: int = 50) -> Tensor:
@@ -64,8 +64,8 @@ class SoLar(PRODEN):
 
     surveys = True
 
-    def begin(self, candidates: Tensor, dtype: torch.dtype) -> None:
-        super().begin(candidates, dtype)
+    def init_state(self, candidates: Tensor, dtype: torch.dtype) -> None:
+        super().init_state(candidates, dtype)
         n_classes = candidates.shape[1]
         self.register_buffer("prior", torch.full((n_classes,), 1 / n_classes, dtype=dtype))
         # scores of earlier batches, the newest first; the plan takes them in once the last row is written

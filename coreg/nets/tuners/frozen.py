@@ -1,4 +1,4 @@
-"""What frozen weights save: copies that share them, and half their memory in mixed precision.
+"""Copies that share weights, and what frozen weights save: half their memory in mixed precision.
 
 Frozen blocks before the first trained one keep no graph by themselves: nothing that goes into them wants a gradient.
 """
@@ -17,6 +17,11 @@ def sharing_copy(net: Net) -> Net:
     """A copy without gradient that shares the frozen weights of `net` and has the others of its own."""
     shared = {id(weight): weight for weight in net.parameters() if not weight.requires_grad}
     return copy.deepcopy(net, shared).requires_grad_(False)
+
+
+def shallow_copy(net: Net) -> Net:
+    """A copy that shares all weights and statistics of `net`, so that a module of it can be changed alone at no cost."""
+    return copy.deepcopy(net, {id(tensor): tensor for tensor in (*net.parameters(), *net.buffers())})
 
 
 def moving_weights(copied: nn.Module, net: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
