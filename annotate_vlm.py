@@ -15,6 +15,9 @@
     accelerate launch annotate_vlm.py --rescore ann --classes other.txt --output_dir ann2
         judges the same images under other class names or templates, from the features in ann; no image is read
 
+    accelerate launch annotate_vlm.py --rescore ann --descriptions names.json --output_dir ann2
+        judges them again by names and descriptions, {"crow": ["a black bird with a black bill"], ...}
+
 Every image is judged under every prompt template. The store keeps the evidence (votes, mean probabilities, features) block
 by block; nothing is decided yet. The same command again goes on where it was stopped, with any number of processes, which
 may also be started one by one on several machines that share the folder.
@@ -22,7 +25,7 @@ may also be started one by one on several machines that share the folder.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from coreg.annotate.settings import GLYPH_CLIP, AnnotateConfig
 from coreg.config import check_bounds, parse
@@ -53,13 +56,16 @@ import transformers
 from accelerate import Accelerator, PartialState
 
 import coreg
-from coreg.annotate.annotators import load_annotator
+from coreg.annotate.annotators import SAME, Annotator, ClipAnnotator, load_annotator
 from coreg.annotate.chat import CHAT_TEMPLATES
 from coreg.annotate.exported import RUN_TEMPLATES, run_class_names
 from coreg.annotate.health import REPORTS, notes_of, write_report
-from coreg.annotate.models import ModelSpec, resolve
-from coreg.annotate.prompts import TEMPLATES, read_templates
+from coreg.annotate.models import PRECISIONS, ModelSpec, resolve
+from coreg.annotate.prompts import TEMPLATES, read_descriptions, read_templates
+from coreg.annotate.scores import TextSide
 from coreg.annotate.summary import summary
+from coreg.annotate.texts import compare_texts
+from coreg.annotate.textual import kept_side, model_of
 from coreg.annotate.work import annotated, every_block, rescored
 from coreg.data.class_names import read_class_names
 from coreg.data.images import ImageList, absolute_path, list_hash, translated
@@ -69,6 +75,7 @@ from coreg.demo.annotator import demo_templates
 from coreg.plaintext import printable
 from coreg.process import build_accelerator, main_process_decides
 from coreg.store.store import AnnotationStore, StoreWriter, continued, make_manifest
+from coreg.store.texts import TextFeatures, read_texts, write_texts
 
 
 @dataclass
@@ -76,7 +83,7 @@ class Job:
     """What the main process knows before anything is written."""
 
     manifest: dict[str, Any]  # of the store; of a new one, but for what only the loaded model can tell
-    model: ModelSpec  # the annotator's
+    model: ModelSpec | None  # the annotator's; None where the store that is judged again keeps all texts
     finished: bool  # whether the store is there and whole
 
 
@@ -118,18 +125,17 @@ def annotate(config: AnnotateConfig, accelerator: Accelerator | None = None) -> 
     # The text side is encoded once, here; from now on an image costs one pass through the image tower.
     if config.vlm == GLYPH_CLIP and config.images != "builtin:digits":
         accelerator.print(f"note: {GLYPH_CLIP} reads single digits and nothing else; name another model with --vlm")
-    names, precision = manifest["class_names"], manifest["model"]["precision"]
-    annotator = load_annotator(job.model, manifest["templates"], names, accelerator.device, precision, config.chat_mode)
-    for note in annotator.notes:
+    source = AnnotationStore.open(config.rescore) if config.rescore else None
+    annotator, preprocessing, notes, kept = judge_of(job, source, config.chat_mode, accelerator.device)
+    for note in notes:
         accelerator.print(f"note: {printable(note)}")
-    details = {"features": annotator.features, "preprocessing": annotator.preprocessing, "versions": versions()}
+    details = {"features": annotator.features, "preprocessing": preprocessing, "versions": versions()}
     writer = StoreWriter(root, manifest | details)
-    main_process_decides(accelerator, lambda: writer.start(opened[0]))
+    main_process_decides(accelerator, lambda: start(writer, opened[0], kept))
     for line in main_process_decides(accelerator, writer.discard_damaged):
         accelerator.print(f"damaged, annotated again: {printable(line)}")
 
-    if config.rescore:
-        source = AnnotationStore.open(config.rescore)
+    if source is not None:
         evidence = partial(rescored, source=source, annotator=annotator, batch_size=config.batch_size)
     else:
         more = {"batch_size": config.batch_size, "workers": config.workers}
@@ -147,6 +153,39 @@ def annotate(config: AnnotateConfig, accelerator: Accelerator | None = None) -> 
     return store
 
 
+def judge_of(
+    job: Job, source: AnnotationStore | None, chat_mode: str, device: torch.device
+) -> tuple[Annotator | TextSide, dict[str, Any], list[str], Callable[[], TextFeatures | None]]:
+    """What judges images, its preprocessing, notes for the person, and what makes the texts that its store keeps.
+
+    Raises:
+        UserError: the model cannot be had, or two classes are the same to it.
+    """
+    manifest = job.manifest
+    names, templates, descriptions = manifest["class_names"], manifest["templates"], manifest.get("descriptions")
+    temperature = manifest["model"].get("temperature") or 1.0
+    if job.model is None:
+        side = kept_side(source, templates, names, descriptions, temperature, device)
+        spec, uncut = manifest["model"]["spec"], torch.zeros(len(names), dtype=torch.bool)
+        notes = compare_texts(side.text, uncut, templates, names, spec, SAME[PRECISIONS[manifest["model"]["precision"]]])
+        return side, source.manifest["preprocessing"], notes, source.kept_texts
+    precision = manifest["model"]["precision"]
+    annotator = load_annotator(job.model, templates, names, device, precision, chat_mode, descriptions, temperature)
+    kept = annotator.kept_texts if isinstance(annotator, ClipAnnotator) else lambda: None
+    return annotator, annotator.preprocessing, annotator.notes, kept
+
+
+def start(writer: StoreWriter, images: ImageList, kept: Callable[[], TextFeatures | None]) -> None:
+    """Make the folder or go on with it, and let it keep the texts that images are compared with.
+
+    Raises:
+        UserError: it holds something else, or cannot be written.
+    """
+    writer.start(images)
+    if read_texts(writer.root, writer.manifest) is None and (texts := kept()) is not None:
+        write_texts(writer.root, writer.manifest, texts)
+
+
 def job_on_images(config: AnnotateConfig, opened: list[ImageList]) -> Job:
     """Check the whole job before anything is written.
 
@@ -158,6 +197,10 @@ def job_on_images(config: AnnotateConfig, opened: list[ImageList]) -> Job:
         UserError: the first thing that is wrong.
     """
     model = resolve(config.vlm)
+    for name in ("descriptions", "temperature"):
+        if getattr(config, name) is not None and model.kind in ("chat", "run"):
+            kind = "a chat model" if model.kind == "chat" else "a finished run"
+            raise UserError(f"--{name} is for models of the CLIP family, and {model.spec} is {kind}; leave it out")
     class_names = read_class_names(config.classes) if config.classes else None
     if model.kind == "run":
         class_names = classes_of_run(config, model, class_names)
@@ -172,7 +215,11 @@ def job_on_images(config: AnnotateConfig, opened: list[ImageList]) -> Job:
     identity = {"spec": model.spec, "weights": model.weights, "precision": config.precision}
     if model.kind == "chat":
         identity["mode"] = config.chat_mode
+    if config.temperature not in (None, 1.0):
+        identity["temperature"] = config.temperature
     details = {"data_root": str(absolute_path(config.data_root)), "notes": images.notes}
+    if config.descriptions:
+        details["descriptions"] = read_descriptions(config.descriptions, class_names)
     manifest = make_manifest(images, class_names, templates, identity, config.block_size, **details)
     manifest, finished = check_folder(config, manifest, images)
     if not finished:
@@ -203,20 +250,27 @@ def job_on_store(config: AnnotateConfig, opened: list[ImageList]) -> Job:
         UserError: the first thing that is wrong.
     """
     store = AnnotationStore.open(config.rescore)
+    store.need_annotator()
     store.need_features()
-    model = resolve(store.manifest["model"]["spec"])
-    if model.kind == "run":
-        raise UserError(f"{model.spec} is a finished run, which reads no texts to judge again by; annotate the images anew")
-    if model.weights != store.manifest["model"]["weights"]:
-        raise UserError(f"{model.spec} is not what made {config.rescore}: its files changed; annotate the images again")
     class_names = read_class_names(config.classes) if config.classes else store.class_names
     templates = read_templates(config.templates) if config.templates else store.templates
+    descriptions = read_descriptions(config.descriptions, class_names) if config.descriptions else store.descriptions
+    if descriptions is not None and (others := [name for name in class_names if name not in descriptions]):
+        raise UserError(
+            f"{config.rescore} was annotated with descriptions, of which there is none for {others[0]!r}; describe the "
+            f"classes of {config.classes} with --descriptions names.json"
+        )
+    model = None if kept_side(store, templates, class_names, descriptions) is not None else model_of(store)
+    temperature = store.temperature if config.temperature is None else config.temperature
+    by = {name: value for name, value in store.manifest["model"].items() if name != "temperature"}
+    by |= {} if temperature == 1 else {"temperature": temperature}
     labels = None if store.labels is None else translated(store.labels, store.class_names, class_names)
     tags = None if store.tags is None else translated_tags(store.tags, store.class_names, class_names)
     images = dataclasses.replace(store.image_list(), labels=labels, tags=tags)
     opened.append(images)
-    kept = {key: store.manifest[key] for key in ("model", "block_size", "data_root")} | {"notes": notes_of(store.manifest)}
-    manifest = make_manifest(images, class_names, templates, **kept)
+    kept = {key: store.manifest[key] for key in ("block_size", "data_root")} | {"notes": notes_of(store.manifest)}
+    kept |= {} if descriptions is None else {"descriptions": {name: descriptions[name] for name in class_names}}
+    manifest = make_manifest(images, class_names, templates, by, **kept)
     manifest, finished = check_folder(config, manifest, images)
     return Job(manifest, model, finished)
 

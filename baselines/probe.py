@@ -125,11 +125,11 @@ def text_start(run: Run, name: str) -> tuple[Tensor | None, float]:
     refined = run.store.manifest.get("refined")
     try:
         store = AnnotationStore.open(refined["source"]) if refined else run.store
-        annotator = text_side(store, store.templates)
+        side = text_side(store, store.templates)
     except UserError as error:
         run.accelerator.print(f"note: the cosine head begins with the classes' mean features, not with texts ({error})")
         return None, SCALE
-    return torch.from_numpy(class_embeddings(annotator)), annotator.towers.scale
+    return torch.from_numpy(class_embeddings(side)), side.scale
 
 
 def targets_of(task: Task[ProbeOptions]) -> Tensor:

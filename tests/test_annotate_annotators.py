@@ -15,7 +15,7 @@ from runs import error_of
 from safetensors.torch import load_file, save_file
 
 from coreg import hub
-from coreg.annotate import annotators, models
+from coreg.annotate import models, scores
 from coreg.annotate.annotators import ClipAnnotator, load_annotator
 from coreg.annotate.models import load_open_clip, resolve
 from coreg.errors import UserError
@@ -108,7 +108,7 @@ def test_the_result_does_not_depend_on_chunks_or_batches(tiny, monkeypatch):
     annotator = ClipAnnotator(resolve(f"local-dir:{tiny}"), TEMPLATES, NAMES)
     whole = judged(annotator, batch())
     parts = [judged(annotator, part) for part in batch().split([1, 13, 6])]
-    monkeypatch.setattr(annotators, "SCORES_AT_ONCE", 1)  # one template at a time
+    monkeypatch.setattr(scores, "SCORES_AT_ONCE", 1)  # one template at a time
     single = judged(annotator, batch())
     for index in range(3):
         joined = torch.cat([part[index] for part in parts])

@@ -94,6 +94,7 @@ def test_stores_that_cannot_be_judged_again_are_one_line(place, capsys):
     plain.write_all(store.images(), lambda rows: {"votes": store.votes()[rows], "probs": store.probs()[rows]})
     assert "keeps no features" in refused(capsys, place, "--rescore", str(place / "plain"))
     save_tiny_clip(place / "model", seed=3)
-    assert "is not what made" in refused(capsys, place, "--rescore", str(place / "ann"))
+    others = ["--rescore", str(place / "ann"), "--classes", str(place / "others.txt")]
+    assert "is not what made" in refused(capsys, place, *others)
     shutil.rmtree(place / "model")
-    assert "does not exist" in refused(capsys, place, "--rescore", str(place / "ann"))
+    assert "does not exist" in refused(capsys, place, *others)

@@ -52,7 +52,7 @@ def test_rows_within_the_tolerance_are_equal_and_others_are_not():
 
 def test_one_template_is_a_note_and_every_template_an_error():
     features = torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(0))
-    names, templates, none = ["a", "b", "c", "d"], ["one {}", "two {}"], torch.zeros(8, dtype=torch.bool)
+    names, templates, none = ["a", "b", "c", "d"], ["one {}", "two {}"], torch.zeros(4, dtype=torch.bool)
     assert compare_texts(features.view(8, 8), none, templates, names, "m", 0.0) == []
     features[1, 3] = features[1, 1]
     (note,) = compare_texts(features.view(8, 8), none, templates, names, "m", 0.0)
@@ -64,7 +64,7 @@ def test_one_template_is_a_note_and_every_template_an_error():
         compare_texts, features.view(8, 8), none, templates, names, "m", 0.0
     )
     cut = none.clone()
-    cut[[2, 6, 7]] = True
+    cut[[2, 3]] = True
     (note,) = compare_texts(torch.randn(8, 8), cut, templates, names, "m", 0.0)
     assert "2 of 4 classes ('c', 'd')" in note
 

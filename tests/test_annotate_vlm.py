@@ -164,7 +164,7 @@ def test_the_same_command_again_does_nothing(place, finished, capsys, monkeypatc
 @pytest.mark.parametrize("workers", [0, 2])
 def test_killed_and_started_again_gives_the_same_store(place, finished, tmp_path, monkeypatch, workers):
     output = tmp_path / "ann"
-    real, left = files.os.fsync, [12]
+    real, left = files.os.fsync, [13]
 
     def dies(descriptor):
         left[0] -= 1
@@ -173,7 +173,7 @@ def test_killed_and_started_again_gives_the_same_store(place, finished, tmp_path
         real(descriptor)
 
     monkeypatch.setattr(files.os, "fsync", dies)
-    # four files, flushed again with the folder that holds them, and three blocks are there; the fourth block is torn
+    # four files, flushed again with the folder that holds them, the texts and three blocks are there; the fourth is torn
     with pytest.raises(KeyboardInterrupt):
         main(arguments(place, output, workers=workers))
     monkeypatch.setattr(files.os, "fsync", real)

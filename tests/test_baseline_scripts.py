@@ -88,7 +88,7 @@ def test_one_template_alone_says_what_it_voted_and_all_together_what_is_stored(d
     annotator = text_side(digits, digits.templates)
     features = torch.from_numpy(digits.features()).float()
     text = annotator.text.view(len(digits.templates), len(digits.class_names), -1)
-    every = [torch.softmax(annotator.towers.scale * features @ one.T, dim=1).numpy() for one in text]
+    every = [torch.softmax(annotator.scale * features @ one.T, dim=1).numpy() for one in text]
     single = single_template_probabilities(digits)
     assert single.dtype == np.float16 and (single.argmax(axis=1) == digits.votes()[:, 0]).mean() > 0.999
     np.testing.assert_allclose(single, every[0], atol=1e-3)
@@ -132,6 +132,9 @@ def test_an_annotator_that_cannot_be_had_is_named(tmp_path):
             root=tmp_path,
             class_names=["a", "b"],
             templates=["{}"],
+            descriptions=None,
+            temperature=1.0,
+            kept_texts=lambda: None,
             need_annotator=lambda: None,
             need_features=lambda: None,
         )

@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from coreg.errors import UserError
 from coreg.nets.heads import Head, back_projected, class_features, put_head, random_weight
@@ -63,7 +64,7 @@ def test_text_becomes_weights_as_in_public_code(name):
     owners = {"default": owner, "ensemble": owner.repeat(3)}
     raw["descriptor"] = numbers["text_raw_descriptors"]
     owners["descriptor"] = owner.repeat_interleave(numbers["descriptor_count"])
-    text = class_features(raw[name], owners[name], C)
+    text = class_features(F.normalize(raw[name], dim=1), owners[name], C)
     weight = back_projected(text, numbers["projection"].T)
     torch.testing.assert_close(weight, numbers[f"weight_{name}"])
     without_projection = {"default": "weight_resnet", "ensemble": "weight_ensemble_resnet"}

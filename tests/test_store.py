@@ -159,8 +159,8 @@ def test_folders_that_are_no_finished_store_are_one_line(tmp_path):
 
     write_store(tmp_path / "next")
     manifest = json.loads((tmp_path / "next" / "manifest.json").read_text())
-    (tmp_path / "next" / "manifest.json").write_text(json.dumps(manifest | {"version": 4}))
-    assert "schema coreg-annotations version 4 but this coreg reads" in error_of(AnnotationStore.open, tmp_path / "next")
+    (tmp_path / "next" / "manifest.json").write_text(json.dumps(manifest | {"version": 5}))
+    assert "schema coreg-annotations version 5 but this coreg reads" in error_of(AnnotationStore.open, tmp_path / "next")
     manifest.pop("templates")
     (tmp_path / "next" / "manifest.json").write_text(json.dumps(manifest))
     assert "there is no 'templates'" in error_of(AnnotationStore.open, tmp_path / "next")

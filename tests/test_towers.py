@@ -12,7 +12,7 @@ import timm
 import torch
 import yaml
 from PIL import Image
-from runs import final_state, on_two_processes, refused, same_curves, script
+from runs import error_of, final_state, on_two_processes, refused, same_curves, script
 from safetensors.torch import load_file, save_file
 from test_annotate_annotators import save_tiny_clip
 from test_tuners_lora import save
@@ -21,9 +21,11 @@ from torch.nn import functional as F
 
 import annotate_vlm
 import train_coreg
+from coreg.annotate import tower
 from coreg.annotate.annotators import ClipAnnotator, load_towers
 from coreg.annotate.models import resolve
-from coreg.annotate.tower import class_texts, disagreement, read_descriptions, write_tower
+from coreg.annotate.prompts import read_descriptions
+from coreg.annotate.tower import class_texts, disagreement, write_tower
 from coreg.errors import UserError
 from coreg.export.folder import load_export, read_settings, write_settings
 from coreg.export.predict import load_classifier
@@ -31,6 +33,7 @@ from coreg.nets.heads import ClassText, back_projected
 from coreg.nets.model import Model, create_backbone
 from coreg.nets.towers import timm_tower
 from coreg.nets.tuning import Tuning
+from coreg.run.job import persons_files
 from coreg.store.preprocessing import annotators_pixels
 from coreg.store.store import AnnotationStore
 from coreg.weak.__main__ import main as draw
@@ -121,7 +124,7 @@ def test_text_becomes_the_weights_of_a_head(store, tmp_path):
     texts, classes = class_texts(store, "default", None)
     assert texts == ["a photo of a a cat.", "a photo of a the dog.", "a photo of a blue whale."]
     assert class_texts(store, "classname", None)[0] == ["a cat", "the dog", "blue whale"]
-    assert class_texts(store, "annotator", None)[0][1] == "a photo of a the_dog"
+    assert class_texts(store, "annotator", None) is None  # as they stand in the store
     assert len(class_texts(store, "ensemble", None)[0]) == 27 * 3
     write_tower(store, tmp_path / "tower", "default")
     towers = load_towers(resolve(store.manifest["model"]["spec"]), CPU, "fp32")
@@ -136,11 +139,59 @@ def test_text_becomes_the_weights_of_a_head(store, tmp_path):
         torch.testing.assert_close(weight, back_projected(text.features, text.projection))
 
 
+def test_texts_that_the_store_keeps_are_not_encoded_again(store, tmp_path, monkeypatch):
+    (tmp_path / "d.json").write_text(json.dumps({name: [f"it is {name}"] for name in NAMES}))
+    write_tower(store, tmp_path / "loaded", "ensemble")
+    shutil.copytree(store.root, tmp_path / "old")
+    (tmp_path / "old" / "texts.safetensors").unlink()  # as in a store of an earlier version
+    old = AnnotationStore.open(tmp_path / "old")
+    kept = ("default", "classname", "annotator")
+    for name in kept:
+        write_tower(old, tmp_path / f"{name} anew", name)
+
+    def without_text(*arguments):
+        towers = load_towers(*arguments)
+        towers.text = None
+        return towers
+
+    monkeypatch.setattr(tower, "load_towers", without_text)
+    for name in kept:
+        write_tower(store, tmp_path / name, name)
+        mine, theirs = (ClassText.read(tmp_path / folder) for folder in (name, f"{name} anew"))
+        assert torch.equal(mine.features, theirs.features) and mine.scale == theirs.scale
+    for name, more in {"ensemble": None, "default": tmp_path / "d.json"}.items():
+        with pytest.raises(TypeError):
+            write_tower(store, tmp_path / "none", name, more and str(more))
+
+
+def test_descriptions_of_the_annotation_are_texts_for_a_head(store, tmp_path, capsys):
+    described = {name: [f"it is {name}", "it has fur"][: 1 + (name == "the_dog")] for name in NAMES}
+    (tmp_path / "d.json").write_text(json.dumps(described))
+    words = ["--rescore", store.root, "--descriptions", tmp_path / "d.json", "--output_dir", tmp_path / "ann"]
+    annotate_vlm.main([*map(str, words), "--workers", "0"])
+    again = AnnotationStore.open(tmp_path / "ann")
+    write_tower(again, tmp_path / "own", "descriptions")
+    write_tower(store, tmp_path / "file", "default", str(tmp_path / "d.json"))
+    own, given = (ClassText.read(tmp_path / name).features for name in ("own", "file"))
+    torch.testing.assert_close(own, given)
+    with pytest.raises(UserError, match="was annotated without descriptions; give some with --descriptions"):
+        write_tower(store, tmp_path / "none", "descriptions")
+    # those that images were annotated with: the untouched model says what the annotator said, with descriptions too
+    write_tower(again, tmp_path / "tower", "annotator")
+    backbone = create_backbone(f"local-dir:{tmp_path / 'tower'}", 3, 3, {}, pretrained=False)
+    Tuning(("linear",), head="projected").apply(backbone, 3, ClassText.read(tmp_path / "tower"))
+    images = again.images()
+    batch = torch.stack([torch.from_numpy(np.array(images.load(row))) for row in range(12)]).permute(0, 3, 1, 2)
+    with torch.no_grad():
+        probs = Model(backbone, 4).eval().logits((batch / 255 - 0.5) / 0.25).softmax(1)
+    np.testing.assert_allclose(probs, again.probs().astype(np.float32), atol=2e-2)
+
+
 def test_what_cannot_be_taken_over_is_refused_in_one_line(store, tmp_path):
     (tmp_path / "d.json").write_text(json.dumps({"a cat": ["x"], "the_dog": [], "blue whale": ["y"]}))
     with pytest.raises(UserError, match="has no text for 'the_dog'"):
         read_descriptions(str(tmp_path / "d.json"), NAMES)
-    with pytest.raises(UserError, match="does not describe every class"):
+    with pytest.raises(UserError, match="does not describe 'fox'"):
         read_descriptions(str(tmp_path / "d.json"), [*NAMES, "fox"])
     with pytest.raises(UserError, match="a Linear is neither a ViT nor a ResNet"):
         timm_tower(types.SimpleNamespace(visual=nn.Linear(2, 2)), 16)
@@ -160,6 +211,18 @@ def test_pixels_of_an_annotator_are_those_it_was_made_with():
     _, image_options, _ = script("pll").read_settings(["--backbone", "annotator", "--image_size", "64"])
     assert image_options.image_size == 64
     assert annotators_pixels("nowhere") == {}
+
+
+def test_other_descriptions_make_another_run(tmp_path):
+    words = ["--backbone", "annotator", "--head_init", "text", "--descriptions", str(tmp_path / "d.json")]
+    job, image_options, _ = script("pll").read_settings(words)
+    assert "cannot read the descriptions in" in error_of(persons_files, job, image_options)
+    hashes = []
+    for content in ("{}", "[]", "{}"):
+        (tmp_path / "d.json").write_text(content)
+        hashes.append(persons_files(job, image_options))
+    assert hashes[0] == hashes[2] != hashes[1] and set(hashes[0]) == {"descriptions"}
+    assert persons_files(*script("pll").read_settings([])[:2]) == {}
 
 
 @pytest.fixture(scope="module")

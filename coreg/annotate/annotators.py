@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from PIL import Image
 
 from coreg.annotate.models import PRECISIONS, ModelSpec, load_open_clip, load_transformers, one_line
-from coreg.annotate.prompts import prompts
+from coreg.annotate.prompts import CLASSNAME, PHOTO, plain_names, prompts
+from coreg.annotate.scores import TextSide, description_texts, judging_texts
 from coreg.annotate.texts import compare_texts
 from coreg.errors import UserError
+from coreg.store.texts import TextFeatures
 
-SCORES_AT_ONCE = 1 << 24  # logits of a batch that are held at the same time: 64 MB of float32
 SAME = {torch.float32: 1e-6, torch.bfloat16: 1e-3, torch.float16: 1e-3}  # features of length 1 that differ by rounding
 
 
@@ -49,8 +49,13 @@ def load_annotator(
     device: torch.device | str = "cpu",
     precision: str = "fp32",
     chat_mode: str = "likelihood",
+    descriptions: Mapping[str, Sequence[str]] | None = None,
+    temperature: float = 1.0,
 ) -> Annotator:
     """The annotator for a model.
+
+    Args:
+        chat_mode: of chat models. descriptions, temperature: of models of the CLIP family.
 
     Raises:
         UserError: the model cannot be had.
@@ -64,7 +69,7 @@ def load_annotator(
         from coreg.annotate.exported import RunAnnotator
 
         return RunAnnotator(model.name, class_names, device)
-    return ClipAnnotator(model, templates, class_names, device, precision)
+    return ClipAnnotator(model, templates, class_names, device, precision, descriptions, temperature)
 
 
 @dataclass
@@ -200,18 +205,11 @@ def _pooled(output: Any) -> torch.Tensor:
     return output if torch.is_tensor(output) else output.pooler_output
 
 
-class ClipAnnotator:
-    """A model of the CLIP family with its text side encoded once, as one (T*C, D) matrix.
+class ClipAnnotator(TextSide):
+    """A model of the CLIP family with its text side encoded once.
 
-    Templates are judged one by one, as in the papers' multi-template union: x_t = s * r . E_t with image feature r and
-    text features E_t of length 1; template t votes argmax x_t, and the mean over t of p_t = softmax(x_t) is the averaged
-    probability (an average of probabilities, not CLIP's average of text embeddings). s is the model's own exp(logit_scale),
-    about 100 for trained CLIP models, where the papers' code has the constant 100. Models trained with a sigmoid (SigLIP)
-    are scored their own way: p_t is sigmoid(x_t + bias), divided by its sum over the classes because the store's
-    probabilities sum to 1; the vote is the same argmax.
-
-    r is rounded to float16 before it is judged, so that what is stored is what was judged: scoring the stored features
-    again gives the same votes.
+    Image features r are rounded to float16 before they are judged, so that what is stored is what was judged: scoring the
+    stored features again gives the same votes.
     """
 
     collate = staticmethod(torch.stack)
@@ -223,8 +221,13 @@ class ClipAnnotator:
         class_names: Sequence[str],
         device: torch.device | str = "cpu",
         precision: str = "fp32",
+        descriptions: Mapping[str, Sequence[str]] | None = None,
+        temperature: float = 1.0,
     ) -> None:
         """Load the model and encode the T*C prompts.
+
+        Args:
+            descriptions: class name -> texts, see `judging_texts`.
 
         Raises:
             UserError: the model cannot be had, or two classes are the same to it under every template.
@@ -232,29 +235,55 @@ class ClipAnnotator:
         self.device, self.dtype = torch.device(device), PRECISIONS[precision]
         self.towers = load_towers(model, self.device, precision)
         self.preprocess, self.preprocessing = self.towers.preprocess, self.towers.preprocessing
-        self.shape = (len(templates), len(class_names))
+        self.encoded: list[tuple[list[str], torch.Tensor]] = []
         with _usable(model):
-            self.text = self._encode(prompts(templates, class_names))
-        if not torch.isfinite(self.text).all():
+            text = judging_texts(self._encode, templates, class_names, descriptions)
+        if not torch.isfinite(text).all():
             raise UserError(
                 f"{model.spec} gives text features that are not finite; its weights are damaged, get them again"
             )
-        self.features = self.text.shape[1]
-        self.notes = self._compare(templates, class_names, model.spec)
+        super().__init__(text, len(class_names), self.towers.scale, self.towers.bias, temperature)
+        self.class_names = class_names
+        self.notes = self._compare(templates, class_names, descriptions, model.spec)
 
-    def _compare(self, templates: Sequence[str], class_names: Sequence[str], model: str) -> list[str]:
-        texts = prompts(templates, class_names)
+    def _compare(
+        self,
+        templates: Sequence[str],
+        class_names: Sequence[str],
+        descriptions: Mapping[str, Sequence[str]] | None,
+        model: str,
+    ) -> list[str]:
+        cut = self._cut(prompts(templates, class_names)).view(self.shape).any(dim=0)
+        if descriptions is not None:
+            texts, classes = description_texts(class_names, descriptions)
+            cut[classes[self._cut(texts)]] = True
+        return compare_texts(self.text, cut, templates, class_names, model, SAME[self.dtype])
+
+    def _cut(self, texts: list[str]) -> torch.Tensor:
+        """bool (m,): the texts that are longer than what the model reads."""
         cut = torch.zeros(len(texts), dtype=torch.bool)
         # no tokenizer makes more of plain letters than a token each, a first and a last one, and one for the beginning
         some = [i for i, text in enumerate(texts) if not text.isascii() or len(text) + 3 > self.towers.context]
         for at in range(0, len(some), 256):
             cut[some[at : at + 256]] = self.towers.cut([texts[i] for i in some[at : at + 256]])
-        return compare_texts(self.text, cut, templates, class_names, model, SAME[self.dtype])
+        return cut
 
     @torch.inference_mode()
     def _encode(self, texts: list[str]) -> torch.Tensor:
         parts = [self.towers.text(self.towers.tokenize(texts[at : at + 256])) for at in range(0, len(texts), 256)]
-        return torch.nn.functional.normalize(torch.cat(parts).float(), dim=-1)
+        features = torch.nn.functional.normalize(torch.cat(parts).float(), dim=-1)
+        self.encoded.append((texts, features))
+        return features
+
+    def kept_texts(self) -> TextFeatures:
+        """What of the text side belongs into a store: all texts that were encoded, and the two that heads begin with."""
+        for template in (PHOTO, CLASSNAME):
+            self._encode(prompts([template], plain_names(self.class_names)))
+        first: dict[str, int] = {}
+        for place, text in enumerate(text for texts, _ in self.encoded for text in texts):
+            first.setdefault(text, place)
+        features = torch.cat([features for _, features in self.encoded]).cpu().numpy()
+        return TextFeatures(list(first), features[list(first.values())], self.scale, self.bias)
 
     @torch.inference_mode()
     def annotate(self, batch: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -269,20 +298,3 @@ class ClipAnnotator:
         images = batch.to(self.device, self.dtype, non_blocking=True)
         features = torch.nn.functional.normalize(self.towers.image(images).float(), dim=-1).half()
         return self.score(features) | {"features": features}
-
-    @torch.inference_mode()
-    def score(self, features: torch.Tensor | np.ndarray) -> dict[str, torch.Tensor]:
-        """Votes and probabilities (see `annotate`) of images whose features are float16 (n, D)."""
-        features = torch.as_tensor(features).to(self.device).float()
-        templates, classes = self.shape
-        votes = torch.empty(len(features), templates, dtype=torch.int16, device=self.device)
-        probs = torch.zeros(len(features), classes, device=self.device)
-        step = max(1, SCORES_AT_ONCE // (max(1, len(features)) * classes))
-        for start in range(0, templates, step):
-            text = self.text[start * classes : (start + step) * classes]
-            logits = (self.towers.scale * features @ text.T).view(len(features), -1, classes)
-            votes[:, start : start + step] = logits.argmax(dim=2).to(torch.int16)
-            if self.towers.bias is not None:  # the logarithm keeps classes apart whose sigmoids are all nearly zero
-                logits = torch.nn.functional.logsigmoid(logits + self.towers.bias)
-            probs += logits.softmax(dim=2).sum(dim=1)
-        return {"votes": votes, "probs": (probs / templates).half()}

@@ -25,6 +25,17 @@ class AnnotateConfig:
     templates: str | None = option(
         None, "text file with one prompt template a line; default: the papers' 27, for chat models six questions"
     )
+    descriptions: str | None = option(
+        None,
+        'JSON file, class name to a list of texts that describe the class, such as {"crow": ["a black bird"]}, which count '
+        "as much as the name (CLIP and SigLIP)",
+    )
+    temperature: float | None = option(
+        None,
+        "by which scores are divided before they become probabilities (CLIP and SigLIP); default: 1, or the store's own "
+        "with --rescore",
+        (1e-3, 1e3),
+    )
     output_dir: str = option("runs/demo/annotations", "folder of the annotation store")
     rescore: str | None = option(None, "annotation store with features to judge again, instead of --images and --vlm")
     precision: Literal["fp32", "bf16", "fp16"] = option("fp32", "type of the model's weights and computations")

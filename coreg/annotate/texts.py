@@ -62,7 +62,7 @@ def compare_texts(
     """Look for texts that are cut off, and for classes with the same text features.
 
     Args:
-        features: (T*C, D), template by template. cut: bool (T*C,), of texts longer than what the model reads.
+        features: (T*C, D), template by template. cut: bool (C,), classes with a text longer than what the model reads.
         tolerance: up to which features count as equal.
 
     Returns:
@@ -75,7 +75,7 @@ def compare_texts(
     numbers = torch.stack([same_rows(text, tolerance) for text in features.view(*shape, -1)], dim=1)
     refuse_same(numbers, class_names, model)
     notes = []
-    if long := cut.view(shape).any(dim=0).nonzero()[:, 0].tolist():
+    if long := cut.nonzero()[:, 0].tolist():
         names = ", ".join(repr(class_names[c]) for c in long[:SHOWN]) + " …" * (len(long) > SHOWN)
         notes.append(
             f"{model} does not read to the end of the texts of {len(long)} of {len(class_names)} classes ({names}); "

@@ -1,34 +1,106 @@
-"""The text side of the annotator that made a store, loaded anew: what stored features say under other texts."""
+"""What stored features say under texts: those that the store keeps, or the annotator's text side, loaded anew."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 
 from coreg.annotate.annotators import ClipAnnotator
-from coreg.annotate.models import resolve
+from coreg.annotate.models import ModelSpec, resolve
+from coreg.annotate.scores import TextSide, judging_texts
 from coreg.errors import UserError
 from coreg.store.store import AnnotationStore
 
+AT_ONCE = 4096  # images that are judged at the same time
 
-def text_side(store: AnnotationStore, templates: Sequence[str], device: torch.device | str = "cpu") -> ClipAnnotator:
-    """The annotator of `store` with other templates for the same class names; its `score` takes the stored features.
+
+def kept_side(
+    store: AnnotationStore,
+    templates: Sequence[str],
+    class_names: Sequence[str],
+    descriptions: Mapping[str, Sequence[str]] | None,
+    temperature: float = 1.0,
+    device: torch.device | str = "cpu",
+) -> TextSide | None:
+    """A text side from what the store keeps; None where it keeps nothing, or not all of these texts. No model is loaded."""
+    kept = store.kept_texts()
+    if kept is None:
+        return None
+
+    def encode(texts: list[str]) -> torch.Tensor:
+        return torch.from_numpy(kept.of(texts)).to(device)
+
+    try:
+        text = judging_texts(encode, templates, class_names, descriptions)
+    except KeyError:
+        return None
+    return TextSide(text, len(class_names), kept.scale, kept.bias, temperature)
+
+
+def model_of(store: AnnotationStore) -> ModelSpec:
+    """The annotator of a store, to be loaded again.
 
     Raises:
-        UserError: nobody annotated, the store keeps no features, or its annotator has no text side, cannot be had, or has
-            changed since.
+        UserError: there is none, it cannot be had, or has changed since.
     """
     store.need_annotator()
     made_by = store.manifest["model"]
     store.need_features()
     model = resolve(made_by["spec"])
     if model.weights != made_by["weights"]:
-        raise UserError(f"{model.spec} is not what made {store.root}: its files changed")
+        raise UserError(f"{model.spec} is not what made {store.root}: its files changed; annotate the images again")
     if model.kind == "run":
-        raise UserError(f"{model.spec} is a finished run, which compares images with no texts")
-    return ClipAnnotator(model, templates, store.class_names, device, made_by["precision"])
+        raise UserError(f"{model.spec} is a finished run, which reads no texts to judge by")
+    return model
+
+
+def text_side(store: AnnotationStore, templates: Sequence[str], device: torch.device | str = "cpu") -> TextSide:
+    """The text side of the annotator of `store` with other templates for the same classes; its `score` takes features.
+
+    The model is loaded where the store does not keep these texts.
+
+    Raises:
+        UserError: nobody annotated, the store keeps no features, or its annotator has no text side, cannot be had, or has
+            changed since.
+    """
+    store.need_annotator()
+    store.need_features()
+    how = store.descriptions, store.temperature
+    side = kept_side(store, templates, store.class_names, *how, device)
+    if side is not None:
+        return side
+    precision = store.manifest["model"]["precision"]
+    return ClipAnnotator(model_of(store), templates, store.class_names, device, precision, *how)
+
+
+def evidence(
+    store: AnnotationStore, temperature: float = 1.0, device: torch.device | str = "cpu"
+) -> tuple[np.ndarray, np.ndarray]:
+    """What the annotator says at a temperature, from a store's features; no image is opened.
+
+    The scores of a template are divided by the temperature before they become probabilities: above 1 they are less sure.
+    Votes are the same at every temperature.
+
+    Returns:
+        votes int16 (N, T), -1 for images that could not be read; mean over the templates of the class probabilities,
+        float32 (N, C), uniform for those.
+
+    Raises:
+        UserError: as `text_side`.
+    """
+    side = text_side(store, store.templates, device)
+    side.temperature = temperature
+    votes, probs = [], []
+    for _, tensors in store.parts():
+        for start in range(0, len(tensors["features"]), AT_ONCE):
+            some = side.judge(tensors["features"][start : start + AT_ONCE])
+            votes.append(some[0].cpu().numpy())
+            probs.append(some[1].cpu().numpy())
+    votes, probs = np.concatenate(votes), np.concatenate(probs)
+    votes[store.unreadable], probs[store.unreadable] = -1, 1 / len(store.class_names)
+    return votes, probs
 
 
 def single_template_probabilities(store: AnnotationStore, device: torch.device | str = "cpu") -> np.ndarray:
@@ -39,14 +111,14 @@ def single_template_probabilities(store: AnnotationStore, device: torch.device |
     """
     if store.manifest["model"]["spec"].startswith("run:"):  # of one template, and without a text side
         return store.probs()
-    annotator = text_side(store, store.templates[:1], device)
-    return np.concatenate([annotator.score(tensors["features"])["probs"].cpu().numpy() for _, tensors in store.parts()])
+    side = text_side(store, store.templates[:1], device)
+    return np.concatenate([side.score(tensors["features"])["probs"].cpu().numpy() for _, tensors in store.parts()])
 
 
-def class_embeddings(annotator: ClipAnnotator) -> np.ndarray:
+def class_embeddings(side: TextSide) -> np.ndarray:
     """One text feature a class, float32 (C, D) of length 1: the mean over the templates of features of length 1."""
-    templates, classes = annotator.shape
-    text = annotator.text.view(templates, classes, -1).mean(dim=0)
+    templates, classes = side.shape
+    text = side.text.view(templates, classes, -1).mean(dim=0)
     return torch.nn.functional.normalize(text, dim=1).cpu().numpy()
 
 
@@ -58,8 +130,8 @@ def averaged_embedding_logits(store: AnnotationStore, device: torch.device | str
     Raises:
         UserError: as `text_side`.
     """
-    annotator = text_side(store, store.templates, device)
-    text = np.float32(annotator.towers.scale) * class_embeddings(annotator)
+    side = text_side(store, store.templates, device)
+    text = np.float32(side.scale / side.temperature) * class_embeddings(side)
     return np.concatenate([t["features"].astype(np.float32) @ text.T for _, t in store.parts()])
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
 from pathlib import Path
 
 import timm
@@ -13,17 +13,16 @@ from torch.nn import functional as F
 
 from coreg.annotate.annotators import Towers, load_towers
 from coreg.annotate.models import one_line, resolve
-from coreg.annotate.prompts import TEMPLATES, prompts
+from coreg.annotate.prompts import CLASSNAME, PHOTO, TEMPLATES, plain_names, prompts, read_descriptions
+from coreg.annotate.scores import description_texts, judging_texts
 from coreg.errors import UserError
 from coreg.files import making_folder
 from coreg.nets.heads import ClassText, class_features
 from coreg.nets.towers import ImageTower, timm_tower
-from coreg.records import RecordError, read_record
 from coreg.store.preprocessing import annotators_pixels
 from coreg.store.store import AnnotationStore
 
 TOLERANCE = 1e-5  # between features of length 1 of the two forms
-PHOTO = "a photo of a {}."
 
 
 def write_tower(
@@ -54,6 +53,7 @@ def write_tower(
     if model.kind in ("chat", "run"):
         kind = "a chat model" if model.kind == "chat" else "a finished run"
         raise UserError(f"{model.spec} is {kind}, whose image tower is no backbone; name a timm model with --backbone")
+    texts = None if head_prompts is None else class_texts(annotated, head_prompts, descriptions)
     towers = load_towers(model, torch.device("cpu"), "fp32")
     try:
         size = towers.preprocess(Image.new("RGB", (64, 64))).shape[-1]
@@ -66,9 +66,7 @@ def write_tower(
         raise UserError(
             f"the image tower of {model.spec} cannot be taken over by timm ({reason}); name a timm model with --backbone"
         ) from None
-    text = None
-    if head_prompts is not None:
-        text = _class_text(annotated, towers, tower, class_texts(annotated, head_prompts, descriptions))
+    text = None if head_prompts is None else _class_text(annotated, towers, tower, texts)
     with making_folder(folder, "free some space, then the same command goes on", replace=True) as temporary:
         pixels = annotators_pixels(str(annotated.root))
         tower.network.pretrained_cfg = dict(tower.network.pretrained_cfg) | {
@@ -93,52 +91,54 @@ def disagreement(towers: Towers, tower: ImageTower, size: int) -> float:
     return float((F.normalize(h, dim=1) - F.normalize(towers.image(pixels), dim=1)).abs().max())
 
 
-def class_texts(store: AnnotationStore, head_prompts: str, descriptions: str | None) -> tuple[list[str], Tensor]:
-    """Texts of the classes, and int64 (m,) of which class each is.
+def class_texts(store: AnnotationStore, head_prompts: str, descriptions: str | None) -> tuple[list[str], Tensor] | None:
+    """Texts of the classes, and int64 (m,) of which class each is; None for those that images were annotated with.
 
     Args:
-        head_prompts: `default`, `classname`, `ensemble`, or `annotator` for the store's own templates. descriptions: JSON
-            file of texts by class name, which take the place of prompts.
+        head_prompts: `default`, `classname`, `ensemble`, `descriptions` for those of the annotation, or `annotator`.
+        descriptions: JSON file of texts by class name, which take the place of prompts.
 
     Raises:
-        UserError: the file is no such file.
+        UserError: the file is no such file, or there are no descriptions.
     """
     names = store.class_names
-    if descriptions is not None:
-        by_name = read_descriptions(descriptions, names)
-        texts = [text for name in names for text in by_name[name]]
-        return texts, torch.tensor([number for number, name in enumerate(names) for _ in by_name[name]])
-    templates = {"default": [PHOTO], "classname": ["{}"], "ensemble": TEMPLATES, "annotator": store.templates}[head_prompts]
-    if head_prompts != "annotator":  # as in PartialCLIP; an annotator was given the names as they are
-        names = [name.replace("_", " ") for name in names]
-    return prompts(templates, names), torch.arange(len(names)).repeat(len(templates))
+    if descriptions is not None or head_prompts == "descriptions":
+        texts = store.descriptions if descriptions is None else read_descriptions(descriptions, names)
+        if texts is None:
+            raise UserError(
+                f"--head_prompts descriptions: {store.root} was annotated without descriptions; give some with "
+                f"--descriptions names.json"
+            )
+        return description_texts(names, texts)
+    if head_prompts == "annotator":
+        return None
+    templates = {"default": [PHOTO], "classname": [CLASSNAME], "ensemble": TEMPLATES}[head_prompts]
+    return prompts(templates, plain_names(names)), torch.arange(len(names)).repeat(len(templates))
 
 
-def read_descriptions(path: str, class_names: Sequence[str]) -> Mapping[str, list[str]]:
-    """A JSON file with a list of texts for every class name.
-
-    Raises:
-        UserError: it cannot be read, or lacks a class.
-    """
-    example = 'write for example {"cat": ["a small animal with whiskers", "a pet that purrs"]}'
-    try:
-        texts = read_record(Path(path), {name: [str] for name in class_names})
-    except RecordError as error:
-        raise UserError(f"--descriptions {path} does not describe every class ({error}); {example}") from None
-    empty = [name for name in class_names if not texts[name]]
-    if empty:
-        raise UserError(f"--descriptions {path} has no text for {empty[0]!r}; {example}")
-    return texts
-
-
-def _class_text(store: AnnotationStore, towers: Towers, tower: ImageTower, texts: tuple[list[str], Tensor]) -> ClassText:
+def _class_text(
+    store: AnnotationStore, towers: Towers, tower: ImageTower, texts: tuple[list[str], Tensor] | None
+) -> ClassText:
+    """What a head begins with; `texts` are encoded, but for those that the store keeps in full precision."""
     if tower.projection is None:
         raise UserError(
             f"{store.manifest['model']['spec']} compares images with texts after more than a linear projection, so that "
             f"texts are no weights for a head; choose another --head_init"
         )
-    sentences, classes = texts
-    with torch.no_grad():
+    kept = store.kept_texts() if store.manifest["model"]["precision"] == "fp32" else None
+
+    @torch.no_grad()
+    def encode(sentences: list[str]) -> Tensor:
+        if kept is not None:
+            with contextlib.suppress(KeyError):
+                return torch.from_numpy(kept.of(sentences))
         parts = [towers.text(towers.tokenize(sentences[at : at + 256])) for at in range(0, len(sentences), 256)]
-    features = class_features(torch.cat(parts).float(), classes, len(store.class_names))
-    return ClassText(features, *tower.projection, towers.scale)
+        return F.normalize(torch.cat(parts).float(), dim=-1)
+
+    if texts is None:
+        encoded, count = judging_texts(encode, store.templates, store.class_names, store.descriptions), len(store.templates)
+        classes = torch.arange(len(store.class_names)).repeat(count)
+    else:
+        encoded, classes = encode(texts[0]), texts[1]
+    features = class_features(encoded, classes, len(store.class_names))
+    return ClassText(features, *tower.projection, towers.scale / store.temperature)

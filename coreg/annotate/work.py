@@ -17,7 +17,8 @@ from accelerate import Accelerator
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from coreg.annotate.annotators import Annotator, ClipAnnotator
+from coreg.annotate.annotators import Annotator
+from coreg.annotate.scores import TextSide
 from coreg.data.decode import UnreadableImage
 from coreg.data.eight_bit import USES_FEW_BITS
 from coreg.data.images import ImageList
@@ -240,7 +241,7 @@ def _joined(parts: list[dict[str, torch.Tensor | list]]) -> dict[str, np.ndarray
 
 
 def rescored(
-    blocks: Iterator[int], progress: Progress, source: AnnotationStore, annotator: ClipAnnotator, batch_size: int
+    blocks: Iterator[int], progress: Progress, source: AnnotationStore, annotator: TextSide, batch_size: int
 ) -> Iterator[Evidence]:
     """The evidence of blocks, from the features in those of another store.
 

@@ -56,10 +56,10 @@ class TuningOptions:
         "random",
         "where the head starts: random; text, of --backbone annotator; class_mean, mean features by candidate sets",
     )
-    head_prompts: Literal["default", "classname", "ensemble", "annotator"] = advanced(
+    head_prompts: Literal["default", "classname", "ensemble", "descriptions", "annotator"] = advanced(
         "default",
-        'texts of --head_init text: "a photo of a {}.", the class name alone, the papers\' 27 templates, or those that the '
-        "images were annotated with",
+        'texts of --head_init text: "a photo of a {}.", the class name alone, the papers\' 27 templates, the descriptions '
+        "that the images were annotated with, or all that they were annotated with",
     )
     descriptions: str | None = advanced(
         None, "JSON file, class name to a list of texts, which --head_init text takes instead of prompts", job=False

@@ -88,7 +88,7 @@ def open_run(
             store = annotate_default(folder.root / "annotations", accelerator)
         known = all_or_none(accelerator, lambda: known_labels(job, store))
         identity |= {"store": store.hash, "known_labels": hashlib.sha256(known.tobytes()).hexdigest()}
-        identity |= all_or_none(accelerator, lambda: persons_tags(job))
+        identity |= all_or_none(accelerator, lambda: persons_files(job, image_options))
         judged = all_or_none(accelerator, lambda: annotators_store(job, store))
         identity |= {} if judged is store else {"prefilter_store": judged.hash}
         main_process_decides(accelerator, lambda: folder.refuse_other(identity))
@@ -127,17 +127,23 @@ def open_run(
         )
 
 
-def persons_tags(job: JobConfig) -> dict[str, str]:
-    """What the content of a person's list of several labels an image adds to what makes a job.
+def persons_files(job: JobConfig, image_options: ImageConfig | None) -> dict[str, str]:
+    """What the content of a person's files, wherever they lie, adds to what makes a job.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: one cannot be read.
     """
-    path = getattr(job, "tags", None)
-    try:
-        return {"tags": sha256_of(Path(path))} if path else {}
-    except OSError as error:
-        raise UserError(f"cannot read the labels in {path}: {error.strerror}; give a CSV file with path,labels") from None
+    hashes = {}
+    for name, what, wanted, options in (
+        ("tags", "labels", "a CSV file with path,labels", job),
+        ("descriptions", "descriptions", "a JSON file of class names with lists of texts", image_options),
+    ):
+        path = getattr(options, name, None)
+        try:
+            hashes |= {name: sha256_of(Path(path))} if path else {}
+        except OSError as error:
+            raise UserError(f"cannot read the {what} in {path}: {error.strerror}; give {wanted}") from None
+    return hashes
 
 
 def filters(job: JobConfig) -> bool:

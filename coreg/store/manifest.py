@@ -11,23 +11,28 @@ from typing import Any
 from coreg.data.images import ImageList, list_hash
 from coreg.data.joined import PREFIX, joined_spec
 from coreg.errors import UserError
-from coreg.records import Maybe, Number, RecordError, check_record, parse_record, read_record
+from coreg.records import Each, Maybe, Number, RecordError, check_record, parse_record, read_record
 from coreg.scripts import launched
 
 SCHEMA = "coreg-annotations"
-VERSION = 3  # of version 1: the place of the images is part of the job; up to version 2: every store has templates
+# of version 1: the place of the images is part of the job; up to version 2: every store has templates; up to version 3:
+# none has descriptions or a temperature
+VERSION = 4
 DRAWN = "synthetic:"  # how the spec begins where there are candidate sets alone, drawn from true labels
 PEOPLE = DRAWN + "people("  # or given by people
 REFINED = "refined by "  # how the spec of a model begins whose evidence was refined
-JOB = ("class_names", "templates", "model", "images", "block_size")  # the manifest's entries that make two jobs differ
+# the manifest's entries that make two jobs differ; descriptions need not be there
+JOB = ("class_names", "templates", "descriptions", "model", "images", "block_size")
 MOST_BLOCKS = 1_000_000
 # how well the features of a refinement tell the classes apart (`coreg.weak.trust`)
 _SCORE, _SHARE = Number(-1e9, 1e9, whole=False), Number(0, 1, whole=False)
 FIT = {"score": _SCORE, "shuffled": _SCORE, "hopeless": bool, "mends": bool, "annotator": _SHARE, "itself": _SHARE}
+TEMPERATURE = Number(1e-3, 1e3, whole=False)
 KIND = {
     "class_names": [str],
     "templates": [str],
-    "model": {"spec": str, "weights": str, "precision": Maybe(str), "mode": Maybe(str)},
+    "descriptions": Maybe(Each([str])),
+    "model": {"spec": str, "weights": str, "precision": Maybe(str), "mode": Maybe(str), "temperature": Maybe(TEMPERATURE)},
     "images": {"spec": str, "count": Number(1, 1e9), "sha256": str},
     "block_size": Number(1, 1e9),
     "features": Maybe(Number(1, 1e6)),
@@ -56,10 +61,12 @@ def make_manifest(
         images: what is to be annotated.
         class_names: C names in order.
         templates: T prompt templates in order; none where candidate sets were drawn and nobody annotated.
-        model: `spec` and `weights`, which identify the annotator, or how the sets were drawn and the hash of them.
+        model: `spec` and `weights`, which identify the annotator, or how the sets were drawn and the hash of them;
+            `temperature` where it is not 1.
         block_size: images a block.
-        details: what is written down but does not make another job: `features` (their length or None), `data_root`,
-            `preprocessing`, `versions`, `notes` (of the image list), and for a store that was refined `refined`.
+        details: `descriptions`, texts by class name, which are part of the job; and what is not: `features` (their length
+            or None), `data_root`, `preprocessing`, `versions`, `notes` (of the image list), and for a store that was
+            refined `refined`.
 
     Raises:
         UserError: so small blocks would be too many files.
@@ -109,6 +116,9 @@ def read_manifest(root: Path) -> dict[str, Any]:
 def _check(manifest: dict[str, Any]) -> None:
     check_record(manifest, KIND)
     drawn = manifest["model"]["spec"].startswith(DRAWN)
+    described = manifest.get("descriptions")
+    if described is not None and (set(described) != set(manifest["class_names"]) or not all(described.values())):
+        raise RecordError("descriptions are not of its classes")
     for name in ("class_names",) if drawn else ("class_names", "templates"):
         if not manifest[name]:
             raise RecordError(f"{name} is empty")
@@ -150,7 +160,7 @@ def job_hash(manifest: dict[str, Any]) -> str:
 
     In stores of version 1 the place of the images when they were annotated is hashed too, and stays so when they move.
     """
-    job = {key: manifest[key] for key in JOB}
+    job = {key: manifest[key] for key in JOB if manifest.get(key) is not None}
     if manifest["version"] > 1:
         hashed = manifest.get("hashed_spec")
         job["images"] = job["images"] | {"spec": set_name(job["images"]["spec"]) if hashed is None else hashed}

@@ -18,6 +18,7 @@ from coreg.files import making_folder
 from coreg.store.blocks import DamagedBlockError, pack_answers, read_block, unpack_answers
 from coreg.store.manifest import block_files, job_hash, make_manifest, read_manifest, set_name
 from coreg.store.store import AnnotationStore, read_samples
+from coreg.store.texts import read_texts, write_texts
 from coreg.store.writer import StoreWriter
 
 REMEDY = "nothing is kept: free some space, or give another --output_dir"
@@ -75,8 +76,8 @@ def _fitting(folders: Sequence[str]) -> list[AnnotationStore]:
     if len({_images_of(store) for store in stores}) == 1:
         return stores
     for store in stores[1:]:
-        for key in ("templates", "model"):
-            if store.manifest[key] != first.manifest[key]:
+        for key in ("templates", "descriptions", "model"):
+            if store.manifest.get(key) != first.manifest.get(key):
                 raise UserError(
                     f"{store.root} has other images and another {key} than {first.root}; stores are merged that have "
                     f"the same images, or the same model and templates"
@@ -88,6 +89,7 @@ def _same_job(folders: list[Path], manifest: dict[str, Any], root: Path) -> str:
     writer = StoreWriter(root, manifest, REMEDY)
     samples = _samples_of(folders)
     writer.start(samples)
+    _keep_texts(folders, manifest, root)
     count = 0
     for index, target in enumerate(writer.files):
         for folder in folders:
@@ -104,6 +106,13 @@ def _same_job(folders: list[Path], manifest: dict[str, Any], root: Path) -> str:
         return f"{missing}; annotate the others with the same annotate_vlm.py command and --output_dir {root}"
     writer.complete(samples.paths)
     return f"all {count} blocks are there"
+
+
+def _keep_texts(folders: Sequence[Path], manifest: dict[str, Any], root: Path) -> None:
+    """Write the texts of the first part that has some, all parts being by one annotator."""
+    kept = next((texts for folder in folders if (texts := read_texts(folder, manifest)) is not None), None)
+    if kept is not None:
+        write_texts(root, manifest, kept)
 
 
 def _samples_of(folders: list[Path]) -> ImageList:
@@ -146,8 +155,10 @@ def _one_after_the_other(stores: list[AnnotationStore], root: Path) -> str:
     labels, split, tags = joined_labels([store.image_list() for store in stores])
     images = ImageList(joined_spec(specs), paths, labels, split, None, pixels=lambda row: None, tags=tags)
     first = stores[0]
-    writer = _writer(root, images, stores, first.templates, first.manifest["model"], first.manifest["features"])
+    model, features = first.manifest["model"], first.manifest["features"]
+    writer = _writer(root, images, stores, first.templates, model, features, first.descriptions)
     writer.start(images)
+    _keep_texts([store.root for store in stores], first.manifest, root)
     waiting: list[dict[str, np.ndarray]] = []
     errors: dict[int, str] = {}
     index = 0
@@ -205,9 +216,10 @@ def _writer(
     templates: Sequence[str],
     model: dict[str, str],
     features: int | None,
+    descriptions: dict[str, list[str]] | None = None,
 ) -> StoreWriter:
     manifest = stores[0].manifest
-    kept = {key: manifest.get(key) for key in ("data_root", "preprocessing", "versions")}
+    kept = {key: manifest.get(key) for key in ("data_root", "preprocessing", "versions")} | {"descriptions": descriptions}
     size, names = manifest["block_size"], manifest["class_names"]
     manifest = make_manifest(images, names, templates, model, size, features=features, **kept)
     return StoreWriter(root, manifest, REMEDY)

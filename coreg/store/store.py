@@ -4,6 +4,7 @@ A store is a folder:
 
     manifest.json            schema and job: class names, templates, model, image list, block size, tool versions
     images.txt               one path a row; the row number is the image's identity everywhere (see `sources.escape`)
+    texts.safetensors        features of the texts that images were compared with, of annotators that have them, see `texts`
     samples.safetensors      label int32 (N,) with -1 for unknown, split uint8 (N,): 0 train, 1 test, 2 held out; and, where
                              images have several labels, tags int8 (N, C): 1 present, -1 absent, 0 unknown
     checksums.json           sha256 of samples.safetensors; stores of version 1 have none
@@ -37,6 +38,7 @@ from coreg.errors import UserError
 from coreg.records import RecordError, read_file, read_record
 from coreg.store.blocks import BadEvidenceError, DamagedBlockError, check_evidence, read_block, stacked, unpack_answers
 from coreg.store.manifest import DRAWN, PEOPLE, block_files, job_hash, make_manifest, moved, read_manifest, same_command
+from coreg.store.texts import TextFeatures, read_texts
 from coreg.store.writer import CHECKSUMS, StoreWriter, continued, describe, errors_csv
 
 __all__ = ["AnnotationStore", "StoreWriter", "continued", "make_manifest", "read_manifest"]
@@ -110,6 +112,16 @@ class AnnotationStore:
         return self.manifest["templates"]
 
     @property
+    def descriptions(self) -> dict[str, list[str]] | None:
+        """Texts by class name that stood for the classes beside their names, or None."""
+        return self.manifest.get("descriptions")
+
+    @property
+    def temperature(self) -> float:
+        """By which the annotator's scores were divided."""
+        return self.manifest["model"].get("temperature") or 1.0
+
+    @property
     def drawn(self) -> bool:
         """Whether there are candidate sets alone, drawn from true labels or given by people: no votes and no features."""
         spec = self.manifest["model"]["spec"]
@@ -174,6 +186,10 @@ class AnnotationStore:
     def features(self) -> np.ndarray | None:
         """float16 (N, D): image features of length 1, zero for unreadable images; None where the annotator has none."""
         return self._column("features") if self.manifest["features"] else None
+
+    def kept_texts(self) -> TextFeatures | None:
+        """What the annotator's text side says of texts; None where nothing is kept, as in stores of earlier versions."""
+        return read_texts(self.root, self.manifest)
 
     def parts(self) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
         """Rows int64 (n,) and tensors of one block after another, for what is not to be in memory all at once."""

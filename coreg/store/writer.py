@@ -61,11 +61,11 @@ def continued(root: Path, manifest: dict[str, Any]) -> dict[str, Any]:
     names = [set_name(images["spec"]) for images in (there["images"], here)]
     wanted = manifest | {"images": here if names[0] != names[1] else here | {"spec": there["images"]["spec"]}}
     for key in JOB:
-        if there[key] != wanted[key]:
+        if there.get(key) != wanted.get(key):
             if (mended := _of_the_blocks(root, manifest)) is not None:
                 return mended
             raise UserError(
-                f"{root} holds the annotations of another job: {key} {difference(there[key], wanted[key])}; "
+                f"{root} holds the annotations of another job: {key} {difference(there.get(key), wanted.get(key))}; "
                 f"give another --output_dir or remove that folder"
             )
     return moved(there, here["spec"], manifest["data_root"])
@@ -95,7 +95,12 @@ def difference(there: Any, here: Any) -> str:
         if len(there) != len(here):
             return f"({len(there)} there, {len(here)} asked for)"
         return next(difference(a, b) for a, b in zip(there, here) if a != b)
-    return f"({there!r} there, {here!r} asked for)"
+    return f"({_short(there)} there, {_short(here)} asked for)"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:197]}..."
 
 
 def _discard(file: Path) -> None:
