@@ -16,7 +16,6 @@ written to OUTPUT_DIR/evidence.md, and into a page that has a place for them (--
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -24,10 +23,9 @@ from pathlib import Path
 
 from benchmarks.evidence_sets import GLOSSES, SETS, ImageSet, write_lists
 from benchmarks.evidence_tables import RAW, REFINED, collect, main_table, raw_and_refined, scores_table, views_table
-from benchmarks.jobs import Job, run_jobs
-from benchmarks.tables import fill
-from coreg.errors import UserError, exits_with_one_line
-from coreg.files import write_atomically
+from benchmarks.jobs import Job
+from benchmarks.planned import carry_out, parsed, there
+from coreg.errors import exits_with_one_line
 
 WEIGHTS = "lite0"  # folder of the students' and the view's ImageNet weights
 VIEW = 128  # pixels of the view
@@ -300,50 +298,17 @@ def tables(root: Path, names: Sequence[str], seeds: Sequence[int], stages: Seque
 @exits_with_one_line
 def main(argv: Sequence[str] | None = None) -> int:
     """Run what is left, write the tables; exit status 1 if a job failed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path("data"), help="folder with eurosat/, cifar10/ and gtsrb/")
-    parser.add_argument("--output_dir", type=Path, default=Path("runs/evidence"), help="folder of all runs and tables")
-    parser.add_argument("--jobs", type=int, default=1, help="jobs at a time, one thread each")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="the outermost loop")
-    parser.add_argument("--sets", nargs="+", choices=tuple(SETS), default=list(SETS), help="data sets")
-    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="parts of the work, in order")
-    parser.add_argument("--tables", action="store_true", help="write the tables of what is finished, and run nothing")
-    parser.add_argument("--page", type=Path, help="Markdown file whose part between <!-- evidence --> lines they replace")
-    parser.add_argument("--plan", action="store_true", help="list the commands, with what is done, and run none")
-    args = parser.parse_args(argv)
-    if args.jobs < 1:
-        raise UserError(f"--jobs is {args.jobs}; write 1 or more")
-    names = []
-    for name in args.sets:
-        folder = args.data / name
-        if SETS[name].own_features or all((folder / split).is_dir() for split in ("train", "test")):
-            names.append(name)
-        else:
-            print(f"left out: {SETS[name].title}, because {folder} has no folders train/ and test/")
+    args = parsed(argv, __doc__, "evidence", "eurosat/, cifar10/ and gtsrb/", tuple(SETS), STAGES)
+    on_disk = there(args.data, {name: SETS[name].title for name in args.sets if not SETS[name].own_features})
+    names = [name for name in args.sets if SETS[name].own_features or name in on_disk]
+
+    def before() -> None:
+        for name in on_disk:
+            write_lists(args.data / name, args.output_dir / name, SETS[name])
+
     jobs = plan(args.output_dir, names, args.seeds, args.stages)
-    if args.plan:
-        print(*jobs, sep="\n")
-        return 0
-    failed, stopped = [], False
-    if not args.tables:
-        for name in names:
-            if not SETS[name].own_features:
-                write_lists(args.data / name, args.output_dir / name, SETS[name])
-        try:
-            failed = run_jobs(jobs, args.output_dir, args.jobs)
-        except KeyboardInterrupt:
-            stopped = True
-    made = tables(args.output_dir, names, args.seeds, args.stages)
-    write_atomically(args.output_dir / "evidence.md", made)
-    if args.page:
-        write_atomically(args.page, fill(args.page.read_text(encoding="utf-8"), "evidence", made.strip()))
-    print(f"tables: {args.page or args.output_dir / 'evidence.md'}")
-    if stopped:
-        print("Stopped; the same command goes on.", file=sys.stderr)
-        return 130
-    if failed:
-        print(f"without a result: {' '.join(job.name for job in failed)}", file=sys.stderr)
-    return 1 if failed else 0
+    made = partial(tables, args.output_dir, names, args.seeds, args.stages)
+    return carry_out(args, jobs, "evidence", before, made)
 
 
 if __name__ == "__main__":

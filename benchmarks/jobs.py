@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import runpy
 import shlex
 import signal
-import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,11 +46,15 @@ def cpu_seconds(root: Path, name: str) -> float | None:
     return sum(map(float, file.read_text().split())) if file.exists() else None
 
 
-def run_jobs(jobs: Sequence[Job], root: Path, at_once: int) -> list[Job]:
+def run_jobs(jobs: Sequence[Job], root: Path, at_once: int, forked: bool = False) -> list[Job]:
     """Run what is not finished, in order, `at_once` at a time, each with one thread and a log in `root`/logs.
 
     A job whose needs are not there yet waits for those that run, and is given up when they have ended without. At Ctrl-C or
     SIGTERM the running ones get SIGTERM, write their checkpoints, and are waited for.
+
+    Args:
+        forked: a job is a fork of this process, and not a Python of its own: it has what is imported here. Nothing may
+            have been computed here, because a fork has neither the threads of its parent nor its device.
 
     Returns:
         The jobs that failed or could not begin.
@@ -65,16 +70,15 @@ def run_jobs(jobs: Sequence[Job], root: Path, at_once: int) -> list[Job]:
             ready = next((job for job in waiting if all(need.exists() for need in job.needs)), None)
             if ready is not None and len(running) < at_once:
                 waiting.remove(ready)
-                process = _start(ready, root)
-                running[process.pid] = ready, process
+                running[_start(ready, root, forked)] = ready
             elif running:
                 failed += _ended(running, root)
             else:
                 failed += waiting
                 waiting = []
     except KeyboardInterrupt:
-        for _, process in running.values():
-            process.terminate()
+        for pid in running:
+            os.kill(pid, signal.SIGTERM)
         while running:
             _ended(running, root)
         raise
@@ -83,23 +87,55 @@ def run_jobs(jobs: Sequence[Job], root: Path, at_once: int) -> list[Job]:
     return failed
 
 
-def _start(job: Job, root: Path) -> subprocess.Popen:
+def _start(job: Job, root: Path, forked: bool) -> int:
+    """Start a job and give the number of its process."""
     log = root / "logs" / f"{job.name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     print(f"{time.strftime('%H:%M:%S')} {job.name}", flush=True)
     # one thread: the last digits of sums depend on their number, and threads of several jobs get in each other's way
     settings = os.environ | {"OMP_NUM_THREADS": "1"}
     with log.open("ab") as file:
-        return subprocess.Popen([sys.executable, *job.command], stdout=file, stderr=file, env=settings)
+        if forked:
+            return os.fork() or _run_here(job, file.fileno())
+        into = [(os.POSIX_SPAWN_DUP2, file.fileno(), number) for number in (1, 2)]
+        return os.posix_spawn(sys.executable, [sys.executable, *job.command], settings, file_actions=into)
 
 
-def _ended(running: dict[int, tuple[Job, subprocess.Popen]], root: Path) -> list[Job]:
+def _run_here(job: Job, log: int) -> int:
+    """Be the process of a job, which writes into the open file `log`; does not return."""
+    code = 1
+    try:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number in (1, 2):
+            os.dup2(log, number)
+        sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w", 1)
+        first, *words = job.command
+        if first == "-m":
+            name, *words = words
+            sys.argv = [name, *words]
+            runpy.run_module(name, run_name="__main__", alter_sys=True)
+        else:
+            sys.argv = [first, *words]
+            runpy.run_path(first, run_name="__main__")
+        code = 0
+    except SystemExit as left:
+        code = left.code if isinstance(left.code, int) else int(left.code is not None)
+        if isinstance(left.code, str):
+            print(left.code, file=sys.stderr)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _ended(running: dict[int, Job], root: Path) -> list[Job]:
     """Wait for one of the running jobs, note its seconds, and give it if it has left no mark."""
-    pid, status, used = os.wait4(-1, 0)
+    pid, _, used = os.wait4(-1, 0)
     if pid not in running:
         return []
-    job, process = running.pop(pid)
-    process.returncode = os.waitstatus_to_exitcode(status)
+    job = running.pop(pid)
     with seconds_file(root, job.name).open("a") as file:
         file.write(f"{used.ru_utime + used.ru_stime:.2f}\n")
     if job.mark.exists():

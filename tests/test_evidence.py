@@ -115,17 +115,38 @@ def test_seconds_of_several_starts_are_added(tmp_path):
     assert cpu_seconds(tmp_path, "set/a") == 3.5
 
 
-def test_a_stopped_program_stops_its_jobs_and_waits_for_what_they_save(tmp_path):
-    saving = (
+def test_a_fork_is_a_program_with_what_is_imported_already(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os, sys, torch\nfrom pathlib import Path\nassert __name__ == '__main__' and sys.argv[0] == __file__\n"
+        "Path(sys.argv[1]).write_text(str(os.getppid()))\nprint('out')\nprint('err', file=sys.stderr)\n"
+        "if len(sys.argv) > 2:\n    Path(sys.argv[1]).unlink()\n    sys.exit(sys.argv[2])\n"
+    )
+    good = Job("set/good", (str(script), str(tmp_path / "good")), tmp_path / "good")
+    bad = Job("bad", (str(script), str(tmp_path / "bad"), "error: no weights"), tmp_path / "bad")
+    module = Job("module", ("-m", "benchmarks.tiny_clip", "--help"), tmp_path / "no mark")
+    assert run_jobs([good, bad, module], tmp_path, 1, forked=True) == [bad, module]
+    assert (tmp_path / "good").read_text() == str(os.getpid())
+    logs = {name: (tmp_path / "logs" / f"{name}.log").read_text() for name in ("set/good", "bad", "module")}
+    assert sorted(logs["set/good"].split("\n")) == ["", "err", "out"]
+    assert sorted(logs["bad"].split("\n")) == ["", "err", "error: no weights", "out"]
+    assert "tiny_clip" in logs["module"] and "--per_class" in logs["module"]
+    assert 0 < cpu_seconds(tmp_path, "set/good") < 60
+
+
+@pytest.mark.parametrize("forked", (False, True))
+def test_a_stopped_program_stops_its_jobs_and_waits_for_what_they_save(tmp_path, forked):
+    saving = tmp_path / "saving.py"
+    saving.write_text(
         "import pathlib, signal, sys, time; sum(range(3_000_000))\n"
         "def save(*_):\n    time.sleep(0.3); pathlib.Path(sys.argv[1] + '.saved').write_text('x'); sys.exit(1)\n"
         "signal.signal(signal.SIGTERM, save)\npathlib.Path(sys.argv[1] + '.begun').write_text('x')\ntime.sleep(120)\n"
     )
     code = (
         "from pathlib import Path; import sys; from benchmarks.jobs import Job, run_jobs\n"
-        "root = Path(sys.argv[1]); run_jobs([Job('a', ('-c', sys.argv[2], str(root / 'a')), root / 'a')], root, 1)"
+        f"root = Path(sys.argv[1]); run_jobs([Job('a', (sys.argv[2], str(root / 'a')), root / 'a')], root, 1, {forked})"
     )
-    outer = subprocess.Popen([sys.executable, "-c", code, str(tmp_path), saving], stderr=subprocess.DEVNULL)
+    outer = subprocess.Popen([sys.executable, "-c", code, str(tmp_path), str(saving)], stderr=subprocess.DEVNULL)
     until = time.monotonic() + 60
     while not (tmp_path / "a.begun").exists():
         assert time.monotonic() < until
