@@ -13,6 +13,8 @@ from safetensors.numpy import load_file
 import annotate_vlm
 from coreg.annotate.textual import label_similarities
 from coreg.data.tags import read_tags
+from coreg.export import predict
+from coreg.export.tagging import read_thresholds
 from coreg.report.multi_metrics import average_precisions
 from coreg.store.store import AnnotationStore
 
@@ -72,6 +74,24 @@ def test_true_labels_are_learnt_and_reported(store, tmp_path, capsys):
         p = [float(row[f"p({name})"]) for name in NAMES]
         near = np.abs(np.array(p) - report["thresholds"]) < 1e-4
         assert ((read[at] == 1) == (np.array(p) >= report["thresholds"]))[~near].all()
+    # the export names what labels.csv names
+    predict.main(["--model", str(tmp_path / "run"), "--images", opened.images_spec, "--output", str(tmp_path / "p.csv")])
+    predicted = {row["path"]: row for row in csv.DictReader((tmp_path / "p.csv").open())}
+    assert len(predicted) == 44
+    for row in rows:
+        again = predicted[row["path"]]
+        assert [float(again[f"p({n})"]) for n in NAMES] == pytest.approx([float(row[f"p({n})"]) for n in NAMES], abs=2e-4)
+        near = np.abs(np.array([float(row[f"p({n})"]) for n in NAMES]) - report["thresholds"]) < 1e-3
+        assert near.any() or set(again["labels"].split(";")) == set(row["labels"].split(";"))
+    settings = json.loads((tmp_path / "run" / "export" / "coreg.json").read_text())
+    assert settings["thresholds"] == report["thresholds"] and settings["thresholds_from"] == "validation labels"
+    # so does the list of thresholds, which a person may edit
+    at = read_thresholds(str(tmp_path / "run" / "thresholds.csv"), NAMES, np.zeros(3))
+    assert at.tolist() == report["thresholds"]
+    card = (tmp_path / "run" / "export" / "README.md").read_text()
+    for number in (report["tags"]["test"]["mAP"], report["tags"]["test"]["OF1"], report["tags"]["test"]["annotator"]):
+        assert f"{number:.1%}" in card
+    assert f"| two | {at[1]:.3f} | {report['tags']['test']['average_precision'][1]:.0%} |" in card
     # a finished run says so, and shows the same table
     spml.main(words(store, tmp_path / "run", "bce", "--epochs", "25", "--lr", "0.05"))
     out = capsys.readouterr().out

@@ -14,6 +14,7 @@ from coreg.report.multi_metrics import (
     measure_labels,
     of_predictions,
     thresholds,
+    thresholds_of_truth,
 )
 
 PUBLIC = np.load(Path(__file__).parent / "reference" / "spml_map.npz")
@@ -158,6 +159,18 @@ def test_without_labels_the_expected_f1_decides():
     rare = np.linspace(0.0, 0.4, 1001)
     at = best_threshold(rare, rare)
     assert at == pytest.approx(rare[rare >= at].sum() / ((rare >= at).sum() + rare.sum()), abs=1e-3)
+
+
+def test_a_label_that_no_known_image_has_keeps_another_threshold():
+    scores, truth = drawn()
+    truth[:, 2] = np.where(truth[:, 2] > 0, 0, truth[:, 2])  # absent or unknown
+    at = thresholds_of_truth(scores, truth, np.full(7, 0.123))
+    assert at[2] == 0.123
+    others = [0, 1, 3, 4, 5, 6]
+    np.testing.assert_array_equal(at[others], thresholds(scores, truth)[others])
+    # a label that is present wherever it is known says nothing of what it costs to name it
+    truth[:, 3] = np.where(truth[:, 3] > 0, 1, 0)
+    assert thresholds_of_truth(scores, truth, np.full(7, 0.123))[3] == 0.123
 
 
 def test_thresholds_in_degenerate_cases():

@@ -30,10 +30,12 @@ def resolve_run(path: str) -> tuple[Path, str]:
     """The export folder of a run, made absolute, and the SHA-256 of all that its probabilities depend on.
 
     Raises:
-        UserError: there is none, or it is damaged.
+        UserError: there is none, it is damaged, or its images have several labels.
     """
     folder = export_folder(Path(path).expanduser()).resolve()
     settings = read_settings(folder)
+    if settings.get("thresholds") is not None:
+        raise UserError(f"{path} gives images several labels, and an annotator names one class; name another with --vlm")
     try:
         files = files_of(folder, settings["nets"])
     except OSError as error:

@@ -26,6 +26,14 @@ LIMITS = """
 - The numbers above hold for images like those named above.
 - The probabilities are softmax(mean logits / temperature); `coreg.json` says what the temperature was fitted to."""
 
+TAG_LIMITS = """
+- Labels of the training images were incomplete, or came from a vision-language model with mistakes, and what is missing or
+  wrong systematically the network may have learned.
+- It knows the labels above and no others. An image may be given none.
+- The numbers above hold for images like those named above, and for the thresholds above.
+- A probability is the sigmoid of a logit, and how often it is right nobody has measured; `coreg.json` says where the
+  thresholds come from."""
+
 USE = """
     coreg-predict --model FOLDER --images photos --output predictions.csv
 
@@ -36,8 +44,14 @@ FOLDER`). Each network is an ordinary timm model:
     model = timm.create_model("local-dir:FOLDER/net1", pretrained=True).eval()
 
 Images are {resized} to {size}x{size} pixels, bilinear with antialiasing, {colour}, and normalised with the mean and
-standard deviation in `coreg.json`. The prediction is the mean of the networks' logits.
+standard deviation in `coreg.json`. {predicts}
 """
+THRESHOLDS_FROM = {"predictions": "the predicted probabilities of the training images, without any label"}
+CLASS = "The prediction is the mean of the networks' logits."
+TAGS = (
+    "The prediction is every label whose probability, the sigmoid of its logit, reaches its threshold; `--threshold 0.5`, "
+    "or a file with a line `label,threshold` for each, takes others."
+)
 
 TUNED = """
 Part of each network lies in `tuned.safetensors`, which timm does not read: what timm loads predicts otherwise. Use
@@ -80,6 +94,23 @@ def _class_lines(report: dict[str, Any], class_names: list[str]) -> list[str]:
     return lines
 
 
+def _use_lines(report: dict[str, Any], settings: dict[str, Any], predicts: str) -> list[str]:
+    """What is noticed of every model, and how each is used."""
+    return [
+        *(f"- Noticed at the end of training: {escaped(line)}." for line in report.get("warnings", [])),
+        "",
+        "## How to use it",
+        USE.format(
+            resized="resized and cropped at the centre" if settings.get("resize") == "crop" else "squashed",
+            size=settings["image_size"],
+            colour="grey" if settings["channels"] == 1 else "RGB",
+            predicts=predicts,
+        ),
+        *([TUNED] if settings.get("tuning") else []),
+        f"Made with coreg {escaped(report['versions'].get('coreg', ''))}.",
+    ]
+
+
 def model_card(report: dict[str, Any], settings: dict[str, Any], which: str = "") -> str:
     """Markdown with the hub's front matter; everything that came from outside is escaped, and no path is in it.
 
@@ -114,15 +145,63 @@ def model_card(report: dict[str, Any], settings: dict[str, Any], which: str = ""
         "",
         "## Limits",
         LIMITS,
-        *(f"- Noticed at the end of training: {escaped(line)}." for line in report.get("warnings", [])),
-        "",
-        "## How to use it",
-        USE.format(
-            resized="resized and cropped at the centre" if settings.get("resize") == "crop" else "squashed",
-            size=settings["image_size"],
-            colour="grey" if settings["channels"] == 1 else "RGB",
-        ),
-        *([TUNED] if settings.get("tuning") else []),
-        f"Made with coreg {escaped(report['versions'].get('coreg', ''))}.",
+        *_use_lines(report, settings, CLASS),
     ]
     return "\n".join(lines) + "\n"
+
+
+# ---- several labels an image ----------------------------------------------------------------------------------------
+
+
+def tag_card(report: dict[str, Any], settings: dict[str, Any]) -> str:
+    """`model_card` of a network that gives images several labels.
+
+    Args:
+        report: as `coreg.run.tags.finish_tags` gives it. settings: the export's `coreg.json`.
+    """
+    names, observed = settings["class_names"], report["labels_used"]
+    shown = f"{observed} observed labels were used in training." if observed else "No label was used in training."
+    lines = [
+        FRONT.replace("- image-classification\n- coreg", "- multi-label-image-classification\n- coreg"),
+        f"# {len(names)} labels from {escaped(public_name(report['dataset']))}, several an image",
+        "",
+        f"One network of {report['parameters'] / 1e6:.2f} M parameters, trained with {escaped(report['method'])} on "
+        f"{report['images']['train']} images, annotated by {escaped(public_name(report['annotator']['name']))}. {shown}",
+        "",
+        "## How good it is",
+        "",
+        *_tag_lines(report),
+        "",
+        "## Labels",
+        "",
+        f"Thresholds come from {escaped(THRESHOLDS_FROM.get(settings['thresholds_from'], settings['thresholds_from']))}.",
+        "",
+        *_label_lines(report, settings),
+        "",
+        "## Limits",
+        TAG_LIMITS,
+        *_use_lines(report, settings, TAGS),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _tag_lines(report: dict[str, Any]) -> list[str]:
+    if not report["tags"]:
+        return ["No true labels are known, so nothing can be measured."]
+    lines = ["| images | annotator mAP | mAP | CF1 | OF1 | n |", "|---|---|---|---|---|---|"]
+    for split, row in report["tags"].items():
+        kind = {"train": "training (labels not used, or in part)", "validation": "validation"}.get(split, split)
+        before = f"{row['annotator']:.1%}" if "annotator" in row else "–"
+        lines.append(f"| {kind} | {before} | {row['mAP']:.1%} | {row['CF1']:.1%} | {row['OF1']:.1%} | {row['images']} |")
+    return lines
+
+
+def _label_lines(report: dict[str, Any], settings: dict[str, Any]) -> list[str]:
+    names, at = settings["class_names"], settings["thresholds"]
+    judged = report["tags"].get(report["per_class_split"])
+    each = judged["average_precision"] if judged else [None] * len(names)
+    head = f"average precision ({report['per_class_split']})" if judged else "average precision"
+    lines = [f"| label | threshold | {head} |", "|---|---|---|"]
+    for name, threshold, value in zip(names, at, each):
+        lines.append(f"| {escaped(name)} | {threshold:.3f} | {'–' if value is None else f'{value:.0%}'} |")
+    return lines

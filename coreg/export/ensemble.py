@@ -13,11 +13,13 @@ and on demand programs of the whole ensemble in one file, which need neither tim
 
     coreg-export --run runs/a --format onnx            writes runs/a/export/model.onnx
     coreg-export --run runs/a --format torch_export    writes runs/a/export/model.pt2
-    coreg-export --run runs/a --labels checked.csv     fits the temperature to labelled images that training has not seen
+    coreg-export --run runs/a --labels checked.csv     fits the temperature to labelled images that training has not seen,
+                                                       or the thresholds, where images have several labels
     coreg-export --run runs/a --push_to_hub USER/NAME  uploads the folder, as a private model
 
 A program takes `images`, uint8 (n, c, H, W) for any n, and gives `logits` and `probabilities`, float32 (n, C): the mean of
-the networks' logits divided by the temperature, and its softmax. Normalisation is inside.
+the networks' logits divided by the temperature, and its softmax, or, where images have several labels, its sigmoid.
+Normalisation is inside. Thresholds of several labels stand in coreg.json and in the program's metadata.
 """
 
 from __future__ import annotations
@@ -41,7 +43,7 @@ from coreg.data.decode import decode
 from coreg.data.images import ImageList
 from coreg.data.sources import open_images, require_readable
 from coreg.errors import UserError, exits_with_one_line
-from coreg.export.calibration import fit_to_labels
+from coreg.export.calibration import fit_thresholds, fit_to_labels
 from coreg.export.folder import SCHEMA, SETTINGS, TUNED, export_folder, files_of, load_export, write_settings
 from coreg.export.programs import as_program
 from coreg.files import making_folder
@@ -157,12 +159,16 @@ def ensemble_logits(nets: list[nn.Module], images: Tensor) -> Tensor:
 
 
 class Ensemble(nn.Module):
-    """Pixels uint8 (n, c, H, W) to calibrated logits (n, C), the mean over the networks divided by T, and their softmax."""
+    """Pixels uint8 (n, c, H, W) to calibrated logits (n, C), the mean over the networks divided by T, and probabilities.
+
+    These are a softmax over the classes, or, where images have several labels (`thresholds`), a sigmoid of each.
+    """
 
     def __init__(self, nets: list[nn.Module], settings: dict[str, Any]) -> None:
         super().__init__()
         self.nets = nn.ModuleList(nets)
         self.temperature = float(settings.get("temperature", 1.0))
+        self.several = settings.get("thresholds") is not None
         mean, std = (torch.tensor(settings[name], dtype=torch.float64) for name in ("mean", "std"))
         # the arithmetic of Augmentation.plain, so that no bit of what the networks saw in training is lost
         self.register_buffer("scale", (1 / (255 * std)).float().view(-1, 1, 1))
@@ -171,7 +177,7 @@ class Ensemble(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         x = images.float() * self.scale + self.shift
         logits = sum(net(x) for net in self.nets) / (len(self.nets) * self.temperature)
-        return logits, logits.softmax(dim=1)
+        return logits, logits.sigmoid() if self.several else logits.softmax(dim=1)
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------
@@ -189,7 +195,9 @@ class ExportConfig:
         None, "images to compare the program with the networks on; default: those that the run was trained on"
     )
     labels: str | None = option(
-        None, "CSV file (path,label) of images that training has not seen: fit the temperature to them"
+        None,
+        "CSV file (path,label, or path,labels where images have several) of images that training has not seen: fit the "
+        "temperature, or the thresholds, to them",
     )
     push_to_hub: str | None = option(None, "USER/NAME: upload the export folder to the model hub, as a private model")
 
@@ -227,24 +235,27 @@ def _decode(images: ImageList, rows: np.ndarray, settings: dict[str, Any]) -> tu
 
 
 def calibrate(nets: list[nn.Module], settings: dict[str, Any], labels: str) -> dict[str, Any]:
-    """The settings with a temperature fitted to the images and labels that the CSV file `labels` names.
+    """The settings with a temperature, or thresholds of several labels, fitted to what the CSV file `labels` names.
 
     Raises:
         UserError: the file or its images cannot be read, or too few of them have a label of one of the classes.
     """
-    images = open_images(labels, settings["class_names"])
-    known = np.zeros(0, int) if images.labels is None else np.flatnonzero(images.labels >= 0)
+    images, several = open_images(labels, settings["class_names"]), settings.get("thresholds") is not None
+    truth = images.tags if several else images.labels
+    known = np.zeros(0, int) if truth is None else np.flatnonzero(truth.any(axis=1) if several else truth >= 0)
     pixels, rows = _decode(images, known, settings)
     if len(rows) < FEWEST_LABELS:
         raise UserError(
             f"{labels} has {len(rows)} readable images with a label of the {len(settings['class_names'])} classes; give "
-            f"at least {FEWEST_LABELS}, as rows path,label"
+            f"at least {FEWEST_LABELS}, as rows {'path,labels' if several else 'path,label'}"
         )
     # at temperature 1, whatever it is now
     ensemble = Ensemble(nets, settings | {"temperature": 1.0})
     with torch.no_grad():
         logits = np.concatenate([ensemble(batch)[0].numpy() for batch in pixels.split(256)])
-    return settings | fit_to_labels(logits, images.labels[rows], Path(labels).name)
+    if several:
+        return settings | fit_thresholds(logits, truth[rows], np.array(settings["thresholds"]), Path(labels).name)
+    return settings | fit_to_labels(logits, truth[rows], Path(labels).name)
 
 
 def make_program(
@@ -299,7 +310,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"cannot write into {folder} (permission denied); copy it to a place of your own, and export that")
     if config.labels:
         settings = calibrate(nets, settings, config.labels)
-        # programs carry the temperature inside
+        # programs carry temperature and thresholds inside
         kinds |= {kind for kind, file in PROGRAMS.items() if (folder / file).exists()}
     images, programs = example_pixels(folder, config.images, settings) if kinds else None, {}
     for kind in sorted(kinds):
@@ -308,7 +319,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if config.labels or kinds:
         write_settings(folder, settings, programs)
     if config.labels:
-        print(printable(f"{folder / SETTINGS}: temperature {settings['temperature']:.3f}, fitted to {config.labels}"))
+        fitted = "thresholds" if settings.get("thresholds") else f"temperature {settings['temperature']:.3f}"
+        print(printable(f"{folder / SETTINGS}: {fitted}, fitted to {config.labels}"))
     for kind in sorted(kinds):
         record = settings["agreement"][kind]
         within = f"logits within {record['largest_difference']:.1g} of the networks'"

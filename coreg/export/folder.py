@@ -23,7 +23,14 @@ SETTINGS, CONFIG, WEIGHTS = "coreg.json", "config.json", "model.safetensors"
 TUNED = "tuned.safetensors"  # of a network, beside its weights: what a plain timm model cannot compute
 
 # what tells programs how to decode images and what their classes are called: in coreg.json, and inside every program
-ABOUT = {"class_names": [str], "image_size": Number(1, 8192), "channels": Number(1, 3), "resize": Maybe(str)}
+ABOUT = {
+    "class_names": [str],
+    "image_size": Number(1, 8192),
+    "channels": Number(1, 3),
+    "resize": Maybe(str),
+    # where images have several labels; one above 1 is never reached
+    "thresholds": Maybe([Number(0, 2, whole=False)]),
+}
 _KINDS = ABOUT | {
     "schema": Number(),
     "nets": Number(1, 100),
@@ -31,6 +38,7 @@ _KINDS = ABOUT | {
     "std": [Number(1e-6, 1e6, whole=False)],
     "temperature": Maybe(Number(1e-6, 1e6, whole=False)),
     "calibration": Maybe(dict),
+    "thresholds_from": Maybe(str),
     "agreement": Maybe(dict),
     "tuning": Maybe(
         {
@@ -59,7 +67,7 @@ REMEDY = (
 
 
 def check_about(settings: dict[str, Any]) -> None:
-    """Class names, image size and channels (`ABOUT`), compared with what they have to be.
+    """Class names, image size, channels and thresholds (`ABOUT`), compared with what they have to be.
 
     Raises:
         RecordError: they are something else.
@@ -68,6 +76,8 @@ def check_about(settings: dict[str, Any]) -> None:
     names = settings["class_names"]
     if not names or len(set(names)) < len(names):
         raise RecordError(f"class_names has {len(names)} names, {len(set(names))} of them different")
+    if settings.get("thresholds") is not None and len(settings["thresholds"]) != len(names):
+        raise RecordError(f"thresholds has {len(settings['thresholds'])} numbers for {len(names)} labels")
     # those that squash images do not say so
     if settings.get("resize", "crop") not in ("squash", "crop"):
         raise RecordError(f"resize is {settings['resize'][:20]!r}, expected squash or crop")

@@ -1,16 +1,18 @@
-"""Name the class of every image of a folder, or of one image, with an exported run.
+"""Name the class, or the several labels, of every image of a folder, or of one image, with an exported run.
 
     coreg-predict --model runs/a/export --images new/ --output predictions.csv
     coreg-predict --model runs/a/export --images photo.jpg
     coreg-predict --model model.onnx --images new/
+    coreg-predict --model runs/tags/export --images new/ --threshold 0.5
 
-The probabilities are calibrated by the temperature that the export came with; its coreg.json says what that was fitted to.
+The probabilities of classes are calibrated by the temperature that the export came with; its coreg.json says what that was
+fitted to. Where images have several labels, those are given whose probability reaches their threshold.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from coreg.data.decode import SUFFIXES, Resize, decode, read_image
 from coreg.data.images import ImageList
 from coreg.data.sources import open_images
 from coreg.errors import UserError, exits_with_one_line
+from coreg.export import tagging
 from coreg.export.ensemble import Ensemble
 from coreg.export.folder import REMEDY, load_export
 from coreg.export.programs import open_onnx
@@ -42,10 +45,16 @@ class PredictConfig:
     model: str | None = option(None, "a finished run, its export folder, or an .onnx file that coreg-export wrote")
     images: str | None = option(None, "an image, or a folder, CSV file or torchvision name as for annotate_vlm.py")
     output: str | None = option(
-        None, "CSV file to write: path, label, probability, and the next best labels (default: predictions.csv; for one "
-        "image none)"
+        None, "CSV file to write: path, label, probability, and the next best labels; or labels, their probabilities, and "
+        "those of all labels (default: predictions.csv; for one image none)"
     )  # fmt: skip
-    top_k: int = option(3, "labels a row", (1, 1_000_000))
+    top_k: int = option(
+        3, "labels a row; where an image has several, so many are shown of a single image at least", (1, 1_000_000)
+    )
+    threshold: str | None = option(
+        None, "several labels an image: a number for all, or a .csv (label,threshold) or .json file with one for each; "
+        "default: those of the model"
+    )  # fmt: skip
     batch_size: int = option(256, "images at a time", (1, 1_000_000))
     workers: int = option(2, "threads that decode images", (0, 1024))
     safe_csv: bool = option(False, SAFE_CSV)
@@ -53,13 +62,28 @@ class PredictConfig:
 
 @dataclass
 class Classifier:
-    """An exported ensemble, from whatever file."""
+    """An exported ensemble, from whatever file: of classes, or of several labels an image."""
 
     class_names: list[str]  # C names
     image_size: int  # side in pixels to which images are decoded
     channels: int  # 1 or 3, of decoded images
     run: Callable[[Tensor], Tensor]  # uint8 (n, channels, image_size, image_size) -> float32 (n, C), both on the CPU
     resize: Resize = "squash"  # how they become squares
+    # float64 (C,) where an image has several labels: probabilities from which on it has each
+    thresholds: np.ndarray | None = None
+
+    def tags(self, probabilities: np.ndarray) -> list[list[str]]:
+        """The labels of each image, the most probable first, where it has several: those that reach their threshold.
+
+        Args:
+            probabilities: float (n, C), as `batches` gives them.
+
+        Raises:
+            UserError: the model names one class an image.
+        """
+        if self.thresholds is None:
+            raise UserError("this model names one class an image; take the most probable one")
+        return [[self.class_names[c] for c in tagging.chosen(row, self.thresholds)] for row in probabilities]
 
     def batches(
         self, images: ImageList, batch_size: int = 256, workers: int = 2
@@ -67,8 +91,8 @@ class Classifier:
         """Predict all images in order, a batch at a time.
 
         Yields:
-            Rows int64 (n,), calibrated probabilities float32 (n, C), and row -> reason of those that cannot be read,
-            whose probabilities mean nothing.
+            Rows int64 (n,), probabilities float32 (n, C), which of classes are calibrated, and row -> reason of those that
+            cannot be read, whose probabilities mean nothing.
 
         Raises:
             UserError: what the model gives are no probabilities.
@@ -79,7 +103,7 @@ class Classifier:
             yield rows, self._probabilities(pixels), failed
 
     def _probabilities(self, pixels: Tensor) -> np.ndarray:
-        """Of uint8 images, checked: whatever the file holds, its answer is a distribution or an error."""
+        """Of uint8 images, checked: whatever the file holds, its answer is numbers or an error."""
         try:
             probabilities = self.run(pixels).numpy()
         except Exception as error:  # of onnxruntime or PyTorch, on networks that do not fit their own settings
@@ -135,7 +159,9 @@ def _from_onnx(path: Path) -> Classifier:
 
 
 def _classifier(about: dict[str, Any], run: Callable[[Tensor], Tensor]) -> Classifier:
-    return Classifier(about["class_names"], about["image_size"], about["channels"], run, about.get("resize") or "squash")
+    names, at = about["class_names"], about.get("thresholds")
+    resize, thresholds = about.get("resize") or "squash", None if at is None else np.array(at, dtype=np.float64)
+    return Classifier(names, about["image_size"], about["channels"], run, resize, thresholds)
 
 
 def one_image(path: Path) -> ImageList:
@@ -148,27 +174,38 @@ def best(probabilities: np.ndarray, k: int) -> np.ndarray:
     return np.argsort(-probabilities, axis=1, kind="stable")[:, :k]
 
 
+def written(classifier: Classifier, k: int) -> tuple[list[str], Callable[[np.ndarray], list[str]]]:
+    """Heads of the columns that say what is predicted, and a function from probabilities (C,) to what stands in them.
+
+    Args:
+        k: classes a row, where an image has one.
+    """
+    names, at = classifier.class_names, classifier.thresholds
+    if at is not None:
+        return tagging.columns(names), lambda shares: tagging.cells(names, shares, at)
+    columns = ["label", "probability"]
+    heads = [*columns, *(f"{column}_{i}" for i in range(2, k + 1) for column in columns)]
+    return heads, lambda shares: [word for c in best(shares[None], k)[0] for word in (names[c], f"{shares[c]:.4f}")]
+
+
 def write_csv(classifier: Classifier, images: ImageList, config: PredictConfig, output: Path) -> dict[int, str]:
     """Predict all images into a CSV file, whole or not at all; gives row -> reason of the unreadable ones."""
-    names = classifier.class_names
-    k = min(config.top_k, len(names))
+    heads, cells = written(classifier, min(config.top_k, len(classifier.class_names)))
     unreadable: dict[int, str] = {}
     with writing_csv(output, config.safe_csv) as write:
-        columns = ["label", "probability"]
-        write(["path", *columns, *(f"{column}_{i}" for i in range(2, k + 1) for column in columns), "error"])
+        write(["path", *heads, "error"])
         with progress_bar(total=len(images), desc="predict", unit="image") as bar:
             for rows, probabilities, failed in classifier.batches(images, config.batch_size, config.workers):
                 unreadable |= failed
-                for row, shares, classes in zip(rows.tolist(), probabilities, best(probabilities, k)):
-                    named = [word for c in classes for word in (names[c], f"{shares[c]:.4f}")]
-                    named = [""] * 2 * k if row in failed else named
+                for row, shares in zip(rows.tolist(), probabilities):
+                    named = [""] * len(heads) if row in failed else cells(shares)
                     write([images.paths[row], *named, failed.get(row, "")])
                 bar.update(len(rows))
     return unreadable
 
 
 def show(classifier: Classifier, images: ImageList, config: PredictConfig) -> None:
-    """Print the most probable classes of a single image.
+    """Print the most probable classes of a single image, or its several labels.
 
     Raises:
         UserError: it cannot be read.
@@ -176,6 +213,10 @@ def show(classifier: Classifier, images: ImageList, config: PredictConfig) -> No
     ((_, probabilities, failed),) = classifier.batches(images)
     if failed:
         raise UserError(f"{config.images} cannot be read: {failed[0]}")
+    if classifier.thresholds is not None:
+        named = tagging.lines(classifier.class_names, probabilities[0], classifier.thresholds, config.top_k)
+        print("\n".join(map(printable, named)))
+        return
     for c in best(probabilities, config.top_k)[0]:
         print(f"{probabilities[0, c]:.4f}  {printable(classifier.class_names[c])}")
 
@@ -190,6 +231,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     output = Path(config.output or "predictions.csv")
     check_writable(output, "--output")
     classifier, path = load_classifier(config.model), Path(config.images)
+    if config.threshold is not None:
+        if classifier.thresholds is None:
+            raise UserError(f"{config.model} names one class an image and has no thresholds; leave out --threshold")
+        own = tagging.read_thresholds(config.threshold, classifier.class_names, classifier.thresholds)
+        classifier = replace(classifier, thresholds=own)
     single = path.is_file() and path.suffix.lower() in SUFFIXES
     images = one_image(path) if single else open_images(config.images)
     if single:

@@ -134,6 +134,18 @@ def thresholds(scores: np.ndarray, expected: np.ndarray, per_label: bool = True)
     return np.array([best_threshold(score[some], values[some]) for score, values, some in columns])
 
 
+def thresholds_of_truth(scores: np.ndarray, truth: np.ndarray, otherwise: np.ndarray) -> np.ndarray:
+    """Thresholds (L,) of the largest F1 on images whose labels are known.
+
+    A label that is known to be present in none of them, or absent in none, gets that of `otherwise`, (L,).
+
+    Args:
+        scores: float (n, L). truth: int8 (n, L), 0 unknown.
+    """
+    both = (truth > 0).any(axis=0) & (truth < 0).any(axis=0)
+    return np.where(both, thresholds(scores, truth), otherwise)
+
+
 def measure_labels(scores: np.ndarray, truth: np.ndarray, at: np.ndarray | float) -> dict[str, Any]:
     """Everything that tables report of scores (N, L), predicted where they are at least `at`, a number or one a label.
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from coreg.data.tags import BETWEEN
-from coreg.files import write_atomically
+from coreg.files import write_atomically, writing_csv
 from coreg.plaintext import csv_rows
 from coreg.report.multi_metrics import average_precisions, measure_labels
 
@@ -56,6 +56,18 @@ def tag_summary(report: dict[str, Any], root: Path) -> str:
         lines.append(f"{name[:27]:<28}{'' if value is None else f'{value:.1%}':>18}{threshold:>11.3f}")
     lines += [f"... {len(rows) - SHOWN} more in report.json"] if len(rows) > SHOWN else []
     return "\n".join([*lines, "", f"{root / 'labels.csv'}: labels of {report['images']['train']} training images"])
+
+
+def write_thresholds(path: Path, class_names: Sequence[str], at: np.ndarray) -> None:
+    """thresholds.csv: label,threshold, as `coreg-predict --threshold` reads it back; whoever wants others edits it.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    with writing_csv(path) as write:
+        write(["label", "threshold"])
+        for name, threshold in zip(class_names, at):
+            write([name, repr(float(threshold))])
 
 
 def write_tags(

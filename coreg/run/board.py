@@ -189,12 +189,15 @@ def show_numbers(accelerator: Accelerator, report: dict[str, Any], identity: dic
 
 
 def final_numbers(report: dict[str, Any]) -> dict[str, float]:
-    """What runs are compared by, from a report: accuracies where truth is known, review and time always."""
+    """What runs are compared by, from a report: accuracies or mAP where truth is known, review and time always."""
     accuracies = {
         f"final/accuracy_{split}": accuracy["ensemble"]
         for split, accuracy in report.get("accuracy", {}).items()
         if accuracy
     }
+    for split, row in report.get("tags", {}).items():
+        accuracies |= {f"final/{name}_{split}": row[name] for name in ("mAP", "CF1", "OF1")}
+        accuracies |= {f"final/annotator_mAP_{split}": row["annotator"]} if "annotator" in row else {}
     zero_shot = report["annotator"].get("zero_shot_accuracy", {})
     accuracies |= {f"final/annotator_{split}": share for split, share in zero_shot.items()}
     others = {"needs_review": "final/labels_worth_a_look", "training_seconds": "final/training_seconds"}

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from scipy.special import log_softmax
@@ -32,6 +32,9 @@ from coreg.run.training import Training
 from coreg.run.trust import trust
 from coreg.weak.labels import WeakLabels
 from coreg.weak.rules import mean_candidates, partial_accuracy
+
+if TYPE_CHECKING:
+    from coreg.run.tags import TagTask
 
 WEAK_LABELS = "weak_labels.safetensors"
 
@@ -284,12 +287,20 @@ def logits_of(task: Task, nets: Sequence[Model]) -> dict[str, dict[str, np.ndarr
 
 def _export(task: Task, nets: Sequence[Model], folder: Path) -> dict[str, Any]:
     """Calibrate the networks as they are, on every process, and write them, on one; gives their settings."""
-    job, image_options, views = task.job, task.image_options, task.data.augmentation
     weak = [
-        predict(net, task.data, "weak", ("calibration", number), 4 * job.batch_size)[0].cpu().numpy()
+        predict(net, task.data, "weak", ("calibration", number), 4 * task.job.batch_size)[0].cpu().numpy()
         for number, net in enumerate(nets)
     ]
-    calibration = fit_to_agreement(weak)
+    return write_networks(task, nets, folder, **fit_to_agreement(weak))
+
+
+def write_networks(task: Task | TagTask, nets: Sequence[Model], folder: Path, **settings: Any) -> dict[str, Any]:
+    """Export networks, by the main process; gives the settings of the export on every one.
+
+    Args:
+        settings: what `coreg.export.ensemble.export` is given beside what the task says.
+    """
+    image_options, views = task.image_options, task.data.augmentation
     return main_process_decides(
         task.accelerator,
         lambda: export(
@@ -306,7 +317,7 @@ def _export(task: Task, nets: Sequence[Model], folder: Path) -> dict[str, Any]:
             mean=views.mean,
             std=views.std,
             **({} if image_options.resize == "squash" else {"resize": image_options.resize}),
-            **calibration,
+            **settings,
         ),
     )
 

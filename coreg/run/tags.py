@@ -16,16 +16,19 @@ from coreg.annotate.textual import label_similarities
 from coreg.data.images import TEST, TRAIN
 from coreg.data.tags import read_tags
 from coreg.errors import UserError
+from coreg.export.card import tag_card
 from coreg.files import write_atomically
 from coreg.learn.multi.method import MultiMethod
 from coreg.learn.multi_options import MultiOptions
 from coreg.nets.options import ImageConfig
 from coreg.process import all_or_none, main_process_decides
-from coreg.report.multi_metrics import average_precisions, thresholds
+from coreg.report.multi_metrics import average_precisions, thresholds, thresholds_of_truth
 from coreg.report.record import SCHEMA, write_report
 from coreg.report.report import hardware, peak_memory_mb, versions
-from coreg.report.tags import measured_splits, write_tags
+from coreg.report.tags import measured_splits, write_tags, write_thresholds
+from coreg.run.board import show_numbers
 from coreg.run.pixels import training_images
+from coreg.run.results import write_networks
 from coreg.run.task import predict, training_rows
 from coreg.run.training import Training
 from coreg.settings import TagJob
@@ -125,14 +128,28 @@ def judge_tags(task: TagTask, method: MultiMethod) -> dict[str, float]:
     return curves
 
 
+def choose_thresholds(scores: dict[str, np.ndarray], truth: dict[str, np.ndarray]) -> tuple[np.ndarray, str]:
+    """Thresholds of the probabilities, float64 (L,), and where they come from.
+
+    They are those of the largest F1 on validation images whose true labels are known, and, for labels that none of these
+    has or all have, or without any, those of the largest F1 that the probabilities of the training images let expect.
+
+    Args:
+        scores: probabilities float64 (n, L) by split. truth: int8 (n, L) likewise, 0 unknown.
+    """
+    without = thresholds(scores["train"], scores["train"])
+    if "validation" not in scores or not truth["validation"].any():
+        return without, "predictions"
+    return thresholds_of_truth(scores["validation"], truth["validation"], without), "validation labels"
+
+
 def finish_tags(run: Run, task: TagTask, training: Training, method: MultiMethod, name: str, **more: Any) -> dict[str, Any]:
-    """Observed labels, labels.csv and report.json, written by the main process; gives the report."""
+    """The export, observed labels, labels.csv and report.json, written by the main process; gives the report."""
     splits = {"train": task.data, **task.others}
     scores = {k: torch.sigmoid(predicted(task, method, v).double()).cpu().numpy() for k, v in splits.items()}
     truth = {split: task.truth(split) for split in splits}
-    chosen_on = "validation labels" if truth.get("validation", np.zeros(0)).any() else "predictions"
-    labels = truth["validation"] if chosen_on == "validation labels" else scores["train"]
-    at = thresholds(scores["validation" if chosen_on == "validation labels" else "train"], labels)
+    at, chosen_on = choose_thresholds(scores, truth)
+    settings = write_networks(task, [method.net], run.folder.export, thresholds=at.tolist(), thresholds_from=chosen_on)
     store, root, job = task.store, run.folder.root, task.job
     similarity = None
     if not store.drawn and store.manifest["features"] is not None and "refined" not in store.manifest:
@@ -171,6 +188,9 @@ def finish_tags(run: Run, task: TagTask, training: Training, method: MultiMethod
         write_atomically(root / OBSERVED, save(tables, metadata={"coreg": json.dumps(task.weak.source)}))
         paths = [store.paths[row] for row in task.weak.samples.tolist()]
         write_tags(root / "labels.csv", paths, store.class_names, scores["train"], at, job.safe_csv)
+        write_thresholds(root / "thresholds.csv", store.class_names, at)
+        write_atomically(run.folder.export / "README.md", tag_card(report | more, settings))
+        show_numbers(run.accelerator, report | more, run.identity, training.epoch)
         write_report(run.folder.report, report | more)
 
     main_process_decides(run.accelerator, write)
