@@ -37,10 +37,11 @@ import torch
 
 from annotate_vlm import annotate_digits
 from coreg.learn.coreg import CoRegLearner
-from coreg.learn.division import Division, align, division_loss
+from coreg.learn.division import Division, Predicted, align, division_loss
 from coreg.learn.memory import Prototypes
 from coreg.learn.pseudo import rescale
 from coreg.learn.schedules import cosine_lr, ramp
+from coreg.learn.tables import Table, every_row, held, log_probabilities, rows_here, rows_like
 from coreg.learn.two_nets import Divisions, Verdict, co_train_batch, partner_rows
 from coreg.report.metrics import consensus, prototype_health
 from coreg.report.report import summary
@@ -53,20 +54,32 @@ from coreg.run.training import Training, build_optimizer, build_students
 from coreg.views.order import ShuffledRows, n_batches
 
 
-def divide_by(task: Task[CoRegOptions], training: Training, number: int) -> tuple[Division, Verdict, np.ndarray]:
-    """Let network `number` (0 or 1) split the training set; also gives its (N, C) log probabilities before alignment."""
+def divide_by(task: Task[CoRegOptions], training: Training, number: int) -> tuple[Division, Verdict, Predicted]:
+    """Let network `number` (0 or 1) split the training set; also gives what it predicts before alignment."""
     method, epoch, net, size = task.method, training.epoch, training.nets[number], 4 * task.job.batch_size
-    logits, features = predict(net, task.data, method.division_view, ("division", epoch, number), size)
-    log_p = finite(task, logits, number, epoch)
-    aligned = log_p if method.alignment == "none" else align(log_p, task.prior)
-    division = division_of(task, training, number, division_loss(aligned, task.weak.table), method.monotone)
-    targets = rescale(torch.from_numpy(np.exp(aligned)), torch.from_numpy(task.weak.table))
-    like = {"device": task.accelerator.device, "dtype": task.data.dtype}
-    verdict = Verdict(torch.from_numpy(division.weight).to(**like), targets.to(**like), division.trusted)
+    logits, features = predict(net, task.data, method.division_view, ("division", epoch, number), size, task.sharded)
+    network = finite(task, logits, number, epoch)
+    losses, targets = losses_and_targets(task, logits, network)
+    division = division_of(task, training, number, losses, method.monotone)
+    weight = torch.from_numpy(division.weight).to(task.accelerator.device, task.data.dtype)
+    verdict = Verdict(weight, targets, division.trusted)
     if method.guesses == "epoch":
-        again, _ = predict(net, task.data, "weak", ("guess", epoch, number), size)
-        verdict.guess, verdict.features = (logits.softmax(1) + again.softmax(1)) / 2, features
-    return division, verdict, log_p
+        again, _ = predict(net, task.data, "weak", ("guess", epoch, number), size, task.sharded)
+        verdict.guess = rows_like(logits, (held(logits).softmax(1) + held(again).softmax(1)) / 2)
+        verdict.features = features
+    return division, verdict, network
+
+
+def losses_and_targets(task: Task[CoRegOptions], logits: Table, network: Predicted) -> tuple[np.ndarray, Table]:
+    """Division losses (N,) and targets (N, C) of logits (N, C), which predict `network`."""
+    targets, candidates = torch.empty_like(held(logits)), task.weak.table[rows_here(logits)]
+    losses = np.zeros(len(targets))
+    for part, log_p in log_probabilities(logits):
+        sets = candidates[part]
+        aligned = log_p if task.method.alignment == "none" else align(log_p, task.prior, network.mean)
+        losses[part] = division_loss(aligned, sets)
+        targets[part] = rescale(torch.from_numpy(np.exp(aligned)), torch.from_numpy(sets)).to(targets)
+    return every_row(losses, logits), rows_like(logits, targets)
 
 
 def divide(task: Task[CoRegOptions], training: Training) -> None:
@@ -74,10 +87,10 @@ def divide(task: Task[CoRegOptions], training: Training) -> None:
     if task.method.key_reset == "epoch":
         for learner in training.learners:
             learner.reset_keys()
-    log_ps = hand_over(task, training, [divide_by(task, training, number) for number in (0, 1)])
+    networks = hand_over(task, training, [divide_by(task, training, number) for number in (0, 1)])
     # both learners share them
     training.divisions.health |= prototype_health(training.learners[0].prototypes.value.cpu().numpy())
-    training.divisions.consider(training.epoch, consensus(log_ps))
+    training.divisions.consider(training.epoch, consensus(networks))
 
 
 def co_train(run: Run, task: Task[CoRegOptions], training: Training, lr: float) -> None:
@@ -127,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         task = prepare(run, method, method.alignment)
         learners = build_learners(task)
         nets = [learner.net for learner in learners]
-        divisions = Divisions(nets, len(task.data.samples))
+        divisions = Divisions(nets, len(task.data.samples), run.sharded)
         training = run.begin(learners, [build_optimizer(net, job) for net in nets], divisions)
         informative = ~(task.weak.table.all(axis=1) & method.skip_full_sets)
 

@@ -44,8 +44,9 @@ import torch
 
 from annotate_vlm import annotate_digits
 from coreg.learn.dividemix import DivideMixLearner
-from coreg.learn.division import Division, division_loss
+from coreg.learn.division import Division, Predicted, division_loss
 from coreg.learn.schedules import cosine_lr, ramp
+from coreg.learn.tables import every_row, held, log_probabilities, owned, rows_here, rows_like
 from coreg.learn.two_nets import Divisions, Verdict, co_train_batch, partner_rows
 from coreg.report.report import summary
 from coreg.run.epoch import division_of, hand_over, judge, paired, warm_up
@@ -74,18 +75,22 @@ def one_label_each(task: Task[DivideMixOptions]) -> Task[DivideMixOptions]:
         named = np.where((named >= 0) & task.weak.table[np.arange(len(named)), named], named, -1)
     named = np.where(task.weak.certain, task.weak.known, np.where(task.weak.usable, named, -1))
     labels = named[:, None] == np.arange(len(task.store.class_names))
-    table = torch.from_numpy(labels).to(task.accelerator.device)
+    table, device = torch.from_numpy(labels), task.accelerator.device
+    table = owned(table, device) if task.sharded else table.to(device)
     weak = dataclasses.replace(task.weak, table=labels, usable=named >= 0)
     return dataclasses.replace(task, weak=weak, table=table)
 
 
-def divide_by(task: Task[DivideMixOptions], training: Training, number: int) -> tuple[Division, Verdict, np.ndarray]:
-    """Let network `number` (0 or 1) split the training set; also gives its (N, C) log probabilities."""
-    logits, _ = predict(training.nets[number], task.data, "plain", (), 4 * task.job.batch_size)
-    log_p = finite(task, logits, number, training.epoch)
-    division = division_of(task, training, number, division_loss(log_p, task.weak.table))
+def divide_by(task: Task[DivideMixOptions], training: Training, number: int) -> tuple[Division, Verdict, Predicted]:
+    """Let network `number` (0 or 1) split the training set; also gives what it predicts."""
+    logits, _ = predict(training.nets[number], task.data, "plain", (), 4 * task.job.batch_size, task.sharded)
+    network = finite(task, logits, number, training.epoch)
+    table, losses = task.weak.table[rows_here(logits)], np.zeros(len(held(logits)))
+    for part, log_p in log_probabilities(logits):
+        losses[part] = division_loss(log_p, table[part])
+    division = division_of(task, training, number, every_row(losses, logits))
     weight = torch.from_numpy(division.weight).to(task.accelerator.device, task.data.dtype)
-    return division, Verdict(weight, task.table.to(task.data.dtype), division.trusted), log_p
+    return division, Verdict(weight, rows_like(task.table, held(task.table).to(task.data.dtype)), division.trusted), network
 
 
 def co_train(run: Run, task: Task[DivideMixOptions], training: Training, lr: float) -> None:
@@ -143,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         noisy = one_label_each(task)
         learners = build_learners(task)
         nets = [learner.net for learner in learners]
-        divisions = Divisions(nets, len(task.data.samples))
+        divisions = Divisions(nets, len(task.data.samples), run.sharded)
         training = run.begin(learners, [build_optimizer(net, job) for net in nets], divisions)
 
         for epoch in run.epochs(training, "DivideMix"):

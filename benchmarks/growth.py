@@ -64,7 +64,7 @@ def _candidate_rule(rule: str) -> Callable[[int, int, np.random.Generator], Call
 
 def _align(n: int, c: int, rng: np.random.Generator) -> Callable[[], Any]:
     log_p = log_probabilities(n, c, rng)
-    return lambda: align(log_p, np.full(c, 1 / c))
+    return lambda: align(log_p, np.full(c, 1 / c), np.exp(log_p).mean(axis=0))
 
 
 def _division_loss(n: int, c: int, rng: np.random.Generator) -> Callable[[], Any]:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy import stats
 
-from coreg.data.keyed import keyed_generator, keyed_uniform
+from coreg.data.keyed import keyed_generator, keyed_order, keyed_uniform
 
 M = 2**64
 PINNED = [[14785304, 10853401, 16157835], [1891199, 13591482, 12660242], [7126612, 15955074, 15565734]]
@@ -154,6 +154,35 @@ def test_generator_is_a_function_of_its_key():
     assert keyed_generator(2**32 + 5).integers(2**60) != keyed_generator(5).integers(2**60)
     means = [keyed_generator("seed", i).random() for i in range(5000)]
     assert stats.kstest(means, "uniform").pvalue > 1e-4
+
+
+def test_a_keyed_order_has_every_number_once():
+    for n in [*range(1, 80), 1000, 65_537]:
+        order = keyed_order(("order", n), n, np.arange(n))
+        assert order.dtype == np.int64 and sorted(order) == list(range(n))
+
+
+def test_a_place_of_a_keyed_order_is_computed_alone():
+    n, places = 10**12 + 39, np.array([0, 1, 10**12, 17, 17])
+    order = keyed_order((1, "x"), n, places)
+    assert ((order >= 0) & (order < n)).all() and order[3] == order[4] and len(set(order.tolist())) == 4
+    assert all(keyed_order((1, "x"), n, places[i : i + 1])[0] == order[i] for i in range(5))
+    assert keyed_order((1, "x"), n, places[:0]).shape == (0,)
+    assert (keyed_order((2, "x"), n, places) != order).all()
+
+
+def test_keyed_orders_are_drawn_evenly():
+    """Over the keys three places get each triple of numbers as often; in one order place and number, and neighbours, have
+    nothing to do with each other."""
+    triples = np.stack([keyed_order((key,), 997, np.array([0, 1, 700])) for key in range(2500)]) * 5 // 997
+    assert stats.chisquare(np.bincount(triples @ [25, 5, 1], minlength=125)).pvalue > 1e-4
+    order = keyed_order(("large",), 10_000, np.arange(10_000))
+    for lag in range(1, 12):
+        assert abs(np.corrcoef(order[lag:], order[:-lag])[0, 1]) < 0.05
+        assert stats.kstest((order[lag:] - order[:-lag]) % 10_000, "uniform", (0, 10_000)).pvalue > 1e-4
+    assert abs(np.corrcoef(order, np.arange(10_000))[0, 1]) < 0.05
+    table, *_ = np.histogram2d(order, np.arange(10_000), bins=20)
+    assert stats.chisquare(table.ravel()).pvalue > 1e-4
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -176,7 +176,8 @@ SMALL = [
 @pytest.mark.parametrize(
     ("name", "more"),
     [
-        ("dividemix", ("--warmup_epochs", "1", "--train_view", "weak", "--labels_from", "single")),
+        ("dividemix", ("--warmup_epochs", "1", "--train_view", "weak", "--labels_from", "single", "--tables", "sharded")),
+        pytest.param("dividemix", ("--warmup_epochs", "1", "--train_view", "weak"), marks=pytest.mark.slow),
         pytest.param("distill", ("--kd_temperature", "2", "--view", "strong"), marks=pytest.mark.slow),
     ],
 )

@@ -340,10 +340,10 @@ def test_torchrun_names_the_exit_code_of_a_job_that_was_stopped(small_store, who
 
 
 def test_one_of_two_gets_the_signal_and_both_stop_with_the_exit_code(run, small_store, whole, tmp_path):
-    """The job then goes on in one process."""
+    """Each has a part of the tables, and the job goes on in one process, which has all rows."""
     plan = {"signal": "SIGUSR1", "at": whole[1].index("training") + 3, "rank": 1}
     words = arguments(small_store, tmp_path / "run")
-    ended = in_processes(2, train_coreg.main, *words, before=lambda: follow(plan))
+    ended = in_processes(2, train_coreg.main, *words, "--tables", "sharded", before=lambda: follow(plan))
     assert ended.codes == [EXIT_INTERRUPTED] * 2, ended.stderr
     assert ended.stdout.count("Stopped by a signal in epoch 2") == 1
     code, log = run({}, arguments(small_store, tmp_path / "run"))
@@ -354,13 +354,13 @@ def test_one_of_two_gets_the_signal_and_both_stop_with_the_exit_code(run, small_
 @pytest.mark.slow
 @pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 3), (3, 1)])
 def test_stopped_within_an_epoch_it_goes_on_in_another_number_of_processes(small_store, whole, tmp_path, before, after):
-    """The sums of the loss parts up to the signal are part of the epoch's curves."""
+    """The loss parts up to the signal are part of the epoch's curves; then each process has a part of the tables."""
     args = arguments(small_store, tmp_path / "run")
     done = launched(before, {"signal": "SIGTERM", "at": whole[1].index("training") + 3}, args, launcher="torchrun")
     assert done.stdout.count("Stopped by a signal in epoch 2") == 1, done.stderr[-2000:]
     sums = final_state(tmp_path / "run")["sums"]
     assert len(sums) > 3 and all(shares.shape == (before,) for shares in sums.values())
-    done = launched(after, {}, args)
+    done = launched(after, {}, [*args, "--tables", "sharded"])
     assert done.returncode == 0, done.stderr[-2000:]
     within_rounding(whole[0], final_state(tmp_path / "run"))
 

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from sklearn.mixture import GaussianMixture
 
-from coreg.learn.division import LARGEST_LOSS, align, divide, division_loss
+from coreg.learn import division
+from coreg.learn.division import LARGEST_LOSS, align, divide, division_loss, representatives
 
 
 def log_rows(n, c, seed=0):
@@ -15,14 +16,14 @@ def log_rows(n, c, seed=0):
 def test_align_divides_by_the_mean_prediction_and_renormalises():
     log_p, prior = log_rows(7, 3), np.array([0.2, 0.3, 0.5])
     mean = [sum(np.exp(log_p[i, c]) for i in range(7)) / 7 for c in range(3)]
-    for i, row in enumerate(align(log_p, prior)):
+    for i, row in enumerate(align(log_p, prior, np.array(mean))):
         scaled = [np.exp(log_p[i, c]) * prior[c] / mean[c] for c in range(3)]
         assert np.exp(row) == pytest.approx(np.array(scaled) / sum(scaled))
 
 
 def test_align_survives_a_class_that_is_never_predicted():
     log_p = np.log(np.array([[1.0 - 1e-300, 1e-300], [1.0 - 1e-300, 1e-300]]))
-    aligned = align(log_p, np.array([0.5, 0.5]))
+    aligned = align(log_p, np.array([0.5, 0.5]), np.exp(log_p).mean(axis=0))
     assert np.isfinite(aligned).all()
     assert np.exp(aligned).sum(axis=1) == pytest.approx(1.0)
 
@@ -104,3 +105,30 @@ def test_monotone_does_not_punish_the_easiest_images():
     order = np.argsort(losses)
     below = order[: (losses < 0.15).sum()]
     assert (np.diff(monotone.weight[below]) <= 1e-12).all()
+
+
+def test_few_losses_stand_for_themselves_and_many_for_equally_many_others(monkeypatch):
+    losses = np.random.default_rng(0).beta(0.5, 2, 1000)
+    assert representatives(losses) is losses
+    monkeypatch.setattr(division, "LARGE", 64)
+    few = representatives(losses)
+    assert len(few) == 64 and (np.diff(few) >= 0).all() and np.isin(few, losses).all()
+    for at in np.concatenate([losses, few, few - 1e-12]):
+        assert abs((few <= at).mean() - (losses <= at).mean()) <= 1 / 64
+    assert abs(few.mean() - losses.mean()) <= 1 / 64
+    assert representatives(losses[:64]) is not None and len(representatives(losses[:65])) == 64
+
+
+def test_a_division_by_a_histogram_is_that_by_all_losses(monkeypatch):
+    """Bars a thousandth of the losses move the posteriors by less than a hundredth, and hardly an image changes sides."""
+    rng = np.random.default_rng(0)
+    history = [np.where(rng.random(50_000) < 0.6, rng.gamma(2.0, 0.4, 50_000), rng.normal(2.5, 0.5, 50_000))] * 2
+    usable = rng.random(50_000) < 0.9
+    whole = divide(history, usable, seed=0)
+    monkeypatch.setattr(division, "LARGE", 1000)
+    few = divide(history, usable, seed=0)
+    assert not (few.weight[~usable]).any() and (few.weight != whole.weight).any()
+    assert np.abs(few.weight - whole.weight).max() < 0.01 and (few.trusted != whole.trusted).mean() < 0.001
+    monkeypatch.setattr(division, "LARGE", 49_999)  # the fit is the same, posteriors are computed in parts
+    monkeypatch.setattr(division, "representatives", lambda losses: losses)
+    assert np.array_equal(divide(history, usable, seed=0).weight, whole.weight)

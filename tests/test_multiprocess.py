@@ -11,7 +11,9 @@ from conftest import SMALL_JOB
 from runs import final_state, in_processes, same_curves
 
 import train_coreg
+from coreg.learn import division, tables
 from coreg.learn.coreg import CoRegLearner
+from coreg.views import order
 
 ROOT = Path(__file__).parents[1]
 
@@ -20,9 +22,9 @@ def arguments(store, output, *more):
     return ["--annotations", str(store), "--output_dir", str(output), *SMALL_JOB, *more]
 
 
-def trained(processes, store, output, *more):
+def trained(processes, store, output, *more, before=None):
     """The final state of a job in so many processes."""
-    ended = in_processes(processes, train_coreg.main, *arguments(store, output, *more))
+    ended = in_processes(processes, train_coreg.main, *arguments(store, output, *more), before=before)
     assert ended.codes == [0] * processes, ended.stderr[-2000:]
     return final_state(output)
 
@@ -63,6 +65,24 @@ def test_two_processes_of_the_launcher_train_like_one(small_store, alone, tmp_pa
 @pytest.mark.multiprocess
 def test_four_processes_train_like_one(small_store, alone, tmp_path):
     same(alone, trained(4, small_store, tmp_path / "run"))
+
+
+@pytest.mark.multiprocess
+def test_two_processes_with_parts_of_the_tables_train_like_one_with_all(small_store, alone, tmp_path):
+    same(alone, trained(2, small_store, tmp_path / "run", "--tables", "sharded"))
+
+
+def many_images():
+    """97 images are many: orders are computed place by place, the mixture is fitted to a histogram, tables go in pieces."""
+    order.LARGE, division.LARGE, tables.PIECE = 10, 60, 100
+
+
+@pytest.mark.multiprocess
+def test_processes_with_parts_of_large_tables_train_like_one(small_store, tmp_path):
+    words = ("--guesses", "epoch", "--tables", "sharded", "--epochs", "2")
+    one, two, four = (trained(count, small_store, tmp_path / str(count), *words, before=many_images) for count in (1, 2, 4))
+    same(one, two)
+    same(one, four)
 
 
 @pytest.mark.multiprocess

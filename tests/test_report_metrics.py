@@ -8,7 +8,7 @@ from scipy.special import softmax
 from scipy.stats import gmean, hmean
 from sklearn.metrics import accuracy_score, f1_score, log_loss, recall_score
 
-from coreg.learn.division import Division
+from coreg.learn.division import Division, Predicted
 from coreg.report.metrics import (
     accuracy,
     approximated_accuracy,
@@ -145,7 +145,9 @@ def test_division_health_by_hand():
     first = Division(np.array([1.0, 0.9, 0.2, 0.1]), np.array([True, True, False, False]), [0.1, 0.8], [0.5, 0.5])
     second = Division(np.ones(4), np.ones(4, dtype=bool))
     labels = np.array([0, 1, 1, -1])
-    health = division_health([first, second], [log_p, other], candidates, np.array([0, 0, 0, 0]), labels, ["a/b", "c"])
+    health = division_health(
+        [first, second], [Predicted.of(log_p), Predicted.of(other)], candidates, np.zeros(4, int), labels, ["a/b", "c"]
+    )
     assert health["division/trusted"] == pytest.approx((0.5 + 1.0) / 2)
     assert health["division/agreement_of_nets"] == pytest.approx(0.25)
     assert health["division/agreement_with_annotator"] == pytest.approx((3 / 4 + 0) / 2)
@@ -175,23 +177,24 @@ def test_prototype_health_by_hand():
 
 
 def test_division_health_without_labels_says_nothing_about_truth():
-    log_p = np.log(np.full((2, 2), 0.5))
+    network = Predicted.of(np.log(np.full((2, 2), 0.5)))
     division = Division(np.ones(2), np.ones(2, dtype=bool))
     everything = np.ones((2, 2), dtype=bool)
-    health = division_health([division] * 2, [log_p] * 2, everything, np.zeros(2, int), np.full(2, -1), ["a", "b"])
+    health = division_health([division] * 2, [network] * 2, everything, np.zeros(2, int), np.full(2, -1), ["a", "b"])
     assert not any(name.startswith("truth") for name in health)
 
 
 def test_consensus_is_agreement_times_balance():
     sure = np.log(np.array([[0.9, 0.1], [0.1, 0.9], [0.9, 0.1], [0.1, 0.9]]))
-    assert consensus([sure, sure]) == pytest.approx(1.0)  # all agree, both classes as often
-    assert consensus([sure, sure[::-1]]) == pytest.approx(0.0)
+    of = lambda *tables: consensus([Predicted.of(log_p) for log_p in tables])  # noqa: E731
+    assert of(sure, sure) == pytest.approx(1.0)  # all agree, both classes as often
+    assert of(sure, sure[::-1]) == pytest.approx(0.0)
     other = sure.copy()
     other[0] = sure[1]
     balance = -(0.3 * math.log(0.3) + 0.7 * math.log(0.7)) / math.log(2)  # mean of other: (0.3, 0.7)
-    assert consensus([sure, other]) == pytest.approx(0.75 * (1 + balance) / 2)
+    assert of(sure, other) == pytest.approx(0.75 * (1 + balance) / 2)
     collapsed = np.log(np.array([[1 - 1e-9, 1e-9]] * 4))
-    assert consensus([collapsed, collapsed]) < 1e-6  # they agree on everything, and it is worth nothing
+    assert of(collapsed, collapsed) < 1e-6  # they agree on everything, and it is worth nothing
 
 
 def by_hand(probs, predictions, candidates):
@@ -242,7 +245,7 @@ def test_scores_without_labels_leave_out_what_cannot_be_had():
     log_p = np.log(np.array([[0.9, 0.1], [0.4, 0.6]]))
     given = label_free_scores(sets, named, {"train": log_p, "test": np.zeros((0, 2))}, [log_p, log_p])
     assert given["approximated_accuracy"] == {"train": pytest.approx(0.5)}
-    assert given["consensus"] == consensus([log_p, log_p])
+    assert given["consensus"] == consensus([Predicted.of(log_p)] * 2)
     assert "consensus" not in label_free_scores(sets, named, networks=[log_p])
 
 

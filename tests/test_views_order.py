@@ -5,11 +5,15 @@ import pytest
 import torch
 
 from coreg.data.keyed import keyed_uniform
+from coreg.views import order as order_module
 from coreg.views.order import ShuffledRows, drawn_part, n_batches
 
 
+@pytest.mark.parametrize("large", [order_module.LARGE, 3])
 @pytest.mark.parametrize(("n", "size", "smallest"), [(11, 3, 2), (9, 3, 2), (4, 4, 2), (10, 3, 1), (5, 1, 1), (1, 4, 1)])
-def test_every_round_is_a_new_permutation(n, size, smallest):
+def test_every_round_is_a_new_permutation(n, size, smallest, large, monkeypatch):
+    """Whether it is held or computed place by place."""
+    monkeypatch.setattr(order_module, "LARGE", large)
     rows = np.arange(100, 100 + n)
     order = ShuffledRows(rows, size, ("key", 1), smallest)
     rounds = [[order.batch(r * order.per_round + i) for i in range(order.per_round)] for r in range(3)]
@@ -45,6 +49,14 @@ def test_batches_can_be_asked_for_in_any_order():
     assert all(np.array_equal(a, b) for a, b in zip(forward, backward))
     other = ShuffledRows(np.arange(20), 6, (4, "P"))
     assert not np.array_equal(first.batch(0), other.batch(0))
+
+
+def test_the_order_of_many_rows_is_never_held(monkeypatch):
+    monkeypatch.setattr(order_module, "LARGE", 99)
+    held, computed = (ShuffledRows(np.arange(n), 7, ("k",)) for n in (99, 100))
+    assert sorted(np.concatenate([computed.batch(step) for step in range(computed.per_round)])) == list(range(100))
+    held.batch(0)
+    assert len(held._orders) == 1 and not computed._orders
 
 
 def test_no_rows_give_empty_batches():

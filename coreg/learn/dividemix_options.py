@@ -43,6 +43,12 @@ class DivideMixOptions:
     lr_schedule: Literal["cosine", "step"] = advanced(
         "cosine", "learning rate: cosine, or a tenth in the second half of all epochs"
     )
+    tables: Literal["whole", "sharded"] = advanced(
+        "whole",
+        "tables with a row for each training image and a column for each class: whole on every process, or sharded, each "
+        "process holding its part and sending the others what a step needs, which gives the same results",
+        job=False,
+    )
 
 
 _CIFAR = {"train_view": "weak", "lr_schedule": "step", "optimizer": "sgd", "lr": 0.02, "batch_size": 64, "epochs": 300}

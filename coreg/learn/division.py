@@ -7,6 +7,7 @@ Source: AAAI eq. 3 and the text below it; distribution alignment, loss history a
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,20 +16,35 @@ from sklearn.mixture import GaussianMixture
 
 LARGEST_LOSS = 50.0  # stands for the -log of a candidate probability that underflowed to 0
 SMALLEST_RANGE = 1e-6  # of raw losses: below it there is nothing to divide by
+LARGE = 1 << 20  # losses that a mixture is fitted to at most
 
 
-def align(log_p: np.ndarray, prior: np.ndarray) -> np.ndarray:
-    """Distribution alignment: p * prior / m renormalised, m the mean prediction over all rows.
+@dataclass
+class Predicted:
+    """What a network predicts of the N training images, in short."""
+
+    classes: np.ndarray  # int64 (N,), the most likely ones
+    mean: np.ndarray  # (C,), the mean prediction
+    finite: bool = True  # whether all log probabilities are numbers
+
+    @classmethod
+    def of(cls, log_p: np.ndarray) -> Predicted:
+        """That of log probabilities (N, C)."""
+        return cls(log_p.argmax(axis=1), np.exp(log_p).mean(axis=0))
+
+
+def align(log_p: np.ndarray, prior: np.ndarray, mean: np.ndarray) -> np.ndarray:
+    """Distribution alignment: p * prior / m renormalised, m the mean prediction over all training images.
 
     m is floored at a millionth of uniform, so that a class that is never predicted cannot blow up.
 
     Args:
-        log_p: (N, C) log probabilities of every training image. prior: (C,), sums to 1.
+        log_p: (n, C) log probabilities of some training images, or of all. prior: (C,), sums to 1. mean: (C,), m.
 
     Returns:
-        (N, C) aligned log probabilities.
+        (n, C) aligned log probabilities.
     """
-    mean = np.maximum(np.exp(log_p).mean(axis=0), 1e-6 / log_p.shape[1])
+    mean = np.maximum(mean, 1e-6 / log_p.shape[1])
     shifted = log_p + np.log(prior)
     shifted -= np.log(mean)  # in place: the table is the largest one there is
     shifted -= shifted.max(axis=1, keepdims=True)
@@ -42,11 +58,24 @@ def division_loss(log_p: np.ndarray, candidates: np.ndarray) -> np.ndarray:
     return np.minimum(-best, LARGEST_LOSS)
 
 
-def smoothed(history: np.ndarray) -> np.ndarray:
-    """Division losses of the last K epochs, each scaled to 0..1, and their mean over the epochs. (K, n) -> (n,), n >= 1."""
-    losses = history.astype(np.float64)
-    low, high = losses.min(axis=1, keepdims=True), losses.max(axis=1, keepdims=True)
-    return ((losses - low) / np.maximum(high - low, SMALLEST_RANGE)).mean(axis=0)
+def smoothed(history: Sequence[np.ndarray]) -> np.ndarray:
+    """Mean over the last K epochs of division losses, each epoch's scaled to 0..1. K of (n,) -> (n,), n >= 1."""
+    total = np.zeros(len(history[0]))
+    for losses in history:
+        low, high = losses.min(), losses.max()
+        total += (losses - low) / max(high - low, SMALLEST_RANGE)
+    return total / len(history)
+
+
+def representatives(losses: np.ndarray) -> np.ndarray:
+    """At most `LARGE` losses (n,) that stand for all (N,): themselves, or a histogram whose bars hold equally many.
+
+    Of each bar it is the middle loss by rank. The share of losses below any number changes by at most 1 / LARGE, which is a
+    millionth, and so does the mean of losses in 0..1.
+    """
+    if len(losses) <= LARGE:
+        return losses
+    return np.sort(losses)[(2 * np.arange(LARGE) + 1) * len(losses) // (2 * LARGE)]
 
 
 @dataclass
@@ -62,7 +91,7 @@ class Division:
 
 
 def divide(
-    history: np.ndarray,
+    history: Sequence[np.ndarray],
     usable: np.ndarray,
     seed: int,
     threshold: float = 0.5,
@@ -76,7 +105,7 @@ def divide(
     take the `smallest` smallest losses instead, with w = 1.
 
     Args:
-        history: (K, N) division losses of the last K epochs, oldest first, raw.
+        history: (N,) division losses of each of the last K epochs, oldest first, raw.
         usable: bool (N,), False for images that no template could name: they are left out and lie in U with w = 0.
         seed: of the mixture's initialisation.
         threshold: w above it is P.
@@ -85,10 +114,10 @@ def divide(
             the loss only between the means: where the variances differ, the broader component takes both tails, so that
             the easiest images can land in U, or the hardest ones in P.
     """
-    weight = np.zeros(history.shape[1])
+    weight = np.zeros(len(usable))
     if not usable.any():
         return Division(weight, np.zeros_like(usable))
-    smooth = smoothed(history[:, usable])
+    smooth = smoothed([losses[usable] for losses in history])
     division = Division(weight, np.zeros_like(usable))
     if smooth.max() - smooth.min() < SMALLEST_RANGE:
         weight[usable] = 1.0
@@ -97,17 +126,18 @@ def divide(
         with warnings.catch_warnings():
             # ten iterations are the reference's choice, converged or not
             warnings.simplefilter("ignore", ConvergenceWarning)
-            mixture.fit(smooth[:, None])
+            mixture.fit(representatives(smooth)[:, None])
         means = mixture.means_[:, 0]
         small = int(means.argmin())
         order = [small, 1 - small]
         division.means, division.shares = means[order].tolist(), mixture.weights_[order].tolist()
         division.deviations = np.sqrt(mixture.covariances_[order, 0, 0]).tolist()
-        if mixture.weights_.min() * len(smooth) < 1e-3:
+        if mixture.weights_.min() * min(len(smooth), LARGE) < 1e-3:
             weight[usable] = 1.0
         else:
             at = smooth.clip(means[small], means[1 - small]) if monotone else smooth
-            weight[usable] = mixture.predict_proba(at[:, None])[:, small]
+            pieces = np.array_split(at[:, None], -(-len(at) // LARGE))
+            weight[usable] = np.concatenate([mixture.predict_proba(piece)[:, small] for piece in pieces])
     division.trusted = weight > threshold
     if division.trusted.sum() < smallest:
         rows = np.flatnonzero(usable)[np.argsort(smooth, kind="stable")[:smallest]]

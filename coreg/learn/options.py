@@ -63,6 +63,12 @@ class CoRegOptions:
     key_reset: Literal["epoch", "never"] = advanced("epoch", "copy the query encoder into the key encoder at epoch start")
     queue_size: int = advanced(8192, "keys kept for contrast", (1, 10_000_000))
     projection_dim: int = advanced(128, "D, width of the projected features", (1, 65_536))
+    tables: Literal["whole", "sharded"] = advanced(
+        "whole",
+        "tables with a row for each training image and a column for each class: whole on every process, or sharded, each "
+        "process holding its part and sending the others what a step needs, which gives the same results",
+        job=False,
+    )
 
 
 # `reference` follows the public code, `paper` the text where the two differ, `fast` saves passes; recipes and the command

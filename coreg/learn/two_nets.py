@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from coreg.learn.collective import my_slice
 from coreg.learn.coreg import CoRegBatch, Guess, WarmUpBatch
 from coreg.learn.pseudo import draw_mixup
+from coreg.learn.tables import OwnedRows, Table, owned, share
 from coreg.views.resident import TrainingImages
 
 
@@ -25,25 +26,32 @@ class Verdict:
     """One network's division of the training set; the other network trains on it."""
 
     weight: Tensor  # (N,) w
-    targets: Tensor  # (N, C), p, predictions rescaled to the candidate sets
+    targets: Table  # (N, C), p, predictions rescaled to the candidate sets
     trusted: np.ndarray  # bool (N,), P
-    guess: Tensor | None = None  # (N, C), mean prediction of two weak views, where it is made once an epoch
-    features: Tensor | None = None  # (N, D), of the first of these views, likewise
+    guess: Table | None = None  # (N, C), mean prediction of two weak views, where it is made once an epoch
+    features: Table | None = None  # (N, D), of the first of these views, likewise
 
     def state_dict(self) -> dict[str, Tensor | None]:
-        return vars(self) | {"trusted": torch.from_numpy(self.trusted)}
+        """Whole tables; those whose rows processes own come together on process 0 alone. All have to call it."""
+        whole = {name: value.gathered() if isinstance(value, OwnedRows) else value for name, value in vars(self).items()}
+        return whole | {"trusted": torch.from_numpy(self.trusted)}
 
     @classmethod
-    def from_state(cls, state: dict[str, Tensor | None], device: torch.device) -> Verdict:
-        moved = {name: None if value is None else value.to(device) for name, value in state.items() if name != "trusted"}
-        return cls(**moved, trusted=state["trusted"].numpy())
+    def from_state(cls, state: dict[str, Tensor | None], device: torch.device, sharded: bool = False) -> Verdict:
+        """What `state_dict` gave; `sharded` where this process is to have the rows that it owns."""
+        tables = {name: value for name, value in state.items() if name in ("targets", "guess", "features")}
+        for name, value in tables.items():
+            if value is not None:
+                tables[name] = owned(value, device) if sharded else value.to(device)
+        return cls(state["weight"].to(device), trusted=state["trusted"].numpy(), **tables)
 
 
 class Divisions:
     """What two networks remember of their divisions."""
 
-    def __init__(self, nets: Sequence[nn.Module], count: int) -> None:
+    def __init__(self, nets: Sequence[nn.Module], count: int, sharded: bool = False) -> None:
         self.nets, self.count = nets, count  # both of them; N
+        self.sharded = sharded  # whether each process holds the rows of tables that it owns
         self.losses: list[list[np.ndarray]] = [[] for _ in nets]  # of each, (N,) in the last epochs, oldest first
         self.verdicts: list[Verdict] = []  # of this epoch's division, none before it
         self.health: dict[str, float] = {}  # curves of it
@@ -51,10 +59,10 @@ class Divisions:
         # of the networks that looked best without labels so far: the number of finished epochs, the score, the weights
         self.chosen: dict[str, Any] | None = None
 
-    def remember(self, number: int, losses: np.ndarray, epochs: int) -> np.ndarray:
-        """Division losses (K, N) of network `number` in the last `epochs` epochs, these (N,) the newest."""
+    def remember(self, number: int, losses: np.ndarray, epochs: int) -> list[np.ndarray]:
+        """Division losses, K of (N,), of network `number` in the last `epochs` epochs, these (N,) the newest."""
         self.losses[number] = [*self.losses[number], losses][-epochs:]
-        return np.stack(self.losses[number])
+        return self.losses[number]
 
     def finish_epoch(self) -> dict[str, float]:
         """Forget this epoch's verdicts; gives the curves of its division."""
@@ -80,7 +88,7 @@ class Divisions:
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
         """Take what `state_dict` gave."""
         self.losses = [[] if rows is None else list(rows.numpy()) for rows in state["losses"]]
-        self.verdicts = [Verdict.from_state(saved, device) for saved in state["verdicts"]]
+        self.verdicts = [Verdict.from_state(saved, device, self.sharded) for saved in state["verdicts"]]
         self.weights = [weight.numpy() for weight in state["weights"]]
         self.health, self.chosen = state["health"], state["chosen"]
 
@@ -88,7 +96,7 @@ class Divisions:
 def warm_up_batch(
     data: TrainingImages,
     rows: np.ndarray,
-    candidates: Tensor,
+    candidates: Table,
     key: tuple[int | str, ...],
     view: str,
     n_informative: int,
@@ -96,13 +104,13 @@ def warm_up_batch(
     """This process's share of the global batch `rows`.
 
     Args:
-        rows: int64 (n,), the global batch. candidates: bool (N, C) on the training device.
+        rows: int64 (n,), the global batch. candidates: bool (N, C) on the training device; all processes take part.
         key: (epoch, network), names the views. view: `strong` as in the reference, or `weak`.
         n_informative: rows of the global batch over which the partial loss is averaged.
     """
     my_rows = rows[my_slice(len(rows))]
     images = data.view(view, my_rows, ("warm-up", *key))
-    return WarmUpBatch(images, candidates[data.places(my_rows)], len(rows), n_informative)
+    return WarmUpBatch(images, share(candidates, rows), len(rows), n_informative)
 
 
 def _lengths(trusted: np.ndarray, rest: np.ndarray) -> tuple[int, int, int, int]:
@@ -144,7 +152,8 @@ def co_train_batch(
     of P and u of U.
 
     Args:
-        trusted, rest: int64 (n_x,), (n_u,). verdict: of the peer's division, on the training device.
+        trusted, rest: int64 (n_x,), (n_u,).
+        verdict: of the peer's division, on the training device; all processes take part.
         key: (epoch, network, step). `mixup_alpha`: 0 means no MixUp.
         view: what is trained on: `strong`, or `weak` for the very views that are predicted.
         own: the own network's verdict, where weak views were predicted once for the epoch.
@@ -165,11 +174,10 @@ def co_train_batch(
     kept, order = draw_mixup(mixup_alpha, sum(lengths), (data.seed, "mixup", *key))
     position = _my_places(lengths)
     blocks = [(view, rows, (f"{split}-{view[0]}{number}", *key)) for rows, _, _, split in each for number in (1, 2)]
-    at_trusted, at_rest = data.places(my_trusted), data.places(my_rest)
     guess = None
     if own is not None:
-        both = (own.guess[at_rest] + verdict.guess[at_rest]) / 2
-        guess = Guess(own.guess[at_trusted], both, own.features[at_trusted], own.features[at_rest])
+        both = (share(own.guess, rest) + share(verdict.guess, rest)) / 2
+        guess = Guess(share(own.guess, trusted), both, share(own.features, trusted), share(own.features, rest))
     return CoRegBatch(
         x_weak=tuple(weak[:2]) if own is None else (),
         u_weak=tuple(weak[2:]) if own is None else (),
@@ -177,8 +185,8 @@ def co_train_batch(
         partners=data.partners(trained, blocks, order[position]) if mixup_alpha else trained,
         position=data.places(position),
         partner_position=data.places(order[position]),
-        x_targets=verdict.targets[at_trusted],
-        x_weight=verdict.weight[at_trusted],
+        x_targets=share(verdict.targets, trusted),
+        x_weight=verdict.weight[data.places(my_trusted)],
         n_x=len(trusted),
         n_u=len(rest),
         share_kept=kept,

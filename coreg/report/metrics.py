@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from scipy.special import log_softmax, logsumexp
 
-from coreg.learn.division import Division
+from coreg.learn.division import Division, Predicted
 
 MOST_CURVES = 50  # classes with a curve each
 FLOOR = 1e-5  # smallest accuracy of a class in the harmonic and the geometric mean, which one class at 0 would make 0
@@ -121,21 +121,25 @@ def wilson_interval(share: float, n: int, z: float = 1.96) -> tuple[float, float
 
 def mean_prediction_entropy(log_p: np.ndarray) -> float:
     """Entropy of the mean prediction over the rows, divided by log C: 1 is balanced, 0 is collapse to one class."""
-    mean = np.exp(log_p).mean(axis=0)
+    return _entropy(np.exp(log_p).mean(axis=0))
+
+
+def _entropy(mean: np.ndarray) -> float:
+    """Entropy of a distribution over C classes, divided by log C."""
     return float(-(mean * np.log(np.maximum(mean, 1e-300))).sum() / math.log(len(mean)))
 
 
-def consensus(log_ps: Sequence[np.ndarray]) -> float:
+def consensus(networks: Sequence[Predicted]) -> float:
     """How good two networks look without any label: a score in 0..1 by which an epoch is chosen.
 
     The share of images on which both name the same class, which estimates their accuracy as long as they err
     independently, times the entropy of their mean prediction, so that collapse to one class does not win.
 
     Args:
-        log_ps: (N, C) log probabilities of both networks for the training images.
+        networks: what both networks predict of the training images.
     """
-    first, second = (log_p.argmax(axis=1) for log_p in log_ps)
-    return float((first == second).mean() * np.mean([mean_prediction_entropy(log_p) for log_p in log_ps]))
+    first, second = (network.classes for network in networks)
+    return float((first == second).mean() * np.mean([_entropy(network.mean) for network in networks]))
 
 
 def covering_rate(predictions: np.ndarray, candidates: np.ndarray) -> float:
@@ -184,12 +188,12 @@ def label_free_scores(
     if log_p is not None:
         approximated = {s: approximated_accuracy(log_p[s], predictions[s], candidates[s]) for s in filled}
         scores["approximated_accuracy"] = approximated
-    return scores | ({"consensus": consensus(networks)} if len(networks) == 2 else {})
+    return scores | ({"consensus": consensus([Predicted.of(log_p) for log_p in networks])} if len(networks) == 2 else {})
 
 
 def division_health(
     divisions: Sequence[Division],
-    log_ps: Sequence[np.ndarray],
+    networks: Sequence[Predicted],
     candidates: np.ndarray,
     annotator: np.ndarray,
     labels: np.ndarray,
@@ -198,7 +202,7 @@ def division_health(
     """How a division looks, mostly without ground truth: what a person watches to see whether a run is sound.
 
     Args:
-        divisions, log_ps: of both networks; log probabilities are (N, C), before alignment.
+        divisions, networks: of both networks, and what they predict, before alignment.
         candidates: bool (N, C). annotator: int64 (N,), its predictions. labels: int64 (N,), -1 unknown.
         class_names: C names.
 
@@ -207,13 +211,13 @@ def division_health(
         entropy of the mean prediction, images that each class is given (mean of both networks; the classes themselves
         are left out where there are more than 50); with labels also accuracies inside P and U.
     """
-    predictions = [log_p.argmax(axis=1) for log_p in log_ps]
+    predictions = [network.classes for network in networks]
     counts = np.stack([np.bincount(p, minlength=len(class_names)) for p in predictions])
     health = {
         "division/trusted": float(np.mean([d.trusted.mean() for d in divisions])),
         "division/agreement_of_nets": float((predictions[0] == predictions[1]).mean()),
         "division/agreement_with_annotator": float(np.mean([(p == annotator).mean() for p in predictions])),
-        "division/entropy_of_mean_prediction": float(np.mean([mean_prediction_entropy(log_p) for log_p in log_ps])),
+        "division/entropy_of_mean_prediction": float(np.mean([_entropy(network.mean) for network in networks])),
         "division/rarest_pseudo_label": float(counts.min()),
     }
     if len(class_names) <= MOST_CURVES:

@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim.swa_utils import update_bn
 
 from coreg.learn.collective import my_slice
-from coreg.learn.division import Division, divide
+from coreg.learn.division import Division, Predicted, divide
 from coreg.learn.two_nets import Verdict, warm_up_batch
 from coreg.nets.model import Model
 from coreg.process import main_process_decides
@@ -109,16 +109,16 @@ def division_of(task: Task[Any], training: Training, number: int, losses: np.nda
 
 
 def hand_over(
-    task: Task[Any], training: Training, divided: Sequence[tuple[Division, Verdict, np.ndarray]]
-) -> Sequence[np.ndarray]:
-    """Let each network have the other one's verdict; gives their log probabilities (N, C).
+    task: Task[Any], training: Training, divided: Sequence[tuple[Division, Verdict, Predicted]]
+) -> Sequence[Predicted]:
+    """Let each network have the other one's verdict; gives what they predict.
 
     Args:
-        divided: of each network its division, what the other one is to train on, its log probabilities.
+        divided: of each network its division, what the other one is to train on, what it predicts.
     """
     divisions = training.divisions
-    both, verdicts, log_ps = zip(*divided)
+    both, verdicts, networks = zip(*divided)
     divisions.verdicts, divisions.weights = list(verdicts), [division.weight for division in both]
     weak, names = task.weak, task.store.class_names
-    divisions.health = division_health(both, log_ps, weak.table, task.zero_shot, weak.truth, names)
-    return log_ps
+    divisions.health = division_health(both, networks, weak.table, task.zero_shot, weak.truth, names)
+    return networks

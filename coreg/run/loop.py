@@ -62,6 +62,11 @@ class Run:
     epoch_began: float = field(init=False)  # on that clock, too
     made_before: float = field(init=False)  # `Training.making_seconds` at that time
 
+    @property
+    def sharded(self) -> bool:
+        """Whether each process is to hold a part of the tables of training images (`--tables`)."""
+        return self.settings.get("tables") == "sharded"
+
     def begin(
         self,
         learners: Sequence[nn.Module],

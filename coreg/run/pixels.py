@@ -204,7 +204,8 @@ def room_for_training(run: Run, count: int) -> int:
         return torch.cuda.get_device_properties(device).total_memory
     finally:
         torch.cuda.empty_cache()
-    tables = count * (classes + 8 * (classes + 1) + 4 * (classes + width))
+    held = -(-count // accelerator.num_processes) if run.sharded else count
+    tables = held * (classes + 8 * (classes + 1) + 4 * (classes + width))
     return passes + 10 * weights + tables
 
 

@@ -18,6 +18,7 @@ from coreg.export.card import model_card
 from coreg.export.ensemble import export, spread_rows
 from coreg.files import write_atomically
 from coreg.learn.division import smoothed
+from coreg.learn.tables import predicted
 from coreg.nets.model import Model, parse_backbone_args
 from coreg.process import main_process_decides
 from coreg.report.metrics import accuracy, collapse_warnings, consensus, few_shot_warnings
@@ -330,11 +331,11 @@ def _chosen_epoch(run: Run, task: Task, training: Training) -> tuple[dict[str, A
     divisions = training.divisions
     if divisions is None or divisions.chosen is None:
         return None, []
-    log_ps = [
-        predict(net, task.data, "weak", ("choice", number), 4 * task.job.batch_size)[0]
+    networks = [
+        predicted(predict(net, task.data, "weak", ("choice", number), 4 * task.job.batch_size, task.sharded)[0])
         for number, net in enumerate(divisions.nets)
     ]
-    divisions.consider(training.epoch, consensus([rows.double().log_softmax(1).cpu().numpy() for rows in log_ps]))
+    divisions.consider(training.epoch, consensus(networks))
     epoch = divisions.chosen["epoch"]
     summary = {"epoch": epoch, "epochs": training.epoch, "score": divisions.chosen["score"]}
     if epoch == training.epoch:
@@ -357,7 +358,7 @@ def _fitted_losses(task: Task, losses: list[list[np.ndarray]]) -> list[np.ndarra
     for history in losses:
         if len(history) and fitted.any():
             smooth.append(np.full(len(fitted), np.nan))
-            smooth[-1][fitted] = smoothed(np.stack(history)[:, fitted])
+            smooth[-1][fitted] = smoothed([losses[fitted] for losses in history])
     return smooth
 
 

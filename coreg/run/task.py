@@ -15,6 +15,8 @@ from coreg.data.images import TEST, TRAIN
 from coreg.data.labels import few_shot_draw, read_labels
 from coreg.errors import UserError
 from coreg.learn.collective import gather_rows, my_slice
+from coreg.learn.division import Predicted
+from coreg.learn.tables import PIECE, OwnedRows, Table, owned, predicted
 from coreg.nets.model import Model
 from coreg.nets.options import ImageConfig
 from coreg.process import all_or_none
@@ -43,7 +45,7 @@ class Task(Generic[Options]):
     store: AnnotationStore
     data: TrainingImages  # the training images
     weak: WeakLabels  # their candidate sets
-    table: Tensor  # bool (N, C), the candidate sets on the device
+    table: Table  # bool (N, C), the candidate sets on the device
     prior: np.ndarray  # (C,), for distribution alignment
     annotator: np.ndarray  # int64 (N,), best class of the evidence that is trained on
     zero_shot: np.ndarray  # int64 (N,), the same before `--refine`, for reports
@@ -51,6 +53,11 @@ class Task(Generic[Options]):
     extra: np.ndarray  # int64, such rows for an extra supervised term
     test: TrainingImages | None  # the test images
     test_labels: np.ndarray  # int64, their classes, -1 unknown
+
+    @property
+    def sharded(self) -> bool:
+        """Whether each process holds the rows of tables that it owns, and no others."""
+        return isinstance(self.table, OwnedRows)
 
     @property
     def splits(self) -> dict[str, TrainingImages]:
@@ -151,9 +158,9 @@ def prepare(run: Run, method: Options, alignment: str = "uniform") -> Task[Optio
     # so often that labelled images make up 5 % of an epoch's draws, once at least
     times = -(-len(train) // (20 * max(len(given), 1))) - 1
     train_images, test_images = training_images(run, train, test)
-    probs = store.probs()[train].astype(np.float64)
-    best = probs.argmax(axis=1)
-    prior = probs.mean(axis=0) if alignment == "annotator" else np.full(n_classes, 1 / n_classes)
+    table = torch.from_numpy(weak.table)
+    evidence = _evidence(store.probs(), train)
+    prior = evidence.mean if alignment == "annotator" else np.full(n_classes, 1 / n_classes)
     return Task(
         accelerator=accelerator,
         job=job,
@@ -162,15 +169,26 @@ def prepare(run: Run, method: Options, alignment: str = "uniform") -> Task[Optio
         store=store,
         data=train_images,
         weak=weak,
-        table=torch.from_numpy(weak.table).to(accelerator.device),
+        table=owned(table, accelerator.device) if run.sharded else table.to(accelerator.device),
         prior=prior / prior.sum(),
-        annotator=best,
-        zero_shot=best if run.annotated is store else run.annotated.probs()[train].argmax(axis=1),
+        annotator=evidence.classes,
+        zero_shot=evidence.classes if run.annotated is store else run.annotated.probs()[train].argmax(axis=1),
         repeated=np.tile(given, max(times, 0) if job.label_mode == "replace+repeat" else 0),
         extra=given if job.label_mode == "extra_ce" else given[:0],
         test=test_images if len(test) else None,
         test_labels=labels[test],
     )
+
+
+def _evidence(probs: np.ndarray, rows: np.ndarray) -> Predicted:
+    """What the annotator predicts, from probabilities float16 of which these rows int64 (N,) are of training images."""
+    classes, sums = np.zeros(len(rows), dtype=np.int64), np.zeros((0, probs.shape[1]))
+    step = max(1, PIECE // probs.shape[1])
+    for start in range(0, len(rows), step):
+        some = probs[rows[start : start + step]].astype(np.float64)
+        classes[start : start + step] = some.argmax(axis=1)
+        sums = np.concatenate([sums, some]).sum(axis=0, keepdims=True)
+    return Predicted(classes, sums[0] / len(rows))
 
 
 def _weak_labels(run: Run, train: np.ndarray) -> WeakLabels:
@@ -194,9 +212,13 @@ def _weak_labels(run: Run, train: np.ndarray) -> WeakLabels:
 
 @torch.no_grad()
 def predict(
-    net: Model, images: TrainingImages, view: str, key: tuple[int | str, ...], batch_size: int
-) -> tuple[Tensor, Tensor]:
-    """Logits (n, C) and features (n, D) of every image in evaluation mode; each process does its share."""
+    net: Model, images: TrainingImages, view: str, key: tuple[int | str, ...], batch_size: int, sharded: bool = False
+) -> tuple[Table, Table]:
+    """Logits (n, C) and features (n, D) of every image in evaluation mode; each process does its share.
+
+    Args:
+        sharded: each process keeps the rows of its share, and no others are sent to it.
+    """
     net.eval()
     n = len(images.samples)
     rows = np.arange(n)[my_slice(n)]
@@ -204,23 +226,26 @@ def predict(
     starts = range(0, max(len(rows), 1), batch_size)
     batches = (images.inputs(view, rows[start : start + batch_size], key) for start in starts)
     logits, features = zip(*(net(batch) for batch in batches))
-    return gather_rows(torch.cat(logits).to(images.dtype), n), gather_rows(torch.cat(features), n)
+    my_logits, my_features = torch.cat(logits).to(images.dtype), torch.cat(features)
+    if sharded:
+        return OwnedRows(my_logits, n), OwnedRows(my_features, n)
+    return gather_rows(my_logits, n), gather_rows(my_features, n)
 
 
-def finite(task: Task, logits: Tensor, number: int, epoch: int) -> np.ndarray:
-    """Log probabilities (N, C) in float64 of the logits of network `number` (0 or 1) before its epoch `epoch`.
+def finite(task: Task, logits: Table, number: int, epoch: int) -> Predicted:
+    """What the logits (N, C) of network `number` (0 or 1) before its epoch `epoch` predict.
 
     Raises:
         UserError: some are no numbers.
     """
-    log_p = torch.log_softmax(logits.double(), dim=1).cpu().numpy()
-    if not np.isfinite(log_p).all():
+    network = predicted(logits)
+    if not network.finite:
         raise UserError(
             f"network {number + 1} predicts no numbers any more in epoch {epoch + 1}; start anew in another --output_dir "
             f"with a smaller --lr (now {task.job.lr}); the checkpoints before it are kept",
             silent=not task.accelerator.is_main_process,
         )
-    return log_p
+    return network
 
 
 @torch.no_grad()

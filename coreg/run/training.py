@@ -16,7 +16,8 @@ from accelerate.utils import set_seed
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from coreg.learn.collective import gather_rows, rank_and_world
+from coreg.learn.collective import gather_rows, my_slice, rank_and_world
+from coreg.learn.tables import share
 from coreg.learn.two_nets import Divisions
 from coreg.nets.heads import ClassText
 from coreg.nets.model import Model, create_backbone, evaluate_lone_values, parse_backbone_args
@@ -222,8 +223,14 @@ def class_means(task: Task[Any], net: Model) -> Tensor:
     """
     rows = np.flatnonzero(task.weak.usable)
     features = normalize(pooled(net, task.data, rows, 4 * task.job.batch_size), dim=1)
-    sets = task.table[torch.from_numpy(rows).to(features.device)].to(features.dtype)
-    return normalize((sets / sets.sum(dim=1, keepdim=True)).T @ features, dim=1)
+    if task.sharded:
+        sets, features = share(task.table, rows).to(features.dtype), features[my_slice(len(rows))]
+    else:
+        sets = task.table[torch.from_numpy(rows).to(features.device)].to(features.dtype)
+    sums = (sets / sets.sum(dim=1, keepdim=True)).T @ features
+    if task.sharded:
+        sums = gather_rows(sums[None], rank_and_world()[1]).sum(dim=0)
+    return normalize(sums, dim=1)
 
 
 def build_model(image_options: ImageConfig, n_classes: int, projection_dim: int, pretrained: bool | None = None) -> Model:

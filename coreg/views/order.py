@@ -8,7 +8,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from coreg.data.keyed import keyed_generator, keyed_uniform
+from coreg.data.keyed import keyed_generator, keyed_order, keyed_uniform
+
+LARGE = 1 << 20  # rows above which an order is computed place by place and never held
 
 
 def n_batches(n: int, batch_size: int) -> int:
@@ -31,6 +33,9 @@ class ShuffledRows:
     Batch normalisation cannot normalise over one image whose feature map is one pixel. So no batch has fewer than
     `smallest` rows: what is left over at the end of a round joins the batch before it, and where there are fewer rows in
     all, they are repeated. Sizes are those of global batches, the same for any number of processes.
+
+    Orders of at most `LARGE` rows are permutations that are held, as they were before there were larger ones; those of more
+    rows are computed for each batch by a keyed bijection, which takes no memory.
     """
 
     def __init__(self, rows: np.ndarray, batch_size: int, key: tuple[int | str, ...], smallest: int = 2) -> None:
@@ -52,9 +57,11 @@ class ShuffledRows:
         if not self.per_round:
             return self.rows
         number, place = divmod(step, self.per_round)
+        start = place * self.batch_size
+        stop = len(self.rows) if place + 1 == self.per_round else start + self.batch_size
+        if len(self.rows) > LARGE:
+            return self.rows[keyed_order((*self.key, number), len(self.rows), np.arange(start, stop))]
         if number not in self._orders:
             last = list(self._orders.items())[-1:]
             self._orders = dict(last) | {number: keyed_generator(*self.key, number).permutation(self.rows)}
-        order = self._orders[number]
-        stop = len(order) if place + 1 == self.per_round else (place + 1) * self.batch_size
-        return order[place * self.batch_size : stop]
+        return self._orders[number][start:stop]
