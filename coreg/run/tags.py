@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from PIL import Image
 from safetensors.numpy import save
 
 from coreg.annotate.textual import label_similarities
@@ -17,6 +18,7 @@ from coreg.data.images import TEST, TRAIN
 from coreg.data.tags import read_tags
 from coreg.errors import UserError
 from coreg.files import write_atomically
+from coreg.label.page import write_label_page
 from coreg.learn.multi.method import MultiMethod
 from coreg.learn.multi_options import MultiOptions
 from coreg.nets.options import ImageConfig
@@ -24,8 +26,8 @@ from coreg.process import all_or_none, main_process_decides
 from coreg.report.multi_metrics import average_precisions, thresholds
 from coreg.report.record import SCHEMA, write_report
 from coreg.report.report import hardware, peak_memory_mb, versions
-from coreg.report.tags import measured_splits, write_tags
-from coreg.run.pixels import training_images
+from coreg.report.tags import measured_splits, tag_page, write_tags
+from coreg.run.pixels import photos, training_images
 from coreg.run.task import predict, training_rows
 from coreg.run.training import Training
 from coreg.settings import TagJob
@@ -171,6 +173,13 @@ def finish_tags(run: Run, task: TagTask, training: Training, method: MultiMethod
         write_atomically(root / OBSERVED, save(tables, metadata={"coreg": json.dumps(task.weak.source)}))
         paths = [store.paths[row] for row in task.weak.samples.tolist()]
         write_tags(root / "labels.csv", paths, store.class_names, scores["train"], at, job.safe_csv)
+        own = task.weak.table if job.tags else np.zeros_like(task.weak.table)
+
+        def photos_of(places: np.ndarray) -> list[Image.Image]:
+            return photos(run, task.weak.samples[places], task.data.pixels(places).cpu().numpy())
+
+        asked = tag_page(report, str(root), str(store.root), paths, scores["train"], own, photos_of)
+        write_label_page(root, asked)
         write_report(run.folder.report, report | more)
 
     main_process_decides(run.accelerator, write)
