@@ -40,8 +40,15 @@ def shown_page(names=NAMES, several=False, n=6, paths=None, **changed):
     paths = paths or [f"train/{i}.png" for i in range(n)]
     asked = [Asked(path, [(1, 0.5), (0, 0.3)], photo(image)) for path, image in zip(paths, images)]
     others = [["train/known.png", "dog", "cat;cow"]] if several else [["train/known.png", "dog"]]
-    fields = {"run": "runs/a", "others": others, "script": "train_coreg.py", "annotations": "ann", "few_shot": False}
-    return LabelPage(several=several, class_names=list(names), images=asked, **(fields | changed))
+    fields = {
+        "images": asked,
+        "run": "runs/a",
+        "others": others,
+        "script": "train_coreg.py",
+        "annotations": "ann",
+        "few_shot": False,
+    }
+    return LabelPage(several=several, class_names=list(names), **(fields | changed))
 
 
 class Scripts(HTMLParser):

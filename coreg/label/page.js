@@ -186,7 +186,10 @@ function keyOf(c, i) {
 
 function button(c, i) {
   const made = element("button", undefined, {type: "button"}), key = keyOf(c, i);
-  made.append(element("kbd", key.toUpperCase()), element("span", names[c]));
+  const name = element("span");
+  // long names break where their words do
+  for (const word of names[c].split(/(?<=[\p{Ll}\d])(?=\p{Lu})|(?<=[_/.-])/u)) name.append(word, element("wbr"));
+  made.append(element("kbd", key.toUpperCase()), name);
   if (!key) made.firstChild.hidden = true;
   const one = answers[at] !== null && answers[at].includes(c);
   made.setAttribute("aria-pressed", String(record.several ? chosen.includes(c) : one));
