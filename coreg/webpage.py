@@ -1,16 +1,19 @@
-"""One HTML file that stands alone: every text is escaped, pictures are inside, nothing is loaded and nothing runs.
+"""One HTML file that stands alone: every text is escaped, pictures are inside, nothing is loaded.
 
-Shared by the annotation health report and by the report of a run, so that both have one style, in light and in dark.
+Nothing runs in it but a script of this package, where a page has one. Shared by the annotation health report, the report
+of a run and the page to label on, so that all have one style, in light and in dark.
 """
 
 from __future__ import annotations
 
 import base64
+import hashlib
 import html
 import io
 import math
 from collections.abc import Iterable, Sequence
 
+import numpy as np
 from PIL import Image
 
 SIDE = 144  # of a picture in a gallery, in pixels: 2 for each that it is shown in
@@ -60,10 +63,21 @@ def text(value: object) -> str:
     return html.escape(str(value).encode("utf-8", "replace").decode(), quote=True)
 
 
-def document(title: str, *parts: str, style: str = "") -> str:
-    """A whole page. title: plain text. parts: HTML of the body. style: rules after the common ones."""
+def document(title: str, *parts: str, style: str = "", script: str = "", connects: bool = False) -> str:
+    """A whole page.
+
+    Args:
+        title: plain text. parts: HTML of the body. style: rules after the common ones.
+        script: what runs in it after all parts, and nothing else does. connects: whether it may ask the server it is from.
+    """
     # a browser refuses whatever is not inside, should an escape ever be forgotten
     policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+    if script:
+        script = f"\n{script}"
+        policy += f"; script-src 'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
+        parts = (*parts, f"<script>{script}</script>")
+    if connects:
+        policy += "; connect-src 'self'"
     return "\n".join(
         [
             "<!doctype html>",
@@ -95,13 +109,27 @@ def percent(share: float | None, digits: int = 1) -> str:
     return f"{share:.{digits}%}" if share is not None and math.isfinite(share) else "–"
 
 
+def picture_of(pixels: np.ndarray) -> Image.Image:
+    """An image from uint8 (c, H, W), grey or RGB."""
+    return Image.fromarray(pixels[0] if len(pixels) == 1 else np.ascontiguousarray(pixels.transpose(1, 2, 0)))
+
+
 def picture(image: Image.Image, alt: str) -> str:
     """An <img> with the picture inside: small ones pixel by pixel, others as a JPEG of at most `SIDE` pixels."""
+    address, small = data_of(image, SIDE)
+    pixels = ' class="pixels"' if small else ""
+    return f'<img{pixels} alt="{text(alt)}" src="{address}">'
+
+
+def data_of(image: Image.Image, side: int) -> tuple[str, bool]:
+    """The `data:` address of a picture, and whether it is a small one, which is kept pixel by pixel as a PNG.
+
+    Args:
+        side: of other pictures, in pixels, at most.
+    """
     file, small = io.BytesIO(), max(image.size) <= SMALL
     if not small:
         image = image.convert("RGB")
-        image.thumbnail((SIDE, SIDE))
+        image.thumbnail((side, side))
     image.save(file, "PNG" if small else "JPEG", **({"optimize": True} if small else {"quality": 85}))
-    kind, pixels = ("png", ' class="pixels"') if small else ("jpeg", "")
-    data = base64.b64encode(file.getvalue()).decode()
-    return f'<img{pixels} alt="{text(alt)}" src="data:image/{kind};base64,{data}">'
+    return f"data:image/{'png' if small else 'jpeg'};base64,{base64.b64encode(file.getvalue()).decode()}", small

@@ -20,9 +20,11 @@ from sklearn.metrics import accuracy_score, confusion_matrix, recall_score
 
 import train_coreg
 from coreg.data.labels import read_labels
-from coreg.report.page import page, write_page
+from coreg.label.page import write_label_page
+from coreg.report import page as page_module
+from coreg.report.page import write_page
 from coreg.report.page_charts import Line, line_chart, mixture_chart, nice_ticks
-from coreg.report.page_images import changed_rows, in_turn, unsure_rows, write_label_next
+from coreg.report.page_images import changed_rows, in_turn, label_page, unsure_rows
 from coreg.report.page_record import RunRecord, Split
 
 NAMES = ["cat", "dog", "cow"]
@@ -71,6 +73,10 @@ def record_of(names=NAMES, n=90, nets=2, labelled=True, tested=True, epochs=6, s
     return RunRecord(**(fields | changed))
 
 
+def page(record):
+    return page_module.page(record, label_page(record))
+
+
 class Page(HTMLParser):
     """Tags, texts, attributes and pictures of a page; complains about tags that do not match."""
 
@@ -84,7 +90,8 @@ class Page(HTMLParser):
     def handle_starttag(self, tag, attributes):
         self.tags.append(tag)
         self.attributes += attributes
-        self.sources += [value for key, value in attributes if key in ("src", "href", "action", "xlink:href")]
+        self.sources += [value for key, value in attributes if key in ("src", "action", "xlink:href")]
+        assert all(value == "label.html" for key, value in attributes if key == "href")
         assert not [key for key, _ in attributes if key.startswith("on")]
         if tag not in ("meta", "img", "br"):
             self.open.append(tag)
@@ -241,14 +248,14 @@ def test_images_to_label_are_those_with_small_margins():
 
 
 def test_label_next_goes_out_empty_and_comes_back_filled(tmp_path):
-    paths = [f'b/{i}, "q".png' for i in range(88)] + ["b/\udcff.png", "=1+1.png"]
-    record = record_of(paths=paths)
+    paths = [f'b/{i}, "q".png' for i in range(148)] + ["b/\udcff.png", "=1+1.png"]
+    record = record_of(paths=paths, n=150)
     record.known[7] = 2
     write_page(tmp_path, record)
     file = tmp_path / "label_next.csv"
     with file.open(newline="", encoding="utf-8", errors="surrogateescape") as opened:
         lines = list(csv.DictReader(opened))
-    assert [line["path"] for line in lines] == [paths[row] for row in unsure_rows(record)[:48]] + [paths[7]]
+    assert [line["path"] for line in lines] == [paths[row] for row in unsure_rows(record)[:100]] + [paths[7]]
     assert {line["label"] for line in lines[:-1]} == {""} and lines[-1]["label"] == "cow"
     # untouched it says what was known before; then a person fills in two of the rows
     rows, classes = read_labels(str(file), paths, NAMES)
@@ -261,7 +268,7 @@ def test_label_next_goes_out_empty_and_comes_back_filled(tmp_path):
     rows, classes = read_labels(str(file), paths, NAMES)
     wanted = {7: 2, paths.index(lines[0]["path"]): 1, paths.index(lines[4]["path"]): 0}
     assert dict(zip(rows.tolist(), classes.tolist())) == wanted
-    assert "runs/a/label_next.csv lists 48 of them" in Page(page(record)).plain
+    assert "The 100 images whose label would teach most" in Page(page(record)).plain
 
 
 def test_a_run_its_page_and_the_next_run_with_labels(small_store, tmp_path):
@@ -278,7 +285,7 @@ def test_a_run_its_page_and_the_next_run_with_labels(small_store, tmp_path):
         assert f"labels worth a look (labels.csv) {report['needs_review']}" in plain
         file = tmp_path / name / "label_next.csv"
         lines = file.read_text().splitlines()
-        assert sum(line.endswith(",") for line in lines) == 48 and len(lines) == 49 + given
+        assert sum(line.endswith(",") for line in lines) == 97 - given and len(lines) == 1 + 97
         for place in (2, 5):
             lines[place] += lines[place].split("/")[1]  # the folder is the truth
         file.write_text("\n".join(lines))
@@ -290,7 +297,8 @@ def test_a_run_its_page_and_the_next_run_with_labels(small_store, tmp_path):
 def test_nothing_is_left_to_label(tmp_path):
     record = record_of()
     record.known[:] = record.train.labels
-    assert write_label_next(tmp_path / "l.csv", record) == 0
+    write_label_page(tmp_path, label_page(record))
+    assert len((tmp_path / "label_next.csv").read_text().splitlines()) == 91 and not (tmp_path / "label.html").exists()
     assert "Label these next" not in page(record)
 
 
@@ -325,8 +333,8 @@ def test_the_page_is_whole_safe_and_alone():
         ({"epochs": 1}, "Learning rate", "Shaded"),
         ({"names": ["yes", "no"]}, "Truth", "cow"),
         ({"names": [f"class {i}" for i in range(40)]}, "All 40 classes", "Annotator → Co-Reg"),
-        ({"channels": 1, "size": 224, "n": 30}, "Label these next", "lists 48"),
-        ({"n": 2}, "Label these next", "lists 48"),
+        ({"channels": 1, "size": 224, "n": 30}, "Label these next", "The 100 images"),
+        ({"n": 2}, "Label these next", "The 100 images"),
     ],
     ids=str,
 )

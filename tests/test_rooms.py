@@ -14,6 +14,7 @@ ROOMS = """
     export
     status
     report
+    label
     process
     settings
     learn

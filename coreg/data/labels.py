@@ -14,6 +14,9 @@ from coreg.data.images import lookup
 from coreg.data.keyed import keyed_generator
 from coreg.errors import UserError
 
+NONE_OF_THESE = "none of these"  # in a list of labels: the image is of no class
+NONE = -2  # its class, where -1 is an unknown one
+
 
 def few_shot_draw(labels: np.ndarray, candidates_rows: np.ndarray, per_class: int, n_classes: int, seed: int) -> np.ndarray:
     """Draw the images whose true labels are given away: equally many of every class.
@@ -43,7 +46,8 @@ def read_labels(csv_path: str, paths: Sequence[str], class_names: Sequence[str])
     """Read a person's own labels from a CSV file with the columns `path,label`; others may be there and do not count.
 
     Images may be left out, or have an empty label, which says nothing about them. A class may be written in other case,
-    or with spaces, underscores or hyphens exchanged, where that leaves no doubt.
+    or with spaces, underscores or hyphens exchanged, where that leaves no doubt. `none of these` is the label of images of
+    no class, unless a class is called so.
 
     Args:
         csv_path: UTF-8, with or without a byte order mark; the first line names the columns.
@@ -51,7 +55,7 @@ def read_labels(csv_path: str, paths: Sequence[str], class_names: Sequence[str])
         class_names: C names in order.
 
     Returns:
-        rows int64 (n,), increasing, without repetition, and the class of each, int64 (n,).
+        rows int64 (n,), increasing, without repetition, and the class of each, int64 (n,), `NONE` for none of them.
 
     Raises:
         UserError: the file cannot be read, has no such columns or no label at all, names an unknown image or class, or
@@ -63,11 +67,11 @@ def read_labels(csv_path: str, paths: Sequence[str], class_names: Sequence[str])
         label = line["label"].strip()
         if not label:
             continue
-        index = class_of(label, find, class_names, place)
-        if label_of.setdefault(row, index) != index:
+        index = NONE if says_none(label, find) else class_of(label, find, class_names, place)
+        if (before := label_of.setdefault(row, index)) != index:
+            name = NONE_OF_THESE if before == NONE else class_names[before]
             raise UserError(
-                f"{place} labels {line['path']!r} as {label!r}, but a line before says {class_names[label_of[row]]!r}; "
-                f"keep one of them"
+                f"{place} labels {line['path']!r} as {label!r}, but a line before says {name!r}; keep one of them"
             )
     if not label_of:
         raise UserError(f"{csv_path} labels no image; write one path,label a line below the header")
@@ -92,6 +96,27 @@ def lines_of_images(
         UserError: the file cannot be read, lacks a column or names an unknown image.
     """
     row_of = {path: row for row, path in enumerate(paths)}
+    for place, line in csv_lines(csv_path, columns):
+        path = line["path"]
+        row = row_of.get(path, row_of.get(posixpath.normpath(path), -1))
+        if row < 0:
+            raise UserError(f"{place} names {path!r}, which is none of the {len(paths)} images{_near(path, paths)}")
+        yield place, row, line
+
+
+def csv_lines(csv_path: str, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, str]]]:
+    """The lines of a CSV file, one after the other.
+
+    Args:
+        csv_path: UTF-8, with or without a byte order mark; the first line names the columns.
+        columns: that the file has to have.
+
+    Yields:
+        Where the line is, for errors; what stands in each column.
+
+    Raises:
+        UserError: the file cannot be read or lacks a column.
+    """
     try:
         # file names need not be UTF-8; what is no UTF-8 finds its counterpart in the list
         with Path(csv_path).open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
@@ -103,18 +128,20 @@ def lines_of_images(
                     f"and has to name {','.join(columns)} separated by commas"
                 )
             for line in reader:
-                place, path = f"{csv_path} line {reader.line_num}", line["path"]
+                place = f"{csv_path} line {reader.line_num}"
                 if None in line:
                     raise UserError(f"{place} has more fields than the header; put quotes around paths with commas")
-                row = row_of.get(path, row_of.get(posixpath.normpath(path), -1))
-                if row < 0:
-                    raise UserError(f"{place} names {path!r}, which is none of the {len(paths)} images{_near(path, paths)}")
-                yield place, row, line
+                yield place, line
     except (OSError, csv.Error) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise UserError(
             f"cannot read the labels in {csv_path}: {reason}; give a CSV file with {','.join(columns)}"
         ) from None
+
+
+def says_none(label: str, find: Callable[[str], int]) -> bool:
+    """Whether a label says that the image is of no class, which no class is called like."""
+    return find(label) < 0 and lookup([NONE_OF_THESE])(label) == 0
 
 
 def class_of(name: str, find: Callable[[str], int], class_names: Sequence[str], place: str) -> int:

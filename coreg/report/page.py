@@ -1,6 +1,6 @@
 """The report of a run for a person: one HTML file that stands alone and needs no true labels.
 
-`page` is a pure function of a `RunRecord`; `write_page` puts report.html and label_next.csv into the run folder.
+`page` is a pure function of its arguments; `write_page` puts report.html, label.html and label_next.csv into the folder.
 """
 
 from __future__ import annotations
@@ -12,21 +12,20 @@ from pathlib import Path
 import numpy as np
 
 from coreg.files import write_atomically
+from coreg.label.page import LABEL_NEXT, PAGE, LabelPage, write_label_page
 from coreg.report import page_charts, page_classes
 from coreg.report.metrics import METRICS, accuracy, mean_prediction_entropy, wilson_interval, written
 from coreg.report.page_charts import COLOURS, Interval, Line, interval_chart, line_chart, mixture_chart
 from coreg.report.page_images import (
-    LABEL_NEXT,
     SHOWN,
     changed_gallery,
     changed_rows,
+    label_page,
     unsure_gallery,
     unsure_rows,
-    write_label_next,
 )
 from coreg.report.page_record import RunRecord, Split
 from coreg.report.trust import trust_lines
-from coreg.scripts import launched
 from coreg.webpage import document, percent, table, text
 
 STYLE = """
@@ -41,21 +40,27 @@ STYLE = """
 
 
 def write_page(folder: Path, record: RunRecord) -> None:
-    """Write report.html and label_next.csv into the run folder.
+    """Write report.html, label.html and label_next.csv into the run folder.
 
     Raises:
         UserError: the disk is full, or the folder cannot be written.
     """
-    write_label_next(folder / "label_next.csv", record)
-    write_atomically(folder / "report.html", page(record))
+    asked = label_page(record)
+    write_label_page(folder, asked)
+    write_atomically(folder / "report.html", page(record, asked))
 
 
-def page(record: RunRecord) -> str:
-    """The whole page. Sections for which a run has nothing to show are left out."""
+def page(record: RunRecord, asked: LabelPage) -> str:
+    """The whole page. Sections for which a run has nothing to show are left out.
+
+    Args:
+        asked: the page to label on, which lies beside it.
+    """
     dataset = str(record.report["dataset"])
-    sections = (_headline, _health, _curves, _division, page_classes.section, _changed, _unsure, _colophon)
+    sections = (_headline, _health, _curves, _division, page_classes.section, _changed)
+    parts = [*(section(record) for section in sections), _unsure(record, asked), _colophon(record)]
     style = STYLE + page_charts.STYLE + page_classes.STYLE
-    return document(f"{record.method} on {dataset}", *(section(record) for section in sections), style=style)
+    return document(f"{record.method} on {dataset}", *parts, style=style)
 
 
 def _headline(record: RunRecord) -> str:
@@ -252,27 +257,18 @@ def _changed(record: RunRecord) -> str:
     return f"<h2>Labels that were changed</h2><p>{note}</p>" + changed_gallery(record, rows[:SHOWN])
 
 
-def _unsure(record: RunRecord) -> str:
-    rows = unsure_rows(record)
-    if not len(rows):
+def _unsure(record: RunRecord, asked: LabelPage) -> str:
+    if not asked.images:
         return ""
     folder = Path(record.folder)
-    chosen = {
-        "recipe": folder / "config.yaml",
-        "annotations": record.annotations,
-        "labels": folder / "label_next.csv",
-        "output_dir": folder.with_name(f"{folder.name}-labelled"),
-    }
-    # labels that were drawn stand in the file, too
-    chosen |= {"few_shot": 0} if record.settings.get("few_shot") else {}
-    script = next(iter(shlex.split(record.report.get("command", ""))), "train_coreg.py")
-    options = shlex.join(word for name, value in chosen.items() for word in (f"--{name}", str(value)))
+    command = shlex.join(["coreg-label", str(folder)])
     return (
-        "<h2>Label these next</h2><p>The images whose label would tell most: those it is least sure of, each class in "
-        f"turn. <code>{text(folder / 'label_next.csv')}</code> lists {min(LABEL_NEXT, len(rows))} of them with an empty "
-        "column for the label; rows that stay empty do not count. Fill in some and train again:</p>"
-        f"<pre>{text(f'{launched(script)} {options}')}</pre>" + unsure_gallery(record, rows[:SHOWN])
-    )
+        f"<h2>Label these next</h2><p>The {len(asked.images)} images whose label would teach most: those it is least sure "
+        f'of, each class in turn. <a href="{PAGE}">{text(folder / PAGE)}</a> asks for one after the other, by keys or '
+        f"buttons, and saves a file; <code>{text(command)}</code> asks likewise and writes the file into the run folder. "
+        f"Or fill in the column <code>label</code> of <code>{text(folder / LABEL_NEXT)}</code> by hand; rows that stay "
+        f"empty do not count. Then train again:</p><pre>{text(asked.next_command(folder))}</pre>"
+    ) + unsure_gallery(record, unsure_rows(record)[:SHOWN])
 
 
 def _colophon(record: RunRecord) -> str:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import shlex
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from coreg.files import writing_csv
+from coreg.data.labels import NONE_OF_THESE
+from coreg.label.page import Asked, LabelPage, photo
 from coreg.report.page_record import RunRecord
-from coreg.webpage import percent, picture, text
+from coreg.webpage import percent, picture, picture_of, text
 
 SHOWN = 24  # pictures of a gallery
-LABEL_NEXT = 48  # rows of label_next.csv
+ASKED = 100  # images that a person is asked about
+LIKELY = 9  # classes that are named of each, as many as there are digits to press
 
 
 def in_turn(groups: np.ndarray, order: np.ndarray) -> np.ndarray:
@@ -37,7 +40,7 @@ def changed_rows(record: RunRecord) -> np.ndarray:
     One of each pair (annotator's class, own class) after the other, the surest first.
     """
     train = record.train
-    rows = np.flatnonzero((train.predicted != train.annotator) & (record.known < 0))
+    rows = np.flatnonzero((train.predicted != train.annotator) & (record.known == -1))
     order = rows[np.argsort(-train.sure[rows], kind="stable")]
     return in_turn(train.annotator * len(record.class_names) + train.predicted, order)
 
@@ -49,25 +52,41 @@ def unsure_rows(record: RunRecord) -> np.ndarray:
     contradiction of two sure networks gives one too). Classes take turns, by the own label, so that one class that is hard
     throughout does not take all places.
     """
-    rows = np.flatnonzero(record.known < 0)
+    rows = np.flatnonzero(record.known == -1)
     top = np.partition(record.train.opinion[rows], -2, axis=1)[:, -2:]
     order = rows[np.argsort(top[:, 1] - top[:, 0], kind="stable")]
     return in_turn(record.train.predicted, order)
 
 
-def write_label_next(path: Path, record: RunRecord) -> int:
-    """A CSV file (path,label) for a person to fill in and hand back with `--labels`; gives the number of empty rows.
+def label_page(record: RunRecord) -> LabelPage:
+    """What a person is asked after a run, the image whose label is worth most first."""
+    rows, names = unsure_rows(record)[:ASKED], record.class_names
+    photos = record.photos(rows) if record.photos else [picture_of(pixels) for pixels in record.pixels(rows)]
+    known = [[record.paths[row], names[record.known[row]]] for row in np.flatnonzero(record.known >= 0)]
+    return LabelPage(
+        run=record.folder,
+        several=False,
+        class_names=names,
+        images=asked([record.paths[row] for row in rows], record.train.opinion[rows], photos),
+        others=known + [[path, NONE_OF_THESE] for path in record.none],
+        script=script_of(record.report),
+        annotations=record.annotations,
+        few_shot=bool(record.settings.get("few_shot")),
+    )
 
-    Labels that this run was given already stand below the empty rows, so that the file is all the next run needs.
-    """
-    asked = unsure_rows(record)[:LABEL_NEXT]
-    with writing_csv(path) as write:
-        write(["path", "label"])
-        for row in asked:
-            write([record.paths[row], ""])
-        for row in np.flatnonzero(record.known >= 0):
-            write([record.paths[row], record.class_names[record.known[row]]])
-    return len(asked)
+
+def asked(paths: list[str], shares: np.ndarray, photos: list[Image.Image]) -> list[Asked]:
+    """Images to ask about, in order. shares: (n, C), probabilities of the classes."""
+    likely = np.argsort(-shares, axis=1, kind="stable")[:, :LIKELY]
+    return [
+        Asked(path, [(int(index), round(float(row[index]), 4)) for index in best], photo(image))
+        for path, row, best, image in zip(paths, shares, likely, photos)
+    ]
+
+
+def script_of(report: dict[str, Any]) -> str:
+    """The script that made a report."""
+    return next(iter(shlex.split(report.get("command", ""))), "train_coreg.py")
 
 
 def changed_gallery(record: RunRecord, rows: np.ndarray) -> str:
@@ -107,12 +126,7 @@ def _verdict(names: list[str], label: int, predicted: int) -> str:
 
 def _gallery(record: RunRecord, rows: np.ndarray, captions: list[str], alts: list[str]) -> str:
     figures = [
-        f"<figure>{picture(_image(pixels), alt)}<figcaption>{caption}</figcaption></figure>"
+        f"<figure>{picture(picture_of(pixels), alt)}<figcaption>{caption}</figcaption></figure>"
         for pixels, caption, alt in zip(record.pixels(rows), captions, alts)
     ]
     return '<div class="gallery">' + "\n".join(figures) + "</div>"
-
-
-def _image(pixels: np.ndarray) -> Image.Image:
-    """uint8 (c, H, W), grey or RGB."""
-    return Image.fromarray(pixels[0] if len(pixels) == 1 else np.ascontiguousarray(pixels.transpose(1, 2, 0)))

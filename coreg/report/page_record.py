@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from scipy.special import softmax
 
 
@@ -62,7 +63,10 @@ class RunRecord:
     pixels: Callable[[np.ndarray], np.ndarray]  # rows (n,) -> their images, uint8 (n, c, H, W)
     train: Split
     test: Split | None  # None where there are no test images
-    known: np.ndarray  # int64 (N,), classes that a person gave, -1 elsewhere
+    known: np.ndarray  # int64 (N,), classes that a person gave, `NONE` for none of them, -1 elsewhere
+    # rows (n,) -> n images as a person should see them; None where that is the pixels
+    photos: Callable[[np.ndarray], list[Image.Image]] | None = None
+    none: list[str] = field(default_factory=list)  # paths of images that a person found to be of no class
     # w (N,) of each network's last division; none where the method does not divide
     weights: list[np.ndarray] = field(default_factory=list)
     # (N,) what each mixture was fitted to, NaN for images left out; none likewise

@@ -24,6 +24,7 @@ REPORT = {
     "annotator": {"name": str, "zero_shot_accuracy": Maybe(Each(_SHARE))},
     "seed": Number(),
     "labels_used": _COUNT,
+    "none_of_these": Maybe(_COUNT),
     "accuracy": Maybe(Each({"ensemble": _SHARE, "interval": [_SHARE], "n": Maybe(_COUNT)})),
     "metrics": Maybe(Each(Each(_AMOUNT))),
     "refined": Maybe({"features": str, "accuracy": Maybe(Each(_SHARE))}),

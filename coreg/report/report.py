@@ -14,7 +14,9 @@ import numpy as np
 import torch
 
 from coreg.data.folders import unmatched_folders
+from coreg.data.labels import NONE, NONE_OF_THESE
 from coreg.files import writing_csv
+from coreg.label.page import PAGE
 from coreg.plaintext import printable
 from coreg.report.metrics import (
     accuracy,
@@ -166,11 +168,15 @@ def write_labels(
 
 
 def write_known_labels(path: Path, store: AnnotationStore, known: np.ndarray) -> None:
-    """The labels that training is given, as a CSV that `--labels` reads back; known: int64 over the store, -1 unknown."""
+    """The labels that training is given, as a CSV that `--labels` reads back.
+
+    Args:
+        known: int64 over the store, -1 where nothing is known, `NONE` for images of no class.
+    """
     with writing_csv(path) as write:
         write(["path", "label"])
-        for row in np.flatnonzero(known >= 0):
-            write([store.paths[row], store.class_names[known[row]]])
+        for row in np.flatnonzero(known != -1):
+            write([store.paths[row], NONE_OF_THESE if known[row] == NONE else store.class_names[known[row]]])
 
 
 def build_report(
@@ -259,6 +265,8 @@ def known_labels_lines(report: dict[str, Any]) -> list[str]:
     images, labelled, folders = (report.get(key, {}) for key in ("images", "labelled", "unmatched_folders"))
     counts = [f"{labelled[split]} of {images[split]} {split} images" for split in images if labelled.get(split)]
     lines = [f"Labels are known for {' and '.join(counts)}."] if counts else []
+    if none := report.get("none_of_these"):
+        lines.append(f"Left out, because a person labelled them {NONE_OF_THESE!r}: {none} images.")
     return lines + ([f"Called like no class: {', '.join(folders)}."] if folders else [])
 
 
@@ -356,13 +364,14 @@ def summary(report: dict[str, Any], root: Path) -> str:
         "prompt": "the learned context vectors",
         "adapter": "the trained adapter, which peft's PeftModel.from_pretrained reads",
     }
-    page, has_curves = root / "report.html", any(root.rglob("events.out.tfevents.*"))
+    page, asked, has_curves = root / "report.html", root / PAGE, any(root.rglob("events.out.tfevents.*"))
     lines += [
         "",
         f"{report['parameters'] / 1e6:.2f} M parameters a network{tuned}, {report['images_per_second']:.0f} images/s, "
         f"{report['wall_seconds']:.0f} s, {report['peak_memory_mb']:.0f} MB",
         *([f"Tuned: {report['tuning']}"] if "tuning" in report else []),
         *([f"  {page}   to look at: curves, classes, changed labels, what to label next"] if page.is_file() else []),
+        *([f"  {asked}    to label these on: coreg-label {root}"] if asked.is_file() else []),
         f"  {root / 'report.json'}   all numbers",
         f"  {root / 'labels.csv'}    purified labels of the training images, {report['needs_review']} of them worth a look",
         *(f"  {root / name!s:<{len(str(root)) + 14}}{what}" for name, what in left.items() if (root / name).is_dir()),

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
-from coreg.data.tags import BETWEEN
+from coreg.data.tags import ABSENT, BETWEEN, PRESENT
 from coreg.files import write_atomically, writing_csv
+from coreg.label.page import PAGE, LabelPage
 from coreg.plaintext import csv_rows
 from coreg.report.multi_metrics import average_precisions, measure_labels
+from coreg.report.page_images import ASKED, asked, in_turn, script_of
 
 SHOWN = 30  # labels in the summary
 
@@ -55,7 +58,57 @@ def tag_summary(report: dict[str, Any], root: Path) -> str:
     for name, value, threshold in rows[:SHOWN]:
         lines.append(f"{name[:27]:<28}{'' if value is None else f'{value:.1%}':>18}{threshold:>11.3f}")
     lines += [f"... {len(rows) - SHOWN} more in report.json"] if len(rows) > SHOWN else []
-    return "\n".join([*lines, "", f"{root / 'labels.csv'}: labels of {report['images']['train']} training images"])
+    lines += ["", f"{root / 'labels.csv'}: labels of {report['images']['train']} training images"]
+    if (root / PAGE).is_file():
+        lines.append(f"{root / PAGE}: the images to label next; coreg-label {root} asks for them")
+    return "\n".join(lines)
+
+
+def unsure_images(probabilities: np.ndarray, observed: np.ndarray) -> np.ndarray:
+    """Images of which nobody said a label, those first that are likely to have most labels wrong, (n,).
+
+    That is the sum of min(p, 1 - p) over labels. Images of each likeliest label take turns.
+
+    Args:
+        probabilities: float (N, L). observed: int8 (N, L), what a person said.
+    """
+    rows = np.flatnonzero(~observed.any(axis=1))
+    wrong = np.minimum(probabilities, 1 - probabilities)[rows].sum(axis=1)
+    return in_turn(probabilities.argmax(axis=1), rows[np.argsort(-wrong, kind="stable")])
+
+
+def tag_page(
+    report: dict[str, Any],
+    folder: str,
+    annotations: str,
+    paths: Sequence[str],
+    probabilities: np.ndarray,
+    observed: np.ndarray,
+    photos: Callable[[np.ndarray], list[Image.Image]],
+) -> LabelPage:
+    """What a person is asked after a run.
+
+    Args:
+        folder, annotations: run folder and store, as a person would type them. paths: of the N training images.
+        probabilities: float (N, L). observed: int8 (N, L), what a person said before.
+        photos: rows (n,) -> their images.
+    """
+    rows, names = unsure_images(probabilities, observed)[:ASKED], list(report["class_names"])
+
+    def listed(row: int, state: int) -> str:
+        return BETWEEN.join(names[k] for k in np.flatnonzero(observed[row] == state))
+
+    others = [[paths[row], listed(row, PRESENT), listed(row, ABSENT)] for row in np.flatnonzero(observed.any(axis=1))]
+    return LabelPage(
+        run=folder,
+        several=True,
+        class_names=names,
+        images=asked([paths[row] for row in rows], probabilities[rows], photos(rows)),
+        others=others,
+        script=script_of(report),
+        annotations=annotations,
+        few_shot=False,
+    )
 
 
 def write_thresholds(path: Path, class_names: Sequence[str], at: np.ndarray) -> None:

@@ -46,7 +46,7 @@ class Run:
     folder: RunFolder
     store: AnnotationStore  # what is trained on
     annotated: AnnotationStore  # the same before `--refine`
-    known: np.ndarray  # int64 over all rows of the store, classes that a person gave, -1 elsewhere
+    known: np.ndarray  # int64 over all rows of the store, classes that a person gave, `NONE` for none of them, -1 elsewhere
     job: JobConfig
     image_options: ImageConfig | None  # None where no network of our own is trained
     identity: dict[str, Any]  # plain values that make the job what it is
@@ -102,7 +102,7 @@ class Run:
             self.held.enter_context(self.folder.locked())
         self.folder.claim(self.identity)
         write_atomically(self.folder.root / "config.yaml", as_yaml(self.settings))
-        if (self.known >= 0).any():
+        if (self.known != -1).any():
             write_known_labels(self.folder.root / "known_labels.csv", self.store, self.known)
 
     def _go_on(self, training: Training, number: int) -> None:

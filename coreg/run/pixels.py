@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,10 +18,11 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from PIL import Image
 from torch import Tensor
 
 from coreg.annotate.work import Evidence, Progress, every_block
-from coreg.data.decode import decode, no_longer_readable
+from coreg.data.decode import UnreadableImage, decode, no_longer_readable
 from coreg.data.images import ImageList
 from coreg.data.pixels import CHUNK_BYTES, StoredPixels, write_at
 from coreg.errors import UserError
@@ -32,6 +34,7 @@ from coreg.progress import progress_bar
 from coreg.store.pixels import PixelWriter, folder_name, gigabytes, make_manifest, start_folder
 from coreg.views.ahead import ReadAhead
 from coreg.views.resident import TrainingImages
+from coreg.webpage import picture_of
 
 if TYPE_CHECKING:
     from coreg.run.loop import Run
@@ -68,6 +71,29 @@ def training_images(run: Run, *splits: np.ndarray) -> list[TrainingImages]:
         TrainingImages(pixels, torch.from_numpy(split), augmentation, device, job.seed, dtype)
         for pixels, split in zip(kept, splits)
     ]
+
+
+def photos(run: Run, rows: np.ndarray, pixels: np.ndarray) -> list[Image.Image]:
+    """Images for a person to see: as they were annotated, or what was trained on where that is larger or all there is.
+
+    Args:
+        rows: int64 (n,), of the store. pixels: uint8 (n, c, H, W), what was trained on.
+    """
+    decoded = [picture_of(image) for image in pixels]
+    try:
+        images = run.store.images()
+    except UserError:  # moved or changed since the start
+        return decoded
+
+    def larger(row: int, other: Image.Image) -> Image.Image:
+        try:
+            image = images.load(row)
+        except UnreadableImage:
+            return other
+        return image if max(image.size) > max(other.size) else other
+
+    with ThreadPoolExecutor(max(1, run.job.workers)) as threads:
+        return list(threads.map(larger, rows.tolist(), decoded))
 
 
 @dataclasses.dataclass

@@ -13,6 +13,7 @@ import numpy as np
 from scipy.special import log_softmax
 
 from coreg.data.images import TRAIN
+from coreg.data.labels import NONE
 from coreg.export.calibration import fit_to_agreement
 from coreg.export.card import model_card
 from coreg.export.ensemble import export, spread_rows
@@ -28,6 +29,7 @@ from coreg.report.record import write_report
 from coreg.report.report import accuracies, build_report, per_class, without_labels, without_missing, write_labels
 from coreg.run.board import show_features, show_numbers
 from coreg.run.loop import Run
+from coreg.run.pixels import photos
 from coreg.run.task import Task, predict
 from coreg.run.training import Training
 from coreg.run.trust import trust
@@ -108,6 +110,8 @@ def finish(
             train=splits["train"],
             test=splits.get("test"),
             known=predicted.known,
+            photos=lambda rows: photos(run, predicted.samples["train"][rows], predicted.pixels(rows)),
+            none=[store.paths[row] for row in np.flatnonzero(run.known == NONE)],
             weights=weights,
             losses=predicted.losses,
         )
@@ -138,6 +142,7 @@ def _report(run: Run, training: Training, predicted: Predictions, **more: Any) -
         logits=_mean_logits(predicted),
         label_free=_without_labels(run, predicted),
         labels_used=int((predicted.known >= 0).sum()),
+        **({"none_of_these": none} if (none := int((run.known == NONE).sum())) else {}),
         warnings=[
             *few_shot_warnings(predicted.known, job.few_shot, names),
             *collapse_warnings(named[named >= 0], names),

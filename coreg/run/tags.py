@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from PIL import Image
 from safetensors.numpy import save
 
 from coreg.annotate.textual import label_similarities
@@ -18,6 +19,7 @@ from coreg.data.tags import read_tags
 from coreg.errors import UserError
 from coreg.export.card import tag_card
 from coreg.files import write_atomically
+from coreg.label.page import write_label_page
 from coreg.learn.multi.method import MultiMethod
 from coreg.learn.multi_options import MultiOptions
 from coreg.nets.options import ImageConfig
@@ -25,9 +27,9 @@ from coreg.process import all_or_none, main_process_decides
 from coreg.report.multi_metrics import average_precisions, thresholds, thresholds_of_truth
 from coreg.report.record import SCHEMA, write_report
 from coreg.report.report import hardware, peak_memory_mb, versions
-from coreg.report.tags import measured_splits, write_tags, write_thresholds
+from coreg.report.tags import measured_splits, tag_page, write_tags, write_thresholds
 from coreg.run.board import show_numbers
-from coreg.run.pixels import training_images
+from coreg.run.pixels import photos, training_images
 from coreg.run.results import write_networks
 from coreg.run.task import predict, training_rows
 from coreg.run.training import Training
@@ -191,6 +193,13 @@ def finish_tags(run: Run, task: TagTask, training: Training, method: MultiMethod
         write_thresholds(root / "thresholds.csv", store.class_names, at)
         write_atomically(run.folder.export / "README.md", tag_card(report | more, settings))
         show_numbers(run.accelerator, report | more, run.identity, training.epoch)
+        own = task.weak.table if job.tags else np.zeros_like(task.weak.table)
+
+        def photos_of(places: np.ndarray) -> list[Image.Image]:
+            return photos(run, task.weak.samples[places], task.data.pixels(places).cpu().numpy())
+
+        asked = tag_page(report, str(root), str(store.root), paths, scores["train"], own, photos_of)
+        write_label_page(root, asked)
         write_report(run.folder.report, report | more)
 
     main_process_decides(run.accelerator, write)

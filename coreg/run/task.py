@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from coreg.data.images import TEST, TRAIN
-from coreg.data.labels import few_shot_draw, read_labels
+from coreg.data.labels import NONE, few_shot_draw, read_labels
 from coreg.errors import UserError
 from coreg.learn.collective import gather_rows, my_slice
 from coreg.learn.division import Predicted
@@ -117,7 +117,7 @@ def training_rows(job: JobConfig, store: AnnotationStore) -> np.ndarray:
 
 
 def known_labels(job: JobConfig, store: AnnotationStore) -> np.ndarray:
-    """Classes that a person gave, int64 over all rows of the store, -1 elsewhere.
+    """Classes that a person gave, int64 over all rows of the store, `NONE` for none of them, -1 elsewhere.
 
     Raises:
         UserError: labels of test images, or no labels to draw from.
@@ -151,6 +151,7 @@ def prepare(run: Run, method: Options, alignment: str = "uniform") -> Task[Optio
     accelerator, job, image_options, store = run.accelerator, run.job, run.image_options, run.store
     labels = np.full(len(store.paths), -1) if store.labels is None else store.labels
     train = training_rows(job, store)
+    train = train[run.known[train] != NONE]  # there is nothing to learn from an image of no class
     test = store.rows_of(TEST)
     weak = _weak_labels(run, train)
     train = weak.samples
