@@ -62,10 +62,10 @@ from coreg.annotate.exported import RUN_TEMPLATES, run_class_names
 from coreg.annotate.health import REPORTS, notes_of, write_report
 from coreg.annotate.models import PRECISIONS, ModelSpec, resolve
 from coreg.annotate.prompts import TEMPLATES, read_descriptions, read_templates
-from coreg.annotate.scores import TextSide
+from coreg.annotate.scores import TextSide, kept_side
 from coreg.annotate.summary import summary
 from coreg.annotate.texts import compare_texts
-from coreg.annotate.textual import kept_side, model_of
+from coreg.annotate.textual import model_of
 from coreg.annotate.work import annotated, every_block, rescored
 from coreg.data.class_names import read_class_names
 from coreg.data.images import ImageList, absolute_path, list_hash, translated

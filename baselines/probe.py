@@ -71,7 +71,8 @@ import torch
 from torch import Tensor
 
 from annotate_vlm import annotate_digits
-from coreg.annotate.textual import class_embeddings, text_side
+from coreg.annotate.scores import class_embeddings
+from coreg.annotate.textual import text_side
 from coreg.annotate.view import View, views_of
 from coreg.learn.probe import SCALE, fit_cosine, fit_probe
 from coreg.nets.heads import Head, put_head

@@ -14,6 +14,7 @@ from runs import write_store, zero_shot_accuracy
 from coreg.annotate.health import examine, write_report
 from coreg.annotate.tools import main
 from coreg.data.images import ImageList, Paths
+from coreg.store.texts import TextFeatures, write_texts
 from coreg.weak.rules import candidate_sets, partial_accuracy
 
 NAMES = ["cat", "dog", "cow"]
@@ -70,6 +71,61 @@ def test_numbers_by_hand(tmp_path):
         assert health.splits[name][0] == zero_shot_accuracy(store, single)["train"]
     assert health.splits["among"][0] == partial_accuracy(candidate_sets(store), store.labels)
     assert np.isclose(health.unanimity, (3 + 2 + 1 + 0 + 2) / 3 / 5)
+
+
+def texts_of(store, vectors):
+    """Let the store keep text features, of one template, in these directions (C, D)."""
+    vectors = np.asarray(vectors, np.float32)
+    vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    texts = [template.replace("{}", name) for template in store.templates for name in store.class_names]
+    rows = np.tile(vectors, (len(store.templates), 1))
+    write_texts(store.root, store.manifest, TextFeatures(texts, rows, 100.0, None))
+    return store
+
+
+def test_confused_pairs_and_the_classes_for_which_more_words_would_help(tmp_path, capsys):
+    """Votes by hand: crow and raven share 12 of 20 images, sun and moon 10 of 20, sun and fire 9, crow and fire 1."""
+    names = ["crow", "raven", "sun", "moon", "fire"]
+    votes = [[0, 1]] * 12 + [[0, 0]] * 18 + [[1, 1]] * 8 + [[2, 3]] * 10 + [[3, 3]] * 10 + [[2, 4]] * 9 + [[4, 4]] * 6
+    votes += [[0, 4]] + [[-1, -1]] * 40
+    store = store_of(tmp_path / "ann", votes, np.full((len(votes), 5), 0.2), names=names, features=np.eye(5)[[0] * 114])
+    pairs = examine(store).confused
+    assert [(pair.classes, pair.images, pair.share, pair.alike) for pair in pairs] == [
+        ((0, 1), 12, 12 / 20, None),
+        ((2, 3), 10, 10 / 19, None),  # sun is a candidate of 19 images, moon of 20
+    ]
+    # crow and raven read nearly alike; sun and moon are further apart than two classes are on average
+    texts_of(store, [[1, 0.1, 0, 0, 0], [1, 0, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 0, 1, 0], [0, 0, 0, 0, 1]])
+    health = examine(store)
+    assert [pair.alike for pair in health.confused] == [True, False]
+    (words,) = [line for line in health.verdicts if "More words" in line]
+    assert words.startswith("More words would help: crow, raven.")
+    assert words.endswith(
+        f"--rescore {tmp_path / 'ann'} --descriptions names.json --output_dir {tmp_path / 'ann_described'}"
+    )
+    write_report(store, None)
+    report, page = ((tmp_path / "ann" / f"report.{kind}").read_text() for kind in ("txt", "html"))
+    assert "      12   60.0%  crow and raven: names read nearly alike" in report
+    assert "      10   52.6%  sun and moon: names apart, images look alike" in report
+    assert "nearly alike: more words would help" in page and "<td>apart: images look alike to the model</td>" in page
+    assert main(["info", str(store.root)]) == 0
+    assert "confused pairs         2, such as crow and raven; sun and moon" in capsys.readouterr().out
+
+
+def test_of_many_classes_the_nearest_twentieth_is_alike(tmp_path):
+    """42 classes whose texts lie on a circle, a degree apart: two of the 41 others are near enough."""
+    names, angles = [f"class {n}" for n in range(42)], np.radians(np.arange(42.0))
+    votes = [[0, n] for n in (1, 2, 3, 4) for _ in range(50)] + [[n, n] for n in (1, 2, 3, 4) for _ in range(50)]
+    store = store_of(tmp_path / "ann", votes, names=names, features=np.ones((400, 2)))
+    texts_of(store, np.stack([np.cos(angles), np.sin(angles)], axis=1))
+    # to class 0 the nearest are 1 and 2; class 3's nearest are 2 and 4 (or 1 and 5), class 4's 3 and 5
+    assert {pair.classes[1]: pair.alike for pair in examine(store).confused} == {1: True, 2: True, 3: False, 4: False}
+
+
+def test_two_classes_are_never_alike_by_being_nearest(tmp_path):
+    store = store_of(tmp_path / "ann", [[0, 1]] * 20, names=["a", "b"], features=np.ones((20, 2)))
+    (pair,) = examine(texts_of(store, [[1, 0.01], [1, 0]])).confused
+    assert pair.share == 1 and not pair.alike  # nothing to compare with
 
 
 def test_blocks_are_summed_up(tmp_path):

@@ -16,12 +16,14 @@ from typing import Any
 import numpy as np
 
 from coreg.annotate.changes import before_and_after
+from coreg.annotate.confused import Pair, confused_pairs, together
 from coreg.annotate.health_html import page
 from coreg.data.folders import counts_line, labelled_counts, unmatched_folders
 from coreg.data.images import ImageList
 from coreg.errors import UserError
 from coreg.files import write_atomically
 from coreg.plaintext import printable
+from coreg.scripts import launched
 from coreg.store.store import AnnotationStore
 from coreg.weak.labels import next_command
 from coreg.weak.rules import candidates_of, vote_counts
@@ -29,6 +31,7 @@ from coreg.weak.rules import candidates_of, vote_counts
 FEW_IMAGES = 50  # per class; below this a prototype and a class's share of a batch are mostly noise (rule of thumb)
 NEARLY_ALWAYS = 0.95
 GALLERY = 24
+SHOWN_PAIRS = 20
 REPORTS = ("report.txt", "report.html")
 LINES, SAME = 8, 4e-3  # features are compared by their places on 8 random lines; rounding to 11 bits moves them by less
 
@@ -50,6 +53,7 @@ class Health:
     accuracy: dict[str, np.ndarray] | None
     # with labels, `zero_shot`, `single` (template 0 alone) and `among` (the candidates), of train, test and held out
     splits: dict[str, np.ndarray] | None = None
+    confused: list[Pair] = field(default_factory=list)  # classes that are candidates of the same images
     verdicts: list[str] = field(default_factory=list)  # what is wrong, in plain words; empty when nothing is
     about: list[str] = field(default_factory=list)  # where the images and their labels came from, one line each
 
@@ -60,7 +64,7 @@ def examine(store: AnnotationStore) -> Health:
     classes, templates = len(store.class_names), len(store.templates)
     sums: dict[str, np.ndarray] = {}
     worst = np.empty((0, 3))  # agreement, probability of the winner, row
-    places = []
+    places, pairs = [], 0
     lines = None
     for rows, tensors in store.parts():
         readable = ~store.unreadable[rows]
@@ -77,6 +81,7 @@ def examine(store: AnnotationStore) -> Health:
             "most_named": np.bincount(winners, minlength=classes),
             "abstained": (votes < 0).sum(axis=0),
         }
+        pairs = pairs + together(candidates[voted])
         share = np.where(voted, counts.max(axis=1, initial=0) / np.maximum(counts.sum(axis=1), 1), -1.0)
         # Least agreement first; among equals, the least probable winner.
         worst = np.concatenate([worst, np.stack([share, probs.max(axis=1, initial=0), rows], axis=1)])
@@ -113,6 +118,7 @@ def examine(store: AnnotationStore) -> Health:
         counts = {"zero_shot": sums["split right"], "single": sums["split single"]}
         counts["among"] = sums["split among"] + unreadable
         health.splits = {name: table / labelled for name, table in counts.items()}
+    health.confused = confused_pairs(store, pairs)
     health.verdicts, health.about = _verdicts(store, health), about(store)
     return health
 
@@ -188,11 +194,16 @@ def _verdicts(store: AnnotationStore, health: Health) -> list[str]:
     if len(never):
         verdicts.append(
             f"Never named: {_some(names, never)}. Either there are no such images, or the model does not know the name; "
-            "try another wording."
+            "try another wording, or describe what is seen (--descriptions)."
         )
     if len(always) and len(names) > 2:
         verdicts.append(
             f"Named for nearly every image: {_some(names, always)}. The name is too general; try a narrower one."
+        )
+    if len(alike := np.unique([pair.classes for pair in health.confused if pair.alike]).astype(int)):
+        verdicts.append(
+            f"More words would help: {_some(names, alike)}. The model reads these names nearly alike and confuses the "
+            f"classes; say what tells them apart with {rescored(store)}"
         )
     if len(few):
         verdicts.append(
@@ -211,6 +222,12 @@ def _verdicts(store: AnnotationStore, health: Health) -> list[str]:
     if health.sizes[1] == readable:
         verdicts.append("Every image has one candidate: the templates always agree, so there is nothing to choose from.")
     return verdicts
+
+
+def rescored(store: AnnotationStore) -> str:
+    """What to type to judge a store again by descriptions."""
+    places = [shlex.quote(str(store.root) + end) for end in ("", "_described")]
+    return f"{launched('annotate_vlm.py')} --rescore {places[0]} --descriptions names.json --output_dir {places[1]}"
 
 
 def _some(names: Sequence[str], chosen: np.ndarray) -> str:
@@ -241,10 +258,21 @@ def as_text(store: AnnotationStore, health: Health) -> str:
         if health.accuracy:
             line += f"  {percent(health.accuracy['classes'][index]):>9}  {percent(health.accuracy['partial'][index]):>16}"
         lines.append(line)
+    if health.confused:
+        lines += ["", "confused pairs: images with both among their candidates, share of those of the rarer class"]
+        lines += [f"{pair.images:8d}  {pair.share:6.1%}  {in_words(store, pair)}" for pair in health.confused[:SHOWN_PAIRS]]
+        more = len(health.confused) - SHOWN_PAIRS
+        lines += [f"          and {more} more"] if more > 0 else []
     if health.accuracy:
         lines += ["", "right votes of each template:"]
         lines += [f"{share:8.1%}  {name}" for share, name in zip(health.accuracy["templates"], store.templates)]
     return "\n".join(lines) + "\n"
+
+
+def in_words(store: AnnotationStore, pair: Pair) -> str:
+    """Both classes, and whether their texts are alike where that is known."""
+    known = {None: "", True: ": names read nearly alike", False: ": names apart, images look alike"}
+    return " and ".join(store.class_names[c] for c in pair.classes) + known[pair.alike]
 
 
 def bar(share: float) -> str:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from coreg.data.images import ImageList
     from coreg.store.store import AnnotationStore
 
+SHOWN_PAIRS = 40
 SHOWN_TEMPLATES = 40  # a larger agreement matrix is no longer read by anybody
 
 
@@ -41,6 +42,8 @@ def page(store: AnnotationStore, health: Health, images: ImageList | None, comma
         _sizes(health),
         "<h2>Classes</h2>",
         _classes(store, health),
+        "<h2>Confused pairs</h2>",
+        _pairs(store, health),
         "<h2>Templates</h2>",
         _templates(store, health),
         "<h2>Most contested images</h2>",
@@ -69,6 +72,19 @@ def _classes(store: AnnotationStore, health: Health) -> str:
             row += [percent(health.accuracy[key][index]) for key in ("classes", "partial")]
         rows.append(row)
     return table(head, rows)
+
+
+def _pairs(store: AnnotationStore, health: Health) -> str:
+    if not health.confused:
+        return "<p>None.</p>"
+    known = {None: "not known", True: "nearly alike: more words would help", False: "apart: images look alike to the model"}
+    rows = []
+    for pair in health.confused[:SHOWN_PAIRS]:
+        names = [text(store.class_names[c]) for c in pair.classes]
+        rows.append([*names, str(pair.images), percent(pair.share), bar(pair.share), known[pair.alike]])
+    head = ("class", "class", "images with both as candidates", "share of the rarer class", "", "how the model reads them")
+    more = f"<p>And {len(health.confused) - SHOWN_PAIRS} more.</p>" if len(health.confused) > SHOWN_PAIRS else ""
+    return table(head, rows) + more
 
 
 def _templates(store: AnnotationStore, health: Health) -> str:

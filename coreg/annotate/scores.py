@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from coreg.annotate.prompts import prompts
 from coreg.nets.heads import class_features
+from coreg.store.store import AnnotationStore
 
 SCORES_AT_ONCE = 1 << 24  # logits of a batch that are held at the same time: 64 MB of float32
 
@@ -96,3 +97,33 @@ class TextSide:
                 logits = F.logsigmoid(logits + self.bias) / self.temperature
             probs += logits.softmax(dim=2).sum(dim=1)
         return votes, probs / templates
+
+
+def kept_side(
+    store: AnnotationStore,
+    templates: Sequence[str],
+    class_names: Sequence[str],
+    descriptions: Mapping[str, Sequence[str]] | None,
+    temperature: float = 1.0,
+    device: torch.device | str = "cpu",
+) -> TextSide | None:
+    """A text side from what the store keeps; None where it keeps nothing, or not all of these texts. No model is loaded."""
+    kept = store.kept_texts()
+    if kept is None:
+        return None
+
+    def encode(texts: list[str]) -> torch.Tensor:
+        return torch.from_numpy(kept.of(texts)).to(device)
+
+    try:
+        text = judging_texts(encode, templates, class_names, descriptions)
+    except KeyError:
+        return None
+    return TextSide(text, len(class_names), kept.scale, kept.bias, temperature)
+
+
+def class_embeddings(side: TextSide) -> np.ndarray:
+    """One text feature a class, float32 (C, D) of length 1: the mean over the templates of features of length 1."""
+    templates, classes = side.shape
+    text = side.text.view(templates, classes, -1).mean(dim=0)
+    return F.normalize(text, dim=1).cpu().numpy()

@@ -28,6 +28,9 @@ def summary(store: AnnotationStore) -> str:
         f"  classes never named    {some(names, health.named == 0)}",
         f"  classes always named   {some(names, health.named == 1)}",
     ]
+    if health.confused:
+        shown = [" and ".join(names[c] for c in pair.classes) for pair in health.confused[:3]]
+        lines.append(f"  confused pairs         {len(health.confused)}, such as {'; '.join(shown)}")
     if health.splits is not None:
         for index, split in enumerate(("train", "test")):
             averaged, single, among = (health.splits[name][index] for name in ("zero_shot", "single", "among"))

@@ -2,41 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
 from coreg.annotate.annotators import ClipAnnotator
 from coreg.annotate.models import ModelSpec, resolve
-from coreg.annotate.scores import TextSide, judging_texts
+from coreg.annotate.scores import TextSide, class_embeddings, kept_side
 from coreg.errors import UserError
 from coreg.store.store import AnnotationStore
 
 AT_ONCE = 4096  # images that are judged at the same time
-
-
-def kept_side(
-    store: AnnotationStore,
-    templates: Sequence[str],
-    class_names: Sequence[str],
-    descriptions: Mapping[str, Sequence[str]] | None,
-    temperature: float = 1.0,
-    device: torch.device | str = "cpu",
-) -> TextSide | None:
-    """A text side from what the store keeps; None where it keeps nothing, or not all of these texts. No model is loaded."""
-    kept = store.kept_texts()
-    if kept is None:
-        return None
-
-    def encode(texts: list[str]) -> torch.Tensor:
-        return torch.from_numpy(kept.of(texts)).to(device)
-
-    try:
-        text = judging_texts(encode, templates, class_names, descriptions)
-    except KeyError:
-        return None
-    return TextSide(text, len(class_names), kept.scale, kept.bias, temperature)
 
 
 def model_of(store: AnnotationStore) -> ModelSpec:
@@ -113,13 +90,6 @@ def single_template_probabilities(store: AnnotationStore, device: torch.device |
         return store.probs()
     side = text_side(store, store.templates[:1], device)
     return np.concatenate([side.score(tensors["features"])["probs"].cpu().numpy() for _, tensors in store.parts()])
-
-
-def class_embeddings(side: TextSide) -> np.ndarray:
-    """One text feature a class, float32 (C, D) of length 1: the mean over the templates of features of length 1."""
-    templates, classes = side.shape
-    text = side.text.view(templates, classes, -1).mean(dim=0)
-    return torch.nn.functional.normalize(text, dim=1).cpu().numpy()
 
 
 def averaged_embedding_logits(store: AnnotationStore, device: torch.device | str = "cpu") -> np.ndarray:
