@@ -66,10 +66,11 @@ from coreg.annotate.scores import TextSide, kept_side
 from coreg.annotate.summary import summary
 from coreg.annotate.texts import compare_texts
 from coreg.annotate.textual import model_of
+from coreg.annotate.tiles import TiledAnnotator, checked_grids
 from coreg.annotate.work import annotated, every_block, rescored
 from coreg.data.class_names import read_class_names
 from coreg.data.images import ImageList, absolute_path, list_hash, translated
-from coreg.data.sources import open_images, require_readable
+from coreg.data.sources import BUILT_IN, open_images, require_readable
 from coreg.data.tags import translated_tags
 from coreg.demo.annotator import demo_templates
 from coreg.plaintext import printable
@@ -123,10 +124,12 @@ def annotate(config: AnnotateConfig, accelerator: Accelerator | None = None) -> 
             )
 
     # The text side is encoded once, here; from now on an image costs one pass through the image tower.
-    if config.vlm == GLYPH_CLIP and config.images != "builtin:digits":
+    if config.vlm == GLYPH_CLIP and config.images not in BUILT_IN:
         accelerator.print(f"note: {GLYPH_CLIP} reads single digits and nothing else; name another model with --vlm")
     source = AnnotationStore.open(config.rescore) if config.rescore else None
     annotator, preprocessing, notes, kept = judge_of(job, source, config.chat_mode, accelerator.device)
+    if manifest.get("tiles") and not config.rescore:
+        annotator = TiledAnnotator(annotator, manifest["tiles"])
     for note in notes:
         accelerator.print(f"note: {printable(note)}")
     details = {"features": annotator.features, "preprocessing": preprocessing, "versions": versions()}
@@ -220,6 +223,8 @@ def job_on_images(config: AnnotateConfig, opened: list[ImageList]) -> Job:
     details = {"data_root": str(absolute_path(config.data_root)), "notes": images.notes}
     if config.descriptions:
         details["descriptions"] = read_descriptions(config.descriptions, class_names)
+    if config.tiles:
+        details["tiles"] = checked_grids(config.tiles, model)
     manifest = make_manifest(images, class_names, templates, identity, config.block_size, **details)
     manifest, finished = check_folder(config, manifest, images)
     if not finished:
@@ -249,6 +254,8 @@ def job_on_store(config: AnnotateConfig, opened: list[ImageList]) -> Job:
     Raises:
         UserError: the first thing that is wrong.
     """
+    if config.tiles:
+        raise UserError("--tiles takes features of parts of images, and --rescore opens none; annotate with --images")
     store = AnnotationStore.open(config.rescore)
     store.need_annotator()
     store.need_features()
@@ -268,7 +275,8 @@ def job_on_store(config: AnnotateConfig, opened: list[ImageList]) -> Job:
     tags = None if store.tags is None else translated_tags(store.tags, store.class_names, class_names)
     images = dataclasses.replace(store.image_list(), labels=labels, tags=tags)
     opened.append(images)
-    kept = {key: store.manifest[key] for key in ("block_size", "data_root")} | {"notes": notes_of(store.manifest)}
+    kept = {key: store.manifest[key] for key in ("block_size", "data_root", "tiles") if key in store.manifest}
+    kept["notes"] = notes_of(store.manifest)
     kept |= {} if descriptions is None else {"descriptions": {name: descriptions[name] for name in class_names}}
     manifest = make_manifest(images, class_names, templates, by, **kept)
     manifest, finished = check_folder(config, manifest, images)
@@ -278,6 +286,11 @@ def job_on_store(config: AnnotateConfig, opened: list[ImageList]) -> Job:
 def annotate_digits(folder: Path, accelerator: Accelerator) -> AnnotationStore:
     """The store of the built-in digits, which training scripts use where they are given none."""
     return annotate(AnnotateConfig(output_dir=str(folder)), accelerator)
+
+
+def annotate_digit_pictures(folder: Path, accelerator: Accelerator) -> AnnotationStore:
+    """The same of pictures with several digits, with features of their quarters."""
+    return annotate(AnnotateConfig("builtin:digit-pictures", output_dir=str(folder), tiles=[2]), accelerator)
 
 
 def check_folder(config: AnnotateConfig, manifest: dict[str, Any], images: ImageList) -> tuple[dict[str, Any], bool]:

@@ -1,10 +1,12 @@
 """Train one small network on observed labels where an image has several: VLPL and what it is compared with.
 
+    accelerate launch baselines/spml.py                                                      # built-in digits
     accelerate launch baselines/spml.py --annotations ann --method vlpl --output_dir runs/vlpl
     accelerate launch baselines/spml.py --annotations ann --method an --observed published --dataset voc --preset official
     accelerate launch baselines/spml.py --annotations ann --method vlpl --tags mine.csv       # a person's labels
 
-The store is of images with several labels (docs/annotation_store.md). The run folder is the job: the same command again
+The store is of images with several labels (docs/annotation_store.md); without one, pictures of two to four handwritten
+digits are annotated. The run folder is the job: the same command again
 goes on where it stopped.
 """
 
@@ -15,7 +17,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from coreg.config import parse
-from coreg.errors import UserError, exits_with_one_line
+from coreg.errors import exits_with_one_line
 from coreg.learn.multi_options import NAMES, OFFICIAL, OPTIONS, MultiOptions
 from coreg.learn.options import CoRegOptions
 from coreg.nets.options import ImageConfig, check_image_options
@@ -30,7 +32,7 @@ def read_settings(argv: Sequence[str]) -> tuple[TagJob, ImageConfig, MultiOption
         TagJob,
         ImageConfig,
         argv=argv,
-        default_recipe=lambda typed: "folder",
+        default_recipe=lambda typed: "folder" if "annotations" in typed else "digit_pictures",
         preset=lambda job, image_options, method: official(OFFICIAL[method.method], job.dataset, method.preset)[1],
         kinds=("method", OPTIONS),
         others=(CoRegOptions, JobConfig),
@@ -38,8 +40,6 @@ def read_settings(argv: Sequence[str]) -> tuple[TagJob, ImageConfig, MultiOption
         description=__doc__,
     )
     check_image_options(image_options)
-    if not job.annotations and not job.print_config:
-        raise UserError("give --annotations, a store of images with several labels; annotate_vlm.py makes one")
     return job, image_options, method
 
 
@@ -49,7 +49,7 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 
-from annotate_vlm import annotate_digits
+from annotate_vlm import annotate_digit_pictures
 from coreg.learn.collective import my_slice
 from coreg.learn.multi import METHODS
 from coreg.learn.multi.method import MultiBatch, MultiMethod
@@ -102,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     argv = list(sys.argv[1:] if argv is None else argv)
     job, image_options, options = read_settings(argv)
     settings = (job, image_options, options)
-    with open_run("baselines/spml.py", argv, settings, annotate_digits, f"runs/{options.method}") as run:
+    with open_run("baselines/spml.py", argv, settings, annotate_digit_pictures, f"runs/{options.method}") as run:
         if run is None:
             return
         name = NAMES[options.method]

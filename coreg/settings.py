@@ -170,7 +170,10 @@ class TagJob(Optimiser, Home, Job):
         job=False,
     )
     validation: float = option(
-        0.2, "share of the training images whose true labels are put aside: they choose thresholds, no epoch", (0, 0.9)
+        0.2,
+        "share of the training images whose true labels are put aside to choose thresholds, where the store holds out no "
+        "images with labels itself",
+        (0, 0.9),
     )
     dataset: str | None = advanced(
         None, "public data set that the images are (voc, coco, nuswide or cub); --preset official goes by it", job=False

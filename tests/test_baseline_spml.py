@@ -158,7 +158,6 @@ def test_what_cannot_be_trained_on_is_refused(store, tmp_path, capsys):
     assert "write --observed shares" in line("an", "--positives", "0.5")
     (tmp_path / "tags.csv").write_text("path,labels\n40.png,one\n")
     assert "labels test images, such as 40.png" in line("an", "--tags", str(tmp_path / "tags.csv"))
-    assert "give --annotations" in refused(capsys, spml.main, "--method", "an")
     assert not (tmp_path / "run" / "report.json").exists()
 
 

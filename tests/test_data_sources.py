@@ -293,7 +293,7 @@ def test_a_csv_list_gives_paths_labels_and_split(tmp_path):
         ("path,label,weight\na.png,cat,1\n", "first line must be path"),
         ("path\n", "lists no image"),
         ("", "first line must be path"),
-        ("path,split\na.png,validation\n", "line 2 has the split 'validation'; write train or test"),
+        ("path,split\na.png,validation\n", "line 2 has the split 'validation'; write train, val or test"),
         ("path,label\na.png,cst\n", "'cst', which is none of the class names, did you mean 'cat'?"),
         ("path,label\na,b.png,cat\n", "more fields than the header"),
     ],

@@ -3,7 +3,9 @@
 import numpy as np
 from sklearn.datasets import load_digits
 
+from coreg.data.digit_pictures import load_digit_pictures
 from coreg.data.digits import DIGIT_NAMES, load_digits_images
+from coreg.data.sources import open_images
 
 
 def test_images_are_the_scans_in_bytes():
@@ -38,3 +40,34 @@ def test_split_follows_its_seed_only():
 
 def test_names_are_the_number_words():
     assert DIGIT_NAMES[0] == "zero" and DIGIT_NAMES[7] == "seven" and len(set(DIGIT_NAMES)) == 10
+
+
+def test_pictures_show_two_to_four_digits_of_their_own_split():
+    digits, labels, digit_split = load_digits_images()
+    images, tags, split = load_digit_pictures()
+    assert images.shape == (1900, 20, 20) and np.bincount(split).tolist() == [1200, 400, 300]
+    of_bytes = {digits[row].tobytes(): row for row in range(len(digits))}
+    used, counts = {kind: set() for kind in (0, 1, 2)}, []
+    for picture in range(0, len(images), 3):
+        shown = []
+        for down in (0, 10):
+            for right in (0, 10):
+                cell = images[picture, down : down + 10, right : right + 10]
+                # at which of the nine places a whole digit lies and nothing beside it
+                windows = [cell[i : i + 8, j : j + 8] for i in range(3) for j in range(3)]
+                shown += list({of_bytes.get(w.tobytes()) for w in windows if w.sum() == cell.sum()} - {None})
+        assert set(np.flatnonzero(tags[picture] == 1)) == set(labels[shown])
+        used[split[picture]] |= set(shown)
+        counts.append(len(shown))
+    assert set(counts) == {2, 3, 4} and (np.abs(tags) == 1).all()
+    # some are rare, none is in two splits, and those of test pictures are test images
+    assert not used[0] & used[1] and not used[0] & used[2] and not used[1] & used[2]
+    assert (digit_split[list(used[1])] == 1).all() and (digit_split[list(used[0] | used[2])] == 0).all()
+    np.testing.assert_array_equal(load_digit_pictures()[0], images)
+
+
+def test_pictures_are_an_image_list_in_the_classes_asked_for():
+    images = open_images("builtin:digit-pictures", ["nine", "cat", "one"])
+    _, tags, _ = load_digit_pictures()
+    np.testing.assert_array_equal(images.tags[:, [0, 2]], tags[:, [9, 1]])
+    assert not images.tags[:, 1].any() and images.labels is None and images.load(0).size == (20, 20)

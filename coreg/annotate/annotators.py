@@ -295,6 +295,11 @@ class ClipAnnotator(TextSide):
         Returns:
             votes int16 (n, T); probs float16 (n, C), computed in float32; features float16 (n, D) of length 1.
         """
-        images = batch.to(self.device, self.dtype, non_blocking=True)
-        features = torch.nn.functional.normalize(self.towers.image(images).float(), dim=-1).half()
+        features = self.encode(batch)
         return self.score(features) | {"features": features}
+
+    @torch.inference_mode()
+    def encode(self, batch: torch.Tensor) -> torch.Tensor:
+        """Features float16 (n, D) of length 1 of a batch float32 (n, 3, H, W), preprocessed."""
+        images = batch.to(self.device, self.dtype, non_blocking=True)
+        return torch.nn.functional.normalize(self.towers.image(images).float(), dim=-1).half()

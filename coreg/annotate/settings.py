@@ -15,7 +15,11 @@ GLYPH_CLIP = "builtin:glyph-clip"
 class AnnotateConfig:
     """What is annotated, by which model, into which folder."""
 
-    images: str = option("builtin:digits", "folder, .csv or .txt list, .tar shards, torchvision data set or builtin:digits")
+    images: str = option(
+        "builtin:digits",
+        "folder, .csv or .txt list, .tar shards, torchvision data set, builtin:digits or, of several labels, "
+        "builtin:digit-pictures",
+    )
     vlm: str = option(
         GLYPH_CLIP,
         "open_clip NAME/TAG such as ViT-B-32/openai, local-dir:FOLDER, transformers:FOLDER, chat:FOLDER, or run:FOLDER for "
@@ -37,6 +41,12 @@ class AnnotateConfig:
         (1e-3, 1e3),
     )
     output_dir: str = option("runs/demo/annotations", "folder of the annotation store")
+    tiles: list[int] | None = option(
+        None,
+        "for several labels an image, numbers such as 2 3: the features of 2x2 and 3x3 parts of every image are kept too, "
+        "which costs a forward pass each",
+        (1, 32),
+    )
     rescore: str | None = option(None, "annotation store with features to judge again, instead of --images and --vlm")
     precision: Literal["fp32", "bf16", "fp16"] = option("fp32", "type of the model's weights and computations")
     chat_mode: Literal["likelihood", "generate"] = option(

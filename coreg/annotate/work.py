@@ -256,4 +256,5 @@ def rescored(
             raise UserError(f"{files[index]} is damaged: {error}; {same_command(source.manifest)}") from None
         features = tensors["features"]
         parts = [annotator.score(features[start : start + batch_size]) for start in range(0, len(features), batch_size)]
-        yield index, _joined(parts) | {"features": features}, errors
+        kept = {name: tensors[name] for name in ("features", "tiles") if name in tensors}
+        yield index, _joined(parts) | kept, errors

@@ -18,7 +18,7 @@ from coreg.errors import UserError
 
 TRAIN, TEST, HELD_OUT = 0, 1, 2
 SPLIT_NAMES = ("train", "test", "held out")
-SPLITS = {"": TRAIN, "train": TRAIN, "0": TRAIN, "test": TEST, "1": TEST}
+SPLITS = {"": TRAIN, "train": TRAIN, "0": TRAIN, "test": TEST, "1": TEST, "val": HELD_OUT}
 
 
 class Paths(Sequence[str]):

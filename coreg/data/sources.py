@@ -15,13 +15,13 @@ from PIL import Image
 
 from coreg.data.archives import datasets_folder, is_datasets_folder, is_tar, shards_of, tar_shards
 from coreg.data.decode import Files, UnreadableImage
-from coreg.data.folders import folder_labels
+from coreg.data.folders import folder_labels, settled
 from coreg.data.images import SPLITS, ImageList, Paths, absolute_path, lookup, path_within, translated
 from coreg.data.joined import PREFIX, joined_images
 from coreg.data.lists import listed_images
 from coreg.data.passed_over import PassedOver, is_system_folder
 from coreg.data.tag_sets import TAG_SETS
-from coreg.data.tags import names_in, read_tags
+from coreg.data.tags import names_in, read_tags, translated_tags
 from coreg.data.torchvision_sets import TORCHVISION, torchvision_set
 from coreg.errors import UserError
 from coreg.plaintext import did_you_mean
@@ -40,7 +40,7 @@ def open_images(spec: str, class_names: Sequence[str] | None = None, data_root: 
             `.tar` file or a folder of such files without images beside them (WebDataset shards, img2dataset's folder); a
             folder that Hugging Face `datasets` saved; a torchvision set (`CIFAR10` or `torchvision:CIFAR10`), downloaded
             when it is not there; `voc:`, `coco:`, `nuswide:` or `cub:` and the folder of that data set;
-            `builtin:digits`; or several of these, `joined:["a", "b"]`.
+            `builtin:digits`, or `builtin:digit-pictures` of several labels; or several of these, `joined:["a", "b"]`.
         class_names: the classes that labels are expressed in; None means the data set's own, if it has them.
         data_root: where torchvision data sets lie.
 
@@ -48,8 +48,8 @@ def open_images(spec: str, class_names: Sequence[str] | None = None, data_root: 
         UserError: there is no such source, it holds no image, a CSV row leaves its folder or is malformed, an archive
             is damaged, or a download failed.
     """
-    if spec == "builtin:digits":
-        return _digits(class_names)
+    if spec in BUILT_IN:
+        return BUILT_IN[spec](class_names)
     prefix, _, name = spec.rpartition(":")
     if prefix == "torchvision" or (spec in TORCHVISION and not Path(spec).exists()):
         return torchvision_set(name, class_names, data_root)
@@ -67,9 +67,9 @@ def open_images(spec: str, class_names: Sequence[str] | None = None, data_root: 
     if spec.lower().endswith(".txt") and Path(spec).is_file():
         return listed_images(spec, class_names)
     kind = "is a file, but neither a folder nor a .csv, .txt or .tar file" if Path(spec).exists() else "does not exist"
-    hint = did_you_mean(spec, [*TORCHVISION, "builtin:digits"])
+    hint = did_you_mean(spec, [*TORCHVISION, *BUILT_IN])
     raise UserError(
-        f"--images {spec} {kind}{hint} (give a folder, a .csv or .txt list, a .tar file, builtin:digits or one of "
+        f"--images {spec} {kind}{hint} (give a folder, a .csv or .txt list, a .tar file, {', '.join(BUILT_IN)} or one of "
         f"{', '.join(TORCHVISION)})"
     )
 
@@ -169,7 +169,7 @@ def _csv(spec: str, class_names: Sequence[str] | None) -> ImageList:
                 if name in entries:
                     raise UserError(f"{place} names {row['path']!r} a second time; list every image once")
                 if split not in SPLITS:
-                    raise UserError(f"{place} has the split {split!r}; write train or test")
+                    raise UserError(f"{place} has the split {split!r}; write train, val or test")
                 index = find(label) if label else -1
                 if label and index < 0 and class_names is not None:
                     hint = did_you_mean(label, class_names, form=repr)
@@ -183,7 +183,7 @@ def _csv(spec: str, class_names: Sequence[str] | None) -> ImageList:
     labels, split = np.array([entries[name] for name in names], dtype=np.int64).T
     paths = Paths([os.fsencode(name) for name in names])
     known = labels if (labels >= 0).any() else None
-    images = ImageList(str(path), paths, known, split.astype(np.uint8), None, Files(path.parent, paths))
+    images = ImageList(str(path), paths, known, settled(split.astype(np.uint8)), None, Files(path.parent, paths))
     if single:
         return images
     own = names_in(spec)
@@ -211,3 +211,16 @@ def _digits(class_names: Sequence[str] | None) -> ImageList:
     paths = Paths([b"%04d" % row for row in range(len(images))])
     labels = translated(labels, DIGIT_NAMES, class_names)
     return ImageList("builtin:digits", paths, labels, split, list(DIGIT_NAMES), _Array(images))
+
+
+def _digit_pictures(class_names: Sequence[str] | None) -> ImageList:
+    from coreg.data.digit_pictures import load_digit_pictures
+    from coreg.data.digits import DIGIT_NAMES
+
+    images, tags, split = load_digit_pictures()
+    paths = Paths([b"%04d" % row for row in range(len(images))])
+    tags = translated_tags(tags, DIGIT_NAMES, class_names)
+    return ImageList("builtin:digit-pictures", paths, None, split, list(DIGIT_NAMES), _Array(images), tags=tags)
+
+
+BUILT_IN = {"builtin:digits": _digits, "builtin:digit-pictures": _digit_pictures}

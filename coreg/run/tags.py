@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.numpy import save
 
 from coreg.annotate.textual import label_similarities
-from coreg.data.images import TEST, TRAIN
+from coreg.data.images import HELD_OUT, TEST, TRAIN
 from coreg.data.tags import read_tags
 from coreg.errors import UserError
 from coreg.export.card import tag_card
@@ -69,15 +69,19 @@ def true_labels(store: AnnotationStore) -> np.ndarray:
 
 
 def observed_labels(job: TagJob, method: MultiOptions, store: AnnotationStore) -> tuple[ObservedLabels, np.ndarray]:
-    """What is observed of the images to train on, and the rows of those that are put aside for validation.
+    """What is observed of the images to train on, and the rows of those for validation.
 
-    Labels are drawn before images are put aside, as published.
+    These are images that the store holds out, where their labels are known, or a part of the training images; labels are
+    drawn before it is put aside, as published.
 
     Raises:
         UserError: there is nothing to learn from, or a person's list cannot be read or names test images.
     """
     rows, truth = training_rows(job, store), true_labels(store)
-    train, validation = published_split(len(rows), job.validation)
+    train, validation = np.arange(len(rows)), store.rows_of(HELD_OUT)
+    if not truth[validation].any():
+        train, put_aside = published_split(len(rows), job.validation)
+        validation = rows[put_aside]
     if job.tags:
         table = read_tags(job.tags, store.paths, store.class_names)
         (held_out,) = np.nonzero(table.any(axis=1) & (store.split != TRAIN))
@@ -96,7 +100,7 @@ def observed_labels(job: TagJob, method: MultiOptions, store: AnnotationStore) -
             f"no label of any training image of {store.root} is observed, and {method.method} learns from nothing else; "
             f"annotate images whose labels are known, give yours with --tags FILE, or take --method vlpl"
         )
-    return weak, rows[validation]
+    return weak, validation
 
 
 def prepare_tags(run: Run, method: MultiOptions) -> TagTask:

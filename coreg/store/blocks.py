@@ -16,6 +16,7 @@ from safetensors.numpy import save
 from coreg.errors import UserError
 from coreg.files import write_atomically
 from coreg.records import Number, RecordError, check_record, parse_record
+from coreg.store.manifest import tile_count
 
 HEAD = {"job": str, "index": Number(0), "errors": dict, "sha256": str}
 REMEDY = "what is written is kept: free some space and run the same command again"
@@ -116,8 +117,8 @@ def check_evidence(tensors: dict[str, np.ndarray], errors: dict[int, str], rows:
 
     Args:
         tensors: votes int16 (n, T) of -1..C-1, probs float16 (n, C) of 0..1 whose rows sum to 1 but for rounding,
-            features float16 (n, D) where the manifest has their length; `answers` are not checked. Without templates
-            only candidates bool (n, C), one at least in every row.
+            features float16 (n, D) where the manifest has their length, and tiles float16 (n, M, D) where it has grids;
+            `answers` are not checked. Without templates only candidates bool (n, C), one at least in every row.
         errors: rows of the whole list that could not be read.
         rows: those of the block.
         manifest: of the store.
@@ -127,13 +128,15 @@ def check_evidence(tensors: dict[str, np.ndarray], errors: dict[int, str], rows:
     """
     classes, templates, features = len(manifest["class_names"]), len(manifest["templates"]), manifest.get("features")
     lengths = {"votes": templates, "probs": classes} if templates else {"candidates": classes}
-    lengths |= {"features": features} if features else {}
-    if set(tensors) - {"answers"} != set(lengths):
-        raise BadEvidenceError(f"it holds {', '.join(sorted(tensors))}, expected {', '.join(sorted(lengths))}")
-    for name, length in lengths.items():
+    shapes = {name: (len(rows), length) for name, length in lengths.items()}
+    shapes |= {"features": (len(rows), features)} if features else {}
+    shapes |= {"tiles": (len(rows), tile_count(manifest), features)} if features and manifest.get("tiles") else {}
+    if set(tensors) - {"answers"} != set(shapes):
+        raise BadEvidenceError(f"it holds {', '.join(sorted(tensors))}, expected {', '.join(sorted(shapes))}")
+    for name, shape in shapes.items():
         kind, there = np.dtype({"votes": np.int16, "candidates": bool}.get(name, np.float16)), tensors[name]
-        if there.dtype != kind or there.shape != (len(rows), length):
-            raise BadEvidenceError(f"{name} are {there.dtype} {there.shape}, expected {kind} {(len(rows), length)}")
+        if there.dtype != kind or there.shape != shape:
+            raise BadEvidenceError(f"{name} are {there.dtype} {there.shape}, expected {kind} {shape}")
     if any(row not in rows for row in errors):
         raise BadEvidenceError("it names unreadable images of other blocks")
     if not templates:
@@ -148,10 +151,11 @@ def check_evidence(tensors: dict[str, np.ndarray], errors: dict[int, str], rows:
     _refuse(abs(probs.sum(axis=1, dtype=np.float32) - 1) <= slack, rows, "its probabilities do not sum to 1")
     if votes.min() < -1 or votes.max() >= classes:
         _refuse(((votes >= -1) & (votes < classes)).all(axis=1), rows, f"its votes are not between -1 and {classes - 1}")
-    if "features" in lengths:
-        features = tensors["features"]
+    for name in shapes.keys() & {"features", "tiles"}:
+        features = tensors[name]
         if features.view(np.int16).max() >= 0x7C00 or features.view(np.uint16).max() >= 0xFC00:
-            _refuse(np.isfinite(features).all(axis=1), rows, "its features are not finite")
+            finite = np.isfinite(features).reshape(len(features), -1).all(axis=1)
+            _refuse(finite, rows, f"its {name if name == 'features' else 'features of tiles'} are not finite")
 
 
 def _refuse(good: np.ndarray, rows: range, message: str) -> None:

@@ -21,8 +21,8 @@ VERSION = 4
 DRAWN = "synthetic:"  # how the spec begins where there are candidate sets alone, drawn from true labels
 PEOPLE = DRAWN + "people("  # or given by people
 REFINED = "refined by "  # how the spec of a model begins whose evidence was refined
-# the manifest's entries that make two jobs differ; descriptions need not be there
-JOB = ("class_names", "templates", "descriptions", "model", "images", "block_size")
+# the manifest's entries that make two jobs differ; descriptions and tiles need not be there
+JOB = ("class_names", "templates", "descriptions", "model", "images", "block_size", "tiles")
 MOST_BLOCKS = 1_000_000
 # how well the features of a refinement tell the classes apart (`coreg.weak.trust`)
 _SCORE, _SHARE = Number(-1e9, 1e9, whole=False), Number(0, 1, whole=False)
@@ -36,6 +36,7 @@ KIND = {
     "images": {"spec": str, "count": Number(1, 1e9), "sha256": str},
     "block_size": Number(1, 1e9),
     "features": Maybe(Number(1, 1e6)),
+    "tiles": Maybe([Number(1, 32)]),
     "data_root": str,
     "hashed_spec": Maybe(str),
     "notes": Maybe([str]),
@@ -64,9 +65,9 @@ def make_manifest(
         model: `spec` and `weights`, which identify the annotator, or how the sets were drawn and the hash of them;
             `temperature` where it is not 1.
         block_size: images a block.
-        details: `descriptions`, texts by class name, which are part of the job; and what is not: `features` (their length
-            or None), `data_root`, `preprocessing`, `versions`, `notes` (of the image list), and for a store that was
-            refined `refined`.
+        details: `descriptions`, texts by class name, and `tiles`, sides of grids (`coreg.annotate.tiles`), which are part
+            of the job; and what is not: `features` (their length or None), `data_root`, `preprocessing`, `versions`,
+            `notes` (of the image list), and for a store that was refined `refined`.
 
     Raises:
         UserError: so small blocks would be too many files.
@@ -175,6 +176,11 @@ def moved(manifest: dict[str, Any], spec: str, data_root: str) -> dict[str, Any]
     if manifest["version"] == 1:
         manifest |= {"version": VERSION, "hashed_spec": before}
     return manifest | {"images": manifest["images"] | {"spec": spec}}
+
+
+def tile_count(manifest: dict[str, Any]) -> int:
+    """How many parts of every image have features of their own: g x g for every side g in `tiles`."""
+    return sum(side**2 for side in manifest.get("tiles") or [])
 
 
 def block_files(root: Path, manifest: dict[str, Any]) -> list[Path]:

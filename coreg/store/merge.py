@@ -76,7 +76,7 @@ def _fitting(folders: Sequence[str]) -> list[AnnotationStore]:
     if len({_images_of(store) for store in stores}) == 1:
         return stores
     for store in stores[1:]:
-        for key in ("templates", "descriptions", "model"):
+        for key in ("templates", "descriptions", "model", "tiles"):
             if store.manifest.get(key) != first.manifest.get(key):
                 raise UserError(
                     f"{store.root} has other images and another {key} than {first.root}; stores are merged that have "
@@ -220,6 +220,8 @@ def _writer(
 ) -> StoreWriter:
     manifest = stores[0].manifest
     kept = {key: manifest.get(key) for key in ("data_root", "preprocessing", "versions")} | {"descriptions": descriptions}
+    if features and manifest.get("tiles"):
+        kept["tiles"] = manifest["tiles"]
     size, names = manifest["block_size"], manifest["class_names"]
     manifest = make_manifest(images, names, templates, model, size, features=features, **kept)
     return StoreWriter(root, manifest, REMEDY)

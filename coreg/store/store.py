@@ -9,7 +9,8 @@ A store is a folder:
                              images have several labels, tags int8 (N, C): 1 present, -1 absent, 0 unknown
     checksums.json           sha256 of samples.safetensors; stores of version 1 have none
     blocks/00000.safetensors votes int16 (n, T) with -1 for abstention, probs float16 (n, C) mean over templates,
-                             features float16 (n, D) where the annotator has them, answers uint8 (B,) where it answers in
+                             features float16 (n, D) where the annotator has them, tiles float16 (n, M, D) of M parts of
+                             every image where they were asked for, answers uint8 (B,) where it answers in
                              words; or candidates bool (n, C) alone, drawn from true labels by `python -m coreg.weak`;
                              b-th block = rows b*block_size ...
     errors.csv               path and reason of every unreadable image; written last, so it also says "finished"
@@ -186,6 +187,10 @@ class AnnotationStore:
     def features(self) -> np.ndarray | None:
         """float16 (N, D): image features of length 1, zero for unreadable images; None where the annotator has none."""
         return self._column("features") if self.manifest["features"] else None
+
+    def tiles(self) -> np.ndarray | None:
+        """float16 (N, M, D): features of parts of the images, see `coreg.annotate.tiles`; None where there are none."""
+        return self._column("tiles") if self.manifest.get("tiles") else None
 
     def kept_texts(self) -> TextFeatures | None:
         """What the annotator's text side says of texts; None where nothing is kept, as in stores of earlier versions."""

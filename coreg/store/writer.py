@@ -253,8 +253,8 @@ class StoreWriter(BlockWriter):
 
         Args:
             index: which block.
-            tensors: votes int16 (n, T), probs float16 (n, C) and, where there are any, features float16 (n, D) and
-                answers (see `blocks.pack_answers`); or candidates bool (n, C) alone.
+            tensors: votes int16 (n, T), probs float16 (n, C) and, where there are any, features float16 (n, D),
+                tiles float16 (n, M, D) and answers (see `blocks.pack_answers`); or candidates bool (n, C) alone.
             errors: row number -> why the image could not be read.
 
         Raises:
@@ -263,7 +263,7 @@ class StoreWriter(BlockWriter):
         rows = self.rows(index)
         bad = [row - rows.start for row in errors]
         tensors = {name: np.array(tensor, order="C") for name, tensor in tensors.items()}
-        for name, value in (("votes", -1), ("probs", 1 / len(self.manifest["class_names"])), ("features", 0)):
+        for name, value in (("votes", -1), ("probs", 1 / len(self.manifest["class_names"])), ("features", 0), ("tiles", 0)):
             if name in tensors:
                 tensors[name][bad] = value
         try:
