@@ -52,6 +52,7 @@ import torch
 from annotate_vlm import annotate_digit_pictures
 from coreg.learn.collective import my_slice
 from coreg.learn.multi import METHODS
+from coreg.learn.multi.best import BestEpoch
 from coreg.learn.multi.method import MultiBatch, MultiMethod
 from coreg.learn.schedules import Step, cosine_lr
 from coreg.report.report import summary
@@ -71,6 +72,8 @@ def build_method(task: TagTask) -> tuple[MultiMethod, torch.optim.Optimizer, dic
     n_labels = len(task.store.class_names)
     (net,) = build_networks(task.accelerator, job, task.image_options, n_labels, 1, count=1)
     method = METHODS[options.method](net, task.weak, options, job.seed, task.data.dtype)
+    if job.keep == "best" and "validation" in task.others and task.truth("validation").any():
+        method.best = BestEpoch(net)
     method = placed(method, task.accelerator, job)
     optimizer = build_optimizer(method.net, job)
     if tables := [weight for name, weight in method.named_parameters() if not name.startswith("net.")]:
@@ -117,11 +120,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             train(run, task, training, lr)
             end_steps(task, training)
             logits = predicted(task, method, task.data) if method.reads_all(now) else None
-            drawn = method.finish_epoch(now, logits)
-            run.log(
-                training, {"lr": lr} | judge_tags(task, method) | {f"method/{key}": value for key, value in drawn.items()}
-            )
+            drawn, curves = method.finish_epoch(now, logits), judge_tags(task, method)
+            if method.best is not None:
+                method.best.consider(method.net, curves["mAP/validation"], epoch + 1)
+            run.log(training, {"lr": lr} | curves | {f"method/{key}": value for key, value in drawn.items()})
 
+        fields["epoch"] = job.epochs if method.best is None else method.best.restore(method.net)
         report = finish_tags(run, task, training, method, name, **fields)
         run.accelerator.print(summary(report, run.folder.root))
 

@@ -171,9 +171,14 @@ class TagJob(Optimiser, Home, Job):
     )
     validation: float = option(
         0.2,
-        "share of the training images whose true labels are put aside to choose thresholds, where the store holds out no "
-        "images with labels itself",
+        "share of the training images whose true labels are put aside to choose epoch and thresholds, where the store "
+        "holds out no images with labels itself",
         (0, 0.9),
+    )
+    keep: Literal["best", "last"] = option(
+        "best",
+        "which epoch is reported: that of the largest mAP on validation labels, where there are some, as published; or the "
+        "last",
     )
     dataset: str | None = advanced(
         None, "public data set that the images are (voc, coco, nuswide or cub); --preset official goes by it", job=False

@@ -1,6 +1,7 @@
 """baselines/spml.py: several labels an image, from a store to a report."""
 
 import csv
+import dataclasses
 import json
 
 import numpy as np
@@ -11,7 +12,8 @@ from runs import final_state, killed_at, on_two_processes, refused, same_curves,
 from safetensors.numpy import load_file
 
 import annotate_vlm
-from coreg.annotate.textual import label_similarities
+from coreg.annotate.tag_evidence import label_evidence
+from coreg.annotate.textual import class_embeddings, label_similarities, text_side
 from coreg.data.tags import read_tags
 from coreg.export import predict
 from coreg.export.tagging import read_thresholds
@@ -43,7 +45,7 @@ def store(tmp_path_factory):
     (root / "list.csv").write_text("\n".join(lines))
     (root / "classes.txt").write_text("\n".join(NAMES))
     places = [f"--images={root / 'list.csv'}", f"--classes={root / 'classes.txt'}", f"--output_dir={root / 'ann'}"]
-    annotate_vlm.main([*places, "--workers", "0"])
+    annotate_vlm.main([*places, "--tiles", "2", "--workers", "0"])
     return root / "ann"
 
 
@@ -159,6 +161,74 @@ def test_what_cannot_be_trained_on_is_refused(store, tmp_path, capsys):
     (tmp_path / "tags.csv").write_text("path,labels\n40.png,one\n")
     assert "labels test images, such as 40.png" in line("an", "--tags", str(tmp_path / "tags.csv"))
     assert not (tmp_path / "run" / "report.json").exists()
+
+
+def test_nothing_but_the_annotator_is_learnt_from(store, tmp_path):
+    own = ["--positives", "0", "--keep", "last", "--evidence", "piaa"]
+    report = train(store, tmp_path / "run", "soft", "--epochs", "2", *own)
+    assert report["labels_used"] == 0 and report["epoch"] == 2 and report["method"] == "Soft targets"
+
+
+@pytest.mark.parametrize("evidence", ["image", "tiles", "ccd", "piaa"])
+def test_evidence_of_a_store(evidence, store):
+    opened = AnnotationStore.open(store)
+    side = text_side(opened, opened.templates)
+    text, scale = class_embeddings(side), side.scale
+    ours = label_evidence(opened, evidence, 0.0)
+    image, tiles = (x.astype(np.float64) @ text.T.astype(np.float64) for x in (opened.features(), opened.tiles()))
+    views = np.exp(scale * np.concatenate([image[:, None], tiles], axis=1))
+    views /= views.sum(axis=2, keepdims=True)
+    if evidence in ("image", "tiles"):
+        expected = views[:, 0] if evidence == "image" else views.max(axis=1)
+        np.testing.assert_allclose(ours, expected, atol=1e-5)
+    # a temperature of one's own, but for Gaussians
+    other = label_evidence(opened, evidence, 1.0)
+    assert np.array_equal(ours, other) == (evidence == "piaa")
+    # Gaussians and biases are those of training images alone
+    moved = dataclasses.replace(opened, split=np.where(opened.split == 1, 2, opened.split))
+    np.testing.assert_array_equal(label_evidence(moved, evidence, 0.0), ours)
+
+
+def test_tiles_are_asked_for_where_there_are_none(store, tmp_path, capsys):
+    plain = ["--images", str(store.parent / "list.csv"), "--classes", str(store.parent / "classes.txt")]
+    annotate_vlm.main([*plain, "--output_dir", str(tmp_path / "ann"), "--workers", "0"])
+    line = refused(capsys, spml.main, *words(tmp_path / "ann", tmp_path / "run", "vlpl", "--evidence", "piaa"))
+    assert "has no tiles, which --evidence piaa needs; annotate with --tiles 2 3" in line
+
+
+def test_the_epoch_of_the_largest_validation_map_is_reported(store, tmp_path):
+    more = ["--epochs", "8", "--lr", "0.2"]
+    best = train(store, tmp_path / "best", "bce", *more)
+    last = train(store, tmp_path / "last", "bce", *more, "--keep", "last")
+    assert last["epoch"] == 8
+    state = final_state(tmp_path / "best")
+    values = [epoch["mAP/validation"] for epoch in state["curves"]]
+    assert best["epoch"] == max(n for n, value in enumerate(values, 1) if value == max(values))
+    assert best["tags"]["validation"]["mAP"] == max(values)
+    assert last["tags"]["validation"]["mAP"] == values[-1]
+    # without validation labels there is nothing to choose by
+    none = train(store, tmp_path / "none", "bce", "--epochs", "2", "--validation", "0")
+    assert none["epoch"] == 2
+
+
+def test_images_that_are_held_out_are_those_for_validation(store, tmp_path):
+    lines = (store.parent / "list.csv").read_text().split("\n")
+    held = [line.replace(",train", ",val") if number % 7 == 0 else line for number, line in enumerate(lines)]
+    (store.parent / "held.csv").write_text("\n".join(held))
+    places = ["--images", str(store.parent / "held.csv"), "--classes", str(store.parent / "classes.txt")]
+    annotate_vlm.main([*places, "--output_dir", str(tmp_path / "ann"), "--workers", "0"])
+    report = train(tmp_path / "ann", tmp_path / "run", "an", "--epochs", "1")
+    assert report["images"] == {"train": 30, "validation": 4, "test": 10}
+
+
+@pytest.mark.slow
+def test_built_in_pictures_of_several_digits(tmp_path):
+    """The command without any option but the epochs: tiles make students that know more than the annotator's pictures."""
+    spml.main(["--output_dir", str(tmp_path / "run"), "--workers", "0", "--report_to", "none", "--epochs", "4"])
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["dataset"] == "builtin:digit-pictures"
+    assert report["images"] == {"train": 1200, "validation": 300, "test": 400}
+    assert report["tags"]["test"]["mAP"] > report["tags"]["test"]["annotator"] > 0.2
 
 
 def test_the_annotators_similarities_are_those_of_its_own_features(store, tmp_path):

@@ -15,11 +15,13 @@ from torchvision.ops import sigmoid_focal_loss
 from coreg.errors import UserError
 from coreg.learn.collective import my_rows
 from coreg.learn.multi import METHODS
+from coreg.learn.multi.best import BestEpoch
 from coreg.learn.multi.method import MultiBatch
 from coreg.learn.multi_options import NAMES, OFFICIAL, OPTIONS, Name
 from coreg.learn.schedules import Step
 from coreg.settings import JobConfig
 from coreg.weak.multi import ObservedLabels
+from coreg.weak.tag_evidence import softmax
 
 N, L = 10, 4
 INDEX = torch.tensor([3, 0, 9, 5, 4])
@@ -44,8 +46,8 @@ def weak(seed=0, labels=L, negatives=True):
     truth = np.where(generator.random((N, labels)) < 0.4, 1, -1).astype(np.int8)
     states = [0, 1, -1] if negatives else [0, 1]
     table = generator.choice(states, size=truth.shape, p=[0.6, 0.2, 0.2] if negatives else [0.7, 0.3]).astype(np.int8)
-    similarity = generator.random(truth.shape) * 0.1
-    return ObservedLabels(table, np.arange(N), truth, {}, similarity)
+    evidence = softmax(generator.random(truth.shape) * 0.1 / 0.03)
+    return ObservedLabels(table, np.arange(N), truth, {}, evidence)
 
 
 def build(name, observed=None, seed=0, labels=L, **options):
@@ -142,7 +144,7 @@ def test_degenerate_labels_and_logits_train(name):
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in METHODS if name not in ("role", "epr", "pr", "wan", "vlpl", "l1r", "l2r")]
+    "name", [name for name in METHODS if name not in ("role", "epr", "pr", "wan", "vlpl", "soft", "l1r", "l2r")]
 )
 def test_a_loss_is_a_mean_over_cells(name):
     """Labels that are there twice change nothing, where libraries' sums over the labels would double."""
@@ -155,7 +157,7 @@ def test_a_loss_is_a_mean_over_cells(name):
 @pytest.mark.parametrize("name", [name for name in METHODS if name not in ("pr", "ll_r", "ll_ct", "ll_cp", "focal", "asl")])
 def test_an_absent_label_that_is_observed_counts_fully(name):
     """In methods that weigh or leave out what is unknown, it is not taken for that."""
-    difference = cells_with_similarity(name, -1, 0.7) - cells_with_similarity(name, -1, -0.4)
+    difference = cells_with_evidence(name, -1, 0.7) - cells_with_evidence(name, -1, -0.4)
     smoothing = 0.1 if name in ("an_ls", "bce_ls") else 0.0
     expected = (1 - smoothing) * (nl(sigmoid(-0.7)) - nl(sigmoid(0.4)))
     expected += smoothing * (nl(sigmoid(0.7)) - nl(sigmoid(-0.4)))
@@ -172,10 +174,10 @@ def test_an_absent_label_that_is_observed_counts_fully(name):
     assert 2 * difference == pytest.approx(expected, abs=1e-9)
 
 
-def cells_with_similarity(name, state, logit):
+def cells_with_evidence(name, state, logit):
     """One image of two labels, the first observed to be in a state, the second unknown with the logit 0.2."""
     table = np.array([[state, 0]], dtype=np.int8)
-    observed = ObservedLabels(table, np.arange(1), table, {}, np.array([[0.3, 0.0]]))
+    observed = ObservedLabels(table, np.arange(1), table, {}, np.array([[0.9, 0.1]]))
     method = build(name, observed, labels=2)
     logits = torch.tensor([[logit, 0.2]], dtype=torch.float64)
     return method.loss(logits, torch.arange(1), Step(0, 3))["loss"].item()
@@ -272,7 +274,8 @@ LOGITS = [[0.3, -0.4, 1.2, 0.9, -2.0], [12.0, -14.0, 0.5, 2.2, -0.1]]
 
 
 def vlpl(logits=LOGITS, similarity=SIMILARITY, observed=OBSERVED, **options):
-    weak_labels = ObservedLabels(observed, np.arange(len(observed)), observed, {}, similarity)
+    evidence = softmax(similarity / VLPL["temperature"])
+    weak_labels = ObservedLabels(observed, np.arange(len(observed)), observed, {}, evidence)
     method = build("vlpl", weak_labels, labels=observed.shape[1], **VLPL | options)
     return method, torch.tensor(logits, dtype=torch.float64, requires_grad=True)
 
@@ -353,7 +356,54 @@ def test_authors_temperatures_are_those_of_the_paper():
 
 def test_vlpl_needs_an_annotator():
     with pytest.raises(UserError, match="--method vlpl needs an annotator's evidence"):
-        build("vlpl", dataclasses.replace(weak(), similarity=None))
+        build("vlpl", dataclasses.replace(weak(), evidence=None))
+
+
+# ---- soft targets ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("evidence", ["tiles", "ccd", "piaa"])
+def test_soft_targets_by_hand(evidence):
+    given = np.array([[0.7, 0.2, 0.1], [0.5, 0.1, 0.4], [0.2, 0.2, 0.6]])
+    observed = np.array([[0, 1, 0], [0, 0, -1], [0, 0, 0]], dtype=np.int8)
+    logits = [[0.3, -0.4, 1.2], [2.0, -1.0, 0.5], [0.1, 0.2, 0.3]]
+    # of the first label, the first in two images; nobody's first is the second
+    bias = [0.6, 1.0, 0.6] if evidence == "piaa" else [1, 1, 1]
+    total = 0.0
+    for row in range(3):
+        for label in range(3):
+            p, target = sigmoid(logits[row][label]), min(given[row][label] / bias[label], 1)
+            target = {1: 1, -1: 0, 0: target}[observed[row][label]]
+            total += target * nl(p) + (1 - target) * nl(1 - p)
+    weak_labels = ObservedLabels(observed, np.arange(3), observed, {}, given)
+    method = build("soft", weak_labels, labels=3, evidence=evidence)
+    loss = method.loss(torch.tensor(logits, dtype=torch.float64), torch.arange(3), Step(0, 1))["loss"]
+    assert loss.item() == pytest.approx(total / 9, abs=1e-12)
+
+
+# ---- the best epoch -------------------------------------------------------------------------------------------------
+
+
+def test_the_last_of_the_best_epochs_is_kept_and_goes_on_from_a_checkpoint():
+    net, seen = Net().double(), {}
+    best = BestEpoch(net)
+    for epoch, score in enumerate([0.25, 0.5, 0.5, 0.4999999999, 0.3], start=1):
+        with torch.no_grad():
+            net.head.weight.fill_(epoch)
+        best.consider(net, score, epoch)
+        seen[epoch] = net.head.weight.clone()
+        if epoch == 3:  # a job that was stopped here
+            again = BestEpoch(net)
+            again.load_state_dict(best.state_dict())
+            best = again
+    assert best.restore(net) == 3
+    assert torch.equal(net.head.weight, seen[3])
+
+
+def test_without_a_better_one_the_network_stays():
+    net = Net()
+    before = net.head.weight.clone()
+    assert BestEpoch(net).restore(net) == 0 and torch.equal(net.head.weight, before)
 
 
 # ---- several processes ----------------------------------------------------------------------------------------------

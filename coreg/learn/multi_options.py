@@ -14,8 +14,9 @@ from coreg.config import advanced, option
 
 Name = Literal[
     "bce", "bce_ls", "an", "wan", "an_ls", "n_ls", "iu", "l1r", "l2r", "pr", "epr", "role", "entmin", "em", "em_apl",
-    "focal", "asl", "ll_r", "ll_ct", "ll_cp", "vlpl",
+    "focal", "asl", "ll_r", "ll_ct", "ll_cp", "vlpl", "soft",
 ]  # fmt: skip
+Evidence = Literal["image", "tiles", "ccd", "piaa"]
 Values = dict[str, dict[str, Any]]
 
 
@@ -105,11 +106,29 @@ class LargeLossOptions(MultiOptions):
     )
 
 
+EVIDENCE = (
+    "what the annotator holds probable by: the whole image; tiles, the largest in it or a tile of it; ccd, debiased by "
+    "label, with a share of the tiles; piaa, Gaussians of tiles; all but the first need a store with --tiles"
+)
+TEMPERATURE = (
+    "tau, of the softmax over the annotator's similarities to the labels, 0 for the annotator's own; piaa has its own"
+)
+
+
+@dataclass
+class SoftOptions(MultiOptions):
+    """soft targets: labels that are as present as an annotator holds them probable."""
+
+    evidence: Evidence = option("tiles", EVIDENCE)
+    temperature: float = option(0.0, TEMPERATURE, (0, 1e3))
+
+
 @dataclass
 class VLPLOptions(EntropyOptions):
     """VLPL: labels that an annotator suggests."""
 
-    temperature: float = option(0.03, "tau, of the softmax over the annotator's similarities to the labels", (1e-6, 1e3))
+    evidence: Evidence = option("image", EVIDENCE)
+    temperature: float = option(0.03, TEMPERATURE, (0, 1e3))
     suggestion_threshold: float = option(0.3, "theta, probability above which a label is suggested", (0, 1))
     suggestion_weight: float = option(0.7, "beta, weight of labels that are suggested to be present", (0, 1e6))
     absent_share: float = option(
@@ -171,6 +190,7 @@ _METHODS: dict[str, tuple[str, type[MultiOptions], Values]] = {
     "ll_ct": ("LL-Ct", LargeLossOptions, _LARGE),
     "ll_cp": ("LL-Cp", LargeLossOptions, _LARGE),
     "vlpl": ("VLPL", VLPLOptions, _VLPL),
+    "soft": ("Soft targets", SoftOptions, _SEARCHED),
 }
 NAMES = {name: shown for name, (shown, _, _) in _METHODS.items()}
 OPTIONS = {name: options for name, (_, options, _) in _METHODS.items()}

@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from PIL import Image
 from safetensors.numpy import save
 
+from coreg.annotate.tag_evidence import label_evidence
 from coreg.annotate.textual import label_similarities
 from coreg.data.images import HELD_OUT, TEST, TRAIN
 from coreg.data.tags import read_tags
@@ -21,7 +22,7 @@ from coreg.export.card import tag_card
 from coreg.files import write_atomically
 from coreg.label.page import write_label_page
 from coreg.learn.multi.method import MultiMethod
-from coreg.learn.multi_options import MultiOptions
+from coreg.learn.multi_options import MultiOptions, SoftOptions, VLPLOptions
 from coreg.nets.options import ImageConfig
 from coreg.process import all_or_none, main_process_decides
 from coreg.report.multi_metrics import average_precisions, thresholds, thresholds_of_truth
@@ -91,14 +92,14 @@ def observed_labels(job: TagJob, method: MultiOptions, store: AnnotationStore) -
     else:
         weak = ObservedLabels.from_truth(truth[rows], rows, job.observed, job.positives, job.negatives, job.seed)
     weak = weak.at(train)
-    if method.method == "vlpl":
-        weak = replace(weak, similarity=label_similarities(store)[weak.samples])
+    if isinstance(method, VLPLOptions | SoftOptions):
+        weak = replace(weak, evidence=label_evidence(store, method.evidence, method.temperature)[weak.samples])
     if method.method in ("bce", "bce_ls"):
         weak = weak.revealed()
-    if not weak.table.any() and weak.similarity is None:
+    if not weak.table.any() and weak.evidence is None:
         raise UserError(
             f"no label of any training image of {store.root} is observed, and {method.method} learns from nothing else; "
-            f"annotate images whose labels are known, give yours with --tags FILE, or take --method vlpl"
+            f"annotate images whose labels are known, give yours with --tags FILE, or take --method soft or vlpl"
         )
     return weak, validation
 

@@ -13,6 +13,7 @@ import torch
 
 from coreg.data.keyed import keyed_uniform
 from coreg.errors import UserError
+from coreg.weak.tag_evidence import softmax
 
 PUBLISHED_SEED = 1200
 
@@ -100,13 +101,16 @@ def pseudo_labels(similarity: np.ndarray, temperature: float, threshold: float, 
     Returns:
         int8 (N, L).
     """
-    scaled = similarity.astype(np.float64) / temperature
-    odds = np.exp(scaled - scaled.max(axis=1, keepdims=True))
-    rank = scaled.argsort(axis=1, kind="stable").argsort(axis=1, kind="stable")
+    return suggestions(softmax(similarity.astype(np.float64) / temperature), threshold, absent_share)
+
+
+def suggestions(probabilities: np.ndarray, threshold: float, absent_share: float = 0.0) -> np.ndarray:
+    """As `pseudo_labels`, of probabilities float64 (N, L), wherever they are from."""
+    rank = probabilities.argsort(axis=1, kind="stable").argsort(axis=1, kind="stable")
     # 0.29 of 100 labels are 29, not the 28.999... of binary numbers
-    absent = np.floor(absent_share * scaled.shape[1] + 1e-9)
+    absent = np.floor(absent_share * probabilities.shape[1] + 1e-9)
     suggested = np.where(rank < absent, -1, 0)
-    return np.where(odds / odds.sum(axis=1, keepdims=True) > threshold, 1, suggested).astype(np.int8)
+    return np.where(probabilities > threshold, 1, suggested).astype(np.int8)
 
 
 @dataclass(frozen=True)
@@ -117,7 +121,7 @@ class ObservedLabels:
     samples: np.ndarray  # int64 (N,), rows of the image list
     truth: np.ndarray  # int8 (N, L), true labels; for reports alone
     source: dict[str, Any]  # plain values: how the observed labels were drawn, or where they come from
-    similarity: np.ndarray | None = None  # float (N, L), cosines of images and label texts, where there is an annotator
+    evidence: np.ndarray | None = None  # float64 (N, L), how probable an annotator holds each label, where there is one
 
     @classmethod
     def from_truth(
@@ -144,13 +148,12 @@ class ObservedLabels:
 
     def at(self, places: np.ndarray) -> ObservedLabels:
         """The same of some of the images, int64 (n,), numbers in [0, N)."""
-        similarity = None if self.similarity is None else self.similarity[places]
         return replace(
             self,
             table=self.table[places],
             samples=self.samples[places],
             truth=self.truth[places],
-            similarity=similarity,
+            evidence=None if self.evidence is None else self.evidence[places],
         )
 
     def revealed(self) -> ObservedLabels:

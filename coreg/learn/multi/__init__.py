@@ -6,7 +6,7 @@ here and, with its options, in `coreg.learn.multi_options`.
 
 from coreg.learn.multi.method import MultiMethod
 from coreg.learn.multi.plain import AN, ASL, EM, EPR, IU, L1R, L2R, LSAN, NLS, PR, WAN, EntMin, Focal
-from coreg.learn.multi.tables import EMAPL, LLR, ROLE, VLPL, LLCp, LLCt
+from coreg.learn.multi.tables import EMAPL, LLR, ROLE, VLPL, LLCp, LLCt, Soft
 
 # `bce` and `bce_ls` learn from the true labels
 METHODS: dict[str, type[MultiMethod]] = {
@@ -31,4 +31,5 @@ METHODS: dict[str, type[MultiMethod]] = {
     "ll_ct": LLCt,
     "ll_cp": LLCp,
     "vlpl": VLPL,
+    "soft": Soft,
 }

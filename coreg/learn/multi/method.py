@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from coreg.learn.collective import gather_rows, my_rows
+from coreg.learn.multi.best import BestEpoch
 from coreg.learn.multi.losses import count_regulariser
 from coreg.learn.multi_options import MultiOptions
 from coreg.learn.schedules import Step
@@ -58,6 +59,7 @@ class MultiMethod(nn.Module):
         """
         super().__init__()
         self.net, self.options = net, options
+        self.best: BestEpoch | None = None  # where validation labels choose the epoch
         # they come from the data in every start
         self.register_buffer("observed", torch.from_numpy(weak.table).clone(), persistent=False)
         self.init_state(weak, seed, dtype)

@@ -1,4 +1,4 @@
-"""Methods that remember something of every label of every image: EM+APL, LL-R, LL-Ct, LL-Cp, ROLE and VLPL."""
+"""Methods that remember something of every label of every image: EM+APL, LL-R, LL-Ct, LL-Cp, ROLE, VLPL and Soft."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from coreg.data.keyed import keyed_uniform
 from coreg.errors import UserError
 from coreg.learn.collective import gather_rows, my_rows
 from coreg.learn.multi.losses import (
+    assume_negative,
     ignore_unknown,
     large_losses,
     probabilities,
@@ -22,8 +23,10 @@ from coreg.learn.multi.losses import (
 )
 from coreg.learn.multi.method import MultiMethod, count_share
 from coreg.learn.multi.plain import EM
+from coreg.learn.multi_options import MultiOptions
 from coreg.learn.schedules import Step
-from coreg.weak.multi import ObservedLabels, pseudo_labels
+from coreg.weak.multi import ObservedLabels, suggestions
+from coreg.weak.tag_evidence import class_bias, debiased
 
 
 class EMAPL(EM):
@@ -156,16 +159,23 @@ def initial_estimate(uniform: Tensor, observed: Tensor) -> Tensor:
     return torch.where(observed == 0, bound * (2 * uniform - 1), sure * observed.to(uniform.dtype))
 
 
+def evidence_of(weak: ObservedLabels, options: MultiOptions) -> np.ndarray:
+    """What the annotator says of each label, float64 (N, L).
+
+    Raises:
+        UserError: there is no annotator.
+    """
+    if weak.evidence is None:
+        raise UserError(f"--method {options.method} needs an annotator's evidence for each label, and there is none")
+    return weak.evidence
+
+
 class VLPL(MultiMethod):
     """Vision-language pseudo-labels (Xing et al., CVPR workshops 2024): EM where the annotator suggests nothing."""
 
     def init_state(self, weak: ObservedLabels, seed: int, dtype: torch.dtype) -> None:
         options = self.options
-        if weak.similarity is None:
-            raise UserError(f"--method {options.method} needs an annotator's evidence for each label, and there is none")
-        table = pseudo_labels(
-            np.asarray(weak.similarity), options.temperature, options.suggestion_threshold, options.absent_share
-        )
+        table = suggestions(evidence_of(weak, options), options.suggestion_threshold, options.absent_share)
         self.register_buffer("suggested", torch.from_numpy(table), persistent=False)  # from the evidence in every start
 
     def loss(self, logits: Tensor, index: Tensor, step: Step) -> dict[str, Tensor]:
@@ -176,4 +186,23 @@ class VLPL(MultiMethod):
         else:
             weights = (options.entropy_weight, options.suggestion_weight, options.absent_weight)
             cells = suggested_labels(logits, observed, suggested, *weights, options.smoothing)
+        return {"loss": cells.sum() / (len(index) * logits.shape[1])}
+
+
+class Soft(MultiMethod):
+    """The annotator's evidence is the target of unknown labels, as CCD trains its student (CVPR 2025); no label is needed.
+
+    Evidence that shares 1 among the labels of an image is debiased as CCD's is, so that several can be present.
+    """
+
+    def init_state(self, weak: ObservedLabels, seed: int, dtype: torch.dtype) -> None:
+        targets = evidence_of(weak, self.options)
+        if self.options.evidence in ("image", "piaa"):
+            targets = debiased(targets, class_bias(targets))
+        self.register_buffer("targets", torch.from_numpy(targets).to(dtype), persistent=False)  # from the evidence likewise
+
+    def loss(self, logits: Tensor, index: Tensor, step: Step) -> dict[str, Tensor]:
+        rows = my_rows(index)
+        observed = self.observed[rows]
+        cells = torch.where(observed == 0, soft_loss(logits, self.targets[rows]), assume_negative(logits, observed))
         return {"loss": cells.sum() / (len(index) * logits.shape[1])}
