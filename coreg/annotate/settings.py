@@ -15,7 +15,11 @@ GLYPH_CLIP = "builtin:glyph-clip"
 class AnnotateConfig:
     """What is annotated, by which model, into which folder."""
 
-    images: str = option("builtin:digits", "folder, .csv or .txt list, .tar shards, torchvision data set or builtin:digits")
+    images: str = option(
+        "builtin:digits",
+        "folder, .csv or .txt list, .tar or .parquet files, here or at URLs (s3://set/{000..999}.tar), torchvision data "
+        "set or builtin:digits",
+    )
     vlm: str = option(
         GLYPH_CLIP,
         "open_clip NAME/TAG such as ViT-B-32/openai, local-dir:FOLDER, transformers:FOLDER, chat:FOLDER, or run:FOLDER for "
