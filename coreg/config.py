@@ -26,7 +26,7 @@ import yaml
 
 from coreg import scripts
 from coreg.errors import UserError
-from coreg.plaintext import did_you_mean
+from coreg.plaintext import did_you_mean, without_credentials
 from coreg.records import RecordError
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -359,8 +359,12 @@ def beside_the_job(*groups: Any) -> set[str]:
 
 
 def as_settings(*configs: Any) -> dict[str, Any]:
-    """The fields of several dataclass instances as one flat mapping of plain values."""
-    return {key: value for config in configs for key, value in dataclasses.asdict(config).items()}
+    """The fields of several dataclass instances as one flat mapping of plain values, to be written down: no credentials."""
+    return {
+        key: without_credentials(value) if isinstance(value, str) else value
+        for config in configs
+        for key, value in dataclasses.asdict(config).items()
+    }
 
 
 def as_yaml(settings: dict[str, Any]) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import wraps
 
 from coreg.interrupt import tidying_up
-from coreg.plaintext import printable
+from coreg.plaintext import printable, without_credentials
 
 
 class UserError(Exception):
@@ -34,7 +34,7 @@ def exits_with_one_line(main: Callable[..., int | None]) -> Callable[..., int | 
                 return main(*args, **kwargs)
         except UserError as error:
             if not error.silent:
-                print(f"error: {printable(error)}", file=sys.stderr)
+                print(f"error: {printable(without_credentials(str(error)))}", file=sys.stderr)
             raise SystemExit(2) from None
 
     return wrapped

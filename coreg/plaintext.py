@@ -10,6 +10,7 @@ from typing import Any, TextIO
 
 # control characters, line separators, changes of the writing direction, and bytes of file names that are no text
 _ACTIVE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+_URL = re.compile(r"\b([a-zA-Z][a-zA-Z0-9+.-]*://)(?:[^/\s'\"]*@)?([^\s?'\"]*)(\?[^\s'\")\]]*)?")
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 
@@ -20,6 +21,11 @@ def printable(text: object, lines: bool = False) -> str:
         lines: it has several lines, whose ends stay.
     """
     return _ACTIVE.sub(lambda m: m[0] if lines and m[0] == "\n" else ascii(m[0])[1:-1], str(text))
+
+
+def without_credentials(text: str) -> str:
+    """A text whose URLs have lost the user's name and password, and what comes after `?`, where signed URLs hold a key."""
+    return _URL.sub(r"\1\2", text)
 
 
 def did_you_mean(word: str, known: Iterable[str], cutoff: float = 0.6, form: Callable[[str], str] = str) -> str:

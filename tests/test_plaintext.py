@@ -13,7 +13,7 @@ from test_annotate_annotators import save_tiny_clip
 import annotate_vlm
 from coreg.annotate.tools import ExportConfig, export
 from coreg.errors import UserError, exits_with_one_line
-from coreg.plaintext import csv_rows, printable
+from coreg.plaintext import csv_rows, printable, without_credentials
 from coreg.report.report import summary, write_labels
 
 ESCAPE = "\x1b]0;owned\x07\x1b[2J"
@@ -112,3 +112,15 @@ def test_the_summary_of_a_run_shows_no_escapes_and_names_curves_where_there_are_
     (tmp_path / "tensorboard").mkdir()
     (tmp_path / "tensorboard" / "events.out.tfevents.1.host.1.0").write_bytes(b"")
     assert f"curves: tensorboard --logdir {tmp_path}" in summary(report, tmp_path)
+
+
+def test_urls_lose_what_opens_doors():
+    for text, clean in {
+        "https://me:s3@cret@host/a.tar?key=1&b=2": "https://host/a.tar",
+        "cannot read https://host/a.tar?key=1 (500)": "cannot read https://host/a.tar (500)",
+        "URL('http://t0ken@host:80/x?y')": "URL('http://host:80/x')",
+        'joined:["s3://a/{0..9}.tar?v=1", "b"]': 'joined:["s3://a/{0..9}.tar", "b"]',
+        "hf://datasets/me/set@main/x.parquet": "hf://datasets/me/set@main/x.parquet",
+        "who? me@host, s3: //x?": "who? me@host, s3: //x?",
+    }.items():
+        assert without_credentials(text) == clean

@@ -17,8 +17,8 @@ class AnnotateConfig:
 
     images: str = option(
         "builtin:digits",
-        "folder, .csv or .txt list, .tar shards, torchvision data set, builtin:digits or, of several labels, "
-        "builtin:digit-pictures",
+        "folder, .csv or .txt list, .tar or .parquet files, here or at URLs (s3://set/{000..999}.tar), torchvision data "
+        "set, builtin:digits or, of several labels, builtin:digit-pictures",
     )
     vlm: str = option(
         GLYPH_CLIP,

@@ -149,16 +149,20 @@ def check_errors(writer: BlockWriter, paths: Sequence[str], most: int | None) ->
 
 
 class Preprocessed(Dataset):
-    """Row -> (row, preprocessed image, reason, whether it uses few of its 16 bits); an unreadable image is black."""
+    """Row -> (row, preprocessed image, reason, whether it uses few of its 16 bits); an unreadable image is black.
+
+    What ends the job is a reason, too: raised in a worker process it would arrive as a page of text.
+    """
 
     def __init__(self, images: ImageList, preprocess: Callable[[Image.Image], Any]) -> None:
         self.images, self.preprocess = images, preprocess
 
-    def __getitem__(self, row: int) -> tuple[int, Any, str, bool]:
+    def __getitem__(self, row: int) -> tuple[int, Any, str | UserError, bool]:
         try:
             image = self.images.load(row)
-        except UnreadableImage as error:
-            return row, self.preprocess(Image.new("RGB", (32, 32))), str(error), False
+        except (UnreadableImage, UserError) as error:
+            reason = error if isinstance(error, UserError) else str(error)
+            return row, self.preprocess(Image.new("RGB", (32, 32))), reason, False
         return row, self.preprocess(image), "", USES_FEW_BITS in image.info
 
 
@@ -168,7 +172,9 @@ class _Collate:
     def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
         self.collate = collate
 
-    def __call__(self, items: list[tuple[int, Any, str, bool]]) -> tuple[list[int], Any, list[str], int]:
+    def __call__(
+        self, items: list[tuple[int, Any, str | UserError, bool]]
+    ) -> tuple[list[int], Any, list[str | UserError], int]:
         rows, pixels, reasons, few_bits = zip(*items)
         return list(rows), self.collate(list(pixels)), list(reasons), sum(few_bits)
 
@@ -200,7 +206,11 @@ def annotated(
     batch_size: int,
     workers: int,
 ) -> Iterator[Evidence]:
-    """The evidence of blocks, from their images."""
+    """The evidence of blocks, from their images.
+
+    Raises:
+        UserError: the place where the images are does not answer, or holds others by now.
+    """
     batches = ClaimedBatches(blocks, writer, batch_size)
     loader = DataLoader(
         Preprocessed(images, annotator.preprocess),
@@ -213,6 +223,8 @@ def annotated(
     errors: dict[int, str] = {}
     done = 0
     for rows, pixels, reasons, few_bits in loader:
+        for error in (reason for reason in reasons if isinstance(reason, UserError)):
+            raise error
         progress.few_bits += few_bits
         # Results stay on the device until the block is complete, so that nothing waits for it batch by batch.
         parts.append(annotator.annotate(pixels))

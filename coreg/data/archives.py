@@ -6,9 +6,8 @@ import io
 import os
 import posixpath
 import re
-import stat
-import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +19,13 @@ from coreg.data.decode import MAX_BYTES, UnreadableImage, decode_image
 from coreg.data.folders import folder_labels, settled, split_notes, split_of
 from coreg.data.images import HELD_OUT, TEST, TRAIN, ImageList, Paths, absolute_path, lookup, translated
 from coreg.data.passed_over import PassedOver
+from coreg.data.ranges import LocalFile, RangedFile
+from coreg.data.tar_index import index_of
 from coreg.errors import UserError
-from coreg.files import inside
 
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+AT_ONCE = 8  # files at URLs that are read at a time
+LOST = -2  # in the place of a size: the whole archive cannot be read
 
 
 # ---- tar files ------------------------------------------------------------------------------------------------------
@@ -34,103 +36,133 @@ def is_tar(spec: str) -> bool:
     return Path(spec).is_file() and spec.lower().endswith((".tar", *COMPRESSED))
 
 
-def shards_of(folder: Path) -> list[str]:
-    """The names of the tar files in a folder, sorted."""
-    names = [name for name in os.listdir(folder) if name.lower().endswith(".tar") and not name.startswith(".")]
+def shards_of(folder: Path, suffix: str = ".tar") -> list[str]:
+    """The names of the tar files in a folder, or of others, sorted."""
+    names = [name for name in os.listdir(folder) if name.lower().endswith(suffix) and not name.startswith(".")]
     return sorted((name for name in names if (folder / name).is_file()), key=os.fsencode)
 
 
 @dataclass
 class _Members:
-    """Pixels of members of tar files, read from their place without unpacking; size -1 is no regular member."""
+    """Pixels of members of tar files, read from their place without unpacking; of other places the reason."""
 
-    files: list[Path]
+    files: list[RangedFile]
     file: np.ndarray
     offset: np.ndarray
-    size: np.ndarray
+    size: np.ndarray  # NOT_REGULAR and LOST stand for themselves
+    lost: dict[int, str]  # number of a file -> why it cannot be read
 
     def __call__(self, row: int) -> Image.Image:
-        size = int(self.size[row])
+        size, file = int(self.size[row]), int(self.file[row])
+        if size == LOST:
+            raise UnreadableImage(self.lost[file])
         if size <= 0:
             raise UnreadableImage("empty file" if size == 0 else "not a regular file")
         if size > MAX_BYTES:
             raise UnreadableImage(f"a file of {size / 1e9:.1f} GB")
-        try:
-            with self.files[self.file[row]].open("rb") as file:
-                file.seek(int(self.offset[row]))
-                content = file.read(size)
-        except OSError as error:
-            raise UnreadableImage(error.strerror or "input/output error") from None
-        return decode_image(io.BytesIO(content))
+        return decode_image(io.BytesIO(self.files[file].read(int(self.offset[row]), size)))
 
 
 def tar_shards(spec: str, class_names: Sequence[str] | None, passed_over: PassedOver | None = None) -> ImageList:
-    """The images in one tar file or in a folder of tar files; paths are `shard.tar/path/in/it.jpg` for a folder.
+    """The images in one tar file or in a folder of tar files; see `tar_images`.
+
+    Raises:
+        UserError: see there, or the archive is compressed.
+    """
+    root = absolute_path(spec)
+    refuse_compressed(spec, root.name)
+    if not root.is_dir():
+        return tar_images(str(root), spec, [LocalFile(root)], None, class_names)
+    names = shards_of(root)
+    return tar_images(str(root), spec, [LocalFile(root / name) for name in names], names, class_names, passed_over)
+
+
+def refuse_compressed(spec: str, name: str) -> None:
+    """Raise a UserError for a tar file in which no member has a place."""
+    if name.lower().endswith(COMPRESSED):
+        raise UserError(f"{spec} is compressed, so single images cannot be read from it; unpack it, or make a plain .tar")
+
+
+def tar_images(
+    root: str,
+    spec: str,
+    files: Sequence[RangedFile | str],
+    names: Sequence[str] | None,
+    class_names: Sequence[str] | None,
+    passed_over: PassedOver | None = None,
+) -> ImageList:
+    """The images in tar files; paths are `shard.tar/path/in/it.jpg`, or for one file without a name those in it.
 
     Labels come from a member `KEY.cls` beside `KEY.jpg` (a number or a class name, as WebDataset writes it), otherwise
-    from the folders in the archive. Of several members with one name the last counts, as in tar.
+    from the folders in the archive. Of several members with one name the last counts, as in tar. A file that cannot be
+    read, while others can, stands in the list under its own name as one unreadable image.
 
     Args:
+        root, spec: the place for manifests, and as a person wrote it.
+        files: in the order of `names`; a text is the reason why one cannot be read.
+        names: what paths begin with, sorted bytewise; None for one file without.
         passed_over: the files beside the shards; takes those in them.
 
     Raises:
-        UserError: an archive is compressed, damaged or holds no image.
+        UserError: no archive can be read, or they hold no image.
     """
-    root = absolute_path(spec)
-    if root.name.lower().endswith(COMPRESSED):
-        raise UserError(f"{spec} is compressed, so single images cannot be read from it; unpack it, or make a plain .tar")
-    files = [root / name for name in shards_of(root)] if root.is_dir() else [root]
     passed_over = passed_over or PassedOver()
     place_of: dict[bytes, tuple[int, int, int]] = {}
     written: dict[str, str] = {}
-    for number, file in enumerate(files):
-        prefix = f"{file.name}/" if root.is_dir() else ""
-        for member, content in _index(file):
-            name = inside(member.name)
-            if posixpath.splitext(name)[1].lower() == ".cls":
-                written[prefix + posixpath.splitext(name)[0]] = content
-            elif not member.isdir() and passed_over.takes(name):
-                place = (number, member.offset_data, member.size if member.isreg() else -1)
-                place_of[os.fsencode(prefix + name)] = place
+    lost: dict[int, str] = {}
+    with ThreadPoolExecutor(1 if isinstance(files[0], LocalFile) else AT_ONCE) as pool:
+        indexes = pool.map(lambda file: file if isinstance(file, str) else index_of(file), files)
+        for number, index in enumerate(indexes):
+            if isinstance(index, str):
+                lost[number] = index
+                continue
+            prefix = f"{names[number]}/" if names is not None else ""
+            for name, offset, size, label in zip(index.names, index.offsets, index.sizes, index.labels):
+                if posixpath.splitext(name)[1].lower() == ".cls":
+                    written[prefix + posixpath.splitext(name)[0]] = label
+                elif passed_over.takes(name):
+                    place_of[os.fsencode(prefix + name)] = (number, offset, size)
+    if len(lost) == len(files):
+        raise UserError(f"{lost[0]}; copy it again")
     if not place_of:
         seen = "".join(f" ({note})" for note in passed_over.notes())
         raise UserError(f"{spec} holds no image{seen}; put files such as .jpg or .png into it, or give another archive")
-    names = sorted(place_of)
-    file, offset, size = np.array([place_of[name] for name in names], dtype=np.int64).T
-    paths = Paths(names)
-    # in a folder of shards the first part is the shard, which may be called test-000.tar
-    labels, split, notes = folder_labels(paths, class_names, skip=int(root.is_dir()))
-    if root.is_dir():
-        kinds = np.array([_shard_split(file.name) for file in files], dtype=np.uint8)
-        split = np.where(kinds[file] == TRAIN, split, settled(kinds)[file]).astype(np.uint8)
-        if (kinds == HELD_OUT).any():
-            notes += split_notes({file.name: kind for file, kind in zip(files, kinds.tolist())}, (kinds == TEST).any())
+    place_of |= {os.fsencode(names[number]): (number, 0, LOST) for number in lost}
+    encoded = sorted(place_of)
+    file, offset, size = np.array([place_of[path] for path in encoded], dtype=np.int64).T
+    paths = Paths(encoded)
+    labels, split, notes = _labels_and_split(paths, names, file, size != LOST, class_names)
     labels = _written_labels(paths, written, class_names, labels)
-    return ImageList(
-        str(root), paths, labels, split, None, _Members(files, file, offset, size), notes + passed_over.notes()
-    )
+    notes += lost_notes(lost, len(files)) + passed_over.notes()
+    return ImageList(root, paths, labels, split, None, _Members(list(files), file, offset, size, lost), notes)
 
 
-def _index(file: Path) -> Iterator[tuple[tarfile.TarInfo, str]]:
-    """The members of a tar file one by one, with the text of those called `*.cls`."""
-    try:
-        if not stat.S_ISREG(file.stat().st_mode):
-            raise tarfile.ReadError("it is no file")
-        with tarfile.open(file, "r:") as archive:
-            end = 0
-            for member in archive:
-                is_label = member.isreg() and member.name.endswith(".cls") and member.size < 4096
-                content = archive.extractfile(member).read().decode("utf-8", "replace").strip() if is_label else ""
-                end = member.offset_data + member.size if member.isreg() else end
-                yield member, content
-                archive.members = []  # the archive object would keep them all
-            if end > file.stat().st_size:
-                raise tarfile.ReadError("it ends in the middle of a member")
-    except (tarfile.TarError, OSError, EOFError) as error:
-        raise UserError(f"{file} cannot be read as a tar file: {' '.join(str(error).split())}; copy it again") from None
+def lost_notes(lost: dict[int, str], count: int) -> list[str]:
+    """A line that says how many of `count` files cannot be read, none where all can; `lost` has the reasons."""
+    return [f"{len(lost)} of {count} files cannot be read (the first, {next(iter(lost.values()))})"] if lost else []
 
 
-def _shard_split(shard: str) -> int:
+def _labels_and_split(
+    paths: Paths, names: Sequence[str] | None, file: np.ndarray, is_image: np.ndarray, class_names: Sequence[str] | None
+) -> tuple[np.ndarray | None, np.ndarray, list[str]]:
+    """What folders in archives and the names of archives say (see `folder_labels`); nothing of archives without images."""
+    if names is None:
+        return folder_labels(paths, class_names)
+    # the first part is the shard, which may be called test-000.tar, or train/000.tar
+    inside_of = [b"shard" + os.fsencode(paths[row][len(names[file[row]]) :]) for row in np.flatnonzero(is_image)]
+    some, split_inside, notes = folder_labels(Paths(inside_of), class_names, skip=1)
+    labels, split = np.full(len(paths), -1, dtype=np.int64), np.zeros(len(paths), dtype=np.uint8)
+    split[is_image] = split_inside
+    if some is not None:
+        labels[is_image] = some
+    kinds = np.array([shard_split(name) for name in names], dtype=np.uint8)
+    split = np.where(kinds[file] == TRAIN, split, settled(kinds)[file]).astype(np.uint8)
+    if (kinds == HELD_OUT).any():
+        notes += split_notes(dict(zip(names, kinds.tolist())), bool((kinds == TEST).any()))
+    return (None if some is None else labels), split, notes
+
+
+def shard_split(shard: str) -> int:
     """The split of a shard by its name, such as test-000.tar or imagenet-val-12.tar."""
     words = re.findall("[a-z]+", shard.lower())
     kinds = [kind for word in words if (kind := split_of(word)) is not None]

@@ -181,7 +181,7 @@ def unmatched_folders(
     hints: dict[str, str] = {}
     for (folder, names_classes), count in counts.most_common(LOOKED_AT):
         parts = folder.split("/")[spec.startswith(PREFIX) :]
-        parts = [part for part in parts[::-1] if split_of(part) is None and not part.lower().endswith(".tar")]
+        parts = [part for part in parts[::-1] if split_of(part) is None and not part.lower().endswith((".tar", ".parquet"))]
         for part in parts:
             near = difflib.get_close_matches(_letters(part), plain, n=1, cutoff=0.75)
             if near:

@@ -20,6 +20,7 @@ from coreg.data.images import SPLITS, ImageList, Paths, absolute_path, lookup, p
 from coreg.data.joined import PREFIX, joined_images
 from coreg.data.lists import listed_images
 from coreg.data.passed_over import PassedOver, is_system_folder
+from coreg.data.shards import is_shards, open_shards, parquet_folder
 from coreg.data.tag_sets import TAG_SETS
 from coreg.data.tags import names_in, read_tags, translated_tags
 from coreg.data.torchvision_sets import TORCHVISION, torchvision_set
@@ -38,9 +39,10 @@ def open_images(spec: str, class_names: Sequence[str] | None = None, data_root: 
             file with the columns `path[,label][,split]`, paths relative to its folder, or, for several labels an image,
             those of `read_tags` and `split`; a `.txt` file with `path label` a line (`coreg.data.lists.listed_images`); a
             `.tar` file or a folder of such files without images beside them (WebDataset shards, img2dataset's folder); a
-            folder that Hugging Face `datasets` saved; a torchvision set (`CIFAR10` or `torchvision:CIFAR10`), downloaded
-            when it is not there; `voc:`, `coco:`, `nuswide:` or `cub:` and the folder of that data set;
-            `builtin:digits`, or `builtin:digit-pictures` of several labels; or several of these, `joined:["a", "b"]`.
+            `.parquet` file or a folder of them; either at a URL (`s3://`, `gs://`, `hf://`, `https://`, ...), or several,
+            with `{000..999}` in their name; a folder that Hugging Face `datasets` saved; a torchvision set (`CIFAR10` or
+            `torchvision:CIFAR10`), downloaded when it is not there; `voc:`, `coco:`, `nuswide:` or `cub:` and the folder
+            of that data set; `builtin:digits`; or several of these, `joined:["a", "b"]`.
         class_names: the classes that labels are expressed in; None means the data set's own, if it has them.
         data_root: where torchvision data sets lie.
 
@@ -58,6 +60,8 @@ def open_images(spec: str, class_names: Sequence[str] | None = None, data_root: 
         return TAG_SETS[kind](folder, class_names)
     if spec.startswith(PREFIX):
         return joined_images(spec, lambda one: open_images(one, class_names, data_root))
+    if is_shards(spec):
+        return open_shards(spec, class_names)
     if is_tar(spec):
         return tar_shards(spec, class_names)
     if Path(spec).is_dir():
@@ -66,11 +70,15 @@ def open_images(spec: str, class_names: Sequence[str] | None = None, data_root: 
         return _csv(spec, class_names)
     if spec.lower().endswith(".txt") and Path(spec).is_file():
         return listed_images(spec, class_names)
-    kind = "is a file, but neither a folder nor a .csv, .txt or .tar file" if Path(spec).exists() else "does not exist"
+    kind = (
+        "is a file, but neither a folder nor a .csv, .txt, .tar or .parquet file"
+        if Path(spec).exists()
+        else "does not exist"
+    )
     hint = did_you_mean(spec, [*TORCHVISION, *BUILT_IN])
     raise UserError(
-        f"--images {spec} {kind}{hint} (give a folder, a .csv or .txt list, a .tar file, {', '.join(BUILT_IN)} or one of "
-        f"{', '.join(TORCHVISION)})"
+        f"--images {spec} {kind}{hint} (give a folder, a .csv or .txt list, .tar or .parquet files, also at a URL, "
+        f"{', '.join(BUILT_IN)} or one of {', '.join(TORCHVISION)})"
     )
 
 
@@ -135,6 +143,8 @@ def _folder(spec: str, class_names: Sequence[str] | None) -> ImageList:
     passed_over.counts[".tar"] -= len(shards)
     if not len(paths) and shards:
         return tar_shards(spec, class_names, passed_over)
+    if not len(paths) and (tables := shards_of(root, ".parquet")):
+        return parquet_folder(spec, tables, class_names)
     notes = passed_over.notes()
     if not len(paths):
         seen = f" ({notes[0]})" if notes else ""

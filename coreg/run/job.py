@@ -26,7 +26,7 @@ from coreg.nets.model import check_backbone, check_network, check_weights, parse
 from coreg.nets.options import ANNOTATOR, ImageConfig, check_image_options
 from coreg.nets.tuners.apply import check_tuners
 from coreg.nets.tuners.audit import audit
-from coreg.plaintext import printable
+from coreg.plaintext import printable, without_credentials
 from coreg.process import all_or_none, build_accelerator, follow_launcher, main_process_decides
 from coreg.report.record import TRAINED, finished_report
 from coreg.report.report import summary
@@ -62,7 +62,8 @@ def open_run(
     Raises:
         UserError: settings that cannot work, a store that cannot be opened, or a folder that belongs to another job.
     """
-    started, job, command = time.perf_counter(), settings[0], shlex.join([script, *argv])
+    started, job = time.perf_counter(), settings[0]
+    command = shlex.join([script, *map(without_credentials, argv)])
     follow_launcher(job)
     if job.print_config:
         print(as_yaml(as_settings(*settings)), end="")

@@ -51,7 +51,7 @@ class Run:
     image_options: ImageConfig | None  # None where no network of our own is trained
     identity: dict[str, Any]  # plain values that make the job what it is
     settings: dict[str, Any]  # every option by name
-    command: str  # as it was typed
+    command: str  # as it was typed, without credentials
     started: float  # when the process began, on the clock of `time.perf_counter`
     held: contextlib.ExitStack  # locks, let go of at the end
     likely: AnnotationStore | None = None  # by whose probabilities `--prefilter` goes; None without

@@ -36,6 +36,7 @@ from safetensors.numpy import load, load_file
 from coreg.data.images import HELD_OUT, ImageList, Paths, absolute_path, list_hash, unescape
 from coreg.data.sources import open_images
 from coreg.errors import UserError
+from coreg.plaintext import without_credentials
 from coreg.records import RecordError, read_file, read_record
 from coreg.store.blocks import BadEvidenceError, DamagedBlockError, check_evidence, read_block, stacked, unpack_answers
 from coreg.store.manifest import DRAWN, PEOPLE, block_files, job_hash, make_manifest, moved, read_manifest, same_command
@@ -165,8 +166,8 @@ class AnnotationStore:
 
     @property
     def images_spec(self) -> str:
-        """What `coreg.data.sources.open_images` takes to open the images again."""
-        return self.manifest["images"]["spec"]
+        """Where the images are, as reports say it: what `coreg.data.sources.open_images` takes, without credentials."""
+        return without_credentials(self.manifest["images"]["spec"])
 
     def votes(self) -> np.ndarray:
         """int16 (N, T): the class that each template names, -1 for abstention.
@@ -215,7 +216,7 @@ class AnnotationStore:
         Args:
             images: what `open_images` takes. data_root: where torchvision data sets lie.
         """
-        spec = self.images_spec if images is None else images
+        spec = self.manifest["images"]["spec"] if images is None else images
         spec = str(absolute_path(spec)) if Path(spec).exists() else spec
         place = self.manifest["data_root"] if data_root is None else str(absolute_path(data_root))
         return dataclasses.replace(self, manifest=moved(self.manifest, spec, place))

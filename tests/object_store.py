@@ -1,0 +1,85 @@
+"""A web server that tests start on this machine, and that fails as they ask it to; it holds no test."""
+
+import contextlib
+import hashlib
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+
+class WebServer:
+    """Serves `files` by range.
+
+    Attributes:
+        files: name -> content.
+        faults: name -> what becomes of the GETs that come next: a status, "cut" (half of what was announced), "slow" (a
+            pause in the middle) or "whole" (the range is ignored).
+        broken: names that are answered with 500.
+        down: nothing is answered at all.
+        key: what has to stand after `?` or before `@`, where it is not None.
+        asked: (method, name, range) of every request.
+    """
+
+    def __init__(self, files):
+        self.files, self.faults, self.broken, self.asked = dict(files), {}, set(), []
+        self.down, self.key = False, None
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Handler,), {"owner": self}))
+        self.server.daemon_threads = True
+        self.place = f"127.0.0.1:{self.server.server_port}"
+        self.url = f"http://{self.place}"
+        threading.Thread(target=self.server.serve_forever, daemon=True, kwargs={"poll_interval": 0.05}).start()
+
+    def close(self):
+        self.server.shutdown()
+        self.server.server_close()
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_):
+        pass
+
+    def do_HEAD(self):
+        self.answer(None)
+
+    def do_GET(self):
+        name = self.path.partition("?")[0].lstrip("/")
+        faults = self.owner.faults.get(name)
+        self.answer(faults.pop(0) if faults else "none")
+
+    def answer(self, fault):
+        """Answer a HEAD, where `fault` is None, or a GET."""
+        name, _, query = self.path.lstrip("/").partition("?")
+        span = self.headers.get("Range")
+        self.owner.asked.append((self.command, name, span))
+        if self.owner.down:
+            self.close_connection = True
+            return
+        allowed = self.owner.key is None or query == self.owner.key or "Authorization" in self.headers
+        there = allowed and name in self.owner.files and name not in self.owner.broken
+        if not there or isinstance(fault, int):
+            status = fault if isinstance(fault, int) else 403 if not allowed else 500 if name in self.owner.broken else 404
+            self.send_response(status)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        content = whole = self.owner.files[name]
+        if span and fault != "whole":
+            first, last = span.removeprefix("bytes=").split("-")
+            content = whole[int(first) : int(last) + 1]
+        self.send_response(206 if span and fault != "whole" else 200)
+        self.send_header("Content-Length", str(len(content)))
+        self.send_header("ETag", f'"{hashlib.md5(whole).hexdigest()}"')
+        self.end_headers()
+        if fault is None:
+            return
+        with contextlib.suppress(ConnectionError):
+            half = len(content) // 2 if fault in ("cut", "slow") else 0
+            self.wfile.write(content[:half])
+            self.wfile.flush()
+            if fault == "cut":
+                self.close_connection = True
+                return
+            time.sleep(0.3 if fault == "slow" else 0)
+            self.wfile.write(content[half:])
