@@ -4,17 +4,21 @@ import numpy as np
 import pytest
 import torch
 
-from coreg.data.keyed import keyed_uniform
+from coreg.data.keyed import keyed_order, keyed_uniform
 from coreg.views import order as order_module
 from coreg.views.order import ShuffledRows, drawn_part, n_batches
 
 
 @pytest.mark.parametrize("large", [order_module.LARGE, 3])
-@pytest.mark.parametrize(("n", "size", "smallest"), [(11, 3, 2), (9, 3, 2), (4, 4, 2), (10, 3, 1), (5, 1, 1), (1, 4, 1)])
+@pytest.mark.parametrize(
+    ("n", "size", "smallest"),
+    [(11, 3, 2), (9, 3, 2), (4, 4, 2), (10, 3, 1), (5, 1, 1), (1, 4, 1), (101, 3, 2), (99, 3, 2)],
+)
 def test_every_round_is_a_new_permutation(n, size, smallest, large, monkeypatch):
     """Whether it is held or computed place by place."""
     monkeypatch.setattr(order_module, "LARGE", large)
-    rows = np.arange(100, 100 + n)
+    monkeypatch.setattr(order_module, "PART", 1)
+    rows = np.arange(200, 200 + n)
     order = ShuffledRows(rows, size, ("key", 1), smallest)
     rounds = [[order.batch(r * order.per_round + i) for i in range(order.per_round)] for r in range(3)]
     for batches in rounds:
@@ -24,7 +28,10 @@ def test_every_round_is_a_new_permutation(n, size, smallest, large, monkeypatch)
         assert not np.array_equal(np.concatenate(rounds[0]), np.concatenate(rounds[1]))
 
 
-def test_one_row_that_is_left_over_joins_the_batch_before_it():
+@pytest.mark.parametrize("large", [order_module.LARGE, 10])
+def test_one_row_that_is_left_over_joins_the_batch_before_it(large, monkeypatch):
+    monkeypatch.setattr(order_module, "LARGE", large)
+    monkeypatch.setattr(order_module, "PART", 1)
     for n in range(2, 70):
         for size in range(2, 20):
             order = ShuffledRows(np.arange(n), size, ("key", n))
@@ -53,10 +60,14 @@ def test_batches_can_be_asked_for_in_any_order():
 
 def test_the_order_of_many_rows_is_never_held(monkeypatch):
     monkeypatch.setattr(order_module, "LARGE", 99)
-    held, computed = (ShuffledRows(np.arange(n), 7, ("k",)) for n in (99, 100))
-    assert sorted(np.concatenate([computed.batch(step) for step in range(computed.per_round)])) == list(range(100))
-    held.batch(0)
-    assert len(held._orders) == 1 and not computed._orders
+    monkeypatch.setattr(order_module, "PART", 1)
+    computed = ShuffledRows(np.arange(401), 7, ("k",))
+    assert sorted(np.concatenate([computed.batch(step) for step in range(computed.per_round)])) == list(range(401))
+    assert sum(len(rows) for rows in computed._parts.values()) <= 2 * 16 * 7
+    whole = keyed_order(("k", 1), 401, np.arange(401))
+    for step in (computed.per_round, computed.per_round + 20, 2 * computed.per_round - 1, computed.per_round + 1):
+        start = (step - computed.per_round) * 7
+        assert computed.batch(step).tolist() == whole[start : start + 7].tolist()
 
 
 def test_no_rows_give_empty_batches():

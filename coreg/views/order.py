@@ -10,7 +10,8 @@ import torch
 
 from coreg.data.keyed import keyed_generator, keyed_order, keyed_uniform
 
-LARGE = 1 << 20  # rows above which an order is computed place by place and never held
+LARGE = 1 << 20  # rows above which an order is computed and never held
+PART = 1 << 14  # rows of such an order that are computed at once
 
 
 def n_batches(n: int, batch_size: int) -> int:
@@ -35,7 +36,7 @@ class ShuffledRows:
     all, they are repeated. Sizes are those of global batches, the same for any number of processes.
 
     Orders of at most `LARGE` rows are permutations that are held, as they were before there were larger ones; those of more
-    rows are computed for each batch by a keyed bijection, which takes no memory.
+    rows are computed some batches at a time by a keyed bijection, and never held.
     """
 
     def __init__(self, rows: np.ndarray, batch_size: int, key: tuple[int | str, ...], smallest: int = 2) -> None:
@@ -50,18 +51,30 @@ class ShuffledRows:
         self.key = key
         joins = len(self.rows) > batch_size and 0 < len(self.rows) % batch_size < smallest
         self.per_round = n_batches(len(self.rows), batch_size) - joins
-        self._orders: dict[int, np.ndarray] = {}  # by round: the two last asked for, because rows are read ahead
+        # batches whose rows are computed at once: more than are read ahead
+        self.per_part = max(16, PART // batch_size) if len(self.rows) > LARGE else max(self.per_round, 1)
+        self._parts: dict[
+            tuple[int, int], np.ndarray
+        ] = {}  # by round and number: the two last, because rows are read ahead
 
     def batch(self, step: int) -> np.ndarray:
         """The global batch of a step, int64 (< batch_size + smallest,); empty where there are no rows at all."""
         if not self.per_round:
             return self.rows
         number, place = divmod(step, self.per_round)
-        start = place * self.batch_size
-        stop = len(self.rows) if place + 1 == self.per_round else start + self.batch_size
-        if len(self.rows) > LARGE:
-            return self.rows[keyed_order((*self.key, number), len(self.rows), np.arange(start, stop))]
-        if number not in self._orders:
-            last = list(self._orders.items())[-1:]
-            self._orders = dict(last) | {number: keyed_generator(*self.key, number).permutation(self.rows)}
-        return self._orders[number][start:stop]
+        part, within = divmod(place, self.per_part)
+        if (number, part) not in self._parts:
+            last = list(self._parts.items())[-1:]
+            self._parts = dict(last) | {(number, part): self._part(number, part)}
+        rows = self._parts[number, part]
+        stop = len(rows) if place + 1 == self.per_round else (within + 1) * self.batch_size
+        return rows[within * self.batch_size : stop]
+
+    def _part(self, number: int, part: int) -> np.ndarray:
+        """The rows of `per_part` batches of a round, or of those that are left."""
+        if len(self.rows) <= LARGE:
+            return keyed_generator(*self.key, number).permutation(self.rows)
+        start = part * self.per_part * self.batch_size
+        left = (part + 1) * self.per_part >= self.per_round
+        places = np.arange(start, len(self.rows) if left else start + self.per_part * self.batch_size)
+        return self.rows[keyed_order((*self.key, number), len(self.rows), places)]
