@@ -7,12 +7,16 @@ import socket
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 import huggingface_hub
 
+from coreg.errors import UserError
+
 NETWORK_SECONDS = 8.0
+HUB = "hf-hub:"
 
 
 @contextlib.contextmanager
@@ -46,6 +50,52 @@ def hub_answers() -> bool:
     asking.start()
     asking.join(NETWORK_SECONDS)
     return answered.is_set() and not huggingface_hub.constants.HF_HUB_OFFLINE
+
+
+def push_to_hub(folder: Path, name: str, kind: str, message: str) -> str:
+    """Upload a folder, private to whoever does it; gives its address.
+
+    Args:
+        name: USER/NAME. kind: `model` or `dataset`. message: of the commit.
+
+    Raises:
+        UserError: nobody is logged in, the hub cannot be reached, or it refuses.
+    """
+    api = huggingface_hub.HfApi()
+    try:
+        api.whoami()
+        api.create_repo(name, private=True, exist_ok=True, repo_type=kind)
+        return str(api.upload_folder(repo_id=name, folder_path=folder, repo_type=kind, commit_message=message))
+    except Exception as error:  # of the hub, of its client's network library, whichever that is in this version
+        raise UserError(
+            f"{name} could not be uploaded ({_reason(error)}); check the name, the network and `hf auth login`, then try "
+            f"again"
+        ) from None
+
+
+def from_hub(spec: str, files: Sequence[str]) -> Path:
+    """The files of a model on the hub, as far as they are of these patterns; those that are here already without network.
+
+    Args:
+        spec: `hf-hub:USER/NAME`, or `hf-hub:USER/NAME@REVISION`.
+
+    Raises:
+        UserError: there is no such model for whoever asks, or the hub cannot be reached.
+    """
+    name, _, revision = spec.removeprefix(HUB).partition("@")
+    try:
+        with cache_only(not hub_answers()):
+            folder = huggingface_hub.snapshot_download(name, revision=revision or None, allow_patterns=list(files))
+        return Path(folder)
+    except Exception as error:  # as above
+        raise UserError(
+            f"{spec} could not be loaded ({_reason(error)}); check the name, the network and, of a private model, "
+            f"`hf auth login`; or give a folder"
+        ) from None
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 @contextlib.contextmanager

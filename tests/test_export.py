@@ -5,12 +5,14 @@ import json
 import math
 import re
 import shutil
+from fnmatch import fnmatch
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
-from runs import refused
+from runs import error_of, refused
 from scipy.optimize import minimize_scalar
 from sklearn.datasets import load_digits
 
@@ -22,6 +24,8 @@ from coreg.export.calibration import fit_temperature, fit_to_agreement, fit_to_l
 from coreg.export.card import escaped, model_card, public_name
 from coreg.export.ensemble import Ensemble, agreement
 from coreg.export.folder import load_export
+from coreg.export.predict import load_classifier
+from coreg.nets.model import on_the_hub
 
 SHORT = "--recipe digits --refine none --epochs 3 --warmup_epochs 3 --queue_size 256 --workers 0 --report_to none --lr 0.1"
 NAMES = "zero one two three four five six seven eight nine".split()
@@ -184,17 +188,52 @@ def test_pushing_uploads_the_folder_as_a_private_model(run, monkeypatch, capsys)
         def whoami(self):
             calls.append("whoami")
 
-        def create_repo(self, name, private, exist_ok):
+        def create_repo(self, name, private, exist_ok, repo_type):
             calls.append((name, private, exist_ok))
 
-        def upload_folder(self, repo_id, folder_path, commit_message):
-            calls.append((repo_id, folder_path))
+        def upload_folder(self, repo_id, folder_path, repo_type, commit_message):
+            calls.append((repo_id, folder_path, repo_type))
             return "address"
 
     monkeypatch.setattr("huggingface_hub.HfApi", Hub)
     exporting.main(["--run", str(run), "--push_to_hub", "someone/digits"])
-    assert calls == ["whoami", ("someone/digits", True, True), ("someone/digits", run / "export")]
+    assert calls == ["whoami", ("someone/digits", True, True), ("someone/digits", run / "export", "model")]
     assert capsys.readouterr().out == "address\n"
+
+
+def test_the_card_names_the_starting_weights_that_are_on_the_hub(run):
+    report, settings = json.loads((run / "report.json").read_text()), load_export(run)[1]
+    assert on_the_hub("tf_efficientnet_lite0", True) == {"base_model": "timm/tf_efficientnet_lite0.in1k"}
+    assert (
+        on_the_hub("tf_efficientnet_lite0", False) == on_the_hub("local-dir:x", True) == on_the_hub("annotator", True) == {}
+    )
+    front = yaml.safe_load(model_card(report | {"base_model": "timm/x: y"}, settings).split("---")[1])
+    assert front["base_model"] == "timm/x: y" and front["metrics"] == ["accuracy"] and "coreg" in front["tags"]
+    assert "base_model" not in yaml.safe_load(model_card(report, settings).split("---")[1])
+
+
+def test_a_model_of_the_hub_is_loaded_with_its_own_files_alone(run, monkeypatch):
+    asked = []
+
+    def snapshot(name, revision, allow_patterns):
+        asked.append((name, revision, allow_patterns))
+        return str(run / "export")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    monkeypatch.setattr("coreg.hub.hub_answers", lambda: True)
+    theirs, ours = load_classifier("hf-hub:someone/digits@v1"), load_classifier(run)
+    assert theirs.class_names == ours.class_names
+    ((name, revision, patterns),) = asked
+    files = [path.relative_to(run / "export").as_posix() for path in (run / "export").rglob("*") if path.is_file()]
+    taken = [file for file in files if any(fnmatch(file, pattern) for pattern in patterns)]
+    assert (name, revision) == ("someone/digits", "v1") and {"coreg.json", "net1/model.safetensors"} <= set(taken)
+    assert not any(fnmatch(file, pattern) for pattern in patterns for file in ("model.py", "net1/model.bin", "x.pt2"))
+
+
+def test_a_model_of_the_hub_without_network_is_one_line(monkeypatch):
+    monkeypatch.setattr("coreg.hub.hub_answers", lambda: False)
+    monkeypatch.setenv("HF_HUB_CACHE", "/nowhere")
+    assert error_of(load_classifier, "hf-hub:nobody/nothing").startswith("hf-hub:nobody/nothing could not be loaded")
 
 
 # ---- temperature ----------------------------------------------------------------------------------------------------

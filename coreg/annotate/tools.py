@@ -4,6 +4,8 @@ python -m coreg.annotate info ann
 python -m coreg.annotate verify ann
 python -m coreg.annotate health ann
 python -m coreg.annotate export ann --output candidates.csv
+python -m coreg.annotate export runs/a --format label_studio --output tasks.json
+python -m coreg.annotate publish ann --output_dir published
 python -m coreg.annotate merge ann1 ann2 --output_dir ann
 python -m coreg.annotate refine ann --output_dir ann2
 """
@@ -17,19 +19,23 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
+from coreg.annotate.elsewhere import FORMS, LOCAL_FILES, of_run, of_store
 from coreg.annotate.health import report
+from coreg.annotate.publish import publish
 from coreg.annotate.settings import RefineConfig, ViewConfig
 from coreg.annotate.summary import summary
 from coreg.config import SAFE_CSV, option, parse
 from coreg.data.decode import UnreadableImage
 from coreg.errors import UserError, exits_with_one_line
 from coreg.files import check_writable, file_name, making_folder, place_below, write_atomically
+from coreg.hub import push_to_hub
 from coreg.nets.options import check_pixels
 from coreg.plaintext import csv_rows, printable
+from coreg.report.record import finished_report
 from coreg.settings import Place
 from coreg.store.manifest import block_files, read_manifest, same_command
 from coreg.store.merge import merge
@@ -93,10 +99,17 @@ class ExportConfig:
     output: str | None = option(None, "a .csv or .parquet file, or a new folder for images sorted by class")
     candidates: str = option("union", "candidate rule: union, votes:V, topk:K, prob:P, ratio:R or cumulative:P")
     safe_csv: bool = option(False, SAFE_CSV)
+    format: Literal["cleanlab", "label_studio", "fiftyone"] | None = option(
+        None, "what another program reads: an .npz file for cleanlab, a .json file for Label Studio or FiftyOne"
+    )
+    image_prefix: str = option(LOCAL_FILES, "with --format label_studio: the address of images before their path")
 
 
 def export(folder: str, config: ExportConfig, place: Place | None = None) -> str:
     """Write candidate sets and probabilities in a form that other programs read; returns what was done.
+
+    Args:
+        folder: of a store; with `format` also of a finished run, whose labels.csv is taken.
 
     Raises:
         UserError: there is no such store, a form that is not known, or the output is there already or cannot be written.
@@ -108,6 +121,8 @@ def export(folder: str, config: ExportConfig, place: Place | None = None) -> str
         raise UserError(f"{target} is there already; give another --output")
     if target.suffix:
         check_writable(target, "--output")
+    if config.format:
+        return _to_other_program(Path(folder), config, target)
     place = place or Place()
     store = AnnotationStore.open(folder).at(place.images, place.data_root)
     if target.suffix == ".csv":
@@ -121,6 +136,20 @@ def export(folder: str, config: ExportConfig, place: Place | None = None) -> str
             count = _to_folder(store, made)
         return f"{target}: {count} images sorted by their most probable class, {len(store) - count} left out as unreadable"
     return f"{target}: {len(store)} images"
+
+
+def _to_other_program(folder: Path, config: ExportConfig, target: Path) -> str:
+    write, suffix = FORMS[config.format]
+    if target.suffix != suffix:
+        raise UserError(
+            f"--format {config.format} writes a {suffix} file, not {target}; give for example --output out{suffix}"
+        )
+    if (folder / "job.json").is_file():
+        proposals = of_run(folder, list(finished_report(folder / "report.json", {"class_names": [str]})["class_names"]))
+    else:
+        proposals = of_store(AnnotationStore.open(folder))
+    used = write(proposals, target, config.image_prefix)
+    return f"{target}: {len(proposals.paths)} images; {used}"
 
 
 def _rows(store: AnnotationStore, rule: str) -> Iterator[dict[str, Any]]:
@@ -220,6 +249,28 @@ def _export(folders: list[str], options: list[str]) -> str:
     return export(_only(folders), config, place)
 
 
+@dataclass
+class PublishConfig:
+    """Where the data set goes."""
+
+    output_dir: str | None = option(None, "new folder for evidence, card and description, without images")
+    push_to_hub: str | None = option(None, "USER/NAME: upload that folder to the hub, as a private data set")
+
+
+def _publish(folders: list[str], options: list[str]) -> str:
+    (config,) = parse(PublishConfig, argv=options, prog="python -m coreg.annotate publish")
+    if config.output_dir is None:
+        raise UserError("--output_dir is missing; write: publish ann --output_dir published")
+    target, store = Path(config.output_dir), AnnotationStore.open(_only(folders))
+    if target.exists():
+        raise UserError(f"{target} is there already; give another --output_dir")
+    publish(store, target, lambda path: _to_csv(store, path, "union", safe_csv=False))
+    done = f"{target}: what was seen in {len(store)} images; read its README.md before anybody else does"
+    if config.push_to_hub:
+        done += f"\n{push_to_hub(target, config.push_to_hub, 'dataset', 'Published by coreg')}"
+    return done
+
+
 def _health(folders: list[str], options: list[str]) -> str:
     (place,) = parse(Place, argv=options, prog="python -m coreg.annotate health")
     return report(_only(folders), place.images, place.data_root)
@@ -253,6 +304,7 @@ COMMANDS: dict[str, Callable[[list[str], list[str]], str | tuple[str, bool] | No
     "health": _health,
     "export": _export,
     "merge": _merge,
+    "publish": _publish,
     "refine": _refine,
 }
 

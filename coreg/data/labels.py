@@ -12,6 +12,7 @@ import numpy as np
 
 from coreg.data.images import lookup
 from coreg.data.keyed import keyed_generator
+from coreg.data.label_studio import answers
 from coreg.errors import UserError
 
 NONE_OF_THESE = "none of these"  # in a list of labels: the image is of no class
@@ -105,7 +106,7 @@ def lines_of_images(
 
 
 def csv_lines(csv_path: str, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, str]]]:
-    """The lines of a CSV file, one after the other.
+    """The lines of a CSV file, one after the other; or those of Label Studio's answers, a .json file (or its CSV export).
 
     Args:
         csv_path: UTF-8, with or without a byte order mark; the first line names the columns.
@@ -117,10 +118,16 @@ def csv_lines(csv_path: str, columns: Sequence[str]) -> Iterator[tuple[str, dict
     Raises:
         UserError: the file cannot be read or lacks a column.
     """
+    if csv_path.lower().endswith(".json"):
+        yield from answers(csv_path)
+        return
     try:
         # file names need not be UTF-8; what is no UTF-8 finds its counterpart in the list
         with Path(csv_path).open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
             reader = csv.DictReader(file, restval="")
+            names = reader.fieldnames or []
+            if "choice" in names and not {"label", "labels"} & set(names):
+                reader.fieldnames = [{"choice": "label"}.get(name, name) for name in names]
             missing = [name for name in columns if name not in (reader.fieldnames or [])]
             if missing:
                 raise UserError(

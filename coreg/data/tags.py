@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 
 from coreg.data.images import lookup, translated
+from coreg.data.label_studio import BETWEEN
 from coreg.data.labels import class_of, did_you_mean, lines_of_images
 from coreg.errors import UserError
 
 PRESENT, UNKNOWN, ABSENT = 1, 0, -1
 LIST, ABSENT_LIST = "labels", "absent"  # columns whose fields are lists of names
-BETWEEN = ";"
 RESERVED = ("path", "split")
 WRITTEN = {"1": PRESENT, "0": ABSENT, "": UNKNOWN}
 

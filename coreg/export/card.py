@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import json
 import re
 from typing import Any
 
@@ -15,7 +16,9 @@ tags:
 - image-classification
 - coreg
 - weak-supervision
----
+metrics:
+- {metric}
+{base}---
 """
 
 LIMITS = """
@@ -63,6 +66,11 @@ def escaped(text: str) -> str:
     """One line that Markdown and HTML show letter by letter, whatever it holds."""
     line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
     return re.sub(r"([\\`*_{}\[\]()#+\-.!|~:/@])", r"\\\1", html.escape(line))
+
+
+def _base(report: dict[str, Any]) -> str:
+    """The line of the front matter that names the network's starting weights; nothing for those that are not on the hub."""
+    return f"base_model: {json.dumps(report['base_model'])}\n" if report.get("base_model") else ""
 
 
 def public_name(spec: str) -> str:
@@ -125,7 +133,7 @@ def model_card(report: dict[str, Any], settings: dict[str, Any], which: str = ""
     title = f"{len(names)} classes from {escaped(public_name(report['dataset']))}"
     nets = f"{settings['nets']} networks" if settings["nets"] > 1 else "One network"
     lines = [
-        FRONT,
+        FRONT.format(metric="accuracy", base=_base(report)),
         f"# {title}",
         "",
         f"{nets} of {report['parameters'] / 1e6:.2f} M parameters, trained with {escaped(report['method'])} on "
@@ -162,7 +170,9 @@ def tag_card(report: dict[str, Any], settings: dict[str, Any]) -> str:
     names, observed = settings["class_names"], report["labels_used"]
     shown = f"{observed} observed labels were used in training." if observed else "No label was used in training."
     lines = [
-        FRONT.replace("- image-classification\n- coreg", "- multi-label-image-classification\n- coreg"),
+        FRONT.replace("- image-classification\n- coreg", "- multi-label-image-classification\n- coreg").format(
+            metric="mean_average_precision", base=_base(report)
+        ),
         f"# {len(names)} labels from {escaped(public_name(report['dataset']))}, several an image",
         "",
         f"One network of {report['parameters'] / 1e6:.2f} M parameters, trained with {escaped(report['method'])} on "

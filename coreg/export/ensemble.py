@@ -47,6 +47,7 @@ from coreg.export.calibration import fit_thresholds, fit_to_labels
 from coreg.export.folder import SCHEMA, SETTINGS, TUNED, export_folder, files_of, load_export, write_settings
 from coreg.export.programs import as_program
 from coreg.files import making_folder
+from coreg.hub import push_to_hub
 from coreg.nets.tuning import Tuning
 from coreg.plaintext import printable
 
@@ -275,26 +276,6 @@ def make_program(
     return content, agreement(written, trained, PROGRAMS[kind])
 
 
-def push_to_hub(folder: Path, name: str) -> str:
-    """Upload an export folder as a private model; gives its address.
-
-    Raises:
-        UserError: nobody is logged in, the hub cannot be reached, or it refuses.
-    """
-    from huggingface_hub import HfApi
-
-    api = HfApi()
-    try:
-        api.whoami()
-        api.create_repo(name, private=True, exist_ok=True)
-        return str(api.upload_folder(repo_id=name, folder_path=folder, commit_message="Exported by coreg-export"))
-    except Exception as error:  # of the hub, of its client's network library, whichever that is in this version
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"{name} could not be uploaded ({reason}); check the name, the network and `hf auth login`, then try again"
-        ) from None
-
-
 @exits_with_one_line
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `coreg-export`."""
@@ -326,7 +307,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         within = f"logits within {record['largest_difference']:.1g} of the networks'"
         print(printable(f"{folder / PROGRAMS[kind]}: {within} on {record['images']} images"))
     if config.push_to_hub:
-        print(printable(push_to_hub(folder, config.push_to_hub)))
+        print(printable(push_to_hub(folder, config.push_to_hub, "model", "Exported by coreg-export")))
 
 
 if __name__ == "__main__":

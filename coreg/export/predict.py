@@ -27,9 +27,10 @@ from coreg.data.sources import open_images
 from coreg.errors import UserError, exits_with_one_line
 from coreg.export import tagging
 from coreg.export.ensemble import Ensemble
-from coreg.export.folder import REMEDY, load_export
+from coreg.export.folder import CONFIG, REMEDY, SETTINGS, TUNED, WEIGHTS, load_export
 from coreg.export.programs import open_onnx
 from coreg.files import check_writable, writing_csv
+from coreg.hub import HUB, from_hub
 from coreg.plaintext import printable
 from coreg.progress import progress_bar
 from coreg.records import RecordError, read_file
@@ -37,12 +38,17 @@ from coreg.records import RecordError, read_file
 # of unreadable images on the terminal; the CSV file has them all
 SHOWN = 5
 
+# of a model of the hub: nothing that could run code is ever fetched
+HUB_FILES = (SETTINGS, *(f"net*/{name}" for name in (CONFIG, WEIGHTS, TUNED)))
+
 
 @dataclass
 class PredictConfig:
     """What to predict with, on what, and where to."""
 
-    model: str | None = option(None, "a finished run, its export folder, or an .onnx file that coreg-export wrote")
+    model: str | None = option(
+        None, "a finished run, its export folder, hf-hub:USER/NAME, or an .onnx file that coreg-export wrote"
+    )
     images: str | None = option(None, "an image, or a folder, CSV file or torchvision name as for annotate_vlm.py")
     output: str | None = option(
         None, "CSV file to write: path, label, probability, and the next best labels; or labels, their probabilities, and "
@@ -120,12 +126,15 @@ class Classifier:
 
 
 def load_classifier(path: str | Path) -> Classifier:
-    """Read a finished run, its export folder or an ONNX file; on a GPU where there is one.
+    """Read a finished run, its export folder, an ONNX file or a model of the hub; on a GPU where there is one.
+
+    Args:
+        path: of one of the first three, or `hf-hub:USER/NAME`, an export that `coreg-export --push_to_hub` uploaded.
 
     Raises:
-        UserError: it is none of these, or damaged.
+        UserError: it is none of these, damaged, or cannot be loaded.
     """
-    path = Path(path)
+    path = from_hub(path, HUB_FILES) if str(path).startswith(HUB) else Path(path)
     if path.suffix == ".pt2":
         # reading one unpickles what is in it and evaluates expressions (torch.export.load warns of it)
         raise UserError(

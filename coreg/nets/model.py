@@ -112,6 +112,12 @@ def trained_with(name: str) -> tuple[list[float], list[float]] | None:
     return (config["mean"], config["std"]) if len(config["mean"]) == len(config["std"]) else None
 
 
+def on_the_hub(name: str, pretrained: bool) -> dict[str, str]:
+    """`base_model`, what the weights that a network starts from are called on the hub; nothing where they are not there."""
+    place = timm.get_pretrained_cfg(name) if pretrained and ":" not in name and timm.is_model(name) else None
+    return {"base_model": str(place.hf_hub_id)} if place is not None and place.hf_hub_id else {}
+
+
 def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 

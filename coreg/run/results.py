@@ -20,7 +20,7 @@ from coreg.export.ensemble import export, spread_rows
 from coreg.files import write_atomically
 from coreg.learn.division import smoothed
 from coreg.learn.tables import predicted
-from coreg.nets.model import Model, parse_backbone_args
+from coreg.nets.model import Model, on_the_hub, parse_backbone_args
 from coreg.process import main_process_decides
 from coreg.report.metrics import accuracy, collapse_warnings, consensus, few_shot_warnings
 from coreg.report.page import write_page
@@ -232,6 +232,7 @@ def finish_networks(
         predicted,
         [Export(run.folder.export, settings), *chosen_exports],
         parameters=sum(p.numel() for p in (*nets[0].backbone.parameters(), *nets[0].tuners.parameters())),
+        **on_the_hub(run.image_options.backbone, run.image_options.pretrained),
         **_tuned(run, training),
         temperature=settings["temperature"],
         trust=trust(run, task, predicted.classes),

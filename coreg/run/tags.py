@@ -23,6 +23,7 @@ from coreg.files import write_atomically
 from coreg.label.page import write_label_page
 from coreg.learn.multi.method import MultiMethod
 from coreg.learn.multi_options import MultiOptions, SoftOptions, VLPLOptions
+from coreg.nets.model import on_the_hub
 from coreg.nets.options import ImageConfig
 from coreg.process import all_or_none, main_process_decides
 from coreg.report.multi_metrics import average_precisions, thresholds, thresholds_of_truth
@@ -179,6 +180,7 @@ def finish_tags(run: Run, task: TagTask, training: Training, method: MultiMethod
         "per_class_split": "test" if "test" in splits else "train",
         "needs_review": 0,
         "parameters": sum(p.numel() for p in method.net.backbone.parameters()),
+        **on_the_hub(run.image_options.backbone, run.image_options.pretrained),
         "last_epoch": training.curves[-1],
         "images_per_second": training.images_seen / training.seconds,
         "training_seconds": training.seconds,
