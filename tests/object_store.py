@@ -1,7 +1,9 @@
-"""A web server that tests start on this machine, and that fails as they ask it to; it holds no test."""
+"""Servers that tests start on this machine, and that fail as they ask them to; it holds no test."""
 
 import contextlib
 import hashlib
+import http.client
+import random
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -83,3 +85,59 @@ class Handler(BaseHTTPRequestHandler):
                 return
             time.sleep(0.3 if fault == "slow" else 0)
             self.wfile.write(content[half:])
+
+
+class FaultyProxy:
+    """Hands requests on to another server on this machine, and spoils the answers to some: 500, cut, or late.
+
+    Attributes:
+        spoiled: what became of each answer that was spoiled, in order.
+    """
+
+    def __init__(self, place, share, seed=0):
+        """Spoil this `share` of the answers of the server at `place`, which is HOST:PORT."""
+        self.place, self.share, self.random, self.spoiled = place, share, random.Random(seed), []
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Between,), {"owner": self}))
+        self.server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, daemon=True, kwargs={"poll_interval": 0.05}).start()
+
+    def close(self):
+        self.server.shutdown()
+        self.server.server_close()
+
+
+class _Between(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_):
+        pass
+
+    def do_HEAD(self):
+        self.hand_on()
+
+    def do_GET(self):
+        self.hand_on()
+
+    def hand_on(self):
+        connection = http.client.HTTPConnection(self.owner.place)
+        connection.request(self.command, self.path, headers=dict(self.headers))
+        answer = connection.getresponse()
+        content, status = answer.read(), answer.status
+        fault = self.owner.random.choice([500, "cut", "late"]) if self.owner.random.random() < self.owner.share else None
+        if fault is not None:
+            self.owner.spoiled.append(fault)
+        time.sleep(0.5 if fault == "late" else 0)
+        if fault == 500:
+            content, status = b"", 500
+        self.send_response(status)
+        for name, value in answer.getheaders():
+            if name.lower() not in ("connection", "transfer-encoding") and not (fault == 500 and name == "Content-Length"):
+                self.send_header(name, value)
+        if fault == 500:
+            self.send_header("Content-Length", "0")
+        self.end_headers()
+        with contextlib.suppress(ConnectionError):
+            self.wfile.write(content[: len(content) // 2] if fault == "cut" else content)
+        self.close_connection = self.close_connection or fault == "cut"
+        connection.close()

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import SMALL_JOB
-from object_store import WebServer
+from object_store import FaultyProxy, WebServer
 from PIL import Image
 from runs import error_of, refused
 from test_annotate_annotators import save_tiny_clip
@@ -398,6 +398,26 @@ def test_annotation_of_a_bucket_is_that_of_a_folder(s3, here, clip, tmp_path, ca
     assert b"5up3rs3cret" not in written
     moved = annotated(clip, f"{s3}/tars", tmp_path / "there")  # the same job in another place
     assert moved.images_spec == "s3://bucket/tars" and moved.hash == local.hash
+
+
+@pytest.mark.slow
+def test_a_bucket_that_fails_now_and_then_is_annotated_the_same(s3, here, clip, tmp_path, monkeypatch):
+    """A third of all answers is an error, ends in the middle, or comes late."""
+    import s3fs
+
+    local = annotated(clip, here / "tars", tmp_path / "local", "--workers", 0)
+    proxy = FaultyProxy(os.environ["AWS_ENDPOINT_URL"].removeprefix("http://"), 1 / 3)
+    try:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        monkeypatch.setattr(remote, "BLOCK_BYTES", 4096)
+        monkeypatch.setattr(remote, "WAITS", (0.01,) * 20)
+        s3fs.S3FileSystem.clear_instance_cache()
+        there = annotated(clip, f"{s3}/tars/{{000..002}}.tar", tmp_path / "there", "--workers", 2)
+    finally:
+        s3fs.S3FileSystem.clear_instance_cache()
+        proxy.close()
+    assert set(proxy.spoiled) == {500, "cut", "late"}
+    assert blocks_of(there) == blocks_of(local) and there.hash == local.hash
 
 
 def test_images_of_a_lost_shard_are_remembered(web, here, clip, tmp_path):

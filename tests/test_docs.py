@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 import coreg
 import coreg.config
@@ -139,6 +140,49 @@ def test_every_command_parses(page, line, typed, tmp_path, capsys):
     except SystemExit:
         # a program without options looks for the reader's store at once
         assert re.search(r"\bann\b", capsys.readouterr().err) and any(word.split("/")[0] == "ann" for word in words)
+
+
+MANIFESTS = [(page, text) for page, whole in TEXT.items() for text in fenced(whole, "yaml")]
+BATCHES = [(page, text) for page, whole in TEXT.items() for text in fenced(whole, "bash") if "#SBATCH" in text]
+
+
+def test_what_clusters_are_given_is_there():
+    kinds = [record["kind"] for _, text in MANIFESTS for record in yaml.safe_load_all(text) if "kind" in record]
+    assert sorted(kinds) == ["Job", "Job", "Service"] and len(BATCHES) == 1
+
+
+def parses(command, typed):
+    """Whether a command's program takes its options, without a launcher's own in front of it."""
+    program, words = program_of(command)
+    with pytest.raises(Parsed):
+        typed(program, words)
+
+
+@pytest.mark.parametrize("text", [text for _, text in MANIFESTS if "kind: Job" in text])
+def test_jobs_of_kubernetes_load_and_their_commands_parse(text, typed):
+    (job,) = [record for record in yaml.safe_load_all(text) if record["kind"] == "Job"]
+    pod = job["spec"]["template"]["spec"]
+    assert job["apiVersion"] == "batch/v1" and job["spec"]["completions"] == job["spec"]["parallelism"]
+    assert pod["restartPolicy"] == "OnFailure" and job["spec"]["backoffLimit"] >= 20
+    (container,) = pod["containers"]
+    assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+    (command,) = container["args"]
+    assert container["command"] == ["sh", "-c"]
+    checked = subprocess.run(["sh", "-n", "-c", command], capture_output=True, text=True, check=False)
+    assert checked.returncode == 0, checked.stderr
+    parses(command, typed)
+
+
+@pytest.mark.parametrize("text", [text for _, text in BATCHES])
+def test_batch_files_of_slurm_are_valid_and_their_command_parses(text, typed):
+    checked = subprocess.run(["bash", "-n"], input=text, capture_output=True, text=True, check=False)
+    assert checked.returncode == 0 and text.startswith("#!/bin/bash\n"), checked.stderr
+    lines = text.splitlines()[1:]
+    options = [line for line in lines if line.startswith("#SBATCH ")]
+    # Slurm reads options up to the first command only
+    assert lines[: len(options)] == options and {"--requeue", "--array=0-15"} <= {line.split()[1] for line in options}
+    (command,) = [line for line in lines if "srun" in line]
+    parses(command, typed)
 
 
 def options_of(program, typed, capsys):
