@@ -9,7 +9,7 @@ DATA ?= data
 READY := $(VENV)/.installed
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow test-multiprocess compare evidence partialclip bench gpu lint format
+.PHONY: demo test test-slow test-multiprocess test-browser compare evidence partialclip bench gpu lint format
 
 $(READY): setup.cfg pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -31,6 +31,11 @@ test-slow: $(READY)
 
 test-multiprocess: $(READY)
 	OMP_NUM_THREADS=1 REAL_LAUNCHER=1 $(BIN)/python -m pytest -m multiprocess -o addopts="-q --strict-markers"
+
+# The page to label on, in the system's chromium
+test-browser: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'playwright>=1.48'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser -o addopts="-q --strict-markers"
 
 # Every method on the digits, three seeds, JOBS runs at a time; what is finished is skipped. Hours; the table is in docs/results.md
 compare: $(READY)

@@ -37,19 +37,19 @@ from coreg.store.store import AnnotationStore
 ORDERS = ("asked", "unsure", "changed", "random")
 
 
-def ordered(order: str, run: Path, paths: Sequence[str], seed: int) -> list[str]:
+def ordered(order: str, run: Path, seed: int) -> list[str]:
     """Paths of training images in the order in which they are answered.
 
     Args:
-        run: a finished run without labels. paths: of all training images.
+        run: a finished run without labels.
     """
-    if order == "random":
-        return [paths[place] for place in keyed_generator(seed, "answers").permutation(len(paths))]
     if order == "asked":
         return [asked.path for asked in read_page(run).images]
     with (run / "labels.csv").open(newline="", encoding="utf-8") as file:
         lines = list(csv.DictReader(file))
-    if order == "unsure":
+    if order == "random":
+        lines = [lines[place] for place in keyed_generator(seed, "answers").permutation(len(lines))]
+    elif order == "unsure":
         lines.sort(key=lambda line: float(line["probability"]))
     else:
         lines.sort(key=lambda line: (line["label"] == line["annotator_label"], -float(line["probability"])))
@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         trained(args.script, own, before)
         scores.setdefault(("none", 0), []).append(measured(before))
         for order in args.orders:
-            paths = [path for path in ordered(order, before, list(truth), seed) if path in truth]
+            paths = [path for path in ordered(order, before, seed) if path in truth]
             for count in args.answers:
                 run = before.with_name(f"{order}{count}")
                 given = run.with_suffix(".csv")

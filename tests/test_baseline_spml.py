@@ -17,6 +17,7 @@ from coreg.annotate.textual import class_embeddings, label_similarities, text_si
 from coreg.data.tags import read_tags
 from coreg.export import predict
 from coreg.export.tagging import read_thresholds
+from coreg.label.page import read_page
 from coreg.report.multi_metrics import average_precisions
 from coreg.store.store import AnnotationStore
 
@@ -65,7 +66,11 @@ def test_true_labels_are_learnt_and_reported(store, tmp_path, capsys):
     assert report["thresholds_from"] == "validation labels" and len(report["thresholds"]) == 3
     # what the annotator's similarities are worth, whatever the method
     assert 0 < report["tags"]["test"]["annotator"] < 1
-    assert "labels of 27 training images" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "labels of 27 training images" in out and f"coreg-label {tmp_path / 'run'}" in out
+    # nobody gave a label, so that a person can be asked about every image
+    shown = read_page(tmp_path / "run")
+    assert shown.several and shown.class_names == NAMES and len(shown.images) == 27 and shown.others == []
     # labels.csv can be read back as a person's labels
     opened = AnnotationStore.open(store)
     read = read_tags(str(tmp_path / "run" / "labels.csv"), opened.paths, NAMES)

@@ -1,16 +1,19 @@
 """The benchmarks' plain step against ours, row by row and gradient by gradient; growth, tables and pages by hand."""
 
 import copy
+import csv
+import json
 import re
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from conftest import SMALL_JOB
 from PIL import Image
 from torch.nn.modules.module import register_module_forward_hook
 
-from benchmarks import growth, mended, pixels, record, tiny_clip
+from benchmarks import growth, labelling, mended, pixels, record, tiny_clip
 from benchmarks.__main__ import PAGE, TABLES
 from benchmarks.augment import MEAN, STD, pil_batch, waves
 from benchmarks.plain import VIEWS, PlainCoReg
@@ -259,6 +262,29 @@ def test_the_tiny_clip_leaves_the_first_images_of_every_class_alone():
     labels = np.array([2, 0, 0, -1, 2, 0, 2, 0, 2])
     assert tiny_clip.chosen_rows(labels, 1, 2).tolist() == [2, 5, 4, 6]
     assert tiny_clip.chosen_rows(np.full(3, -1), 0, 2).tolist() == []
+
+
+def test_answers_are_given_in_the_order_that_is_measured(small_store, tmp_path, capsys):
+    """One seed, one number of answers, every order; a second time from what is finished, with the same table."""
+    words = ["--output_dir", str(tmp_path), "--seeds", "0", "--answers", "9", "--annotations", str(small_store), *SMALL_JOB]
+    words += ["--epochs", "1", "--warmup_epochs", "1", "--share", "40", "--report_to", "none"]
+    tables = []
+    for orders in (("asked", "random"), labelling.ORDERS):
+        assert labelling.main([*words, "--orders", *orders]) == 0
+        tables.append([line.replace(" ", "") for line in capsys.readouterr().out.splitlines()])
+    assert set(tables[0][2:]) <= set(tables[1][2:]) and [len(table) for table in tables] == [5, 7]
+    run = tmp_path / "seed0"
+    lines = list(csv.DictReader((run / "none/labels.csv").open(newline="")))
+    asked = list(csv.DictReader((run / "none/label_next.csv").open(newline="")))
+    given = {order: list(csv.DictReader((run / f"{order}9.csv").open(newline=""))) for order in labelling.ORDERS}
+    assert all(row["label"] == row["path"].split("/")[1] for rows in given.values() for row in rows)
+    chosen = {order: [row["path"] for row in rows] for order, rows in given.items()}
+    assert chosen["asked"] == [row["path"] for row in asked[:9]]
+    sure = {line["path"]: float(line["probability"]) for line in lines}
+    assert sorted(sure[path] for path in chosen["unsure"]) == sorted(sure.values())[:9]
+    assert len(set(chosen["random"])) == 9 and set(chosen["random"]) <= set(sure)
+    for order in labelling.ORDERS:
+        assert json.loads((run / f"{order}9/report.json").read_text())["labels_used"] == 9
 
 
 def test_the_record_of_results_sees_one_bit_shape_and_dtype():

@@ -25,6 +25,7 @@ ENTRIES = {
     "coreg-annotate": "annotate_vlm.py",
     "coreg-predict": "coreg.export.predict",
     "coreg-export": "coreg.export.ensemble",
+    "coreg-label": "coreg.label",
     "coreg-report": "coreg.report.compare",
     "coreg-status": "coreg.status",
 }

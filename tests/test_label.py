@@ -14,6 +14,7 @@ import threading
 from hashlib import sha256
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from PIL import Image
 from runs import ROOT, error_of, refused
 
 import coreg.files
+from coreg.data.decode import UnreadableImage
 from coreg.data.labels import NONE, read_labels
 from coreg.data.tags import read_tags
 from coreg.errors import UserError
@@ -29,6 +31,7 @@ from coreg.label.answers import merge_answers, read_answers
 from coreg.label.page import Asked, LabelPage, page, photo, read_page, write_label_page
 from coreg.label.server import LARGEST, LabelServer
 from coreg.report.tags import tag_page, unsure_images
+from coreg.run.pixels import photos
 
 NAMES = ["cat", "dog", "cow"]
 EVIL = ["</script><script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "<!-- a & 'b'"]
@@ -114,6 +117,28 @@ def test_pictures_are_large_enough_and_small_ones_keep_their_pixels():
     assert shown(large).size == (360, 360) and shown(wide).size == (360, 80)
     assert (np.asarray(shown(small)) == small).all() and shown(small).format == "PNG"
     assert len(photo(Image.fromarray(large[:, :, 0]))) < 200_000
+
+
+def test_a_person_sees_images_as_they_were_annotated(tmp_path):
+    """Where they are larger than what was trained on, and there; one that has gone since is shown as it was trained on."""
+    sizes = {0: (40, 30), 1: (4, 4), 2: (50, 50)}
+
+    def load(row):
+        if row == 2:
+            raise UnreadableImage("no such file")
+        return Image.new("RGB", sizes[row], (row, 0, 0))
+
+    images = SimpleNamespace(load=load)
+    pixels = np.full((3, 1, 8, 8), 9, np.uint8)
+    run = SimpleNamespace(store=SimpleNamespace(images=lambda: images), job=SimpleNamespace(workers=2))
+    shown = photos(run, np.array([0, 1, 2]), pixels)
+    assert [image.size for image in shown] == [(40, 30), (8, 8), (8, 8)] and shown[1].getpixel((0, 0)) == 9
+
+    def moved():
+        raise UserError("the images were moved")
+
+    run.store.images = moved
+    assert [image.size for image in photos(run, np.array([0, 1, 2]), pixels)] == [(8, 8)] * 3
 
 
 @pytest.mark.parametrize(
@@ -379,8 +404,14 @@ def test_a_port_that_is_taken_is_one_line(served):
         LabelServer(served.folder, served.shown, served.server_port)
 
 
-@pytest.mark.parametrize("end", ["button", "Ctrl-C"])
-def test_the_program_from_its_start_to_the_next_command(tmp_path, end):
+def test_the_button_at_the_end_ends_the_server(served):
+    assert not served.done.is_set() and asked(served, "GET", f"/{served.token}/done")[0] == 404
+    assert asked(served, "POST", f"/{served.token}/done", b"{}", Origin="http://evil.example")[0] == 403
+    assert not served.done.is_set()
+    assert asked(served, "POST", f"/{served.token}/done", b"{}")[0] == 200 and served.done.wait(60)
+
+
+def test_the_program_from_its_start_to_the_next_command(tmp_path):
     write_label_page(tmp_path, shown_page())
     program = subprocess.Popen(
         [sys.executable, "-m", "coreg.label", str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True
@@ -389,10 +420,7 @@ def test_the_program_from_its_start_to_the_next_command(tmp_path, end):
         port, token = re.search(r"http://127\.0\.0\.1:(\d+)/([\w-]+)/", program.stdout.readline()).groups()
         server = type("Server", (), {"server_port": int(port), "token": token})
         assert answers_of(server, {"0": [1], "1": []})[0] == 200
-        if end == "button":
-            assert asked(server, "POST", f"/{token}/done", b"{}")[0] == 200
-        else:
-            program.send_signal(signal.SIGINT)
+        program.send_signal(signal.SIGINT)
         printed = program.communicate(timeout=60)[0].strip().splitlines()
     finally:
         program.kill()

@@ -26,6 +26,7 @@ from coreg.report.page import write_page
 from coreg.report.page_charts import Line, line_chart, mixture_chart, nice_ticks
 from coreg.report.page_images import changed_rows, in_turn, label_page, unsure_rows
 from coreg.report.page_record import RunRecord, Split
+from coreg.store.store import AnnotationStore
 
 NAMES = ["cat", "dog", "cow"]
 EVIL = ["<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "a & 'b' </td></style>"]
@@ -292,6 +293,26 @@ def test_a_run_its_page_and_the_next_run_with_labels(small_store, tmp_path):
         typed = shlex.split(html.unescape(re.search(r"<pre>(accelerate launch [^<]*)</pre>", text).group(1)))
         assert typed[:3] == ["accelerate", "launch", "train_coreg.py"]
         command = typed[3:]
+
+
+def test_images_of_no_class_are_left_out_of_training(small_store, tmp_path):
+    """`none of these` in the file of labels: no row in labels.csv, no question again, and the answer is handed on."""
+    store = AnnotationStore.open(small_store)
+    first, second, third = (store.paths[row] for row in store.rows_of(0)[[0, 5, 9]])
+    file = tmp_path / "mine.csv"
+    file.write_text(f"path,label\n{first},None of these\n{second},b\n{third},none of these\n")
+    command = ["--annotations", str(small_store), *SMALL_JOB, "--epochs", "2", "--output_dir", str(tmp_path / "run")]
+    train_coreg.main([*command, "--labels", str(file)])
+    report = json.loads((tmp_path / "run/report.json").read_text())
+    assert report["none_of_these"] == 2 and report["labels_used"] == 1 and report["images"]["train"] == 95
+    labelled = [line["path"] for line in csv.DictReader((tmp_path / "run/labels.csv").open(newline=""))]
+    assert len(labelled) == 95 and second in labelled and not {first, third} & set(labelled)
+    asked = list(csv.DictReader((tmp_path / "run/label_next.csv").open(newline="")))
+    assert len(asked) == 97 and {line["path"]: line["label"] for line in asked if line["label"]} == {
+        first: "none of these", second: "b", third: "none of these"
+    }  # fmt: skip
+    kept = read_labels(str(tmp_path / "run/known_labels.csv"), store.paths, store.class_names)
+    assert [rows.tolist() for rows in kept] == [rows.tolist() for rows in read_labels(str(file), store.paths, "abc")]
 
 
 def test_nothing_is_left_to_label(tmp_path):
