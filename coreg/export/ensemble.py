@@ -48,7 +48,7 @@ from coreg.export.folder import SCHEMA, SETTINGS, TUNED, export_folder, files_of
 from coreg.export.programs import as_program
 from coreg.files import making_folder
 from coreg.nets.tuning import Tuning
-from coreg.plaintext import printable
+from coreg.plaintext import first_line, printable
 
 PROGRAMS = {"onnx": "model.onnx", "torch_export": "model.pt2"}
 # what a file's logits may differ from the trained networks', as a share of the largest logit: float32 sums in another order
@@ -289,7 +289,7 @@ def push_to_hub(folder: Path, name: str) -> str:
         api.create_repo(name, private=True, exist_ok=True)
         return str(api.upload_folder(repo_id=name, folder_path=folder, commit_message="Exported by coreg-export"))
     except Exception as error:  # of the hub, of its client's network library, whichever that is in this version
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         raise UserError(
             f"{name} could not be uploaded ({reason}); check the name, the network and `hf auth login`, then try again"
         ) from None
