@@ -40,7 +40,7 @@ from coreg.learn.coreg import CoRegLearner
 from coreg.learn.division import Division, Predicted, align, division_loss
 from coreg.learn.memory import Prototypes
 from coreg.learn.pseudo import rescale
-from coreg.learn.schedules import cosine_lr, ramp
+from coreg.learn.schedules import ramp
 from coreg.learn.tables import Table, every_row, held, log_probabilities, rows_here, rows_like
 from coreg.learn.two_nets import Divisions, Verdict, co_train_batch, partner_rows
 from coreg.report.metrics import consensus, prototype_health
@@ -145,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         informative = ~(task.weak.table.all(axis=1) & method.skip_full_sets)
 
         for epoch in run.epochs(training, "Co-Reg"):
-            lr = cosine_lr(epoch, job.lr, job.lr_floor, job.lr_horizon or job.epochs)
+            lr = job.cosine_lr(epoch)
             if epoch < method.warmup_epochs:
                 for _ in training.turns():
                     warm_up(run, task, training, lr, method.warmup_view, informative)

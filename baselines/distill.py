@@ -54,7 +54,6 @@ from annotate_vlm import annotate_digits
 from coreg.annotate.textual import single_template_probabilities
 from coreg.learn.collective import my_slice
 from coreg.learn.distill import DistillBatch, DistillLearner
-from coreg.learn.schedules import cosine_lr
 from coreg.plaintext import printable
 from coreg.process import all_or_none, main_process_decides
 from coreg.report.report import summary
@@ -117,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         training = run.begin([learner], [build_optimizer(nets[0], job)])
 
         for epoch in run.epochs(training, "distillation"):
-            lr = cosine_lr(epoch, job.lr, job.lr_floor, job.lr_horizon or job.epochs)
+            lr = job.cosine_lr(epoch)
             order = ShuffledRows(taught, job.batch_size, (job.seed, "distill", epoch, 0))
             task.read_ahead(training.step, order)
             for step in run.steps(training, order.per_round):

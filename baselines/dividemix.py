@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from coreg.errors import exits_with_one_line
 from coreg.learn.dividemix_options import OFFICIAL, DivideMixOptions
 from coreg.nets.options import ImageConfig
-from coreg.run.settings import check_warm_up, official, official_notes, read_student
+from coreg.run.settings import check_warm_up, official, preset_fields, read_student
 from coreg.settings import JobConfig
 
 NAMES = {"single": "DivideMix, single template", "averaged": "DivideMix, averaged"}
@@ -45,7 +45,7 @@ import torch
 from annotate_vlm import annotate_digits
 from coreg.learn.dividemix import DivideMixLearner
 from coreg.learn.division import Division, Predicted, division_loss
-from coreg.learn.schedules import cosine_lr, ramp
+from coreg.learn.schedules import ramp
 from coreg.learn.tables import every_row, held, log_probabilities, owned, rows_here, rows_like
 from coreg.learn.two_nets import Divisions, Verdict, co_train_batch, partner_rows
 from coreg.report.report import summary
@@ -118,7 +118,7 @@ def co_train(run: Run, task: Task[DivideMixOptions], training: Training, lr: flo
 def learning_rate(job: JobConfig, schedule: str, epoch: int) -> float:
     """Of an epoch: `cosine` to the floor, or `step`: a tenth in the second half."""
     if schedule == "cosine":
-        return cosine_lr(epoch, job.lr, job.lr_floor, job.lr_horizon or job.epochs)
+        return job.cosine_lr(epoch)
     return job.lr * (0.1 if 2 * epoch >= job.epochs else 1.0)
 
 
@@ -142,8 +142,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     ) as run:
         if run is None:
             return
-        if method.preset == "official" and (note := official_notes(OFFICIAL, "DivideMix", job, method)):
-            run.accelerator.print(note)
+        fields = preset_fields(run, OFFICIAL, "DivideMix", method)
         task = prepare(run, method)
         noisy = one_label_each(task)
         learners = build_learners(task)
@@ -163,10 +162,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                     co_train(run, noisy, training, lr)
             run.log(training, divisions.finish_epoch() | {"lr": lr} | judge(task, training))
 
-        authors = official(OFFICIAL, job.dataset)[0] if method.preset == "official" else None
-        report = finish_networks(
-            run, task, training, nets, NAMES[method.labels_from], preset=method.preset, official_for=authors
-        )
+        report = finish_networks(run, task, training, nets, NAMES[method.labels_from], **fields)
         run.accelerator.print(summary(report, run.folder.root))
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from coreg.errors import UserError, exits_with_one_line
 from coreg.learn.partial_options import NAMES, OFFICIAL, OPTIONS, PartialOptions
 from coreg.nets.options import ImageConfig
-from coreg.run.settings import official, official_notes, read_student
+from coreg.run.settings import official, preset_fields, read_student
 from coreg.settings import JobConfig
 
 
@@ -51,7 +51,7 @@ from coreg.learn.collective import my_slice
 from coreg.learn.partial import METHODS
 from coreg.learn.partial.method import PartialBatch, PartialMethod, Passes
 from coreg.learn.pseudo import draw_mixup, mix
-from coreg.learn.schedules import Step, cosine_lr
+from coreg.learn.schedules import Step
 from coreg.report.report import summary
 from coreg.run.epoch import accuracy_on_test, end_steps
 from coreg.run.job import open_run
@@ -66,7 +66,7 @@ from coreg.weak.rules import candidate_sets, partial_accuracy
 def learning_rate(job: JobConfig, schedule: str, epoch: int) -> float:
     """Of an epoch: `cosine` to the floor, `halving` five times over the epochs, or `steps`: a tenth at 1/2 and at 3/4."""
     if schedule == "cosine":
-        return cosine_lr(epoch, job.lr, job.lr_floor, job.lr_horizon or job.epochs)
+        return job.cosine_lr(epoch)
     progress = epoch / job.epochs
     return job.lr * (0.5 ** (5 * progress) if schedule == "halving" else 0.1 ** ((progress >= 0.5) + (progress >= 0.75)))
 
@@ -90,9 +90,7 @@ def noise_rate(task: Task[PartialOptions]) -> tuple[float, str]:
 
 def build_method(task: Task[PartialOptions]) -> tuple[PartialMethod, dict[str, Any]]:
     """The method with its network and its state on the training images, on the device, and fields of the report."""
-    options, fields, accelerator = task.method, {"preset": task.method.preset}, task.accelerator
-    if options.preset == "official":
-        fields["official_for"], _ = official(OFFICIAL[options.method], task.job.dataset)
+    options, fields, accelerator = task.method, {}, task.accelerator
     if options.method.startswith("alim"):
         rate, source = noise_rate(task)
         options, fields["noise_rate"] = dataclasses.replace(options, noise_rate=rate), {"value": rate, "source": source}
@@ -202,8 +200,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if run is None:
             return
         name = NAMES[options.method]
-        if options.preset == "official" and (note := official_notes(OFFICIAL[options.method], name, job, options)):
-            run.accelerator.print(note)
+        fields = preset_fields(run, OFFICIAL[options.method], name, options)
         task = prepare(run, options)
         if options.method == "supervised":
             if (task.weak.truth < 0).all():
@@ -212,7 +209,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                     silent=not run.accelerator.is_main_process,
                 )
             task = dataclasses.replace(task, weak=task.weak.revealed())
-        method, fields = build_method(task)
+        method, more = build_method(task)
         training = run.begin([method], [build_optimizer(method.trained(), job)])
 
         for epoch in run.epochs(training, name):
@@ -228,7 +225,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             drawn = method.finish_epoch(Step(epoch, job.epochs))
             run.log(training, curves | {f"method/{key}": value for key, value in drawn.items()})
 
-        report = finish_networks(run, task, training, [method.judged()], name, **fields)
+        report = finish_networks(run, task, training, [method.judged()], name, **fields, **more)
         run.accelerator.print(summary(report, run.folder.root))
 
 

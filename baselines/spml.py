@@ -14,14 +14,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 from coreg.config import parse
 from coreg.errors import exits_with_one_line
 from coreg.learn.multi_options import NAMES, OFFICIAL, OPTIONS, MultiOptions
 from coreg.learn.options import CoRegOptions
 from coreg.nets.options import ImageConfig, check_image_options
-from coreg.run.settings import official, official_notes
+from coreg.run.settings import official, preset_fields
 from coreg.settings import JobConfig, TagJob
 
 
@@ -54,7 +53,7 @@ from coreg.learn.collective import my_slice
 from coreg.learn.multi import METHODS
 from coreg.learn.multi.best import BestEpoch
 from coreg.learn.multi.method import MultiBatch, MultiMethod
-from coreg.learn.schedules import Step, cosine_lr
+from coreg.learn.schedules import Step
 from coreg.report.report import summary
 from coreg.run.epoch import end_steps
 from coreg.run.job import open_run
@@ -64,12 +63,9 @@ from coreg.run.training import Training, build_networks, build_optimizer, placed
 from coreg.views.order import ShuffledRows
 
 
-def build_method(task: TagTask) -> tuple[MultiMethod, torch.optim.Optimizer, dict[str, Any]]:
-    """The method with its network and tables on the device, its optimiser, and fields of the report."""
-    options, fields, job = task.method, {"preset": task.method.preset}, task.job
-    if options.preset == "official":
-        fields["official_for"], _ = official(OFFICIAL[options.method], job.dataset)
-    n_labels = len(task.store.class_names)
+def build_method(task: TagTask) -> tuple[MultiMethod, torch.optim.Optimizer]:
+    """The method with its network and tables on the device, and its optimiser."""
+    options, job, n_labels = task.method, task.job, len(task.store.class_names)
     (net,) = build_networks(task.accelerator, job, task.image_options, n_labels, 1, count=1)
     method = METHODS[options.method](net, task.weak, options, job.seed, task.data.dtype)
     if job.keep == "best" and "validation" in task.others and task.truth("validation").any():
@@ -79,7 +75,7 @@ def build_method(task: TagTask) -> tuple[MultiMethod, torch.optim.Optimizer, dic
     if tables := [weight for name, weight in method.named_parameters() if not name.startswith("net.")]:
         lr = job.lr * options.estimate_speed
         optimizer.add_param_group({"params": tables, "lr": lr, "weight_decay": 0.0})
-    return method, optimizer, fields
+    return method, optimizer
 
 
 def train(run: Run, task: TagTask, training: Training, lr: float) -> None:
@@ -109,14 +105,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         if run is None:
             return
         name = NAMES[options.method]
-        if options.preset == "official" and (note := official_notes(OFFICIAL[options.method], name, job, options)):
-            run.accelerator.print(note)
+        fields = preset_fields(run, OFFICIAL[options.method], name, options)
         task = prepare_tags(run, options)
-        method, optimizer, fields = build_method(task)
+        method, optimizer = build_method(task)
         training = run.begin([method], [optimizer])
 
         for epoch in run.epochs(training, name):
-            lr, now = cosine_lr(epoch, job.lr, job.lr_floor, job.lr_horizon or job.epochs), Step(epoch, job.epochs)
+            lr, now = job.cosine_lr(epoch), Step(epoch, job.epochs)
             train(run, task, training, lr)
             end_steps(task, training)
             logits = predicted(task, method, task.data) if method.reads_all(now) else None

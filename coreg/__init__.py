@@ -4,13 +4,36 @@ What one takes from here in Python is imported when it is first asked for, so th
 """
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from coreg.interrupt import answer_for_program
 
 __version__ = "0.1.0"
 
 answer_for_program()
+
+if TYPE_CHECKING:  # for type checkers and editors, the same as below
+    from coreg.data.decode import decode as decode
+    from coreg.data.sources import open_images as open_images
+    from coreg.export.predict import Classifier as Classifier
+    from coreg.export.predict import load_classifier as load_classifier
+    from coreg.learn.coreg import CoRegBatch as CoRegBatch
+    from coreg.learn.coreg import CoRegLearner as CoRegLearner
+    from coreg.learn.coreg import WarmUpBatch as WarmUpBatch
+    from coreg.learn.division import align as align
+    from coreg.learn.division import divide as divide
+    from coreg.learn.division import division_loss as division_loss
+    from coreg.learn.memory import Prototypes as Prototypes
+    from coreg.learn.options import CoRegOptions as CoRegOptions
+    from coreg.learn.pseudo import rescale as rescale
+    from coreg.learn.two_nets import Verdict as Verdict
+    from coreg.learn.two_nets import co_train_batch as co_train_batch
+    from coreg.nets.model import Model as Model
+    from coreg.nets.model import create_backbone as create_backbone
+    from coreg.store.store import AnnotationStore as AnnotationStore
+    from coreg.views.augment import Augmentation as Augmentation
+    from coreg.views.resident import TrainingImages as TrainingImages
+    from coreg.weak.rules import candidate_sets as candidate_sets
 
 _HOMES = {
     "coreg.weak.rules": ("candidate_sets",),

@@ -26,7 +26,7 @@ import yaml
 
 from coreg import scripts
 from coreg.errors import UserError
-from coreg.plaintext import did_you_mean, without_credentials
+from coreg.plaintext import did_you_mean, one_line, without_credentials
 from coreg.records import RecordError
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -240,7 +240,7 @@ def read_yaml(path: Path) -> Any:
     except OSError as error:
         raise RecordError(error.strerror or str(error)) from None
     except Exception as error:  # not all that yaml stumbles over is a YAMLError: dates that there are not, endless nesting
-        raise RecordError(" ".join(str(error).split())[:200]) from None
+        raise RecordError(one_line(error)) from None
 
 
 def _as_arguments(settings: dict[str, Any]) -> list[str]:
@@ -258,6 +258,13 @@ def _underscored(word: str) -> str:
     """`--batch-size=3` is the same as `--batch_size=3`."""
     name, equals, value = word.partition("=")
     return name.replace("-", "_").replace("__", "--", 1) + equals + value if name.startswith("--") else word
+
+
+def paths_and_options(argv: Sequence[str] | None) -> tuple[list[str], list[str]]:
+    """The words before the first option, and the others; of `sys.argv` by default."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    first = next((place for place, word in enumerate(words) if word.startswith("-")), len(words))
+    return words[:first], words[first:]
 
 
 def names_of(*groups: type) -> set[str]:

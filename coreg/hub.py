@@ -14,6 +14,7 @@ from typing import NoReturn
 import huggingface_hub
 
 from coreg.errors import UserError
+from coreg.plaintext import first_line
 
 NETWORK_SECONDS = 8.0
 HUB = "hf-hub:"
@@ -68,8 +69,8 @@ def push_to_hub(folder: Path, name: str, kind: str, message: str) -> str:
         return str(api.upload_folder(repo_id=name, folder_path=folder, repo_type=kind, commit_message=message))
     except Exception as error:  # of the hub, of its client's network library, whichever that is in this version
         raise UserError(
-            f"{name} could not be uploaded ({_reason(error)}); check the name, the network and `hf auth login`, then try "
-            f"again"
+            f"{name} could not be uploaded ({first_line(error)}); check the name, the network and `hf auth login`, then "
+            f"try again"
         ) from None
 
 
@@ -89,13 +90,9 @@ def from_hub(spec: str, files: Sequence[str]) -> Path:
         return Path(folder)
     except Exception as error:  # as above
         raise UserError(
-            f"{spec} could not be loaded ({_reason(error)}); check the name, the network and, of a private model, "
+            f"{spec} could not be loaded ({first_line(error)}); check the name, the network and, of a private model, "
             f"`hf auth login`; or give a folder"
         ) from None
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 @contextlib.contextmanager

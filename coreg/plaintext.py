@@ -28,6 +28,16 @@ def without_credentials(text: str) -> str:
     return _URL.sub(r"\1\2", text)
 
 
+def one_line(error: object) -> str:
+    """The text of an error without line breaks, at most 300 characters of it; its kind where it has no text."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def first_line(error: object) -> str:
+    """Of the text of an error that has several lines, the first, at most 200 characters; its kind where it has no text."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
 def did_you_mean(word: str, known: Iterable[str], cutoff: float = 0.6, form: Callable[[str], str] = str) -> str:
     """A hint for the end of a message, the known word that is spelled most alike; empty where none is near.
 

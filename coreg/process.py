@@ -18,6 +18,7 @@ from accelerate.utils import (
 )
 
 from coreg.errors import UserError
+from coreg.plaintext import one_line
 from coreg.scripts import configurations
 from coreg.settings import JobConfig
 
@@ -70,7 +71,7 @@ def build_accelerator(
             ],
         )
     except ValueError as error:
-        raise UserError(f"the processes cannot start: {' '.join(str(error).split())}") from None
+        raise UserError(f"the processes cannot start: {one_line(error)}") from None
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != launched:
         raise UserError(
@@ -112,6 +113,11 @@ def main_process_decides(accelerator: Accelerator, decide: Callable[[], T]) -> T
     return answer[0]
 
 
+def of_every_process(accelerator: Accelerator, value: T) -> list[T]:
+    """What each process has, in their order; all have to call it."""
+    return gather_object([value]) if accelerator.num_processes > 1 else [value]
+
+
 def all_or_none(accelerator: Accelerator, work: Callable[[], T]) -> T:
     """Do `work` on every process; where it fails on one with a `UserError`, all raise it, and none waits for the others."""
     result, problem = None, None
@@ -119,7 +125,7 @@ def all_or_none(accelerator: Accelerator, work: Callable[[], T]) -> T:
         result = work()
     except UserError as error:
         problem = str(error)
-    problems = gather_object([problem]) if accelerator.num_processes > 1 else [problem]
+    problems = of_every_process(accelerator, problem)
     first = next((process for process, text in enumerate(problems) if text is not None), None)
     if first is not None:
         raise UserError(problems[first], silent=accelerator.process_index != first)

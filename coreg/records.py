@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from coreg.plaintext import one_line
+
 
 class RecordError(Exception):
     """A record is not what its writer wrote; the message says what is wrong with it, and where."""
@@ -112,15 +114,19 @@ def parse_record(text: str | bytes, kind: Any = dict) -> Any:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise RecordError(f"it is no JSON ({' '.join(str(error).split())})") from None
+        raise RecordError(f"it is no JSON ({one_line(error)})") from None
     check_record(value, kind)
     return value
 
 
+def hash_of(value: Any) -> str:
+    """sha256 (hex) of plain values, whatever the order of their keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
 def checksum_of(record: dict[str, Any]) -> str:
     """sha256 (hex) of everything in a record but its entry `checksum`, however the file is laid out."""
-    rest = {name: value for name, value in record.items() if name != "checksum"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+    return hash_of({name: value for name, value in record.items() if name != "checksum"})
 
 
 def read_file(path: Path, largest: int | None = None) -> bytes:

@@ -12,6 +12,7 @@ from typing import ClassVar, Literal
 
 from coreg.config import SAFE_CSV, SEEDS, advanced, option
 from coreg.errors import UserError
+from coreg.learn.schedules import cosine_lr
 from coreg.weak.prefilter import SPELLINGS
 
 # accelerate's trackers and the packages of which each needs one
@@ -146,6 +147,10 @@ class Optimiser(Steps):
     lr_horizon: int = advanced(0, "epochs of the cosine schedule; 0 for --epochs", (0, 1_000_000))
     momentum: float = advanced(0.9, "SGD momentum", (0, 0.999999))
     compile: bool = advanced(False, "compile the networks with torch.compile")
+
+    def cosine_lr(self, epoch: int) -> float:
+        """Learning rate of an epoch by the cosine schedule."""
+        return cosine_lr(epoch, self.lr, self.lr_floor, self.lr_horizon or self.epochs)
 
 
 @dataclass

@@ -1,6 +1,7 @@
 """What the documentation says can be typed can be typed: commands parse, files and names exist, the example runs."""
 
 import argparse
+import ast
 import contextlib
 import importlib
 import re
@@ -300,6 +301,14 @@ def test_everything_that_coreg_offers_is_there_and_named_in_the_documentation():
         assert f"`{name}`" in TEXT["docs/python.md"], name
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         coreg.nothing  # noqa: B018
+
+
+def test_type_checkers_see_what_coreg_offers():
+    tree = ast.parse((ROOT / "coreg" / "__init__.py").read_text())
+    (block,) = (node for node in tree.body if isinstance(node, ast.If))
+    seen = {alias.asname: f"{node.module}.{alias.name}" for node in block.body for alias in node.names}
+    assert seen == {name: f"{getattr(coreg, name).__module__}.{name}" for name in coreg.__all__}
+    assert (ROOT / "coreg" / "py.typed").is_file()
 
 
 def test_importing_coreg_is_fast():

@@ -514,7 +514,7 @@ def test_the_first_home_with_room_is_taken(free, home, small_annotated, tmp_path
 
     monkeypatch.setattr(homes, "free_memory", lambda: free)
     # two processes share the machine
-    monkeypatch.setattr(homes, "_machines", lambda accelerator: [homes.this_machine()] * (2 if home == "host" else 1))
+    monkeypatch.setattr(homes, "of_every_process", lambda accelerator, value: [value] * (2 if home == "host" else 1))
     taken = []
     for name, function in (("device", "on_device"), ("host", "in_shared_memory"), ("disk", "_on_disk")):
         monkeypatch.setattr(homes, function, lambda *args, name=name: taken.append(name) or (_ for _ in ()).throw(Stopped))

@@ -278,7 +278,7 @@ def test_blocks_that_mean_nothing(text):
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (["lorra"], "--tuner lorra is none of full, .*; did you mean lora?"),
+        (["lorra"], "--tuner lorra is none of full, .*, did you mean lora?"),
         (["vpt_shallow", "lora", "vpt_deep"], "exclude each other"),
     ],
 )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +17,7 @@ from coreg.data.decode import Resize, as_square
 from coreg.errors import UserError
 from coreg.export.ensemble import Ensemble
 from coreg.export.folder import export_folder, files_of, load_export, read_settings
+from coreg.records import hash_of
 
 # a classifier has no words: its only template stands for its one vote
 RUN_TEMPLATES = ("{}",)
@@ -40,8 +39,7 @@ def resolve_run(path: str) -> tuple[Path, str]:
         files = files_of(folder, settings["nets"])
     except OSError as error:
         raise UserError(f"cannot read {error.filename} ({error.strerror}); copy the export folder anew") from None
-    identity = json.dumps([files, {name: settings.get(name) for name in JUDGES_BY}], sort_keys=True)
-    return folder, f"sha256 {hashlib.sha256(identity.encode()).hexdigest()}"
+    return folder, f"sha256 {hash_of([files, {name: settings.get(name) for name in JUDGES_BY}])}"
 
 
 def run_class_names(folder: str) -> list[str]:

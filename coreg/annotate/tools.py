@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -28,13 +27,13 @@ from coreg.annotate.health import report
 from coreg.annotate.publish import publish
 from coreg.annotate.settings import RefineConfig, ViewConfig
 from coreg.annotate.summary import summary
-from coreg.config import SAFE_CSV, option, parse
+from coreg.config import SAFE_CSV, option, parse, paths_and_options
 from coreg.data.decode import UnreadableImage
 from coreg.errors import UserError, exits_with_one_line
-from coreg.files import check_writable, file_name, making_folder, place_below, write_atomically
+from coreg.files import check_writable, file_name, making_folder, place_below, write_atomically, writing_csv
 from coreg.hub import push_to_hub
 from coreg.nets.options import check_pixels
-from coreg.plaintext import csv_rows, printable
+from coreg.plaintext import printable
 from coreg.report.record import finished_report
 from coreg.settings import Place
 from coreg.store.manifest import block_files, read_manifest, same_command
@@ -172,15 +171,13 @@ def _rows(store: AnnotationStore, rule: str) -> Iterator[dict[str, Any]]:
 
 
 def _to_csv(store: AnnotationStore, target: Path, rule: str, safe_csv: bool) -> None:
-    text = io.StringIO(newline="")
-    write = csv_rows(text, safe_csv)
     heads = ["row", "path", "split", "label", "unreadable", "best", "probability", "candidates"]
-    write([*heads, *(f"p({name})" for name in store.class_names)])
-    for row in _rows(store, rule):
-        row["candidates"] = json.dumps(row["candidates"], ensure_ascii=False)
-        row["probability"] = f"{row['probability']:.4g}"
-        write([*(row[head] for head in heads), *(f"{share:.4g}" for share in row["probabilities"])])
-    write_atomically(target, os.fsencode(text.getvalue()))
+    with writing_csv(target, safe_csv) as write:
+        write([*heads, *(f"p({name})" for name in store.class_names)])
+        for row in _rows(store, rule):
+            row["candidates"] = json.dumps(row["candidates"], ensure_ascii=False)
+            row["probability"] = f"{row['probability']:.4g}"
+            write([*(row[head] for head in heads), *(f"{share:.4g}" for share in row["probabilities"])])
 
 
 def _to_parquet(store: AnnotationStore, target: Path, rule: str) -> None:
@@ -319,8 +316,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = COMMANDS.get(words[0])
     if command is None:
         raise UserError(f"unknown command {words[0]}; write one of {', '.join(COMMANDS)} and the folder of a store")
-    dashes = next((place for place, word in enumerate(words) if word.startswith("-")), len(words))
-    result = command(words[1:dashes], words[dashes:])
+    result = command(*paths_and_options(words[1:]))
     result, whole = result if isinstance(result, tuple) else (result, True)
     if result is not None:
         print(printable(result, lines=True))

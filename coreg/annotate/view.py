@@ -17,7 +17,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -33,7 +32,7 @@ from PIL import Image
 import coreg.nets
 from coreg.annotate.settings import ViewConfig
 from coreg.annotate.work import annotated, every_block
-from coreg.config import parse
+from coreg.config import parse, paths_and_options
 from coreg.data.decode import as_square
 from coreg.data.images import ImageList
 from coreg.data.sources import require_readable
@@ -41,9 +40,9 @@ from coreg.errors import UserError, exits_with_one_line
 from coreg.files import write_atomically
 from coreg.nets.model import check_backbone, check_weights, create_backbone, parse_backbone_args, trained_with
 from coreg.nets.options import check_pixels
-from coreg.plaintext import printable
+from coreg.plaintext import first_line, printable
 from coreg.process import all_or_none, build_accelerator, main_process_decides
-from coreg.records import Number, RecordError, read_record
+from coreg.records import Number, RecordError, hash_of, read_record
 from coreg.store.blocks import DamagedBlockError, read_block, stacked
 from coreg.store.manifest import block_files
 from coreg.store.store import AnnotationStore
@@ -126,7 +125,7 @@ def read_manifest(root: Path) -> dict[str, Any]:
 
 def job_hash(manifest: dict[str, Any]) -> str:
     """sha256 (hex) of what makes a view: the network with its weights, the pixels, the image list and the block size."""
-    return hashlib.sha256(json.dumps({key: manifest[key] for key in JOB}, sort_keys=True).encode()).hexdigest()
+    return hash_of({key: manifest[key] for key in JOB})
 
 
 def list_of(store: AnnotationStore) -> dict[str, Any]:
@@ -207,7 +206,7 @@ class Encoder:
             empty = torch.zeros(1, config.channels, side, side, dtype=torch.uint8)
             self.features = self.annotate(empty)["features"].shape[1]
         except Exception as error:  # of whatever kind the architecture's own code raises
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
             raise UserError(
                 f"backbone {config.backbone} gives no pooled features of images of {side}x{side} pixels ({reason}); choose "
                 f"another --image_size or another --backbone"
@@ -330,9 +329,8 @@ def make_view(store: AnnotationStore, config: ViewConfig, accelerator: Accelerat
 @exits_with_one_line
 def main(argv: Sequence[str] | None = None) -> int:
     """`python -m coreg.annotate.view DIR [options]`."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    folders = words[: next((place for place, word in enumerate(words) if word.startswith("-")), len(words))]
-    (config,) = parse(ViewConfig, argv=words[len(folders) :], prog="python -m coreg.annotate.view", description=__doc__)
+    folders, options = paths_and_options(argv)
+    (config,) = parse(ViewConfig, argv=options, prog="python -m coreg.annotate.view", description=__doc__)
     if len(folders) != 1:
         raise UserError(f"write the folder of one annotation store and then options, not {len(folders)} folders")
     check_pixels(config)

@@ -22,6 +22,7 @@ from coreg.data.passed_over import PassedOver
 from coreg.data.ranges import LocalFile, RangedFile
 from coreg.data.tar_index import index_of
 from coreg.errors import UserError
+from coreg.plaintext import one_line
 
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 AT_ONCE = 8  # files at URLs that are read at a time
@@ -227,7 +228,7 @@ def datasets_folder(spec: str, class_names: Sequence[str] | None) -> ImageList:
     try:
         loaded = datasets.load_from_disk(str(root))
     except Exception as error:  # pyarrow and datasets let many kinds of errors through
-        raise UserError(f"{spec} cannot be read by datasets: {' '.join(str(error).split())}; save it again") from None
+        raise UserError(f"{spec} cannot be read by datasets: {one_line(error)}; save it again") from None
     splits = dict(loaded) if isinstance(loaded, datasets.DatasetDict) else {"train": loaded}
     parts, columns, labels, names, own = [], [], [], [], None
     for name in sorted(splits, key=os.fsencode):

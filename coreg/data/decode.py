@@ -142,7 +142,7 @@ def _opened(file: str | Path | BinaryIO) -> Image.Image:
     try:
         return Image.open(file, formats=FORMATS)
     except UnidentifiedImageError:
-        with contextlib.nullcontext(file) if hasattr(file, "read") else Path(file).open("rb") as opened:
+        with Path(file).open("rb") if isinstance(file, str | Path) else contextlib.nullcontext(file) as opened:
             opened.seek(0)
             beginning = opened.read(12)
             if beginning[:4] == b"\0\0\1\0":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import difflib
 import posixpath
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from coreg.data.images import lookup
 from coreg.data.keyed import keyed_generator
 from coreg.data.label_studio import answers
 from coreg.errors import UserError
+from coreg.plaintext import did_you_mean
 
 NONE_OF_THESE = "none of these"  # in a list of labels: the image is of no class
 NONE = -2  # its class, where -1 is an unknown one
@@ -159,7 +159,7 @@ def class_of(name: str, find: Callable[[str], int], class_names: Sequence[str], 
     """
     index = find(name)
     if index < 0:
-        hint = did_you_mean(difflib.get_close_matches(name, class_names, n=1))
+        hint = did_you_mean(name, class_names, form=repr)
         raise UserError(f"{place} has the label {name!r}, which is none of the class names{hint}")
     return index
 
@@ -168,9 +168,4 @@ def _near(path: str, paths: Sequence[str]) -> str:
     """A hint at the image that was meant: one of the same file name, or else one written alike."""
     name = path.replace("\\", "/").rsplit("/", 1)[-1]
     same_name = [known for known in paths if known.rsplit("/", 1)[-1] == name]
-    return did_you_mean(difflib.get_close_matches(path, same_name or paths, n=1, cutoff=0.0 if same_name else 0.6))
-
-
-def did_you_mean(matches: Sequence[str]) -> str:
-    """The end of an error: what was meant, if there is a match."""
-    return f", did you mean {matches[0]!r}?" if matches else ""
+    return did_you_mean(path, same_name or paths, 0.0 if same_name else 0.6, repr)

@@ -19,6 +19,7 @@ from coreg.data.folders import settled, split_notes
 from coreg.data.images import HELD_OUT, TEST, ImageList, Paths, lookup, translated
 from coreg.data.ranges import LastFew, RangedFile, Reader
 from coreg.errors import UserError
+from coreg.plaintext import one_line
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -69,7 +70,7 @@ def _read_group(file: RangedFile, group: int, column: str) -> pa.ChunkedArray:
         cells = _opened(file).read_row_group(group, columns=[column], use_threads=False).column(0)
         return cells if not pa.types.is_struct(cells.type) else pa.chunked_array([chunk.field(0) for chunk in cells.chunks])
     except (pa.ArrowException, OSError) as error:
-        raise UnreadableImage(f"{file.place} is damaged ({' '.join(str(error).split())[:150]})") from None
+        raise UnreadableImage(f"{file.place} is damaged ({one_line(error)})") from None
 
 
 def _opened(file: RangedFile) -> Any:
@@ -176,7 +177,7 @@ def _read_table(file: RangedFile) -> _Table | str:
     except UnreadableImage as error:  # a file of several
         return f"{file.place} cannot be read ({error})"
     except (pa.ArrowException, OSError) as error:
-        return f"{file.place} cannot be read as a parquet file: {' '.join(str(error).split())[:150]}"
+        return f"{file.place} cannot be read as a parquet file: {one_line(error)}"
     names = features.get(label, {}).get("names") if label else None
     own = names if isinstance(names, list) and all(isinstance(name, str) for name in names) else None
     return _Table(np.cumsum([group.num_rows for group in groups], dtype=np.int64), column, labels, own)

@@ -18,7 +18,7 @@ from typing import Any, NoReturn, TypeVar
 from coreg.data.decode import UnreadableImage
 from coreg.data.ranges import LastFew
 from coreg.errors import UserError
-from coreg.plaintext import printable, without_credentials
+from coreg.plaintext import one_line, printable, without_credentials
 
 T = TypeVar("T")
 BLOCK_BYTES = 4 << 20  # read at a time: less, and a process would wait for answers rather than for bytes
@@ -244,7 +244,7 @@ def _reason(error: Exception, url: str) -> str:
     status = _status(error)
     if isinstance(error, FileNotFoundError) and (status or 404) == 404:
         return "no such file"
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = one_line(error)
     # a library may have parts of the URL in its words
     user, query = re.match(r"(?:[^/]*://([^/]*)@)?[^?]*\??(.*)", url, re.DOTALL).groups()
     for secret in filter(None, (user, query)):

@@ -104,7 +104,8 @@ def _walk(root: Path, passed_over: PassedOver) -> list[bytes]:
     """
     files: list[bytes] = []
     seen: set[tuple[int, int]] = set()
-    pending, links = [""], []
+    pending: list[str] = [""]
+    links: list[str] = []
     while pending or links:
         if not pending:
             links.sort(key=lambda link: (link.count("/"), os.fsencode(link)))  # an order that no disk decides
@@ -219,8 +220,8 @@ def _digits(class_names: Sequence[str] | None) -> ImageList:
 
     images, labels, split = load_digits_images()
     paths = Paths([b"%04d" % row for row in range(len(images))])
-    labels = translated(labels, DIGIT_NAMES, class_names)
-    return ImageList("builtin:digits", paths, labels, split, list(DIGIT_NAMES), _Array(images))
+    known = translated(labels, DIGIT_NAMES, class_names)
+    return ImageList("builtin:digits", paths, known, split, list(DIGIT_NAMES), _Array(images))
 
 
 def _digit_pictures(class_names: Sequence[str] | None) -> ImageList:
@@ -229,8 +230,8 @@ def _digit_pictures(class_names: Sequence[str] | None) -> ImageList:
 
     images, tags, split = load_digit_pictures()
     paths = Paths([b"%04d" % row for row in range(len(images))])
-    tags = translated_tags(tags, DIGIT_NAMES, class_names)
-    return ImageList("builtin:digit-pictures", paths, None, split, list(DIGIT_NAMES), _Array(images), tags=tags)
+    known = translated_tags(tags, DIGIT_NAMES, class_names)
+    return ImageList("builtin:digit-pictures", paths, None, split, list(DIGIT_NAMES), _Array(images), tags=known)
 
 
 BUILT_IN = {"builtin:digits": _digits, "builtin:digit-pictures": _digit_pictures}

@@ -6,7 +6,6 @@ Labels of N images are int8 (N, L) everywhere: +1 the image has the label, -1 it
 from __future__ import annotations
 
 import csv
-import difflib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,8 +13,9 @@ import numpy as np
 
 from coreg.data.images import lookup, translated
 from coreg.data.label_studio import BETWEEN
-from coreg.data.labels import class_of, did_you_mean, lines_of_images
+from coreg.data.labels import class_of, lines_of_images
 from coreg.errors import UserError
+from coreg.plaintext import did_you_mean
 
 PRESENT, UNKNOWN, ABSENT = 1, 0, -1
 LIST, ABSENT_LIST = "labels", "absent"  # columns whose fields are lists of names
@@ -122,8 +122,8 @@ def _columns(csv_path: str, header: Sequence[str], class_names: Sequence[str]) -
     if len(set(columns.values())) < len(columns):
         raise UserError(f"{csv_path} has two columns for one label: {', '.join(columns)}; keep one of them")
     for name in header:
-        if name not in {*columns, *RESERVED} and (near := difflib.get_close_matches(name, free, n=1, cutoff=0.8)):
-            raise UserError(f"{csv_path} has the column {name!r}, which is no label{did_you_mean(near)}")
+        if name not in {*columns, *RESERVED} and (hint := did_you_mean(name, free, 0.8, repr)):
+            raise UserError(f"{csv_path} has the column {name!r}, which is no label{hint}")
     if not columns:
         raise UserError(
             f"{csv_path} has neither a column 'labels' nor one named after a label: its first line is "

@@ -17,6 +17,7 @@ from coreg.data.ranges import LocalFile, RangedFile, Reader
 from coreg.data.remote import RemoteFile, fingerprint
 from coreg.errors import UserError
 from coreg.files import inside, write_atomically
+from coreg.plaintext import one_line
 from coreg.records import Number, RecordError, parse_record
 
 NOT_REGULAR = -1  # in the place of a size
@@ -55,7 +56,7 @@ def index_of(file: RangedFile) -> TarIndex | str:
     except UnreadableImage as error:  # a file of several
         return f"{file.place} cannot be read ({error})"
     except (tarfile.TarError, OSError, EOFError) as error:
-        return f"{file.place} cannot be read as a tar file: {' '.join(str(error).split())}"
+        return f"{file.place} cannot be read as a tar file: {one_line(error)}"
     if kept is not None:
         _keep(kept, index)
     return index

@@ -18,7 +18,7 @@ from coreg.data.decode import UnreadableImage
 from coreg.data.images import SPLITS, ImageList, Paths, translated
 from coreg.data.keyed import keyed_generator
 from coreg.errors import UserError
-from coreg.plaintext import did_you_mean
+from coreg.plaintext import did_you_mean, one_line
 
 _SIGNS = (
     "Speed limit 20|Speed limit 30|Speed limit 50|Speed limit 60|Speed limit 70|Speed limit 80|"
@@ -104,7 +104,7 @@ def _torchvision_part(name: str, split: str, data_root: str) -> Any:
         with _network_timeout(20):
             return build(data_root, download=True, **choice)
     except Exception as error:  # torchvision lets every kind of network, archive and checksum error through
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = one_line(error)
         if is_new:  # leave no folder with half a download
             shutil.rmtree(data_root, ignore_errors=True)
         raise UserError(

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save
 
 from coreg.errors import UserError
 from coreg.files import making_folder
+from coreg.plaintext import one_line
 
 SHIPPED = Path(__file__).parent / "glyph_clip"
 CONFIG_FILE = "open_clip_config.json"  # open_clip's own name, in the compact and in the full folder
@@ -69,7 +70,7 @@ def load_compact(folder: Path) -> tuple[dict, dict[str, torch.Tensor], torch.Ten
         vocabulary = config["model_cfg"]["text_cfg"]["vocab_size"]
         rows = tensors[TOKEN_TABLE].shape[0]
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise UserError(
             f"{folder} holds no compact annotator ({type(error).__name__}: {reason}); expected {CONFIG_FILE} and "
             f"{COMPACT_FILE}; write one with: python -m coreg.demo.pretrain --output NEW_FOLDER"

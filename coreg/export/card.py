@@ -8,6 +8,7 @@ import re
 from typing import Any
 
 from coreg.report.trust import trust_lines
+from coreg.webpage import percent
 
 FRONT = """---
 library_name: timm
@@ -86,8 +87,9 @@ def _accuracy_lines(report: dict[str, Any]) -> list[str]:
     for split, row in achieved.items():
         low, high = row["interval"]
         kind = "training (labels not used)" if split == "train" else "test"
-        zero_shot = f"{before[split]:.1%}" if split in before else "–"
-        lines.append(f"| {kind} | {zero_shot} | {row['ensemble']:.1%} | {low:.1%} to {high:.1%} | {row['n']} |")
+        lines.append(
+            f"| {kind} | {percent(before.get(split))} | {row['ensemble']:.1%} | {low:.1%} to {high:.1%} | {row['n']} |"
+        )
     return lines
 
 
@@ -97,7 +99,7 @@ def _class_lines(report: dict[str, Any], class_names: list[str]) -> list[str]:
         return [f"{number}. {escaped(name)}" for number, name in enumerate(class_names)]
     lines = [f"| class | annotator | this model | n ({report['per_class_split']}) |", "|---|---|---|---|"]
     for name in class_names:
-        shares = [f"{value:.0%}" if value is not None else "–" for value in map(rows[name].get, ("annotator", "ensemble"))]
+        shares = [percent(rows[name].get(who), 0) for who in ("annotator", "ensemble")]
         lines.append(f"| {escaped(name)} | {shares[0]} | {shares[1]} | {rows[name]['n']} |")
     return lines
 

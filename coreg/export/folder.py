@@ -16,6 +16,7 @@ import coreg.nets  # noqa: F401  registers the PreAct ResNets with timm
 from coreg.errors import UserError
 from coreg.files import replacing, sha256_of
 from coreg.nets.tuning import Tuning
+from coreg.plaintext import one_line
 from coreg.records import Each, Maybe, Number, RecordError, check_record, checksum_of, read_record
 
 SCHEMA = 1
@@ -176,6 +177,6 @@ def _load_net(folder: Path, number: int, settings: dict[str, Any]) -> nn.Module:
         if rule := settings.get("tuning"):
             Tuning(**rule | {"tuners": tuple(rule["tuners"])}).restore(net, load_file(place / TUNED))
     except Exception as error:  # a damaged configuration can raise anything in timm
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = one_line(error)
         raise UserError(f"{place} cannot be loaded ({reason}); {REMEDY}") from None
     return net.eval()

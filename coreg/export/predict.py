@@ -31,7 +31,7 @@ from coreg.export.folder import CONFIG, REMEDY, SETTINGS, TUNED, WEIGHTS, load_e
 from coreg.export.programs import open_onnx
 from coreg.files import check_writable, writing_csv
 from coreg.hub import HUB, from_hub
-from coreg.plaintext import printable
+from coreg.plaintext import first_line, printable
 from coreg.progress import progress_bar
 from coreg.records import RecordError, read_file
 
@@ -104,7 +104,8 @@ class Classifier:
             UserError: what the model gives are no probabilities.
         """
         for start in range(0, len(images), batch_size):
-            rows, failed = np.arange(start, min(start + batch_size, len(images))), {}
+            failed: dict[int, str] = {}
+            rows = np.arange(start, min(start + batch_size, len(images)))
             pixels = decode(images, rows, self.image_size, self.channels, workers, failed, self.resize)
             yield rows, self._probabilities(pixels), failed
 
@@ -115,7 +116,7 @@ class Classifier:
         except Exception as error:  # of onnxruntime or PyTorch, on networks that do not fit their own settings
             raise UserError(
                 f"the model cannot be run on images of {self.image_size}x{self.image_size} pixels "
-                f"({(str(error).strip() or type(error).__name__).splitlines()[0][:200]}); {REMEDY}"
+                f"({first_line(error)}); {REMEDY}"
             ) from None
         wanted = (len(pixels), len(self.class_names))
         if probabilities.shape != wanted:
@@ -169,7 +170,8 @@ def _from_onnx(path: Path) -> Classifier:
 
 def _classifier(about: dict[str, Any], run: Callable[[Tensor], Tensor]) -> Classifier:
     names, at = about["class_names"], about.get("thresholds")
-    resize, thresholds = about.get("resize") or "squash", None if at is None else np.array(at, dtype=np.float64)
+    resize: Resize = about.get("resize") or "squash"
+    thresholds = None if at is None else np.array(at, dtype=np.float64)
     return Classifier(names, about["image_size"], about["channels"], run, resize, thresholds)
 
 

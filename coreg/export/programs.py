@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from coreg.errors import UserError
 from coreg.export.folder import ABOUT, check_about
+from coreg.plaintext import first_line
 from coreg.records import RecordError, parse_record
 
 Kind = Literal["onnx", "torch_export"]
@@ -49,7 +50,7 @@ def as_program(ensemble: nn.Module, settings: dict[str, Any], kind: Kind) -> tup
             program = torch.export.export(ensemble, (example,), dynamic_shapes={"images": {0: torch.export.Dim("n")}})
             return (_as_onnx if kind == "onnx" else _as_torch)(program, about)
     except (RuntimeError, ValueError, NotImplementedError, torch._dynamo.exc.TorchDynamoException) as error:
-        raise UserError(f"these networks cannot be written as {kind} ({str(error).strip().splitlines()[0]})") from None
+        raise UserError(f"these networks cannot be written as {kind} ({first_line(error)})") from None
 
 
 def _require(package: str) -> None:
@@ -140,5 +141,5 @@ def open_onnx(model: bytes, name: str, gpu: bool) -> tuple[Any, dict[str, Any]]:
         check_about(about)
         return onnxruntime.InferenceSession(model, options, providers=[*cuda, "CPUExecutionProvider"]), about
     except Exception as error:  # those of onnxruntime and of protobuf have no common base class
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise UserError(f"{name} is no ONNX model that coreg-export wrote ({reason}); write it anew with it") from None

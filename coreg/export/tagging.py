@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import csv
-import difflib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from coreg.data.images import lookup
-from coreg.data.labels import did_you_mean
 from coreg.data.tags import BETWEEN
 from coreg.errors import UserError
+from coreg.plaintext import did_you_mean
 from coreg.records import Each, Number, RecordError, read_record
 
 WANTED = "give a number from 0 to 1, a CSV file with label,threshold, or a JSON object of them"
@@ -72,7 +71,7 @@ def _from_file(path: str, class_names: Sequence[str], own: np.ndarray) -> np.nda
     pairs = _pairs_of_json(path) if path.lower().endswith(".json") else _pairs_of_csv(path)
     for name, value in pairs:
         if (index := find(name)) < 0:
-            hint = did_you_mean(difflib.get_close_matches(name, class_names, n=1))
+            hint = did_you_mean(name, class_names, form=repr)
             raise UserError(f"{path} has the label {name!r}, which is none of the model's{hint}")
         result[index] = value
     return result

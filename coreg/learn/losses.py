@@ -19,19 +19,20 @@ from torch.nn import functional as F
 from coreg.learn.options import Contrast
 
 
-def _wide(x: Tensor) -> Tensor:
+def wide(x: Tensor) -> Tensor:
+    """In float32 or wider."""
     return x if x.dtype == torch.float64 else x.float()
 
 
 def _similarity(a: Tensor, b: Tensor) -> Tensor:
     """a b^T, (n, D), (m, D) -> (n, m), in float32 or wider: autocast would multiply float32 matrices in bfloat16."""
     with torch.autocast(a.device.type, enabled=False):
-        return _wide(a) @ _wide(b).T
+        return wide(a) @ wide(b).T
 
 
 def log_probabilities(logits: Tensor) -> Tensor:
     """log softmax over the last axis, float32 or wider, shape of `logits`."""
-    return F.log_softmax(_wide(logits), dim=-1)
+    return F.log_softmax(wide(logits), dim=-1)
 
 
 def partial_cross_entropy(logits: Tensor, candidates: Tensor) -> Tensor:

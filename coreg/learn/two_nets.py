@@ -31,13 +31,13 @@ class Verdict:
     guess: Table | None = None  # (N, C), mean prediction of two weak views, where it is made once an epoch
     features: Table | None = None  # (N, D), of the first of these views, likewise
 
-    def state_dict(self) -> dict[str, Tensor | None]:
+    def state_dict(self) -> dict[str, Any]:
         """Whole tables; those whose rows processes own come together on process 0 alone. All have to call it."""
         whole = {name: value.gathered() if isinstance(value, OwnedRows) else value for name, value in vars(self).items()}
         return whole | {"trusted": torch.from_numpy(self.trusted)}
 
     @classmethod
-    def from_state(cls, state: dict[str, Tensor | None], device: torch.device, sharded: bool = False) -> Verdict:
+    def from_state(cls, state: dict[str, Any], device: torch.device, sharded: bool = False) -> Verdict:
         """What `state_dict` gave; `sharded` where this process is to have the rows that it owns."""
         tables = {name: value for name, value in state.items() if name in ("targets", "guess", "features")}
         for name, value in tables.items():

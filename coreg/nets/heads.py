@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from coreg.errors import UserError
+from coreg.plaintext import one_line
 
 Kind = Literal["cosine", "l2", "layernorm", "projected"]
 LAYER_NORM_EPS = 1e-12
@@ -48,7 +49,7 @@ class ClassText:
             tensors = load_file(folder / TEXT)
             return cls(tensors["features"], tensors["projection"], tensors["shift"], float(tensors["scale"]))
         except Exception as error:  # safetensors lets many kinds through
-            reason = " ".join(str(error).split())[:150]
+            reason = one_line(error)
             raise UserError(
                 f"{folder / TEXT} holds no text features of classes ({reason}); delete {folder} and give the same command "
                 f"again"

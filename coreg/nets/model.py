@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 from contextlib import AbstractContextManager, nullcontext
@@ -19,6 +18,7 @@ from coreg.errors import UserError
 from coreg.hub import cache_only, hub_answers
 from coreg.nets.heads import has_one_linear_classifier
 from coreg.nets.tuners.frozen import halve_frozen
+from coreg.plaintext import did_you_mean, first_line
 from coreg.records import Number, RecordError, check_record, read_record
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -56,8 +56,7 @@ def check_backbone(name: str, arguments: str = "{}") -> None:
             if path.exists() and not path.is_file():  # a pipe would be waited for
                 raise UserError(f"backbone {name}: {path} is no file; give a folder that timm's save_for_hf wrote")
     elif not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), n=1)
-        hint = f", did you mean {near[0]}?" if near else ""
+        hint = did_you_mean(name, timm.list_models())
         raise UserError(f"unknown backbone {name}{hint} (timm.list_models() has them all; a folder is local-dir:PATH)")
 
 
@@ -118,10 +117,6 @@ def on_the_hub(name: str, pretrained: bool) -> dict[str, str]:
     return {"base_model": str(place.hf_hub_id)} if place is not None and place.hf_hub_id else {}
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-
-
 def create_backbone(name: str, n_classes: int, channels: int, arguments: dict[str, Any], pretrained: bool) -> nn.Module:
     """Any timm model by name, or `local-dir:FOLDER` with weights, with a classifier of `n_classes`.
 
@@ -139,13 +134,13 @@ def create_backbone(name: str, n_classes: int, channels: int, arguments: dict[st
     except UserError:
         raise
     except TypeError as error:
-        raise UserError(f"backbone {name} does not take these --backbone_args: {_first_line(error)}") from None
+        raise UserError(f"backbone {name} does not take these --backbone_args: {first_line(error)}") from None
     except Exception as error:  # of whatever kind the architecture's own code raises
         way_out = "choose other --backbone_args or another --backbone"
         if local or pretrained:
             network = "check the network, or train from scratch with --pretrained false"
             way_out = "check the folder" if local else network
-        raise UserError(f"backbone {name} could not be loaded ({_first_line(error)}); {way_out}") from None
+        raise UserError(f"backbone {name} could not be loaded ({first_line(error)}); {way_out}") from None
 
 
 def evaluate_lone_values(net: nn.Module) -> None:
@@ -363,5 +358,5 @@ def _problem(name: str, n_classes: int, size: int, channels: int, arguments: dic
             return "its logits do not come from its head on pooled features"
         net.train()(images)
     except Exception as error:  # of whatever kind the architecture's own code raises
-        return _first_line(error)
+        return first_line(error)
     return None

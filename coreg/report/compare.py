@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from coreg.config import beside_the_job, names_of, option, parse, read_yaml
+from coreg.config import beside_the_job, names_of, option, parse, paths_and_options, read_yaml
 from coreg.errors import UserError, exits_with_one_line
 from coreg.files import check_writable, sha256_of, write_atomically
 from coreg.learn.partial_options import OPTIONS
@@ -87,9 +87,7 @@ def read_settings(path: Path) -> dict[str, str]:
 @exits_with_one_line
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `coreg-report`."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    dashes = next((place for place, word in enumerate(words) if word.startswith("-")), len(words))
-    paths, options = words[:dashes], words[dashes:]
+    paths, options = paths_and_options(argv)
     (config,) = parse(CompareConfig, argv=options, prog="coreg-report PATH ...", description=__doc__)
     if not paths:
         raise UserError("no runs are named; write for example: coreg-report runs/*")

@@ -31,6 +31,7 @@ from coreg.report.tags import tag_summary
 from coreg.report.trust import trust_lines
 from coreg.store.store import AnnotationStore
 from coreg.weak.rules import candidate_sets, mean_candidates, partial_accuracy
+from coreg.webpage import percent
 
 PACKAGES = (
     "coreg",
@@ -276,7 +277,7 @@ def prefilter_line(filtered: dict[str, Any]) -> str:
     shares = (
         ""
         if covered.get("after") is None
-        else (f"; {_percent(covered['before'], 1)} of the sets held the truth, and {_percent(covered['after'], 1)} do")
+        else (f"; {percent(covered['before'])} of the sets held the truth, and {percent(covered['after'])} do")
     )
     return (
         f"Pre-filter {filtered['rule']}: mean candidates {sizes['before']:.2f} before and {sizes['after']:.2f} after"
@@ -295,13 +296,9 @@ def label_free_lines(report: dict[str, Any]) -> list[str]:
     lines = ["", f"{'without labels':<24}{head}   (train: the images that were trained on)"]
     for name, by_split in shares.items():
         if by_split:
-            lines.append(f"{name:<24}" + "".join(f"{_percent(by_split.get(split), 1):>8}" for split in splits))
+            lines.append(f"{name:<24}" + "".join(f"{percent(by_split.get(split)):>8}" for split in splits))
     lines += [f"{'consensus':<24}{scores['consensus']:>8.1%}"] if "consensus" in scores else []
     return lines
-
-
-def _percent(share: float | None, digits: int = 0) -> str:
-    return "–" if share is None else f"{share:.{digits}%}"
 
 
 def summary(report: dict[str, Any], root: Path) -> str:
@@ -321,11 +318,11 @@ def summary(report: dict[str, Any], root: Path) -> str:
         for split in ("train", "test"):
             if split in achieved:
                 before, after = zero_shot.get(split), achieved[split]["ensemble"]
-                between = f"{_percent(mended.get(split), 1):>10}" if mended else ""
+                between = f"{percent(mended.get(split)):>10}" if mended else ""
                 low, high = achieved[split]["interval"]
                 gain = "" if before is None else f"{100 * (after - before):+.1f}"
                 lines.append(
-                    f"{split:<12}{_percent(before, 1):>10}{between}{after:>{wide}.1%}{gain:>8}"
+                    f"{split:<12}{percent(before):>10}{between}{after:>{wide}.1%}{gain:>8}"
                     f"   (95 % interval {low:.1%} to {high:.1%}, n = {achieved[split]['n']})"
                 )
     if filtered := (report.get("weak_labels") or {}).get("prefilter"):
@@ -341,7 +338,7 @@ def summary(report: dict[str, Any], root: Path) -> str:
         ]
         for name, row in rows.items():
             if row.get("ensemble") is not None:
-                before, after = _percent(row.get("annotator")), row["ensemble"]
+                before, after = percent(row.get("annotator"), 0), row["ensemble"]
                 lines.append(f"{name[:28]:<{width}}{before:>10}{after:>{wide}.0%}   n = {row['n']}")
     else:
         lines.append("No true labels are known, so there is no accuracy to report.")

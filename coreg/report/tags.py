@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,8 @@ import numpy as np
 from PIL import Image
 
 from coreg.data.tags import ABSENT, BETWEEN, PRESENT
-from coreg.files import write_atomically, writing_csv
+from coreg.files import writing_csv
 from coreg.label.page import PAGE, LabelPage
-from coreg.plaintext import csv_rows
 from coreg.report.multi_metrics import average_precisions, measure_labels
 from coreg.report.page_images import ASKED, asked, in_turn, script_of
 
@@ -133,10 +131,8 @@ def write_tags(
     Raises:
         UserError: it cannot be written.
     """
-    text = io.StringIO(newline="")
-    write = csv_rows(text, safe)
-    write(["path", "labels", *(f"p({name})" for name in class_names)])
-    for image, row in zip(paths, probabilities):
-        named = BETWEEN.join(name for name, p, least in zip(class_names, row, at) if p >= least)
-        write([image, named, *(f"{p:.4f}" for p in row)])
-    write_atomically(path, text.getvalue())
+    with writing_csv(path, safe) as write:
+        write(["path", "labels", *(f"p({name})" for name in class_names)])
+        for image, row in zip(paths, probabilities):
+            named = BETWEEN.join(name for name, p, least in zip(class_names, row, at) if p >= least)
+            write([image, named, *(f"{p:.4f}" for p in row)])

@@ -13,6 +13,7 @@ import torch
 
 from coreg.errors import UserError
 from coreg.files import making_folder, sha256_of
+from coreg.plaintext import one_line
 from coreg.records import Number, RecordError, read_record
 
 KEPT = 2
@@ -74,4 +75,4 @@ def load(folder: Path, number: int) -> dict[str, Any]:
     try:
         return torch.load(folder / f"{number:08d}" / "state.pt", map_location="cpu", weights_only=True)
     except Exception as error:  # of the archive, of the restricted unpickler, or of whatever it was handed
-        raise RecordError(f"{type(error).__name__}: {' '.join(str(error).split())}") from None
+        raise RecordError(f"{type(error).__name__}: {one_line(error)}") from None

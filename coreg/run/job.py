@@ -19,11 +19,11 @@ from coreg.annotate.changes import before_and_after
 from coreg.annotate.refined import refine_store
 from coreg.annotate.settings import RefineConfig, ViewConfig
 from coreg.annotate.tower import write_tower
-from coreg.config import as_settings, as_yaml, beside_the_job, check_bounds
+from coreg.config import as_settings, as_yaml, beside_the_job
 from coreg.errors import UserError
 from coreg.files import sha256_of
 from coreg.nets.model import check_backbone, check_network, check_weights, parse_backbone_args, trained_with
-from coreg.nets.options import ANNOTATOR, ImageConfig, check_image_options
+from coreg.nets.options import ANNOTATOR, ImageConfig
 from coreg.nets.tuners.apply import check_tuners
 from coreg.nets.tuners.audit import audit
 from coreg.plaintext import printable, without_credentials
@@ -38,7 +38,6 @@ from coreg.run.task import known_labels, training_rows
 from coreg.run.training import build_model
 from coreg.settings import JobConfig, check_tracker
 from coreg.store.store import AnnotationStore
-from coreg.weak.rules import parse_rule
 
 
 @contextlib.contextmanager
@@ -71,7 +70,7 @@ def open_run(
         return
     job.output_dir = job.output_dir or default_folder
     image_options = next((group for group in settings if isinstance(group, ImageConfig)), None)
-    check_settings(settings, image_options)
+    check_settings(job, image_options)
     folder, all_settings = RunFolder(job.output_dir), as_settings(*settings)
     identity = {"script": script} | {k: v for k, v in all_settings.items() if k not in beside_the_job(*settings)}
     accelerator = build_accelerator(job.mixed_precision, job.report_to, job.output_dir, job.timeout_minutes)
@@ -168,20 +167,16 @@ def annotators_store(job: JobConfig, store: AnnotationStore) -> AnnotationStore:
     return judged
 
 
-def check_settings(settings: tuple[Any, ...], image_options: ImageConfig | None) -> None:
+def check_settings(job: JobConfig, image_options: ImageConfig | None) -> None:
     """Refuse what no script can work with, before anything is opened.
 
     Raises:
         UserError: the first thing that is wrong.
     """
-    job = settings[0]
-    check_bounds(*settings)
     check_tracker(job.report_to)
-    parse_rule(job.candidates)
     if not job.annotations and (job.images or job.data_root):
         raise UserError("--images and --data_root say where the images of --annotations are now; give that too")
     if image_options is not None:
-        check_image_options(image_options)
         check_tuners(image_options.tuner or ())
         if image_options.backbone != ANNOTATOR:
             check_backbone(image_options.backbone, image_options.backbone_args)

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from PIL import Image
 from torch import Tensor
 
@@ -29,7 +28,7 @@ from coreg.errors import UserError
 from coreg.files import reason_of, this_machine
 from coreg.learn.collective import gather_rows, my_slice
 from coreg.plaintext import printable
-from coreg.process import all_or_none, main_process_decides
+from coreg.process import all_or_none, main_process_decides, of_every_process
 from coreg.progress import progress_bar
 from coreg.store.pixels import PixelWriter, folder_name, gigabytes, make_manifest, start_folder
 from coreg.views.ahead import ReadAhead
@@ -143,7 +142,7 @@ def choose_home(run: Run, source: Source, root: Path, count: int) -> str:
     accelerator, asked, need = run.accelerator, run.job.pixels, count * source.length
     if asked == "disk":
         return asked
-    processes = _machines(accelerator).count(this_machine())
+    processes = of_every_process(accelerator, this_machine()).count(this_machine())
     have = free_memory()
     if accelerator.device.type == "cuda":
         free = torch.cuda.mem_get_info(accelerator.device)[0]
@@ -158,7 +157,7 @@ def choose_home(run: Run, source: Source, root: Path, count: int) -> str:
             room = {name: there // 2 for name, there in room.items()}
     if not hasattr(os, "memfd_create"):
         room["host"] = 0
-    gathered = gather_object([room]) if accelerator.num_processes > 1 else [room]
+    gathered = of_every_process(accelerator, room)
     least = {name: min(one[name] for one in gathered) for name in room}
     if asked != "auto":
         if need > least[asked]:
@@ -235,11 +234,6 @@ def room_for_training(run: Run, count: int) -> int:
     return passes + 10 * weights + tables
 
 
-def _machines(accelerator: Accelerator) -> list[str]:
-    """The machine of each process."""
-    return gather_object([this_machine()]) if accelerator.num_processes > 1 else [this_machine()]
-
-
 def _shown(accelerator: Accelerator, parts: range) -> Iterable[int]:
     """The parts of a set, with a bar where decoding them takes more than moments."""
     return progress_bar(iterable=parts, desc="decoding", unit="part", delay=3, disable=not accelerator.is_main_process)
@@ -278,14 +272,14 @@ def in_shared_memory(accelerator: Accelerator, source: Source, read: Read, rows:
     Raises:
         UserError: some cannot be read any more; on every process.
     """
-    machines, number = _machines(accelerator), accelerator.process_index
+    machines, number = of_every_process(accelerator, this_machine()), accelerator.process_index
     group = [process for process, machine in enumerate(machines) if machine == machines[number]]
     descriptor, path = -1, ""
     if number == group[0]:
         descriptor = os.memfd_create("coreg-pixels")
         os.ftruncate(descriptor, len(rows) * source.length)
         path = f"/proc/{os.getpid()}/fd/{descriptor}"
-    paths = gather_object([path]) if len(machines) > 1 else [path]
+    paths = of_every_process(accelerator, path)
     failed, problems = {}, []
     try:
         if number != group[0]:
@@ -303,7 +297,7 @@ def in_shared_memory(accelerator: Accelerator, source: Source, read: Read, rows:
 
 def _refuse(accelerator: Accelerator, source: Source, failed: dict[int, str], problems: list[UserError]) -> None:
     """Raise on every process what one of them has met, images that all of them together could not read first."""
-    every = gather_object([failed]) if accelerator.num_processes > 1 else [failed]
+    every = of_every_process(accelerator, failed)
     failed = {row: reason for one in every for row, reason in one.items()}
     if failed:
         error = no_longer_readable(source.images, failed)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from coreg.config import as_settings, parse
 from coreg.errors import UserError
@@ -13,6 +13,9 @@ from coreg.settings import JobConfig
 from coreg.store.preprocessing import annotators_pixels
 from coreg.weak.prefilter import parse_prefilter
 from coreg.weak.rules import parse_rule
+
+if TYPE_CHECKING:
+    from coreg.run.loop import Run
 
 
 def read_student(
@@ -94,6 +97,15 @@ def official_notes(values: Mapping[str, Mapping[str, Any]], name: str, job: JobC
     if others:
         notes.append(f"note: --preset official but for {', '.join(others)}, from recipe or command line")
     return "\n".join(notes)
+
+
+def preset_fields(run: Run, values: Mapping[str, Mapping[str, Any]], name: str, method: Any) -> dict[str, Any]:
+    """What the report says of `--preset` of the method called `name`; `official_notes` are printed."""
+    if method.preset != "official":
+        return {"preset": method.preset}
+    if note := official_notes(values, name, run.job, method):
+        run.accelerator.print(note)
+    return {"preset": "official", "official_for": official(values, run.job.dataset)[0]}
 
 
 def check_labels(job: JobConfig) -> None:

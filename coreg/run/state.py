@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from coreg.learn.two_nets import Divisions
+from coreg.plaintext import one_line
 from coreg.records import Each, Maybe, Number, RecordError, check_record
 from coreg.run.training import Training
 
@@ -28,7 +29,7 @@ def take_state(training: Training, state: Any) -> None:
     try:
         training.load_state_dict(state)
     except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
-        raise RecordError(" ".join(str(error).split())) from None
+        raise RecordError(one_line(error)) from None
     for number, (optimizer, groups) in enumerate(zip(training.optimizers, own)):
         _check_optimizer(optimizer, groups, f"optimizers[{number}]")
 

@@ -15,6 +15,7 @@ from safetensors.numpy import save
 
 from coreg.errors import UserError
 from coreg.files import write_atomically
+from coreg.plaintext import one_line
 from coreg.records import Number, RecordError, check_record, parse_record
 from coreg.store.manifest import tile_count
 
@@ -82,7 +83,7 @@ def _read(path: Path, with_tensors: bool) -> tuple[dict[str, Any], dict[int, str
             check_record(reason, str, f"errors.{row}")
         return head, {int(row): reason for row, reason in head["errors"].items()}, tensors
     except Exception as error:  # safetensors lets many kinds through: damage can be anywhere
-        raise DamagedBlockError(f"it cannot be read ({' '.join(str(error).split())})") from None
+        raise DamagedBlockError(f"it cannot be read ({one_line(error)})") from None
 
 
 def read_block(path: Path, index: int, job: str) -> tuple[dict[str, np.ndarray], dict[int, str], str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 from coreg.data.images import ImageList, list_hash
 from coreg.data.joined import PREFIX, joined_spec
 from coreg.errors import UserError
-from coreg.records import Each, Maybe, Number, RecordError, check_record, parse_record, read_record
+from coreg.records import Each, Maybe, Number, RecordError, check_record, hash_of, parse_record, read_record
 from coreg.scripts import launched
 
 SCHEMA = "coreg-annotations"
@@ -165,7 +164,7 @@ def job_hash(manifest: dict[str, Any]) -> str:
     if manifest["version"] > 1:
         hashed = manifest.get("hashed_spec")
         job["images"] = job["images"] | {"spec": set_name(job["images"]["spec"]) if hashed is None else hashed}
-    return hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()
+    return hash_of(job)
 
 
 def moved(manifest: dict[str, Any], spec: str, data_root: str) -> dict[str, Any]:

@@ -15,7 +15,6 @@ bytes. Blocks begin where pages do, so that no page has two writers, which would
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -34,7 +33,7 @@ from coreg.data.images import ImageList, list_hash
 from coreg.data.pixels import CHUNK_BYTES, StoredPixels, write_at
 from coreg.errors import UserError
 from coreg.files import making_folder, reason_of, write_atomically
-from coreg.records import Number, RecordError, read_record
+from coreg.records import Number, RecordError, hash_of, read_record
 from coreg.store.blocks import DamagedBlockError, read_block
 from coreg.store.manifest import set_name
 from coreg.store.writer import BlockWriter
@@ -74,7 +73,7 @@ def make_manifest(images: ImageList, size: int, channels: int, resize: Resize) -
 
 
 def _hash(manifest: dict[str, Any], *more: str) -> str:
-    return hashlib.sha256(json.dumps({key: manifest[key] for key in (*JOB, *more)}, sort_keys=True).encode()).hexdigest()
+    return hash_of({key: manifest[key] for key in (*JOB, *more)})
 
 
 def folder_name(manifest: dict[str, Any]) -> str:

@@ -36,7 +36,7 @@ from safetensors.numpy import load, load_file
 from coreg.data.images import HELD_OUT, ImageList, Paths, absolute_path, list_hash, unescape
 from coreg.data.sources import open_images
 from coreg.errors import UserError
-from coreg.plaintext import without_credentials
+from coreg.plaintext import one_line, without_credentials
 from coreg.records import RecordError, read_file, read_record
 from coreg.store.blocks import BadEvidenceError, DamagedBlockError, check_evidence, read_block, stacked, unpack_answers
 from coreg.store.manifest import DRAWN, PEOPLE, block_files, job_hash, make_manifest, moved, read_manifest, same_command
@@ -97,7 +97,7 @@ class AnnotationStore:
         unreadable = np.zeros(len(paths), dtype=bool)
         unreadable[list(reasons)] = True
         digest = hashlib.sha256("\n".join(checksums).encode()).hexdigest()
-        known = labels if (labels >= 0).any() else None
+        known = labels if labels is not None and (labels >= 0).any() else None
         return cls(root, manifest, paths, known, samples.split, unreadable, digest, samples.tags)
 
     def __len__(self) -> int:
@@ -208,7 +208,7 @@ class AnnotationStore:
     def answers(self) -> list[list[str]] | None:
         """What a chat model answered, N lists of T texts; None where the annotator does not answer in words."""
         packed = [load_file(file).get("answers") for file in block_files(self.root, self.manifest)]
-        return None if packed[0] is None else [row for part in packed for row in unpack_answers(part)]
+        return None if packed[0] is None else [row for part in packed if part is not None for row in unpack_answers(part)]
 
     def at(self, images: str | None, data_root: str | None) -> AnnotationStore:
         """This store with its images in another place than the one they were annotated in, where one is given.
@@ -285,7 +285,7 @@ def read_samples(root: Path, manifest: dict[str, Any]) -> ImageList:
         name = CHECKSUMS
         wanted = read_record(root / name, {"samples.safetensors": str}) if (root / name).exists() else {}
     except Exception as error:  # safetensors lets many kinds through
-        raise UserError(f"{damaged}: {name}: {' '.join(str(error).split())}; {again}") from None
+        raise UserError(f"{damaged}: {name}: {one_line(error)}; {again}") from None
     paths = Paths([os.fsencode(unescape(os.fsdecode(line))) if b"\\" in line else line for line in lines])
     if list_hash(paths) != manifest["images"]["sha256"]:
         raise UserError(f"{damaged}: images.txt was changed; {again}")

@@ -16,7 +16,6 @@ neither on the other images nor on the machine. No image is decoded but for a ne
 from __future__ import annotations
 
 import csv
-import difflib
 import hashlib
 import sys
 from collections.abc import Sequence
@@ -34,6 +33,7 @@ from coreg.data.class_names import read_class_names
 from coreg.data.images import HELD_OUT, TRAIN, ImageList, absolute_path, list_hash
 from coreg.data.sources import open_images
 from coreg.errors import UserError, exits_with_one_line
+from coreg.plaintext import did_you_mean, one_line
 from coreg.store.manifest import DRAWN, PEOPLE
 from coreg.store.store import AnnotationStore, StoreWriter, make_manifest
 from coreg.weak.labels import WeakLabels, drawn_summary
@@ -208,7 +208,7 @@ def read_probabilities(path: str, n_images: int, n_classes: int) -> np.ndarray:
         with safe_open(path, framework="pt") as file:
             probs = file.get_tensor("probs").double().numpy()
     except (SafetensorError, OSError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise UserError(f"cannot read the tensor probs in {path}: {reason}; write it with safetensors.save_file") from None
     if probs.shape != (n_images, n_classes):
         raise UserError(f"{path} holds probs of shape {probs.shape}; wanted ({n_images}, {n_classes}): images, classes")
@@ -232,8 +232,7 @@ def read_superclasses(path: str, names: Sequence[str]) -> np.ndarray:
             for row in reader:
                 name = row["class"]
                 if name not in names or name in superclasses or not row["superclass"]:
-                    near = difflib.get_close_matches(name, names, n=1)
-                    hint = f" (is it {near[0]!r}?)" if near and name not in names else ""
+                    hint = "" if name in names else did_you_mean(name, names, form=repr)
                     raise UserError(
                         f"{path} line {reader.line_num} names the class {name!r}{hint}; write every class name once, "
                         f"with its super-class"

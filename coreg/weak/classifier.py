@@ -10,6 +10,7 @@ from coreg.data.decode import decode, no_longer_readable
 from coreg.data.images import ImageList
 from coreg.errors import UserError
 from coreg.nets.model import check_backbone, check_weights
+from coreg.plaintext import first_line
 
 _ROWS = 512  # images decoded at a time
 _BATCH = 64
@@ -32,7 +33,7 @@ def classifier_probabilities(name: str, images: ImageList, n_classes: int, worke
     try:
         network = timm.create_model(name, pretrained=True).eval()
     except Exception as error:  # of whatever kind the architecture's own code raises
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        reason = first_line(error)
         raise UserError(f"network {name} could not be loaded ({reason}); check the folder or the network") from None
     if network.num_classes != n_classes:
         raise UserError(

@@ -18,7 +18,7 @@ from safetensors.numpy import save
 from coreg.data.images import HELD_OUT, TRAIN
 from coreg.errors import UserError
 from coreg.files import write_atomically
-from coreg.plaintext import printable
+from coreg.plaintext import one_line, printable
 from coreg.records import Number, RecordError, parse_record
 from coreg.scripts import launched
 from coreg.store.manifest import DRAWN
@@ -188,7 +188,7 @@ class WeakLabels:
             if weak.hash != head["hash"]:
                 raise RecordError("its hash does not match")
         except Exception as error:  # safetensors lets many kinds through
-            reason = " ".join(str(error).split())
+            reason = one_line(error)
             raise UserError(f"{path} does not hold the weak labels of a run: {reason}; train again to have them") from None
         return weak
 

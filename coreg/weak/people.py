@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from coreg.errors import UserError
+from coreg.plaintext import one_line
 from coreg.records import Each, Number, RecordError, check_record, read_file, read_record
 
 FILE = "plcifar10.pkl"
@@ -106,7 +107,7 @@ def plain_pickle(data: bytes) -> Any:
             elif name not in _IGNORED:
                 raise RecordError(f"it holds more than dicts, lists and whole numbers ({name})")
     except (ValueError, IndexError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        raise RecordError(f"it is no whole pickle ({' '.join(str(error).split())[:80]})") from None
+        raise RecordError(f"it is no whole pickle ({one_line(error)})") from None
     if len(stack) != 1:
         raise RecordError("it is no whole pickle")
     return stack[0]

@@ -15,11 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from coreg.learn.losses import wide
+
 EPSILON = 1e-5
-
-
-def _wide(logits: Tensor) -> Tensor:
-    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def _either(where: Tensor, yes: float, no: float, like: Tensor) -> Tensor:
@@ -29,8 +27,8 @@ def _either(where: Tensor, yes: float, no: float, like: Tensor) -> Tensor:
 
 def probabilities(logits: Tensor) -> tuple[Tensor, Tensor]:
     """p and 1-p, float32 or wider, shape of `logits` each."""
-    wide = _wide(logits)
-    return torch.sigmoid(wide), torch.sigmoid(-wide)
+    z = wide(logits)
+    return torch.sigmoid(z), torch.sigmoid(-z)
 
 
 def negative_log(p: Tensor) -> Tensor:
@@ -52,7 +50,7 @@ def soft_loss(logits: Tensor, target: Tensor | float) -> Tensor:
 
 def entropy(logits: Tensor) -> Tensor:
     """H(p), (n, L)."""
-    return soft_loss(logits, torch.sigmoid(_wide(logits)))
+    return soft_loss(logits, torch.sigmoid(wide(logits)))
 
 
 def assume_negative(logits: Tensor, observed: Tensor, unknown_weight: float = 1.0) -> Tensor:
@@ -69,7 +67,7 @@ def smoothed(logits: Tensor, observed: Tensor, smoothing: float, unknown_alone: 
 
     Cole et al. write smoothing / 2 in the paper; this is their code.
     """
-    share = _either(observed == 0, smoothing, 0.0 if unknown_alone else smoothing, _wide(logits.detach()))
+    share = _either(observed == 0, smoothing, 0.0 if unknown_alone else smoothing, wide(logits.detach()))
     return soft_loss(logits, torch.where(observed > 0, 1 - share, share))
 
 
@@ -107,10 +105,10 @@ def count_regulariser(p: Tensor, expected: float) -> Tensor:
 
 def focal(logits: Tensor, observed: Tensor, gamma: float, alpha: float) -> Tensor:
     """Focal loss with unknown labels as absent (Lin et al., ICCV 2017); alpha < 0 for none. -> (n, L)."""
-    target = (observed > 0).to(_wide(logits).dtype)
+    target = (observed > 0).to(wide(logits).dtype)
     p, q = probabilities(logits)
     missing = torch.where(target > 0, q, p)
-    loss = F.binary_cross_entropy_with_logits(_wide(logits), target, reduction="none") * missing**gamma
+    loss = F.binary_cross_entropy_with_logits(wide(logits), target, reduction="none") * missing**gamma
     return loss if alpha < 0 else _either(target > 0, alpha, 1 - alpha, target) * loss
 
 

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from coreg.data.keyed import keyed_uniform
 from coreg.errors import UserError
 from coreg.learn.collective import gather_rows, my_rows
+from coreg.learn.losses import wide
 from coreg.learn.multi.losses import (
     assume_negative,
     ignore_unknown,
@@ -89,9 +90,9 @@ class LLR(MultiMethod):
         """(l, L) losses of AN, with the natural logarithm; bool (l, L), whether they are large; bool (n, L), the largest
         but one at least, of the global batch."""
         rows, n = my_rows(index), len(index)
-        wide = logits if logits.dtype == torch.float64 else logits.float()
-        target = (self.observed[rows] > 0).to(wide.dtype)
-        each = F.binary_cross_entropy_with_logits(wide, target, reduction="none")
+        z = wide(logits)
+        target = (self.observed[rows] > 0).to(z.dtype)
+        each = F.binary_cross_entropy_with_logits(z, target, reduction="none")
         losses, unknown = gather_rows(each.detach(), n), self.observed[index] == 0
         large, largest = large_losses(losses, unknown, self._count(losses.numel(), step))
         return each, my_rows(large), largest

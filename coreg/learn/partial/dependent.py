@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from coreg.learn.collective import gather_rows, my_rows, my_slice, write_rows
-from coreg.learn.losses import divergence, log_probabilities
+from coreg.learn.losses import divergence, log_probabilities, wide
 from coreg.learn.partial.method import Outputs, PartialMethod, Passes, uniform, within
 from coreg.learn.partial.plain import PRODEN
 from coreg.learn.schedules import Step, ramp
@@ -104,7 +104,7 @@ class IDGP(PartialMethod):
     def _split(outputs: Outputs) -> tuple[Tensor, Tensor]:
         """log f, and the logits of g, (l, C) each, in float32 or wider."""
         f, z = outputs.logits[0].chunk(2, dim=1)
-        return log_probabilities(f), z if z.dtype == torch.float64 else z.float()
+        return log_probabilities(f), wide(z)
 
     def _cross_entropy(self, log_f: Tensor, targets: Tensor) -> Tensor:
         return -(targets * torch.log(log_f.exp() + self.inside)).sum(dim=1)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from coreg.learn.collective import my_rows, write_rows
-from coreg.learn.losses import divergence, log_probabilities, partial_cross_entropy, soft_cross_entropy
+from coreg.learn.losses import divergence, log_probabilities, partial_cross_entropy, soft_cross_entropy, wide
 from coreg.learn.partial.method import Outputs, PartialMethod, Passes, uniform, within
 from coreg.learn.schedules import Step, ramp
 
@@ -87,8 +87,8 @@ class LWS(LWC):
 
     @staticmethod
     def _class_losses(logits: Tensor) -> tuple[Tensor, Tensor]:
-        wide = logits if logits.dtype == torch.float64 else logits.float()
-        return torch.sigmoid(-wide), torch.sigmoid(wide)
+        z = wide(logits)
+        return torch.sigmoid(-z), torch.sigmoid(z)
 
 
 class CRDPLL(PartialMethod):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import difflib
 from collections.abc import Callable, Sequence
 
 import torch
@@ -13,6 +12,7 @@ from torch.nn.utils import parametrize
 from coreg.errors import UserError
 from coreg.nets.tuners import inserts, own, tokens
 from coreg.nets.tuners.tower import Tower, TunerOptions
+from coreg.plaintext import did_you_mean
 
 Tuner = Callable[[Tower, TunerOptions], nn.ModuleDict]
 # in the order in which they act where several change the same layer
@@ -44,8 +44,7 @@ def check_tuners(names: Sequence[str]) -> None:
     """
     for name in names:
         if name not in TUNERS:
-            near = difflib.get_close_matches(name, TUNERS, n=1)
-            raise UserError(f"--tuner {name} is none of {', '.join(TUNERS)}{f'; did you mean {near[0]}?' if near else ''}")
+            raise UserError(f"--tuner {name} is none of {', '.join(TUNERS)}{did_you_mean(name, TUNERS)}")
     if {"vpt_shallow", "vpt_deep"} <= set(names):
         raise UserError("--tuner has both vpt_shallow and vpt_deep, which exclude each other; leave out one")
 
