@@ -19,7 +19,7 @@ from coreg.errors import UserError, exits_with_one_line
 from coreg.learn.multi_options import NAMES, OFFICIAL, OPTIONS, MultiOptions
 from coreg.learn.options import CoRegOptions
 from coreg.nets.options import ImageConfig, check_image_options
-from coreg.run.settings import official, official_notes
+from coreg.run.settings import official, official_notes, pixels_of_weights
 from coreg.settings import JobConfig, TagJob
 
 
@@ -32,6 +32,7 @@ def read_settings(argv: Sequence[str]) -> tuple[TagJob, ImageConfig, MultiOption
         argv=argv,
         default_recipe=lambda typed: "folder",
         preset=lambda job, image_options, method: official(OFFICIAL[method.method], job.dataset, method.preset)[1],
+        implied=pixels_of_weights,
         kinds=("method", OPTIONS),
         others=(CoRegOptions, JobConfig),
         prog="baselines/spml.py",
