@@ -20,7 +20,7 @@ from coreg.errors import exits_with_one_line
 from coreg.learn.multi_options import NAMES, OFFICIAL, OPTIONS, MultiOptions
 from coreg.learn.options import CoRegOptions
 from coreg.nets.options import ImageConfig, check_image_options
-from coreg.run.settings import official, preset_fields
+from coreg.run.settings import official, pixels_of_weights, preset_fields
 from coreg.settings import JobConfig, TagJob
 
 
@@ -33,6 +33,7 @@ def read_settings(argv: Sequence[str]) -> tuple[TagJob, ImageConfig, MultiOption
         argv=argv,
         default_recipe=lambda typed: "folder" if "annotations" in typed else "digit_pictures",
         preset=lambda job, image_options, method: official(OFFICIAL[method.method], job.dataset, method.preset)[1],
+        implied=pixels_of_weights,
         kinds=("method", OPTIONS),
         others=(CoRegOptions, JobConfig),
         prog="baselines/spml.py",

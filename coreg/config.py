@@ -277,18 +277,20 @@ def parse(
     argv: Sequence[str] | None = None,
     default_recipe: Callable[[Mapping[str, Any]], str] | None = None,
     preset: Callable[..., Mapping[str, Any]] | None = None,
+    implied: Callable[..., Mapping[str, Any]] | None = None,
     kinds: tuple[str, Mapping[str, type]] | None = None,
     others: Sequence[type] = (),
     prog: str | None = None,
     description: str | None = None,
 ) -> tuple[Any, ...]:
-    """Fill each dataclass of `groups`: defaults, then the preset, then the recipe, then what was typed.
+    """Fill each dataclass of `groups`: defaults, then the preset, then the recipe, then what was typed and implies.
 
     Args:
         groups: dataclasses whose fields were made by `option`; no field name occurs twice.
         argv: the arguments without the program's name, by default `sys.argv[1:]`.
         default_recipe: names the recipe where `argv` names none, from what was typed.
         preset: the preset's settings, from the filled dataclasses as they are without it.
+        implied: settings that follow from what was typed and win over the recipe, from that and the filled dataclasses.
         kinds: an option and, for each of its values, one more dataclass to fill; all have the option and its default.
         others: dataclasses of other scripts, whose settings a recipe may hold too; they are passed over.
         prog: the program's name in messages. description: the help's opening text; its layout is kept.
@@ -335,8 +337,12 @@ def parse(
 
     configs = filled(below, recipe, typed)
     if preset:
-        configs = filled(below, parser.layer(_as_arguments(preset(*configs))), recipe, typed)
+        below |= parser.layer(_as_arguments(preset(*configs)))
+        configs = filled(below, recipe, typed)
     check_bounds(*configs)
+    if implied:
+        configs = filled(below, recipe, parser.layer(_as_arguments(implied(typed, *configs))), typed)
+        check_bounds(*configs)
     return configs
 
 

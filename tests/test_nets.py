@@ -1,6 +1,7 @@
 """The backbone's peculiarities, its parameter count, and the way through timm's own save and load."""
 
 import copy
+import inspect
 import json
 import os
 import re
@@ -10,7 +11,7 @@ import huggingface_hub
 import pytest
 import timm
 import torch
-from runs import refused
+from runs import error_of, refused, script
 from safetensors.torch import save_file
 from torch import nn
 
@@ -18,6 +19,7 @@ import train_coreg
 from coreg.errors import UserError
 from coreg.export.ensemble import export
 from coreg.export.folder import load_export
+from coreg.nets.made_for import trained_with
 from coreg.nets.model import (
     Model,
     check_backbone,
@@ -25,7 +27,6 @@ from coreg.nets.model import (
     check_weights,
     create_backbone,
     evaluate_lone_values,
-    trained_with,
 )
 from coreg.nets.options import ImageConfig
 from coreg.nets.preact import PreActBlock
@@ -295,3 +296,41 @@ def test_a_network_that_does_not_fit_leaves_no_run_folder(small_store, tmp_path,
     words += ["--image_size", "32", "--backbone", "vit_tiny_patch16_224", "--backbone_args"]
     error = refused(capsys, train_coreg.main, *words, '{"depth": 1}')
     assert "--image_size 224" in error and not (tmp_path / "run" / "job.json").exists()
+
+
+@pytest.mark.parametrize("name", ["vit_base_patch16_clip_224.openai", "resnet50_clip.openai"])
+def test_size_and_pixels_come_with_a_network_of_one_size(name):
+    read = script("pll").read_settings
+    clip = ([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711])
+
+    def pixels(*words):
+        _, image_options, _ = read(["--annotations", "ann", "--backbone", name, *words])
+        return image_options.image_size, image_options.mean, image_options.std
+
+    assert pixels() == (224, *clip)  # the recipe "folder" trains another network on 128 pixels
+    assert pixels("--recipe", "eurosat", "--pretrained") == (224, *clip)
+    assert pixels("--image_size", "64") == (64, *clip) and pixels("--mean", "0.5") == (224, [0.5], clip[1])
+    assert pixels("--backbone_args", '{"img_size": 96}') == (96, *clip)
+    assert pixels("--pretrained", "false") == (128, [0.5], [0.5])  # trained from nothing
+    assert pixels("--channels", "1") == (224, [0.5], [0.5])  # the weights' are of three channels
+
+
+def test_size_and_pixels_of_other_networks_are_the_recipes(tmp_path):
+    read, usual = script("pll").read_settings, (128, [0.5])
+    for words in ([], ["--backbone", "resnet18"], ["--backbone", "convnext_atto"], ["--backbone", "preact_resnet18"]):
+        _, image_options, _ = read(["--annotations", "ann", *words])
+        assert (image_options.image_size, image_options.mean) == usual
+    # a recipe that names its network has the last word; saved settings are one
+    (tmp_path / "mine.yaml").write_text("backbone: vit_base_patch16_clip_224.openai\npretrained: true\nimage_size: 32\n")
+    _, image_options, _ = read(["--recipe", str(tmp_path / "mine.yaml")])
+    assert image_options.image_size == 32
+    # of a folder: its own configuration, which may say nothing
+    folder, words = tmp_path / "net", ["--annotations", "ann", "--backbone", f"local-dir:{tmp_path / 'net'}"]
+    folder.mkdir()
+    own = {"fixed_input_size": True, "input_size": [3, 48, 48], "mean": [0.1] * 3, "std": [0.2] * 3}
+    for config, wanted in ((own, (48, [0.1] * 3)), (own | {"fixed_input_size": False}, usual), ({}, usual)):
+        (folder / "config.json").write_text(json.dumps({"architecture": "vit", "pretrained_cfg": config}))
+        _, image_options, _ = read(words)
+        assert (image_options.image_size, image_options.mean) == wanted
+    (folder / "config.json").write_text(json.dumps({"pretrained_cfg": own | {"mean": [123.0] * 3}}))
+    assert "--mean is 123.0; give a number from 0 to 1" in error_of(inspect.unwrap(read), words)

@@ -125,7 +125,9 @@ def test_text_becomes_the_weights_of_a_head(store, tmp_path):
     assert texts == ["a photo of a a cat.", "a photo of a the dog.", "a photo of a blue whale."]
     assert class_texts(store, "classname", None)[0] == ["a cat", "the dog", "blue whale"]
     assert class_texts(store, "annotator", None) is None  # as they stand in the store
-    assert len(class_texts(store, "ensemble", None)[0]) == 27 * 3
+    ensemble, classes = class_texts(store, "ensemble", None)
+    assert len(set(ensemble)) == 80 * 3 and classes.tolist() == [0, 1, 2] * 80
+    assert ensemble[:2] == ["a bad photo of a a cat.", "a bad photo of a the dog."] and "itap of a blue whale." in ensemble
     write_tower(store, tmp_path / "tower", "default")
     towers = load_towers(resolve(store.manifest["model"]["spec"]), CPU, "fp32")
     with torch.no_grad():

@@ -26,7 +26,7 @@ from coreg.weak.__main__ import main
 from coreg.weak.labels import WeakLabels
 from coreg.weak.long_tail import long_tail, tail_counts
 from coreg.weak.noise import flip, hierarchical, instance, noise_report, pico, uniform, uniforms, uss
-from coreg.weak.people import aggregate, plain_pickle, read_people, vaguest
+from coreg.weak.people import aggregate, plain_pickle, read_people, vaguest, validation_rows
 from coreg.weak.rules import candidate_sets
 
 REFERENCE = Path(__file__).parent / "reference"
@@ -265,6 +265,15 @@ def test_shares_out_of_range_are_refused(wrong):
         flip(LABELS, 6, 0.1, 0.1, 0)
     with pytest.raises(ValueError, match="at least 2"):
         flip(np.zeros(3, dtype=np.int64), 1, 0.1, 0.1, 0)
+
+
+def test_the_images_that_are_held_out_for_validation_are_those_of_plench():
+    """Keys shuffled as a list by numpy's legacy generator; the seeds are MD5 digests of "(0,)" and "(3,)" modulo 2^31."""
+    for seed, hashed in ((0, 0x5C8A950061AA331153F4A172BBCBFD1B), (3, 0xD3395E15F605BC35AB1BAC6341A285E2)):
+        keys = list(range(57))
+        np.random.RandomState(hashed % 2**31).shuffle(keys)
+        assert validation_rows(57, 0.1, seed).tolist() == keys[:5]
+    assert validation_rows(9, 0.1, 0).tolist() == []
 
 
 # ---- sets that people gave ------------------------------------------------------------------------------------------
@@ -555,6 +564,12 @@ def test_sets_of_people_are_a_store_without_labels_and_without_an_annotator(plac
         assert store.manifest["model"]["spec"] == f"synthetic:people({rule})" and store.drawn
         with pytest.raises(UserError, match="candidate sets that people gave, and this needs"):
             store.votes()
+    # a tenth of the training images is held out; their sets are those that people gave to them
+    main(arguments(place, tmp_path / "held", "--rule", rule, "--people", str(tmp_path), "--validation", "0.1"))
+    held, train = AnnotationStore.open(tmp_path / "held"), np.flatnonzero(store.split == 0)
+    assert np.flatnonzero(held.split == 2).tolist() == sorted(train[validation_rows(30, 0.1, 0)].tolist())
+    np.testing.assert_array_equal(candidate_sets(held), sets)
+    assert held.manifest["model"]["spec"] == "synthetic:people(vaguest), validation(share=0.1,seed=0)"
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
+import open_clip
 import timm
 import torch
 from PIL import Image
@@ -13,7 +14,7 @@ from torch.nn import functional as F
 
 from coreg.annotate.annotators import Towers, load_towers
 from coreg.annotate.models import one_line, resolve
-from coreg.annotate.prompts import CLASSNAME, PHOTO, TEMPLATES, plain_names, prompts, read_descriptions
+from coreg.annotate.prompts import CLASSNAME, PHOTO, plain_names, prompts, read_descriptions
 from coreg.annotate.scores import description_texts, judging_texts
 from coreg.errors import UserError
 from coreg.files import making_folder
@@ -112,7 +113,8 @@ def class_texts(store: AnnotationStore, head_prompts: str, descriptions: str | N
         return description_texts(names, texts)
     if head_prompts == "annotator":
         return None
-    templates = {"default": [PHOTO], "classname": [CLASSNAME], "ensemble": TEMPLATES}[head_prompts]
+    ensemble = [template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES]
+    templates = {"default": [PHOTO], "classname": [CLASSNAME], "ensemble": ensemble}[head_prompts]
     return prompts(templates, plain_names(names)), torch.arange(len(names)).repeat(len(templates))
 
 

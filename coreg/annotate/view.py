@@ -38,7 +38,8 @@ from coreg.data.images import ImageList
 from coreg.data.sources import require_readable
 from coreg.errors import UserError, exits_with_one_line
 from coreg.files import write_atomically
-from coreg.nets.model import check_backbone, check_weights, create_backbone, parse_backbone_args, trained_with
+from coreg.nets.made_for import trained_with
+from coreg.nets.model import check_backbone, check_weights, create_backbone, parse_backbone_args
 from coreg.nets.options import check_pixels
 from coreg.plaintext import first_line, printable
 from coreg.process import all_or_none, build_accelerator, main_process_decides

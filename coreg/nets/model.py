@@ -17,9 +17,9 @@ from torch.nn import functional as F
 from coreg.errors import UserError
 from coreg.hub import cache_only, hub_answers
 from coreg.nets.heads import has_one_linear_classifier
+from coreg.nets.made_for import own_size
 from coreg.nets.tuners.frozen import halve_frozen
 from coreg.plaintext import did_you_mean, first_line
-from coreg.records import Number, RecordError, check_record, read_record
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 
@@ -86,29 +86,6 @@ def _needs_the_hub(name: str) -> bool:
     return bool(config.hf_hub_id) and not any(
         isinstance(huggingface_hub.try_to_load_from_cache(config.hf_hub_id, file), str) for file in WEIGHT_FILES
     )
-
-
-def _made_for(name: str) -> dict[str, Any]:
-    """What a timm model's or folder's weights were trained with, by timm's names; nothing where the folder is damaged."""
-    if name.startswith("local-dir:"):
-        try:
-            config = read_record(Path(name.removeprefix("local-dir:")) / "config.json")
-        except RecordError:
-            return {}  # `create_backbone` says what is wrong with the folder
-        config = config.get("pretrained_cfg", config)
-    else:
-        config = timm.get_pretrained_cfg(name, allow_unregistered=True).to_dict()
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in config.items()} if isinstance(config, dict) else {}
-
-
-def trained_with(name: str) -> tuple[list[float], list[float]] | None:
-    """Mean and deviation of the pixels, in 0..1, that a timm model's or folder's weights were trained with, if it tells."""
-    config, numbers = _made_for(name), [Number(whole=False)]
-    try:
-        check_record(config, {"mean": numbers, "std": numbers})
-    except RecordError:
-        return None
-    return (config["mean"], config["std"]) if len(config["mean"]) == len(config["std"]) else None
 
 
 def on_the_hub(name: str, pretrained: bool) -> dict[str, str]:
@@ -312,7 +289,7 @@ def check_network(name: str, n_classes: int, size: int, channels: int, arguments
         if problem is None:
             return
         fitting = []
-        own, resized = _own_size(name), arguments | {"img_size": size}
+        own, resized = own_size(name), arguments | {"img_size": size}
         if own not in (None, size) and _fits(name, n_classes, own, channels, arguments):
             fitting.append(f"--image_size {own}")
         if resized != arguments and _fits(name, n_classes, size, channels, resized):
@@ -328,16 +305,6 @@ def _fits(name: str, n_classes: int, size: int, channels: int, arguments: dict[s
         return _problem(name, n_classes, size, channels, arguments) is None
     except UserError:
         return False
-
-
-def _own_size(name: str) -> int | None:
-    """The side of the images that a timm model or folder was made for."""
-    config = _made_for(name)
-    try:
-        check_record(config, {"input_size": [Number(1, 8192)]})
-    except RecordError:
-        return None
-    return config["input_size"][-1]
 
 
 @torch.no_grad()

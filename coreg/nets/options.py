@@ -58,8 +58,8 @@ class TuningOptions:
     )
     head_prompts: Literal["default", "classname", "ensemble", "descriptions", "annotator"] = advanced(
         "default",
-        'texts of --head_init text: "a photo of a {}.", the class name alone, the papers\' 27 templates, the descriptions '
-        "that the images were annotated with, or all that they were annotated with",
+        'texts of --head_init text: "a photo of a {}.", the class name alone, CLIP\'s 80 templates for ImageNet, the '
+        "descriptions that the images were annotated with, or all that they were annotated with",
     )
     descriptions: str | None = advanced(
         None, "JSON file, class name to a list of texts, which --head_init text takes instead of prompts", job=False

@@ -22,7 +22,8 @@ from coreg.annotate.tower import write_tower
 from coreg.config import as_settings, as_yaml, beside_the_job
 from coreg.errors import UserError
 from coreg.files import sha256_of
-from coreg.nets.model import check_backbone, check_network, check_weights, parse_backbone_args, trained_with
+from coreg.nets.made_for import trained_with
+from coreg.nets.model import check_backbone, check_network, check_weights, parse_backbone_args
 from coreg.nets.options import ANNOTATOR, ImageConfig
 from coreg.nets.tuners.apply import check_tuners
 from coreg.nets.tuners.audit import audit

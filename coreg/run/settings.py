@@ -9,7 +9,7 @@ from coreg.config import as_settings, parse
 from coreg.errors import UserError
 from coreg.learn.options import CoRegOptions
 from coreg.nets.options import ANNOTATOR, ImageConfig, check_image_options
-from coreg.settings import JobConfig
+from coreg.settings import JobConfig, TagJob
 from coreg.store.preprocessing import annotators_pixels
 from coreg.weak.prefilter import parse_prefilter
 from coreg.weak.rules import parse_rule
@@ -53,6 +53,7 @@ def read_student(
         argv=argv,
         default_recipe=usual,
         preset=below,
+        implied=pixels_of_weights,
         kinds=kinds,
         others=(CoRegOptions,),
         prog=script,
@@ -67,6 +68,24 @@ def read_student(
             "as --prefilter topk"
         )
     return job, image_options, method
+
+
+def pixels_of_weights(
+    typed: Mapping[str, Any], job: JobConfig | TagJob, image_options: ImageConfig, *_: Any
+) -> dict[str, Any]:
+    """Size and statistics of the pixels that come with a network that was typed, not with the recipe's.
+
+    Those of its weights, where it has some and takes images of one size alone; a network that takes any size has no size.
+    """
+    name = image_options.backbone
+    if "backbone" not in typed or not (image_options.pretrained or name.startswith("local-dir:")) or name == ANNOTATOR:
+        return {}
+    # here and not above: it takes seconds to import
+    from coreg.nets.made_for import own_pixels
+    from coreg.nets.model import check_backbone, parse_backbone_args
+
+    check_backbone(name, image_options.backbone_args)
+    return own_pixels(name, image_options.channels, parse_backbone_args(image_options.backbone_args))
 
 
 def official(

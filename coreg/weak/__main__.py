@@ -38,7 +38,7 @@ from coreg.store.manifest import DRAWN, PEOPLE
 from coreg.store.store import AnnotationStore, StoreWriter, make_manifest
 from coreg.weak.labels import WeakLabels, drawn_summary
 from coreg.weak.long_tail import long_tail
-from coreg.weak.people import aggregate, read_people, vaguest
+from coreg.weak.people import aggregate, read_people, vaguest, validation_rows
 
 BLOCK_SIZE = 16_384  # rows a block of the store
 # rule -> the options that it takes, with their defaults
@@ -84,6 +84,9 @@ class WeakConfig:
         "held out",
         (1, 1e9),
     )
+    validation: float = option(
+        0.0, "share of the training images that is held out, those of PLENCH's validation split of this seed", (0, 0.9)
+    )
     seed: int = option(0, "seed of all draws", SEEDS)
     classes: str | None = option(None, "text file with one class name a line; default: the names that the images carry")
     output_dir: str = option("runs/synthetic/annotations", "folder of the store")
@@ -109,6 +112,11 @@ def draw(config: WeakConfig) -> AnnotationStore:
     if config.imbalance > 1:
         images.split = _tail(config, images, len(names))
         origin += f", long_tail(imbalance={config.imbalance:g},seed={config.seed})"
+    if config.validation:
+        train = np.flatnonzero(images.split == TRAIN)
+        images.split = images.split.copy()
+        images.split[train[validation_rows(len(train), config.validation, config.seed)]] = HELD_OUT
+        origin += f", validation(share={config.validation:g},seed={config.seed})"
     # there are no weights; the sets themselves stand for labels, probabilities and super-classes they were made of
     content = hashlib.sha256(np.packbits(table, axis=1).tobytes()).hexdigest()
     job = make_manifest(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import pickletools
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,20 @@ def aggregate(sets: list[list[list[int]]], n_classes: int) -> np.ndarray:
 def vaguest(sets: list[list[list[int]]], n_classes: int) -> np.ndarray:
     """PLCIFAR10-Vaguest, bool (N, C): the largest set that one person gave, the first of several as large."""
     return aggregate([[max(given, key=len)] for given in sets], n_classes)
+
+
+def validation_rows(n: int, share: float, seed: int) -> np.ndarray:
+    """Positions int64 of the training images that PLENCH puts aside for validation, int(n * share) of n.
+
+    They are the first of a shuffle of all by numpy's legacy generator, whose seed is the MD5 of "(seed,)" modulo 2^31.
+
+    Args:
+        seed: its trial seed.
+    """
+    digest = hashlib.md5(str((seed,)).encode(), usedforsecurity=False).hexdigest()
+    order = np.arange(n)
+    np.random.RandomState(int(digest, 16) % 2**31).shuffle(order)
+    return order[: int(n * share)]
 
 
 def plain_pickle(data: bytes) -> Any:
