@@ -45,10 +45,10 @@ STAGES = {
     "own": "the CLIP's own candidate sets",
 }
 # training images a class, of which --share takes some; the long tail begins with all of a class
-_CHOSEN = {"annotator": "clip", "per_class": 250, "tested": 100, "clip": ("--per_class", "100")}
+_CHOSEN = {"annotator": "clip", "per_class": 250, "tested": 60, "clip": ("--per_class", "100")}
 SETS = {"eurosat": ImageSet("EuroSAT", **_CHOSEN), "cifar10": ImageSet("CIFAR-10", **_CHOSEN)}
-IMAGES = 800
-TUNERS = ("full", "linear", "vpt_deep", "adaptformer", "lora")
+IMAGES = 500
+TUNERS = ("adaptformer", "linear", "full", "lora", "vpt_deep")
 FPS, OF_CLIP = "fps_", "annotations"  # folders of candidate sets
 TUNER, MIDDLE = "adaptformer", f"{FPS}0.5"  # where a stage asks about something else
 Q = ("0.1", "0.3", "0.5", "0.7")  # of the paper's CIFAR-10
@@ -66,8 +66,8 @@ RATES = {
         ("--optimizer", "adamw", "--lr", "0.0005", "--lr_floor", "0.0005", "--weight_decay", "0.00001"),
     ),
 }
-RATE = "sgd"  # of all other stages
-MODULES = ("annotate_vlm", "baselines.pll", "benchmarks.tiny_clip", "coreg.weak.__main__")
+RATE = "adam"  # of all other stages, by the scores without labels of stage `rates`
+MODULES = ("annotate_vlm", "baselines.pll", "baselines.zero_shot", "open_clip")
 
 
 def mark_of(store: Path) -> Path:
@@ -134,7 +134,7 @@ def wanted(which: str) -> Iterator[tuple[str, Tuned]]:
     if which == "rates":
         yield from ((MIDDLE, Tuned("cr_dpll", tuner, rate=rate)) for tuner in TUNERS for rate in RATES)
     elif which == "methods":
-        yield from ((MIDDLE, Tuned(method, tuner)) for method in NAMES for tuner in TUNERS)
+        yield from ((MIDDLE, Tuned(method, tuner)) for tuner in TUNERS for method in NAMES)
     elif which == "start":
         for start in STARTS:
             yield from ((MIDDLE, Tuned("cr_dpll", tuner, start)) for tuner in TUNERS)

@@ -42,6 +42,7 @@ ELSEWHERE = {
     "benchmarks.annotate": "test_benchmarks.py",
     "benchmarks.tiny_clip": "test_benchmarks.py",
     "benchmarks.evidence": "test_evidence.py",
+    "benchmarks.partialclip": "test_partialclip.py",
     "benchmarks.conse": "test_evidence.py",
     "benchmarks.lite": "test_evidence.py",
     "benchmarks.spoil": "test_evidence.py",

@@ -22,12 +22,12 @@ def test_a_plan_has_every_method_and_tuner_seeds_outermost_and_each_job_once(tmp
     assert len({job.name for job in jobs}) == len({job.mark for job in jobs}) == len(jobs)
     for method in NAMES:
         for tuner in TUNERS:
-            assert f"cifar10/{method}_{tuner}_text_none_sgd-fps_0.5-1" in runs
-        assert f"eurosat/{method}_adaptformer_text_none_sgd-tail-0" in runs
+            assert f"cifar10/{method}_{tuner}_text_none_adam-fps_0.5-1" in runs
+        assert f"eurosat/{method}_adaptformer_text_none_adam-tail-0" in runs
     for q in ("0.1", "0.3", "0.5", "0.7"):
-        assert f"eurosat/lws_adaptformer_text_topk_sgd-fps_{q}-0" in runs
-    assert "eurosat/records_adaptformer_random_none_sgd-tail-0" in runs
-    assert "eurosat/cr_dpll_lora_text_none_sgd-annotations-0" in runs
+        assert f"eurosat/lws_adaptformer_text_topk_adam-fps_{q}-0" in runs
+    assert "eurosat/records_adaptformer_random_none_adam-tail-0" in runs
+    assert "eurosat/cr_dpll_lora_text_none_adam-annotations-0" in runs
     marks = set()
     for job in jobs:
         assert set(job.needs) <= marks, job.name
