@@ -60,6 +60,7 @@ from coreg.run.epoch import end_steps
 from coreg.run.job import open_run
 from coreg.run.loop import Run
 from coreg.run.tags import TagTask, finish_tags, judge_tags, predicted, prepare_tags
+from coreg.run.task import pooled
 from coreg.run.training import Training, build_networks, build_optimizer, placed
 from coreg.views.order import ShuffledRows
 
@@ -72,6 +73,8 @@ def build_method(task: TagTask) -> tuple[MultiMethod, torch.optim.Optimizer]:
     if job.keep == "best" and "validation" in task.others and task.truth("validation").any():
         method.best = BestEpoch(net)
     method = placed(method, task.accelerator, job)
+    for images in (task.data, *task.others.values()) if net.features_are_fixed else ():
+        images.features = pooled(net, images, np.arange(len(images.samples)), 4 * job.batch_size)
     optimizer = build_optimizer(method.net, job)
     if tables := [weight for name, weight in method.named_parameters() if not name.startswith("net.")]:
         lr = job.lr * options.estimate_speed
@@ -80,7 +83,7 @@ def build_method(task: TagTask) -> tuple[MultiMethod, torch.optim.Optimizer]:
 
 
 def train(run: Run, task: TagTask, training: Training, lr: float) -> None:
-    """Train for an epoch on one weak view of every image."""
+    """Train for an epoch on one view of every image."""
     job, epoch = task.job, training.epoch
     order = ShuffledRows(np.arange(len(task.data.samples)), job.batch_size, ("train", job.seed, epoch))
     now = Step(epoch, job.epochs)
@@ -92,7 +95,7 @@ def train(run: Run, task: TagTask, training: Training, lr: float) -> None:
     task.data.read_ahead(my_rows, range(training.step, order.per_round))
     for step in run.steps(training, order.per_round):
         rows = order.batch(step)
-        view = task.data.view("weak", my_rows(step), ("0", epoch, step))
+        view = task.data.inputs(task.method.view, my_rows(step), ("0", epoch, step))
         training.learn(MultiBatch(task.data.places(rows), now, view), lr)
 
 

@@ -13,6 +13,7 @@ annotation store like any other, of real, pretrained zero-shot mistakes; it is o
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,11 +30,14 @@ from benchmarks.lite import imagenet_lite, package_folder
 from coreg.annotate.health import write_report
 from coreg.annotate.prompts import TEMPLATES, prompts
 from coreg.annotate.summary import summary
-from coreg.data.decode import decode
+from coreg.annotate.tiles import tiles_of
+from coreg.data.decode import UnreadableImage, as_square, decode
+from coreg.data.images import ImageList
 from coreg.data.sources import open_images
 from coreg.errors import UserError, exits_with_one_line
 from coreg.files import sha256_of
 from coreg.store.store import AnnotationStore, StoreWriter, make_manifest
+from coreg.store.texts import TextFeatures, write_texts
 
 SIDE, MEAN, STD = 160, 0.5, 0.5
 BATCH_SIZE, BLOCK_SIZE = 64, 2048
@@ -114,8 +118,21 @@ def imagenet_probabilities(classifier: torch.nn.Module, pixels: torch.Tensor) ->
     return F.softmax(torch.cat(logits).double(), dim=1).numpy()
 
 
-def annotate(spec: str, glosses: dict[str, str], output: Path) -> AnnotationStore:
+def tile_pixels(images: ImageList, rows: range, sides: Sequence[int]) -> np.ndarray:
+    """The parts of images (`coreg.annotate.tiles`), uint8 (n, M, 3, SIDE, SIDE); black where one cannot be read."""
+    pixels = np.zeros((len(rows), sum(side**2 for side in sides), SIDE, SIDE, 3), dtype=np.uint8)
+    for place, row in enumerate(rows):
+        with contextlib.suppress(UnreadableImage):  # `decode` has its reason
+            for part, tile in enumerate(tiles_of(images.load(row), sides)):
+                pixels[place, part] = np.asarray(as_square(tile, SIDE, 3, "squash"))
+    return pixels.transpose(0, 1, 4, 2, 3)
+
+
+def annotate(spec: str, glosses: dict[str, str], output: Path, sides: Sequence[int] = ()) -> AnnotationStore:
     """Annotate images and write the store, or go on with it; its features are the places of the images, float16 (N, D).
+
+    Args:
+        sides: of grids, of whose parts features are kept too.
 
     Raises:
         UserError: a package is missing, or the folder holds another store.
@@ -131,6 +148,7 @@ def annotate(spec: str, glosses: dict[str, str], output: Path) -> AnnotationStor
         "spec": f"conse:efficientnet-lite{MODEL} x all-minilm-l6-v2",
         "weights": f"sha256 {sha256_of(encoder / 'model.safetensors')}; " + "; ".join(described),
     }
+    tiles = {"tiles": list(sides)} if sides else {}
     manifest = make_manifest(
         images,
         names,
@@ -142,9 +160,12 @@ def annotate(spec: str, glosses: dict[str, str], output: Path) -> AnnotationStor
         notes=images.notes,
         preprocessing=None,
         versions={"coreg": coreg.__version__, "timm": timm.__version__, "torch": torch.__version__},
+        **tiles,
     )
     writer = StoreWriter(output, manifest)
     writer.start(images)
+    meanings = unit(texts - texts.mean(axis=1, keepdims=True)).reshape(-1, texts.shape[2]).astype(np.float32)
+    write_texts(output, manifest, TextFeatures(prompts(TEMPLATES, names), meanings, SCALE, None))
     writer.discard_damaged()
     for index in range(len(writer.files)):
         if writer.is_written(index):
@@ -154,7 +175,12 @@ def annotate(spec: str, glosses: dict[str, str], output: Path) -> AnnotationStor
         places = placed(imagenet_probabilities(classifier, pixels), known)
         probs = judged(places, texts)
         block = {"votes": probs.argmax(axis=2).T.astype(np.int16), "probs": probs.mean(axis=0).astype(np.float16)}
-        writer.write(index, block | {"features": places.astype(np.float16)}, failed)
+        block["features"] = places.astype(np.float16)
+        if sides:
+            parts = torch.from_numpy(tile_pixels(images, rows, sides))
+            part_places = placed(imagenet_probabilities(classifier, parts.flatten(0, 1)), known)
+            block["tiles"] = part_places.reshape(*parts.shape[:2], -1).astype(np.float16)
+        writer.write(index, block, failed)
     writer.complete(images.paths)
     store = AnnotationStore.open(output)
     write_report(store, images)
@@ -167,9 +193,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", required=True, help="images, as of annotate_vlm.py")
     parser.add_argument("--glosses", required=True, help="text file, a line `name: description` for every class")
+    parser.add_argument("--tiles", type=int, nargs="+", default=[], help="sides of grids of parts, as of annotate_vlm.py")
     parser.add_argument("--output_dir", type=Path, required=True, help="folder of the annotation store")
     args = parser.parse_args(argv)
-    print(summary(annotate(args.images, read_glosses(args.glosses), args.output_dir)))
+    print(summary(annotate(args.images, read_glosses(args.glosses), args.output_dir, args.tiles)))
     return 0
 
 

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from runs import final_state, killed_at, on_two_processes, refused, same_curves, script
 from safetensors.numpy import load_file
+from sklearn.metrics import average_precision_score
 
 import annotate_vlm
 from coreg.annotate.tag_evidence import label_evidence
@@ -18,10 +19,12 @@ from coreg.data.tags import read_tags
 from coreg.export import predict
 from coreg.export.tagging import read_thresholds
 from coreg.label.page import read_page
+from coreg.nets.model import Model
 from coreg.report.multi_metrics import average_precisions
+from coreg.report.record import read_report
 from coreg.store.store import AnnotationStore
 
-spml = script("spml")
+spml, zero_shot_tags = script("spml"), script("zero_shot_tags")
 NAMES = ["one", "two", "three"]
 SMALL = [
     "--recipe", "digits", "--dtype", "float64", "--channels", "3", "--image_size", "8", "--batch_size", "7",
@@ -194,11 +197,33 @@ def test_evidence_of_a_store(evidence, store):
     np.testing.assert_array_equal(label_evidence(moved, evidence, 0.0), ours)
 
 
+def test_every_way_without_training_leaves_a_report_and_labels(store, tmp_path, capsys):
+    words = ["--annotations", str(store), "--output_dir", str(tmp_path)]
+    zero_shot_tags.main(words)
+    out, opened = capsys.readouterr().out, AnnotationStore.open(store)
+    test = opened.rows_of(1)
+    for way in ("image", "tiles", "ccd", "piaa"):
+        report = read_report(tmp_path / way / "report.json")
+        scores = label_evidence(opened, way, 0.0)
+        expected = np.mean([average_precision_score(y == 1, s) for y, s in zip(opened.tags[test].T, scores[test].T)])
+        assert report["tags"]["test"]["mAP"] == pytest.approx(expected) and f"{expected:.1%}" in out
+        rows = list(csv.DictReader((tmp_path / way / "labels.csv").open()))
+        assert len(rows) == 34 and report["labels_used"] == 0
+        named = [name for name, p, at in zip(NAMES, scores[5], report["thresholds"]) if p >= at]
+        assert rows[5]["labels"] == ";".join(named)
+    before = (tmp_path / "piaa" / "report.json").read_bytes()
+    zero_shot_tags.main(words)
+    assert (tmp_path / "piaa" / "report.json").read_bytes() == before
+    assert "another job" in refused(capsys, zero_shot_tags.main, *words, "--temperature", "0.5")
+
+
 def test_tiles_are_asked_for_where_there_are_none(store, tmp_path, capsys):
     plain = ["--images", str(store.parent / "list.csv"), "--classes", str(store.parent / "classes.txt")]
     annotate_vlm.main([*plain, "--output_dir", str(tmp_path / "ann"), "--workers", "0"])
     line = refused(capsys, spml.main, *words(tmp_path / "ann", tmp_path / "run", "vlpl", "--evidence", "piaa"))
     assert "has no tiles, which --evidence piaa needs; annotate with --tiles 2 3" in line
+    zero_shot_tags.main(["--annotations", str(tmp_path / "ann"), "--output_dir", str(tmp_path / "z")])
+    assert "left out: Zero-shot, PIAA" in capsys.readouterr().out and (tmp_path / "z" / "image" / "report.json").exists()
 
 
 def test_the_epoch_of_the_largest_validation_map_is_reported(store, tmp_path):
@@ -214,6 +239,18 @@ def test_the_epoch_of_the_largest_validation_map_is_reported(store, tmp_path):
     # without validation labels there is nothing to choose by
     none = train(store, tmp_path / "none", "bce", "--epochs", "2", "--validation", "0")
     assert none["epoch"] == 2
+
+
+def test_a_frozen_backbone_gives_features_once(store, tmp_path, monkeypatch):
+    """They are those that it gives in every epoch."""
+    own = ["--tuner", "linear", "--view", "plain", "--method", "an", "--epochs", "2"]
+    train(store, tmp_path / "once", "an", *own)
+    monkeypatch.setattr(Model, "features_are_fixed", property(lambda net: False))
+    train(store, tmp_path / "every", "an", *own)
+    ours, theirs = final_state(tmp_path / "once"), final_state(tmp_path / "every")
+    same_curves(ours, theirs)
+    for name, value in ours["learners"][0].items():
+        torch.testing.assert_close(value, theirs["learners"][0][name], rtol=1e-9, atol=1e-12)
 
 
 def test_images_that_are_held_out_are_those_for_validation(store, tmp_path):

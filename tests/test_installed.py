@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # folders of the repository and what they are called in an installation
 INSIDE = {"coreg": "coreg", "baselines": "coreg/baselines", "accelerate_configs": "coreg/accelerate_configs"}
-NAMES = "coop distill dividemix flips lora pll probe run_all spml zero_shot".split()
+NAMES = "coop distill dividemix flips lora pll probe run_all spml zero_shot zero_shot_tags".split()
 CONFIGS = "bf16.yaml compile.yaml cpu.yaml multi_gpu.yaml multi_node.yaml single_gpu.yaml slurm.sh".split()
 TINY = [
     "--recipe", "digits", "--refine", "none", "--share", "0.1", "--epochs", "1", "--workers", "0",

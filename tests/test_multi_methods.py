@@ -387,7 +387,7 @@ def test_soft_targets_by_hand(evidence):
 def test_the_last_of_the_best_epochs_is_kept_and_goes_on_from_a_checkpoint():
     net, seen = Net().double(), {}
     best = BestEpoch(net)
-    for epoch, score in enumerate([0.25, 0.5, 0.5, 0.4999999999, 0.3], start=1):
+    for epoch, score in enumerate([0.25, 0.5, 0.5, 0.499999999, 0.3], start=1):
         with torch.no_grad():
             net.head.weight.fill_(epoch)
         best.consider(net, score, epoch)

@@ -34,6 +34,11 @@ class MultiOptions:
         "matched: Co-Reg's student, batch and schedule; official: optimiser, epochs and numbers of the method's authors "
         "for --dataset, or for VOC where they give none",
     )
+    view: Literal["weak", "plain"] = advanced(
+        "weak",
+        "views that are trained on; plain: as they are judged, of which a backbone that is frozen (--tuner linear) gives "
+        "features once",
+    )
 
 
 @dataclass

@@ -59,6 +59,15 @@ def debiased(p: np.ndarray, bias: np.ndarray) -> np.ndarray:
     return np.minimum(p / bias, 1.0)
 
 
+def probable_labels(p: np.ndarray, kind: str) -> np.ndarray:
+    """Evidence by which several labels of an image can be certain, (n, L): what shares 1 among its labels is debiased.
+
+    Args:
+        p: (n, L), evidence of the training images. kind: `image`, `tiles`, `ccd` or `piaa`.
+    """
+    return debiased(p, class_bias(p)) if kind in ("image", "piaa") else p
+
+
 def with_consistent_parts(image: np.ndarray, parts: np.ndarray, temperature: float, bias: np.ndarray) -> np.ndarray:
     """CCD's labels, 0.8 of the image's and 0.2 of the largest of its parts', each debiased. (n, L).
 

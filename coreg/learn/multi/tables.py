@@ -27,7 +27,7 @@ from coreg.learn.multi.plain import EM
 from coreg.learn.multi_options import MultiOptions
 from coreg.learn.schedules import Step
 from coreg.weak.multi import ObservedLabels, suggestions
-from coreg.weak.tag_evidence import class_bias, debiased
+from coreg.weak.tag_evidence import probable_labels
 
 
 class EMAPL(EM):
@@ -197,9 +197,7 @@ class Soft(MultiMethod):
     """
 
     def init_state(self, weak: ObservedLabels, seed: int, dtype: torch.dtype) -> None:
-        targets = evidence_of(weak, self.options)
-        if self.options.evidence in ("image", "piaa"):
-            targets = debiased(targets, class_bias(targets))
+        targets = probable_labels(evidence_of(weak, self.options), self.options.evidence)
         self.register_buffer("targets", torch.from_numpy(targets).to(dtype), persistent=False)  # from the evidence likewise
 
     def loss(self, logits: Tensor, index: Tensor, step: Step) -> dict[str, Tensor]:
