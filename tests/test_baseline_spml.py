@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from runs import final_state, killed_at, on_two_processes, refused, same_curves, script
 from safetensors.numpy import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import annotate_vlm
 from coreg.annotate.tag_evidence import label_evidence
@@ -59,7 +60,7 @@ def train(store, output, method, *more):
 
 
 def test_true_labels_are_learnt_and_reported(store, tmp_path, capsys):
-    report = train(store, tmp_path / "run", "bce", "--epochs", "25", "--lr", "0.05")
+    report = train(store, tmp_path / "run", "bce", "--epochs", "25", "--lr", "0.05", "--report_to", "tensorboard")
     assert report["tags"]["test"]["mAP"] > 0.95 and report["method"] == "BCE"
     assert report["images"] == {"train": 27, "validation": 7, "test": 10}
     assert report["thresholds_from"] == "validation labels" and len(report["thresholds"]) == 3
@@ -94,8 +95,16 @@ def test_true_labels_are_learnt_and_reported(store, tmp_path, capsys):
     for number in (report["tags"]["test"]["mAP"], report["tags"]["test"]["OF1"], report["tags"]["test"]["annotator"]):
         assert f"{number:.1%}" in card
     assert f"| two | {at[1]:.3f} | {report['tags']['test']['average_precision'][1]:.0%} |" in card
+    # the page has the same numbers, and so has TensorBoard
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert f"{report['tags']['test']['mAP']:.1%} mAP on the test images" in page
+    board = EventAccumulator(str(next((tmp_path / "run").rglob("events.out*")).parent)).Reload()
+    assert board.Scalars("final/CF1_test")[0].value == pytest.approx(report["tags"]["test"]["CF1"])
+    assert len(board.Scalars("mAP/test")) == 25 and "views/plain, weak, weak, strong, strong" in board.Tags()["images"]
+    (lines,) = [file.read_text().splitlines() for file in (tmp_path / "run").rglob("metadata.tsv")]
+    assert lines[0] == "labels\tannotator\ttruth" and set(lines[1].split("\t")[2].split(";")) <= {*NAMES, "none"}
     # a finished run says so, and shows the same table
-    spml.main(words(store, tmp_path / "run", "bce", "--epochs", "25", "--lr", "0.05"))
+    spml.main(words(store, tmp_path / "run", "bce", "--epochs", "25", "--lr", "0.05", "--report_to", "tensorboard"))
     out = capsys.readouterr().out
     assert "This run is finished" in out and f"{report['tags']['test']['mAP']:.1%}" in out
 

@@ -47,6 +47,17 @@ def _cuts(scores: np.ndarray, expected: np.ndarray) -> tuple[np.ndarray, np.ndar
     return np.cumsum(expected[order], dtype=np.float64)[last], last + 1, ordered[last]
 
 
+def precision_recall(scores: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Precision and recall of one label at each cut between different scores, from the largest down, (m,) each.
+
+    Args:
+        scores: (n,). truth: int8 (n,); some are present, unknown ones do not count.
+    """
+    known, present = _known(scores, truth)
+    hits, counts, _ = _cuts(known, present)
+    return hits / counts, hits / present.sum()
+
+
 def at_top(scores: np.ndarray, truth: np.ndarray, k: int) -> dict[str, float]:
     """What the k labels of largest score of an image are worth, of equal ones the last, as the public code sorts.
 
