@@ -20,6 +20,7 @@ from coreg.export import predict
 from coreg.export.tagging import read_thresholds
 from coreg.report.multi_metrics import average_precisions
 from coreg.store.store import AnnotationStore
+from coreg.weak.multi import pseudo_labels
 
 spml = script("spml")
 NAMES = ["one", "two", "three"]
@@ -143,8 +144,17 @@ def test_observed_labels_are_kept_with_the_run(store, tmp_path):
     assert (saved["observed"] * truth >= 0).all()
     np.testing.assert_array_equal((saved["observed"] == 1).sum(axis=1), (truth == 1).any(axis=1))
     assert report["observed"] == {"generator": "numbers", "positives": 1.0, "negatives": 0.0, "seed": 0}
-    # without validation images, thresholds come without labels
-    assert report["thresholds_from"] == "predictions" and "validation" not in report["images"]
+    # without validation images, one threshold comes without labels: images have as many as the annotator suggests
+    assert report["thresholds_from"] == "annotator" and "validation" not in report["images"]
+    suggested = pseudo_labels(label_similarities(opened)[saved["samples"]], 0.03, 0.3) > 0
+
+    def given(folder):
+        with (folder / "labels.csv").open(newline="") as file:
+            return [len(row["labels"].split(";")) if row["labels"] else 0 for row in csv.DictReader(file)]
+
+    assert len(set(report["thresholds"])) == 1 and sum(given(tmp_path / "run")) == pytest.approx(suggested.sum(), abs=1)
+    more = train(store, tmp_path / "more", "an", "--epochs", "1", "--validation", "0", "--labels_an_image", "2")
+    assert more["thresholds_from"] == "labels_an_image" and sum(given(tmp_path / "more")) == pytest.approx(68, abs=1)
 
 
 def test_a_persons_labels_and_none_at_all(store, tmp_path, capsys):

@@ -25,6 +25,7 @@ from coreg.report.tag_images import (
     sure_gallery,
 )
 from coreg.report.tag_record import TagRecord
+from coreg.report.tags import THRESHOLDS
 from coreg.webpage import document, percent, table, text
 
 LARGEST_GRID = 24  # labels whose precision-recall curves are shown at once
@@ -75,6 +76,7 @@ def _headline(record: TagRecord) -> str:
         mean = record.predicted.sum(axis=1).mean()
         parts.append(f"<h1>{text(record.method)} gives {mean:.1f} labels to an image</h1>")
         parts.append("<p>No true labels are known, so nothing can be measured: below is what can be said without.</p>")
+        parts.append(f'<p class="note">Thresholds: {THRESHOLDS[report["thresholds_from"]]}.</p>')
         return "\n".join(parts)
     measured = report["tags"][split]
     before = measured.get("annotator")
@@ -94,12 +96,6 @@ def _headline(record: TagRecord) -> str:
         rows += [(words[name], percent(measured[key])) for name, key in keys.items() if key in measured]
     parts.append(f"<details><summary>Other metrics</summary>{table(('', ''), rows, 'facts')}</details>")
     return "\n".join(parts)
-
-
-THRESHOLDS = {
-    "validation labels": "of the largest F1 on validation images",
-    "predictions": "of the largest F1 that the predicted probabilities let expect; no label was used",
-}
 
 
 def _name(split: str) -> str:

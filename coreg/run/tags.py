@@ -27,7 +27,7 @@ from coreg.learn.multi.method import MultiMethod
 from coreg.learn.multi_options import MultiOptions, SoftOptions, VLPLOptions
 from coreg.nets.options import ImageConfig
 from coreg.process import all_or_none, main_process_decides
-from coreg.report.multi_metrics import average_precisions, thresholds, thresholds_of_truth
+from coreg.report.multi_metrics import average_precisions, threshold_of_count, thresholds, thresholds_of_truth
 from coreg.report.record import SCHEMA, write_report
 from coreg.report.report import hardware, peak_memory_mb, versions
 from coreg.report.tag_page import page
@@ -139,18 +139,26 @@ def judge_tags(task: TagTask, method: MultiMethod) -> dict[str, float]:
     return curves
 
 
-def choose_thresholds(scores: dict[str, np.ndarray], truth: dict[str, np.ndarray]) -> tuple[np.ndarray, str]:
+def choose_thresholds(
+    scores: dict[str, np.ndarray], truth: dict[str, np.ndarray], labels_an_image: float | None, by: str
+) -> tuple[np.ndarray, str]:
     """Thresholds of the probabilities, float64 (L,), and where they come from.
 
-    They are those of the largest F1 on validation images whose true labels are known, and, for labels that none of these
-    has or all have, or without any, those of the largest F1 that the probabilities of the training images let expect.
+    They are those of the largest F1 on validation images whose true labels are known. Labels that none of these has or all
+    have, or all labels without any such image, get one threshold from which on training images have as many labels as
+    expected; where nothing is expected, those of the largest F1 that the probabilities themselves let expect.
 
     Args:
         scores: probabilities float64 (n, L) by split. truth: int8 (n, L) likewise, 0 unknown.
+        labels_an_image: how many labels an image is expected to have, by whatever `by` says; None where nobody knows.
     """
-    without = thresholds(scores["train"], scores["train"])
+    train = scores["train"]
+    if labels_an_image is None:
+        without, by = thresholds(train, train), "predictions"
+    else:
+        without = np.full(train.shape[1], threshold_of_count(train, labels_an_image))
     if "validation" not in scores or not truth["validation"].any():
-        return without, "predictions"
+        return without, by
     return thresholds_of_truth(scores["validation"], truth["validation"], without), "validation labels"
 
 
@@ -169,13 +177,17 @@ def finish_tags(run: Run, task: TagTask, training: Training, method: MultiMethod
     splits = {"train": task.data, **task.others}
     scores = {k: torch.sigmoid(predicted(task, method, v).double()).cpu().numpy() for k, v in splits.items()}
     truth = {split: task.truth(split) for split in splits}
-    at, chosen_on = choose_thresholds(scores, truth)
-    settings = write_networks(task, [method.net], run.folder.export, thresholds=at.tolist(), thresholds_from=chosen_on)
     store, root = task.store, run.folder.root
-    similarity = None
+    similarity = suggested = None
     if not store.drawn and store.manifest["features"] is not None and "refined" not in store.manifest:
         table = label_similarities(store)
         similarity = {split: table[images.samples.numpy()] for split, images in splits.items()}
+        suggested = suggested_labels(similarity["train"], task.method)
+    expected, by = task.job.labels_an_image, "labels_an_image"
+    if expected is None and suggested is not None:
+        expected, by = float(suggested.sum(axis=1).mean()), "annotator"
+    at, chosen_on = choose_thresholds(scores, truth, expected, by)
+    settings = write_networks(task, [method.net], run.folder.export, thresholds=at.tolist(), thresholds_from=chosen_on)
     measured = measured_splits(scores, truth, similarity, at)
     report = _report(run, task, training, measured) | {
         "method": name,
@@ -196,7 +208,7 @@ def finish_tags(run: Run, task: TagTask, training: Training, method: MultiMethod
         probabilities=scores,
         truth=truth,
         similarity=similarity,
-        suggested=None if similarity is None else suggested_labels(similarity["train"], task.method),
+        suggested=suggested,
         observed=task.weak.table,
         thresholds=at,
     )
