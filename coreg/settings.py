@@ -185,6 +185,12 @@ class TagJob(Optimiser, Home, Job):
         "which epoch is reported: that of the largest mAP on validation labels, where there are some, as published; or the "
         "last",
     )
+    labels_an_image: float | None = option(
+        None,
+        "labels that an image has on average, by which one threshold is chosen where no validation label does it; default: "
+        "as many as the annotator suggests",
+        (0, 1e6),
+    )
     dataset: str | None = advanced(
         None, "public data set that the images are (voc, coco, nuswide or cub); --preset official goes by it", job=False
     )

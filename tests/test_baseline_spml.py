@@ -11,6 +11,7 @@ from PIL import Image
 from runs import final_state, killed_at, on_two_processes, refused, same_curves, script
 from safetensors.numpy import load_file
 from sklearn.metrics import average_precision_score
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import annotate_vlm
 from coreg.annotate.tag_evidence import label_evidence
@@ -23,6 +24,7 @@ from coreg.nets.model import Model
 from coreg.report.multi_metrics import average_precisions
 from coreg.report.record import read_report
 from coreg.store.store import AnnotationStore
+from coreg.weak.multi import pseudo_labels
 
 spml, zero_shot_tags = script("spml"), script("zero_shot_tags")
 NAMES = ["one", "two", "three"]
@@ -63,7 +65,7 @@ def train(store, output, method, *more):
 
 
 def test_true_labels_are_learnt_and_reported(store, tmp_path, capsys):
-    report = train(store, tmp_path / "run", "bce", "--epochs", "25", "--lr", "0.05")
+    report = train(store, tmp_path / "run", "bce", "--epochs", "25", "--lr", "0.05", "--report_to", "tensorboard")
     assert report["tags"]["test"]["mAP"] > 0.95 and report["method"] == "BCE"
     assert report["images"] == {"train": 27, "validation": 7, "test": 10}
     assert report["thresholds_from"] == "validation labels" and len(report["thresholds"]) == 3
@@ -102,8 +104,16 @@ def test_true_labels_are_learnt_and_reported(store, tmp_path, capsys):
     for number in (report["tags"]["test"]["mAP"], report["tags"]["test"]["OF1"], report["tags"]["test"]["annotator"]):
         assert f"{number:.1%}" in card
     assert f"| two | {at[1]:.3f} | {report['tags']['test']['average_precision'][1]:.0%} |" in card
+    # the page has the same numbers, and so has TensorBoard
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert f"{report['tags']['test']['mAP']:.1%} mAP on the test images" in page
+    board = EventAccumulator(str(next((tmp_path / "run").rglob("events.out*")).parent)).Reload()
+    assert board.Scalars("final/CF1_test")[0].value == pytest.approx(report["tags"]["test"]["CF1"])
+    assert len(board.Scalars("mAP/test")) == 25 and "views/plain, weak, weak, strong, strong" in board.Tags()["images"]
+    (lines,) = [file.read_text().splitlines() for file in (tmp_path / "run").rglob("metadata.tsv")]
+    assert lines[0] == "labels\tannotator\ttruth" and set(lines[1].split("\t")[2].split(";")) <= {*NAMES, "none"}
     # a finished run says so, and shows the same table
-    spml.main(words(store, tmp_path / "run", "bce", "--epochs", "25", "--lr", "0.05"))
+    spml.main(words(store, tmp_path / "run", "bce", "--epochs", "25", "--lr", "0.05", "--report_to", "tensorboard"))
     out = capsys.readouterr().out
     assert "This run is finished" in out and f"{report['tags']['test']['mAP']:.1%}" in out
 
@@ -142,8 +152,17 @@ def test_observed_labels_are_kept_with_the_run(store, tmp_path):
     assert (saved["observed"] * truth >= 0).all()
     np.testing.assert_array_equal((saved["observed"] == 1).sum(axis=1), (truth == 1).any(axis=1))
     assert report["observed"] == {"generator": "numbers", "positives": 1.0, "negatives": 0.0, "seed": 0}
-    # without validation images, thresholds come without labels
-    assert report["thresholds_from"] == "predictions" and "validation" not in report["images"]
+    # without validation images, one threshold comes without labels: images have as many as the annotator suggests
+    assert report["thresholds_from"] == "annotator" and "validation" not in report["images"]
+    suggested = pseudo_labels(label_similarities(opened)[saved["samples"]], 0.03, 0.3) > 0
+
+    def given(folder):
+        with (folder / "labels.csv").open(newline="") as file:
+            return [len(row["labels"].split(";")) if row["labels"] else 0 for row in csv.DictReader(file)]
+
+    assert len(set(report["thresholds"])) == 1 and sum(given(tmp_path / "run")) == pytest.approx(suggested.sum(), abs=1)
+    more = train(store, tmp_path / "more", "an", "--epochs", "1", "--validation", "0", "--labels_an_image", "2")
+    assert more["thresholds_from"] == "labels_an_image" and sum(given(tmp_path / "more")) == pytest.approx(68, abs=1)
 
 
 def test_a_persons_labels_and_none_at_all(store, tmp_path, capsys):

@@ -13,6 +13,7 @@ from coreg.report.multi_metrics import (
     best_threshold,
     measure_labels,
     of_predictions,
+    threshold_of_count,
     thresholds,
     thresholds_of_truth,
 )
@@ -171,6 +172,21 @@ def test_a_label_that_no_known_image_has_keeps_another_threshold():
     # a label that is present wherever it is known says nothing of what it costs to name it
     truth[:, 3] = np.where(truth[:, 3] > 0, 1, 0)
     assert thresholds_of_truth(scores, truth, np.full(7, 0.123))[3] == 0.123
+
+
+def test_one_threshold_gives_as_many_labels_as_expected():
+    scores = np.array([[0.9, 0.1, 0.5], [0.8, 0.3, 0.2]])
+    # 1.5 labels an image are three cells: 0.9, 0.8 and 0.5, and the next is 0.3
+    assert threshold_of_count(scores, 1.5) == pytest.approx(0.4)
+    assert threshold_of_count(scores, 1.9) == pytest.approx(0.25)  # 3.8 of them are nearest to four
+    # the order alone counts: another scale, the same cells
+    np.testing.assert_array_equal(scores**9 >= threshold_of_count(scores**9, 1.5), scores >= 0.4)
+    assert (scores >= threshold_of_count(scores, 3)).all() and (scores >= threshold_of_count(scores, 99)).all()
+    assert not (scores >= threshold_of_count(scores, 0)).any() and not (scores >= threshold_of_count(scores, 0.2)).any()
+    # equal scores are never parted: two or none of these are nearest to one
+    tied = np.array([[0.7, 0.7], [0.2, 0.1]])
+    assert (tied >= threshold_of_count(tied, 0.75)).sum() == 2 and not (tied >= threshold_of_count(tied, 0.4)).any()
+    assert np.isfinite(threshold_of_count(np.zeros((0, 3)), 1.0))
 
 
 def test_thresholds_in_degenerate_cases():

@@ -7,6 +7,7 @@ import json
 import re
 from typing import Any
 
+from coreg.report.tags import THRESHOLDS
 from coreg.report.trust import trust_lines
 from coreg.webpage import percent
 
@@ -50,7 +51,6 @@ FOLDER`). Each network is an ordinary timm model:
 Images are {resized} to {size}x{size} pixels, bilinear with antialiasing, {colour}, and normalised with the mean and
 standard deviation in `coreg.json`. {predicts}
 """
-THRESHOLDS_FROM = {"predictions": "the predicted probabilities of the training images, without any label"}
 CLASS = "The prediction is the mean of the networks' logits."
 TAGS = (
     "The prediction is every label whose probability, the sigmoid of its logit, reaches its threshold; `--threshold 0.5`, "
@@ -186,7 +186,7 @@ def tag_card(report: dict[str, Any], settings: dict[str, Any]) -> str:
         "",
         "## Labels",
         "",
-        f"Thresholds come from {escaped(THRESHOLDS_FROM.get(settings['thresholds_from'], settings['thresholds_from']))}.",
+        f"Thresholds: {THRESHOLDS[report['thresholds_from']]}.",
         "",
         *_label_lines(report, settings),
         "",

@@ -47,6 +47,17 @@ def _cuts(scores: np.ndarray, expected: np.ndarray) -> tuple[np.ndarray, np.ndar
     return np.cumsum(expected[order], dtype=np.float64)[last], last + 1, ordered[last]
 
 
+def precision_recall(scores: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Precision and recall of one label at each cut between different scores, from the largest down, (m,) each.
+
+    Args:
+        scores: (n,). truth: int8 (n,); some are present, unknown ones do not count.
+    """
+    known, present = _known(scores, truth)
+    hits, counts, _ = _cuts(known, present)
+    return hits / counts, hits / present.sum()
+
+
 def at_top(scores: np.ndarray, truth: np.ndarray, k: int) -> dict[str, float]:
     """What the k labels of largest score of an image are worth, of equal ones the last, as the public code sorts.
 
@@ -113,10 +124,30 @@ def best_threshold(scores: np.ndarray, expected: np.ndarray) -> float:
     if not len(last) or sums[-1] <= 0:
         return float(np.nextafter(scores.max(initial=0.0), np.inf))
     value = 2 * sums / (counts + sums[-1])
-    best = int(value.argmax())
-    above, below = float(last[best]), float(last[min(best + 1, len(last) - 1)])
+    return _between(last, int(value.argmax()))
+
+
+def _between(last: np.ndarray, cut: int) -> float:
+    """Half-way between the last score above a cut and the first below it; `last` as of `_cuts`."""
+    above, below = float(last[cut]), float(last[min(cut + 1, len(last) - 1)])
     middle = (above + below) / 2
     return middle if middle > below else above
+
+
+def threshold_of_count(scores: np.ndarray, labels_an_image: float) -> float:
+    """One threshold for all labels, from which on images have so many labels on average, as nearly as equal scores let.
+
+    It takes the order of the scores alone, and so serves where they are far from probabilities: networks that learn from
+    present labels only are too timid (AN) or too bold (EM, ROLE) by far.
+
+    Args:
+        scores: float (n, L).
+    """
+    flat, wanted = scores.ravel(), labels_an_image * len(scores)
+    _, counts, last = _cuts(flat, np.ones(flat.shape))
+    if not len(last) or wanted < counts[0] / 2:
+        return float(np.nextafter(flat.max(initial=0.0), np.inf))
+    return _between(last, int(np.abs(counts - wanted).argmin()))
 
 
 def thresholds(scores: np.ndarray, expected: np.ndarray, per_label: bool = True) -> np.ndarray:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import shlex
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -27,6 +28,9 @@ from coreg.report.page_images import (
 from coreg.report.page_record import RunRecord, Split
 from coreg.report.trust import trust_lines
 from coreg.webpage import document, percent, table, text
+
+if TYPE_CHECKING:
+    from coreg.report.tag_record import TagRecord
 
 STYLE = """
 .kicker{color:var(--muted);margin:0}
@@ -58,7 +62,7 @@ def page(record: RunRecord, asked: LabelPage) -> str:
     """
     dataset = str(record.report["dataset"])
     sections = (_headline, _health, _curves, _division, page_classes.section, _changed)
-    parts = [*(section(record) for section in sections), _unsure(record, asked), _colophon(record)]
+    parts = [*(section(record) for section in sections), _unsure(record, asked), colophon(record)]
     style = STYLE + page_charts.STYLE + page_classes.STYLE
     return document(f"{record.method} on {dataset}", *parts, style=style)
 
@@ -165,12 +169,12 @@ def _health(record: RunRecord) -> str:
     return f'<h2>Health, without any label</h2><p>Of the training images:</p><dl class="tiles">{tiles}</dl>'
 
 
-def _series(record: RunRecord, name: str) -> np.ndarray:
+def series(record: RunRecord | TagRecord, name: str) -> np.ndarray:
     """(E,) values of a curve, NaN in epochs without one."""
     return np.array([curves.get(name, math.nan) for curves in record.curves], dtype=np.float64)
 
 
-def _parts_of_loss(record: RunRecord) -> list[Line]:
+def parts_of_loss(record: RunRecord | TagRecord) -> list[Line]:
     """Parts of the loss, mean over the networks."""
     names: dict[str, list[str]] = {}
     for key in dict.fromkeys(key for curves in record.curves for key in curves):
@@ -179,7 +183,7 @@ def _parts_of_loss(record: RunRecord) -> list[Line]:
         if group == "loss" and part not in ("", "total"):
             names.setdefault(part, []).append(key)
     return [
-        Line(name.replace("_", " "), np.mean([_series(record, key) for key in keys], axis=0), COLOURS[n % len(COLOURS)])
+        Line(name.replace("_", " "), np.mean([series(record, key) for key in keys], axis=0), COLOURS[n % len(COLOURS)])
         for n, (name, keys) in enumerate(names.items())
     ]
 
@@ -189,7 +193,7 @@ def _curves(record: RunRecord) -> str:
         return ""
 
     def lines(names: dict[str, str], colours: str) -> list[Line]:
-        return [Line(label, _series(record, name), colour) for (name, label), colour in zip(names.items(), colours)]
+        return [Line(label, series(record, name), colour) for (name, label), colour in zip(names.items(), colours)]
 
     tested = {"accuracy/test/ensemble": record.method, "accuracy/test/net1": "net1", "accuracy/test/net2": "net2"}
     tested = lines(tested, "abc")
@@ -201,7 +205,7 @@ def _curves(record: RunRecord) -> str:
         "division/agreement_of_nets": "networks with each other",
         "division/agreement_with_annotator": "networks with the annotator",
     }
-    divided = np.flatnonzero(np.isfinite(_series(record, "division/trusted")))
+    divided = np.flatnonzero(np.isfinite(series(record, "division/trusted")))
     since = int(divided[0]) if len(divided) else 0
     several = len(record.train.networks) > 1
     charts = [
@@ -209,7 +213,7 @@ def _curves(record: RunRecord) -> str:
         line_chart("Trusted images P, as a share of all", lines(trust, "acb"), True, since),
         line_chart("Agreement on the training images", lines(agreement, "ac"), True, since),
         line_chart("Loss", lines({f"loss/net{n}/total": f"net{n}" for n in (1, 2)}, "bc"), False, since),
-        line_chart("Parts of the loss" + (", mean over networks" if several else ""), _parts_of_loss(record), False, since),
+        line_chart("Parts of the loss" + (", mean over networks" if several else ""), parts_of_loss(record), False, since),
         line_chart("Prototypes: mean cosine", lines({"prototypes/mean_cosine": "of different classes"}, "a"), False, since),
         line_chart("Learning rate", lines({"lr": "lr"}, "a"), False, since),
     ]
@@ -271,7 +275,8 @@ def _unsure(record: RunRecord, asked: LabelPage) -> str:
     ) + unsure_gallery(record, unsure_rows(record)[:SHOWN])
 
 
-def _colophon(record: RunRecord) -> str:
+def colophon(record: RunRecord | TagRecord) -> str:
+    """How the run was made: command, times, versions, settings."""
     report = record.report
     measured = {
         "parameters of a network": ("parameters", "{:,}"),

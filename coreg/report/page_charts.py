@@ -200,3 +200,39 @@ def interval_chart(rows: Sequence[Interval]) -> str:
         drawn.append(f'<text class="name" x="{WIDTH}" y="{y + 4:.1f}" text-anchor="end">{row.share:.1%}</text>')
     description = "; ".join(f"{row.name} {row.share:.1%}, from {row.low:.1%} to {row.high:.1%}" for row in rows)
     return f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{text(description)}">{"".join(drawn)}</svg>'
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Precision at each recall."""
+
+    recall: np.ndarray  # (m,) in [0, 1], increasing
+    precision: np.ndarray  # (m,) in [0, 1]
+    colour: str  # as of `Line`
+    kind: str = ""  # as of `Line`
+
+
+def precision_chart(title: str, curves: Sequence[Curve], at: tuple[float, float] | None) -> str:
+    """Precision over recall in a small square chart with half steps.
+
+    Args:
+        at: recall and precision where the threshold stands; None for none.
+    """
+    side, left, bottom = 150, 26, 18
+    x, y = _scale(0, 1, left, side - 6), _scale(0, 1, side - bottom, 6)
+    drawn = []
+    for tick in (0.0, 0.5, 1.0):
+        drawn.append(f'<path class="grid" d="M{left} {y(tick):.1f}H{side - 6}M{x(tick):.1f} 6V{side - bottom}"/>')
+        drawn.append(f'<text x="{left - 4}" y="{y(tick) + 4:.1f}" text-anchor="end">{100 * tick:g}</text>')
+        drawn.append(f'<text x="{x(tick):.1f}" y="{side - 4}" text-anchor="middle">{100 * tick:g}</text>')
+    for curve in reversed(curves):  # the first lies on top
+        shown = np.unique(np.linspace(0, len(curve.recall) - 1, MOST_POINTS).astype(int))
+        points = " ".join(f"{x(curve.recall[i]):.1f},{y(curve.precision[i]):.1f}" for i in shown)
+        drawn.append(f'<polyline class="line {curve.kind}" style="--k:var(--{curve.colour})" points="{points}"/>')
+    if at is not None:
+        drawn.append(f'<circle class="dot" style="--k:var(--ink)" cx="{x(at[0]):.1f}" cy="{y(at[1]):.1f}" r="3.5"/>')
+    where = "" if at is None else f"; at the threshold precision {at[1]:.0%} and recall {at[0]:.0%}"
+    return (
+        f'<figure class="pr"><figcaption>{text(title)}</figcaption><svg viewBox="0 0 {side} {side}" role="img" '
+        f'aria-label="{text(f"precision over recall of {title}{where}")}">{"".join(drawn)}</svg></figure>'
+    )

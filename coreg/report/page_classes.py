@@ -98,7 +98,7 @@ def _table(record: RunRecord) -> str:
         row = [text(name)]
         if record.judged:
             first, last, n = recall[c]
-            row += [f"{n:,}", percent(first, 0), percent(last, 0), _track(first, last)]
+            row += [f"{n:,}", percent(first, 0), percent(last, 0), track(first, last)]
         row += [f"{before[c]:,}", f"{after[c]:,}", percent(sure[c] if after[c] else None, 0)]
         row += [percent(trusted[c] if before[c] else None, 0)] if record.weights else []
         rows.append(row)
@@ -114,7 +114,8 @@ def _recalls(split: Split, n_classes: int) -> list[tuple[float | None, float | N
     return [(first[c], last[c], int((split.labels == c).sum())) for c in range(n_classes)]
 
 
-def _track(before: float | None, after: float | None) -> str:
+def track(before: float | None, after: float | None) -> str:
+    """From one share to another as a bar; empty where one is not known."""
     if before is None or after is None:
         return ""
     low, high, kind = min(before, after), max(before, after), ' class="down"' if after < before else ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
@@ -12,6 +12,9 @@ from coreg.data.labels import NONE_OF_THESE
 from coreg.label.page import Asked, LabelPage, photo
 from coreg.report.page_record import RunRecord
 from coreg.webpage import percent, picture, picture_of, text
+
+if TYPE_CHECKING:
+    from coreg.report.tag_record import TagRecord
 
 SHOWN = 24  # pictures of a gallery
 ASKED = 100  # images that a person is asked about
@@ -103,7 +106,7 @@ def changed_gallery(record: RunRecord, rows: np.ndarray) -> str:
             lines.append(_verdict(names, int(train.labels[row]), int(predicted[row])))
         captions.append("<br>".join(lines))
     alts = [f"{record.paths[row]}: {names[train.annotator[row]]} became {names[predicted[row]]}" for row in rows]
-    return _gallery(record, rows, captions, alts)
+    return gallery(record, rows, captions, alts)
 
 
 def unsure_gallery(record: RunRecord, rows: np.ndarray) -> str:
@@ -115,7 +118,7 @@ def unsure_gallery(record: RunRecord, rows: np.ndarray) -> str:
         guess = f"{text(names[first])} {percent(shares[first], 0)}<br>{text(names[second])} {percent(shares[second], 0)}"
         captions.append(f"{guess}<br>{number}. {text(record.paths[row])}")
         alts.append(f"{record.paths[row]}: {names[first]} or {names[second]}")
-    return _gallery(record, rows, captions, alts)
+    return gallery(record, rows, captions, alts)
 
 
 def _verdict(names: list[str], label: int, predicted: int) -> str:
@@ -124,7 +127,8 @@ def _verdict(names: list[str], label: int, predicted: int) -> str:
     return f'<span class="wrong">✗ is {text(names[label])}</span>'
 
 
-def _gallery(record: RunRecord, rows: np.ndarray, captions: list[str], alts: list[str]) -> str:
+def gallery(record: RunRecord | TagRecord, rows: np.ndarray, captions: list[str], alts: list[str]) -> str:
+    """Pictures of training images `rows` (n,), each with a caption, HTML, and what stands for it as text."""
     figures = [
         f"<figure>{picture(picture_of(pixels), alt)}<figcaption>{caption}</figcaption></figure>"
         for pixels, caption, alt in zip(record.pixels(rows), captions, alts)

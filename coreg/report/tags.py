@@ -16,6 +16,13 @@ from coreg.report.multi_metrics import average_precisions, measure_labels
 from coreg.report.page_images import ASKED, asked, in_turn, script_of
 
 SHOWN = 30  # labels in the summary
+# where the thresholds of a run come from, in words
+THRESHOLDS = {
+    "validation labels": "those of the largest F1 on validation images",
+    "labels_an_image": "one for all labels, by the number of labels an image that is expected, without labels",
+    "annotator": "one for all labels, by the number of labels an image that the annotator suggests, without labels",
+    "predictions": "those of the largest F1 that the predicted probabilities let expect, without labels",
+}
 
 
 def measured_splits(

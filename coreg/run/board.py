@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -131,14 +131,13 @@ def show_features(
     accelerator: Accelerator,
     data: TrainingImages,
     net: Model,
-    class_names: list[str],
-    classes: dict[str, np.ndarray],
+    labels: dict[str, Callable[[int], str]],
     epoch: int,
 ) -> None:
     """At the end: features of a few hundred training images as a map with pictures.
 
     Args:
-        classes: int64 (N,), -1 unknown, by what gave them to the training images.
+        labels: row of a training image -> what it is called, by who calls it so.
 
     Raises:
         UserError: it cannot be written.
@@ -152,15 +151,18 @@ def show_features(
     for views in data.in_batches("plain", rows, 64, ()):
         features.append(net(views)[1].float().cpu())
         pictures.append(F.interpolate(_pictures(views, data), size=SPRITE, mode="area"))
-    names = [" ".join(name.encode("utf-8", "replace").decode().split()) for name in class_names]
     writer.add_embedding(
         torch.cat(features),
-        metadata=[[names[column[row]] if column[row] >= 0 else "?" for column in classes.values()] for row in rows],
-        metadata_header=list(classes),
+        metadata=[[_one_line(called(row)) for called in labels.values()] for row in rows.tolist()],
+        metadata_header=list(labels),
         label_img=torch.cat(pictures),
         global_step=epoch,
         tag="features",
     )
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.encode("utf-8", "replace").decode().split())
 
 
 @writing_curves()
@@ -200,5 +202,7 @@ def final_numbers(report: dict[str, Any]) -> dict[str, float]:
         accuracies |= {f"final/annotator_mAP_{split}": row["annotator"]} if "annotator" in row else {}
     zero_shot = report["annotator"].get("zero_shot_accuracy", {})
     accuracies |= {f"final/annotator_{split}": share for split, share in zero_shot.items()}
-    others = {"needs_review": "final/labels_worth_a_look", "training_seconds": "final/training_seconds"}
+    others = {"training_seconds": "final/training_seconds"}
+    # nobody counts these where images have several labels
+    others |= {} if "tags" in report else {"needs_review": "final/labels_worth_a_look"}
     return accuracies | {name: float(report[key]) for key, name in others.items() if key in report}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -218,12 +219,12 @@ def finish_networks(
     predicted = predictions(run, task, logits, settings["temperature"])
     if training.divisions:
         predicted.losses = _fitted_losses(task, training.divisions.losses)
-    names = {"label": predicted.classes["train"], "annotator": task.zero_shot, "truth": task.weak.truth}
+    classes = {"label": predicted.classes["train"], "annotator": task.zero_shot, "truth": task.weak.truth}
     if (task.weak.truth < 0).all():
-        del names["truth"]
+        del classes["truth"]
+    labels = {who: functools.partial(_called, task.store.class_names, column) for who, column in classes.items()}
     main_process_decides(
-        run.accelerator,
-        lambda: show_features(run.accelerator, task.data, nets[0], task.store.class_names, names, training.epoch),
+        run.accelerator, lambda: show_features(run.accelerator, task.data, nets[0], labels, training.epoch)
     )
     return finish(
         run,
@@ -239,6 +240,10 @@ def finish_networks(
         chosen_epoch=chosen,
         **more,
     )
+
+
+def _called(names: Sequence[str], classes: np.ndarray, row: int) -> str:
+    return names[classes[row]] if classes[row] >= 0 else "?"
 
 
 def _tuned(run: Run, training: Training) -> dict[str, Any]:

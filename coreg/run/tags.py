@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +18,7 @@ from safetensors.numpy import save
 from coreg.annotate.tag_evidence import label_evidence
 from coreg.annotate.textual import label_similarities
 from coreg.data.images import HELD_OUT, TEST, TRAIN
-from coreg.data.tags import read_tags
+from coreg.data.tags import BETWEEN, read_tags
 from coreg.errors import UserError
 from coreg.export.card import tag_card
 from coreg.files import write_atomically
@@ -26,11 +28,13 @@ from coreg.learn.multi_options import MultiOptions, SoftOptions, VLPLOptions
 from coreg.nets.model import on_the_hub
 from coreg.nets.options import ImageConfig
 from coreg.process import all_or_none, main_process_decides
-from coreg.report.multi_metrics import average_precisions, thresholds, thresholds_of_truth
+from coreg.report.multi_metrics import average_precisions, threshold_of_count, thresholds, thresholds_of_truth
 from coreg.report.record import SCHEMA, write_report
 from coreg.report.report import hardware, peak_memory_mb, versions
+from coreg.report.tag_page import page
+from coreg.report.tag_record import TagRecord
 from coreg.report.tags import measured_splits, tag_page, write_tags, write_thresholds
-from coreg.run.board import show_numbers
+from coreg.run.board import show_features, show_numbers
 from coreg.run.pixels import photos, training_images
 from coreg.run.results import write_networks
 from coreg.run.task import predict, training_rows
@@ -38,7 +42,7 @@ from coreg.run.training import Training
 from coreg.settings import TagJob
 from coreg.store.store import AnnotationStore
 from coreg.views.resident import TrainingImages
-from coreg.weak.multi import ObservedLabels, published_split
+from coreg.weak.multi import ObservedLabels, pseudo_labels, published_split
 
 if TYPE_CHECKING:
     from coreg.run.loop import Run
@@ -136,50 +140,117 @@ def judge_tags(task: TagTask, method: MultiMethod) -> dict[str, float]:
     return curves
 
 
-def choose_thresholds(scores: dict[str, np.ndarray], truth: dict[str, np.ndarray]) -> tuple[np.ndarray, str]:
+def choose_thresholds(
+    scores: dict[str, np.ndarray], truth: dict[str, np.ndarray], labels_an_image: float | None, by: str
+) -> tuple[np.ndarray, str]:
     """Thresholds of the probabilities, float64 (L,), and where they come from.
 
-    They are those of the largest F1 on validation images whose true labels are known, and, for labels that none of these
-    has or all have, or without any, those of the largest F1 that the probabilities of the training images let expect.
+    They are those of the largest F1 on validation images whose true labels are known. Labels that none of these has or all
+    have, or all labels without any such image, get one threshold from which on training images have as many labels as
+    expected; where nothing is expected, those of the largest F1 that the probabilities themselves let expect.
 
     Args:
         scores: probabilities float64 (n, L) by split. truth: int8 (n, L) likewise, 0 unknown.
+        labels_an_image: how many labels an image is expected to have, by whatever `by` says; None where nobody knows.
     """
-    without = thresholds(scores["train"], scores["train"])
+    train = scores["train"]
+    if labels_an_image is None:
+        without, by = thresholds(train, train), "predictions"
+    else:
+        without = np.full(train.shape[1], threshold_of_count(train, labels_an_image))
     if "validation" not in scores or not truth["validation"].any():
-        return without, "predictions"
+        return without, by
     return thresholds_of_truth(scores["validation"], truth["validation"], without), "validation labels"
 
 
+def suggested_labels(similarity: np.ndarray, method: MultiOptions) -> np.ndarray:
+    """What the annotator suggests by the numbers of VLPL, the method's own where it is that; bool (n, L).
+
+    Args:
+        similarity: float (n, L), cosines of images and label texts.
+    """
+    numbers = method if isinstance(method, VLPLOptions) else VLPLOptions()
+    return pseudo_labels(similarity, numbers.temperature, numbers.suggestion_threshold) > 0
+
+
 def finish_tags(run: Run, task: TagTask, training: Training, method: MultiMethod, name: str, **more: Any) -> dict[str, Any]:
-    """The export, observed labels, labels.csv and report.json, written by the main process; gives the report."""
+    """The export, labels, thresholds, the page and the report, written by the main process; gives the report."""
     splits = {"train": task.data, **task.others}
     scores = {k: torch.sigmoid(predicted(task, method, v).double()).cpu().numpy() for k, v in splits.items()}
     truth = {split: task.truth(split) for split in splits}
-    at, chosen_on = choose_thresholds(scores, truth)
-    settings = write_networks(task, [method.net], run.folder.export, thresholds=at.tolist(), thresholds_from=chosen_on)
-    store, root, job = task.store, run.folder.root, task.job
-    similarity = None
+    store, root = task.store, run.folder.root
+    similarity = suggested = None
     if not store.drawn and store.manifest["features"] is not None and "refined" not in store.manifest:
         table = label_similarities(store)
         similarity = {split: table[images.samples.numpy()] for split, images in splits.items()}
-    report = {
-        "schema": SCHEMA,
+        suggested = suggested_labels(similarity["train"], task.method)
+    expected, by = task.job.labels_an_image, "labels_an_image"
+    if expected is None and suggested is not None:
+        expected, by = float(suggested.sum(axis=1).mean()), "annotator"
+    at, chosen_on = choose_thresholds(scores, truth, expected, by)
+    settings = write_networks(task, [method.net], run.folder.export, thresholds=at.tolist(), thresholds_from=chosen_on)
+    measured = measured_splits(scores, truth, similarity, at)
+    report = _report(run, task, training, measured) | {
         "method": name,
+        "thresholds": at.tolist(),
+        "thresholds_from": chosen_on,
+        "parameters": sum(p.numel() for p in method.net.backbone.parameters()),
+        **more,
+    }
+    record = TagRecord(
+        report=report,
+        settings=run.settings,
+        curves=training.curves,
+        folder=str(root),
+        annotations=str(store.root),
+        class_names=store.class_names,
+        paths=[store.paths[row] for row in task.weak.samples.tolist()],
+        pixels=lambda rows: task.data.pixels(rows).cpu().numpy(),
+        probabilities=scores,
+        truth=truth,
+        similarity=similarity,
+        suggested=suggested,
+        observed=task.weak.table,
+        thresholds=at,
+    )
+
+    def photos_of(places: np.ndarray) -> list[Image.Image]:
+        return photos(run, task.weak.samples[places], record.pixels(places))
+
+    def write() -> None:
+        show_features(run.accelerator, task.data, method.net, _labels(record), training.epoch)
+        tables = {"observed": task.weak.table, "samples": task.weak.samples}
+        write_atomically(root / OBSERVED, save(tables, metadata={"coreg": json.dumps(task.weak.source)}))
+        write_tags(root / "labels.csv", record.paths, store.class_names, scores["train"], at, task.job.safe_csv)
+        write_thresholds(root / "thresholds.csv", store.class_names, at)
+        known = record.observed if task.job.tags else np.zeros_like(record.observed)
+        asked = tag_page(report, record.folder, record.annotations, record.paths, scores["train"], known, photos_of)
+        write_label_page(root, asked)
+        write_atomically(root / "report.html", page(record, asked))
+        write_atomically(run.folder.export / "README.md", tag_card(report, settings))
+        show_numbers(run.accelerator, report, run.identity, training.epoch)
+        write_report(run.folder.report, report)
+
+    main_process_decides(run.accelerator, write)
+    return report
+
+
+def _report(run: Run, task: TagTask, training: Training, measured: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """What the report says of the job, and what was measured of each split of which true labels are known."""
+    store, splits = task.store, {"train": task.data, **task.others}
+    return {
+        "schema": SCHEMA,
         "dataset": store.images_spec,
-        "seed": job.seed,
+        "seed": task.job.seed,
         "labels_used": int(np.count_nonzero(task.weak.table)),
         "observed": task.weak.source,
         "images": {split: len(images.samples) for split, images in splits.items()},
         "classes": len(store.class_names),
         "class_names": store.class_names,
         "annotator": {"name": store.manifest["model"]["spec"]},
-        "tags": measured_splits(scores, truth, similarity, at),
-        "thresholds": [float(value) for value in at],
-        "thresholds_from": chosen_on,
-        "per_class_split": "test" if "test" in splits else "train",
+        "tags": measured,
+        "per_class_split": next((split for split in ("test", "validation") if split in measured), "train"),
         "needs_review": 0,
-        "parameters": sum(p.numel() for p in method.net.backbone.parameters()),
         **on_the_hub(run.image_options.backbone, run.image_options.pretrained),
         "last_epoch": training.curves[-1],
         "images_per_second": training.images_seen / training.seconds,
@@ -192,22 +263,13 @@ def finish_tags(run: Run, task: TagTask, training: Training, method: MultiMethod
         "versions": versions(),
     }
 
-    def write() -> None:
-        tables = {"observed": task.weak.table, "samples": task.weak.samples}
-        write_atomically(root / OBSERVED, save(tables, metadata={"coreg": json.dumps(task.weak.source)}))
-        paths = [store.paths[row] for row in task.weak.samples.tolist()]
-        write_tags(root / "labels.csv", paths, store.class_names, scores["train"], at, job.safe_csv)
-        write_thresholds(root / "thresholds.csv", store.class_names, at)
-        write_atomically(run.folder.export / "README.md", tag_card(report | more, settings))
-        show_numbers(run.accelerator, report | more, run.identity, training.epoch)
-        own = task.weak.table if job.tags else np.zeros_like(task.weak.table)
 
-        def photos_of(places: np.ndarray) -> list[Image.Image]:
-            return photos(run, task.weak.samples[places], task.data.pixels(places).cpu().numpy())
+def _labels(record: TagRecord) -> dict[str, Callable[[int], str]]:
+    """Row of a training image -> its labels in words, by who gives them."""
+    tables = {"labels": record.predicted, "annotator": record.suggested, "truth": record.truth["train"] > 0}
+    there = {who: table for who, table in tables.items() if table is not None and (who != "truth" or table.any())}
+    return {who: functools.partial(_called, record.class_names, table) for who, table in there.items()}
 
-        asked = tag_page(report, str(root), str(store.root), paths, scores["train"], own, photos_of)
-        write_label_page(root, asked)
-        write_report(run.folder.report, report | more)
 
-    main_process_decides(run.accelerator, write)
-    return report | more
+def _called(names: Sequence[str], table: np.ndarray, row: int) -> str:
+    return BETWEEN.join(names[c] for c in np.flatnonzero(table[row])) or "none"
