@@ -26,8 +26,9 @@ REMEDY = "free some space or give another --output_dir"
 TABLE = "annotations.csv"
 SIZES = ((1e3, "n<1K"), (1e4, "1K<n<10K"), (1e5, "10K<n<100K"), (1e6, "100K<n<1M"), (float("inf"), "n>1M"))
 _TERMS = (
-    "column conformsTo data dataType examples extract field fileProperty fileObject fileSet format includes isLiveDataset "
-    "jsonPath key md5 parentField path recordSet references regex repeated replace separator source subField transform"
+    "column conformsTo data dataType equivalentProperty examples extract field fileProperty fileObject fileSet format "
+    "includes isLiveDataset jsonPath key md5 parentField path recordSet references regex repeated replace samplingRate "
+    "separator source subField transform"
 )
 CONTEXT: dict[str, Any] = {
     "@language": "en",
