@@ -9,7 +9,7 @@ DATA ?= data
 READY := $(VENV)/.installed
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow test-multiprocess test-browser compare evidence partialclip bench gpu lint format
+.PHONY: docs demo test test-slow test-multiprocess test-browser compare evidence partialclip bench gpu lint format
 
 $(READY): setup.cfg pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -59,6 +59,12 @@ bench: $(READY)
 # What a GPU gives, within eight minutes; IMAGES is a zip file that `python -m benchmarks.gpu --pack FOLDER` wrote, or nothing
 gpu: $(READY)
 	$(BIN)/python -m benchmarks.gpu --page docs/benchmarks.md $(if $(IMAGES),--images $(IMAGES))
+
+# The documentation as a site in site/; a link that leads nowhere is an error
+docs: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]'
+	$(BIN)/python -m mkdocs build --strict --quiet
+	@echo "site/index.html"
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -152,7 +152,8 @@ def co_train_batch(
     of P and u of U.
 
     Args:
-        trusted, rest: int64 (n_x,), (n_u,).
+        trusted: int64 (n_x,).
+        rest: int64 (n_u,).
         verdict: of the peer's division, on the training device; all processes take part.
         key: (epoch, network, step). `mixup_alpha`: 0 means no MixUp.
         view: what is trained on: `strong`, or `weak` for the very views that are predicted.
