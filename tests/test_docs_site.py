@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from configparser import ConfigParser
 from pathlib import Path
 
 import pytest
@@ -34,3 +35,21 @@ def test_the_site_is_built_and_loads_nothing_from_elsewhere(tmp_path):
     start = (tmp_path / "site" / "index.html").read_text(encoding="utf-8")
     assert "candidate" in start and 'src="http' not in start and "fonts.googleapis" not in start
     assert "AnnotationStore" in (tmp_path / "site" / "api" / "index.html").read_text(encoding="utf-8")
+
+
+def test_the_versions_that_are_tested_are_those_that_are_claimed():
+    config = ConfigParser()
+    config.read(ROOT / "setup.cfg", encoding="utf-8")
+    plan = yaml.safe_load((ROOT / ".github" / "workflows" / "tests.yml").read_text(encoding="utf-8"))
+    matrix = plan["jobs"]["tests"]["strategy"]["matrix"]
+    assert config["options"]["python_requires"] == f">={matrix['python'][0]}" == f">={matrix['include'][0]['python']}"
+    oldest = dict(word.split("==") for word in matrix["include"][0]["constraints"].split())
+    for package, version in oldest.items():
+        assert f"{package}>={version.removesuffix('.*')}\n" in config["options"]["install_requires"] + "\n"
+    assert plan["jobs"]["tests"]["steps"][-1] == {"run": "bash .ci/run"} and (ROOT / ".ci" / "run").is_file()
+
+
+def test_the_forms_of_issues_are_whole():
+    for form in (ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"):
+        content = yaml.safe_load(form.read_text(encoding="utf-8"))
+        assert content["name"] and content["description"] and all(part["attributes"]["label"] for part in content["body"])
