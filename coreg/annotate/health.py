@@ -193,21 +193,21 @@ def _verdicts(store: AnnotationStore, health: Health) -> list[str]:
         )
     if len(never):
         verdicts.append(
-            f"Never named: {_some(names, never)}. Either there are no such images, or the model does not know the name; "
+            f"Never named: {some(names, never)}. Either there are no such images, or the model does not know the name; "
             "try another wording, or describe what is seen (--descriptions)."
         )
     if len(always) and len(names) > 2:
         verdicts.append(
-            f"Named for nearly every image: {_some(names, always)}. The name is too general; try a narrower one."
+            f"Named for nearly every image: {some(names, always)}. The name is too general; try a narrower one."
         )
     if len(alike := np.unique([pair.classes for pair in health.confused if pair.alike]).astype(int)):
         verdicts.append(
-            f"More words would help: {_some(names, alike)}. The model reads these names nearly alike and confuses the "
+            f"More words would help: {some(names, alike)}. The model reads these names nearly alike and confuses the "
             f"classes; say what tells them apart with {rescored(store)}"
         )
     if len(few):
         verdicts.append(
-            f"Fewer than {FEW_IMAGES} images lead to: {_some(names, few)}. They will be learned badly; add images."
+            f"Fewer than {FEW_IMAGES} images lead to: {some(names, few)}. They will be learned badly; add images."
         )
     if health.abstained.mean() > 0.2:
         verdicts.append(
@@ -230,7 +230,8 @@ def rescored(store: AnnotationStore) -> str:
     return f"{launched('annotate_vlm.py')} --rescore {places[0]} --descriptions names.json --output_dir {places[1]}"
 
 
-def _some(names: Sequence[str], chosen: np.ndarray) -> str:
+def some(names: Sequence[str], chosen: np.ndarray) -> str:
+    """The names at `chosen` int64 (n,), shortened to ten."""
     more = f" and {len(chosen) - 10} more" if len(chosen) > 10 else ""
     return ", ".join(names[index] for index in chosen[:10]) + more
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
 from coreg.annotate.changes import before_and_after
-from coreg.annotate.health import examine
+from coreg.annotate.health import examine, some
 from coreg.plaintext import printable
 from coreg.store.store import AnnotationStore
 from coreg.weak.labels import drawn_summary, next_command
@@ -25,8 +23,8 @@ def summary(store: AnnotationStore) -> str:
         f"  unreadable images      {unreadable}" + (" (see errors.csv)" if unreadable else ""),
         f"  mean candidates        {np.arange(len(sizes)) @ sizes / max(1, sizes.sum()):.2f} of {len(names)}",
         f"  template agreement     {health.unanimity:.1%} of the templates name an image's most named class",
-        f"  classes never named    {some(names, health.named == 0)}",
-        f"  classes always named   {some(names, health.named == 1)}",
+        f"  classes never named    {some(names, np.flatnonzero(health.named == 0)) or 'none'}",
+        f"  classes always named   {some(names, np.flatnonzero(health.named == 1)) or 'none'}",
     ]
     if health.confused:
         shown = [" and ".join(names[c] for c in pair.classes) for pair in health.confused[:3]]
@@ -44,10 +42,3 @@ def summary(store: AnnotationStore) -> str:
         lines.append(f"  more                   {store.root / 'report.html'}")
     lines.append(f"next: {next_command(store)}")
     return printable("\n".join(lines), lines=True)
-
-
-def some(names: Sequence[str], chosen: np.ndarray) -> str:
-    """The chosen names, shortened to ten; "none" without any."""
-    picked = [names[index] for index in np.flatnonzero(chosen)]
-    more = f" and {len(picked) - 10} more" if len(picked) > 10 else ""
-    return ", ".join(picked[:10]) + more if picked else "none"

@@ -135,7 +135,7 @@ def load_classifier(path: str | Path) -> Classifier:
     Raises:
         UserError: it is none of these, damaged, or cannot be loaded.
     """
-    path = from_hub(path, HUB_FILES) if str(path).startswith(HUB) else Path(path)
+    path = from_hub(str(path), HUB_FILES) if str(path).startswith(HUB) else Path(path)
     if path.suffix == ".pt2":
         # reading one unpickles what is in it and evaluates expressions (torch.export.load warns of it)
         raise UserError(
