@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from coreg.errors import exits_with_one_line
 from coreg.learn.options import PRESETS, CoRegOptions
-from coreg.nets.options import ImageConfig
+from coreg.network_options import ImageConfig
 from coreg.run.settings import check_warm_up, read_student
 from coreg.settings import JobConfig
 

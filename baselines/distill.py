@@ -15,7 +15,7 @@ from typing import Literal
 
 from coreg.config import option
 from coreg.errors import UserError, exits_with_one_line
-from coreg.nets.options import ImageConfig
+from coreg.network_options import ImageConfig
 from coreg.run.settings import read_student, refuse_prefilter
 from coreg.settings import JobConfig
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from coreg.errors import exits_with_one_line
 from coreg.learn.dividemix_options import OFFICIAL, DivideMixOptions
-from coreg.nets.options import ImageConfig
+from coreg.network_options import ImageConfig
 from coreg.run.settings import check_warm_up, official, preset_fields, read_student
 from coreg.settings import JobConfig
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from coreg.errors import UserError, exits_with_one_line
 from coreg.learn.partial_options import NAMES, OFFICIAL, OPTIONS, PartialOptions
-from coreg.nets.options import ImageConfig
+from coreg.network_options import ImageConfig
 from coreg.run.settings import official, preset_fields, read_student
 from coreg.settings import JobConfig
 

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from coreg.config import option
 from coreg.errors import UserError, exits_with_one_line
-from coreg.nets.options import ImageConfig, TuningOptions
+from coreg.network_options import ImageConfig, TuningOptions
 from coreg.run.settings import read_student, refuse_prefilter
 from coreg.settings import JobConfig
 

@@ -19,7 +19,7 @@ from coreg.config import parse
 from coreg.errors import exits_with_one_line
 from coreg.learn.multi_options import NAMES, OFFICIAL, OPTIONS, MultiOptions
 from coreg.learn.options import CoRegOptions
-from coreg.nets.options import ImageConfig, check_image_options
+from coreg.network_options import ImageConfig, check_image_options
 from coreg.run.settings import official, pixels_of_weights, preset_fields
 from coreg.settings import JobConfig, TagJob
 

@@ -20,7 +20,7 @@ from coreg.learn.coreg import CoRegBatch, CoRegLearner
 from coreg.learn.memory import Prototypes
 from coreg.learn.options import PRESETS, CoRegOptions
 from coreg.learn.two_nets import Verdict, co_train_batch
-from coreg.nets.options import ImageConfig
+from coreg.network_options import ImageConfig
 from coreg.run.training import Training, build_networks, build_optimizer, placed
 from coreg.settings import JobConfig
 from coreg.views.augment import Augmentation

@@ -3,8 +3,8 @@
     python -m benchmarks.tuners [--seconds 30] [--mixed_precision bf16]
 
 bare       what no tuner can do without: forward through the frozen network, and backward to the tokens that go into it, or
-           to the weights as well for `full`; no losses, inserted modules or optimiser. What trains no block, or the last
-           ones alone, needs less.
+           to the weights as well for `full`, and with as many tokens as `vpt_deep` has; no losses, inserted modules or
+           optimiser. What trains no block, or the last ones alone, needs less.
 peft       LoRA by PEFT with as high a rank, on the layer that makes queries, keys and values.
 """
 
@@ -50,7 +50,7 @@ def _network(side: str, half: bool) -> nn.Module:
     """With its tuner; of `bare` and `peft`, as these have it."""
     torch.manual_seed(0)
     net = timm.create_model(NAME, img_size=SIZE, num_classes=CLASSES)
-    if side == "bare":
+    if side in ("bare", "bare vpt_deep"):
         net.requires_grad_(False)
     elif side == "peft":
         net = get_peft_model(net, LoraConfig(r=4, lora_alpha=1, target_modules=["qkv"], modules_to_save=["head"]))
@@ -69,8 +69,14 @@ def _step(side: str, half: bool) -> Callable[[int], None]:
     classes = torch.randint(CLASSES, (BATCH,), generator=generator).to(images.device)
     weights = [weight for weight in net.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, fused=CUDA) if weights and not side.startswith("bare") else None
-    if side == "bare":
-        net.blocks[0].register_forward_pre_hook(lambda block, inputs: (inputs[0].detach().requires_grad_(),))
+    if side in ("bare", "bare vpt_deep"):
+        more = TunerOptions(CLASSES).prompt_tokens if side == "bare vpt_deep" else 0
+
+        def begin(block: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
+            tokens = torch.cat([inputs[0], inputs[0].new_zeros(BATCH, more, inputs[0].shape[2])], 1)
+            return (tokens.detach().requires_grad_(),)
+
+        net.blocks[0].register_forward_pre_hook(begin)
 
     def passes() -> Tensor:
         with torch.autocast(images.device.type, torch.bfloat16, enabled=half):
@@ -111,7 +117,7 @@ def _peaks(sides: Sequence[str], half: bool) -> dict[str, float]:
 
 def measure(seconds: float, half: bool = False) -> list[dict[str, Any]]:
     """One row for each tuner and PEFT: trained weights, time by that of the bare passes and of `full`, peak memory."""
-    sides = ["bare", "bare full", *TUNED, "peft"]
+    sides = ["bare", "bare full", "bare vpt_deep", *TUNED, "peft"]
     memory = _peaks(sides, half)
     steps = {side: _step(side, half) for side in sides}
     wait = torch.cuda.synchronize if CUDA else lambda: None
@@ -119,7 +125,7 @@ def measure(seconds: float, half: bool = False) -> list[dict[str, Any]]:
     rounds = in_turns(steps, seconds, clock, wait)
     rows = []
     for side in [*TUNED, "peft"]:
-        floor = "bare full" if side == "full" else "bare"
+        floor = f"bare {side}" if side in ("full", "vpt_deep") else "bare"
         weights = sum(weight.numel() for weight in _network(side, half).parameters() if weight.requires_grad)
         rate = BATCH / statistics.median(times[side] for times in rounds)
         rows.append(

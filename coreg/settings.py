@@ -1,6 +1,6 @@
 """The option groups of a job that scripts combine: where things are, labels, the optimiser.
 
-Scripts that train networks of our own take all of them, as `JobConfig`, and `coreg.nets.options.ImageConfig`; the others
+Scripts that train networks of our own take all of them, as `JobConfig`, and `coreg.network_options.ImageConfig`; the others
 derive from the groups they need.
 """
 

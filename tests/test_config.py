@@ -15,7 +15,7 @@ import yaml
 
 from coreg.config import RECIPES, advanced, as_settings, as_yaml, beside_the_job, check_bounds, option, parse, read_recipe
 from coreg.errors import UserError
-from coreg.nets.options import ImageConfig
+from coreg.network_options import ImageConfig
 from coreg.settings import JobConfig
 
 

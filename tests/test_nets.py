@@ -28,8 +28,8 @@ from coreg.nets.model import (
     create_backbone,
     evaluate_lone_values,
 )
-from coreg.nets.options import ImageConfig
 from coreg.nets.preact import PreActBlock
+from coreg.network_options import ImageConfig
 from coreg.run.job import other_pixels
 
 

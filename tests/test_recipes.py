@@ -19,7 +19,7 @@ from coreg.errors import UserError
 from coreg.learn.dividemix_options import DivideMixOptions
 from coreg.learn.options import CoRegOptions
 from coreg.nets.model import Model, create_backbone, parse_backbone_args
-from coreg.nets.options import ImageConfig
+from coreg.network_options import ImageConfig
 from coreg.recipes import FOLDER, listing
 from coreg.recipes.__main__ import main
 from coreg.settings import JobConfig

@@ -16,7 +16,7 @@ ROOMS = """
     report
     label
     process
-    settings
+    settings network_options
     learn
     weak
     nets

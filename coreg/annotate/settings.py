@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from coreg.config import SAFE_CSV, option
-from coreg.nets.options import Network, Pixels
+from coreg.network_options import Network, Pixels
 
 GLYPH_CLIP = "builtin:glyph-clip"
 

@@ -32,7 +32,7 @@ from coreg.data.decode import UnreadableImage
 from coreg.errors import UserError, exits_with_one_line
 from coreg.files import check_writable, file_name, making_folder, place_below, write_atomically, writing_csv
 from coreg.hub import push_to_hub
-from coreg.nets.options import check_pixels
+from coreg.network_options import check_pixels
 from coreg.plaintext import printable
 from coreg.report.record import finished_report
 from coreg.settings import Place

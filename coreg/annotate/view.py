@@ -40,7 +40,7 @@ from coreg.errors import UserError, exits_with_one_line
 from coreg.files import write_atomically
 from coreg.nets.made_for import trained_with
 from coreg.nets.model import check_backbone, check_weights, create_backbone, parse_backbone_args
-from coreg.nets.options import check_pixels
+from coreg.network_options import check_pixels
 from coreg.plaintext import first_line, printable
 from coreg.process import all_or_none, build_accelerator, main_process_decides
 from coreg.records import Number, RecordError, hash_of, read_record

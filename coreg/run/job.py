@@ -24,9 +24,9 @@ from coreg.errors import UserError
 from coreg.files import sha256_of
 from coreg.nets.made_for import trained_with
 from coreg.nets.model import check_backbone, check_network, check_weights, parse_backbone_args
-from coreg.nets.options import ANNOTATOR, ImageConfig
 from coreg.nets.tuners.apply import check_tuners
 from coreg.nets.tuners.audit import audit
+from coreg.network_options import ANNOTATOR, ImageConfig
 from coreg.plaintext import printable, without_credentials
 from coreg.process import all_or_none, build_accelerator, follow_launcher, main_process_decides
 from coreg.report.record import TRAINED, finished_report

@@ -20,7 +20,7 @@ from coreg.errors import UserError
 from coreg.files import write_atomically
 from coreg.learn.two_nets import Divisions
 from coreg.nets.model import Model
-from coreg.nets.options import ImageConfig
+from coreg.network_options import ImageConfig
 from coreg.plaintext import printable
 from coreg.process import main_process_decides
 from coreg.progress import ProgressFile, progress_bar

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from coreg.config import as_settings, parse
 from coreg.errors import UserError
 from coreg.learn.options import CoRegOptions
-from coreg.nets.options import ANNOTATOR, ImageConfig, check_image_options
+from coreg.network_options import ANNOTATOR, ImageConfig, check_image_options
 from coreg.settings import JobConfig, TagJob
 from coreg.store.preprocessing import annotators_pixels
 from coreg.weak.prefilter import parse_prefilter

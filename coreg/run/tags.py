@@ -26,7 +26,7 @@ from coreg.label.page import write_label_page
 from coreg.learn.multi.method import MultiMethod
 from coreg.learn.multi_options import MultiOptions, SoftOptions, VLPLOptions
 from coreg.nets.model import on_the_hub
-from coreg.nets.options import ImageConfig
+from coreg.network_options import ImageConfig
 from coreg.process import all_or_none, main_process_decides
 from coreg.report.multi_metrics import average_precisions, threshold_of_count, thresholds, thresholds_of_truth
 from coreg.report.record import SCHEMA, write_report

@@ -18,7 +18,7 @@ from coreg.learn.collective import gather_rows, my_slice
 from coreg.learn.division import Predicted
 from coreg.learn.tables import PIECE, OwnedRows, Table, owned, predicted
 from coreg.nets.model import Model
-from coreg.nets.options import ImageConfig
+from coreg.network_options import ImageConfig
 from coreg.process import all_or_none
 from coreg.report.report import prefilter_line
 from coreg.run.pixels import training_images

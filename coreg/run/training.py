@@ -21,9 +21,9 @@ from coreg.learn.tables import share
 from coreg.learn.two_nets import Divisions
 from coreg.nets.heads import ClassText
 from coreg.nets.model import Model, create_backbone, evaluate_lone_values, parse_backbone_args
-from coreg.nets.options import ImageConfig
 from coreg.nets.tuners.audit import audit
 from coreg.nets.tuning import start_head
+from coreg.network_options import ImageConfig
 from coreg.run.task import Task, pooled
 from coreg.settings import JobConfig
 
