@@ -56,6 +56,7 @@ import transformers
 from accelerate import Accelerator, PartialState
 
 import coreg
+from coreg.annotate import tag_health
 from coreg.annotate.annotators import SAME, Annotator, ClipAnnotator, load_annotator
 from coreg.annotate.chat import CHAT_TEMPLATES
 from coreg.annotate.exported import RUN_TEMPLATES, run_class_names
@@ -113,7 +114,7 @@ def annotate(config: AnnotateConfig, accelerator: Accelerator | None = None) -> 
         accelerator.print(f"{printable(root)} holds these annotations already: nothing to do")
         store = AnnotationStore.open(root)
         if accelerator.is_main_process and not all((root / name).exists() for name in REPORTS):
-            write_report(store, None if config.rescore else opened[0])  # a disk was full, perhaps
+            write_health(config, store, opened)  # a disk was full, perhaps
         return store
     manifest = job.manifest
     if not opened and not config.rescore:
@@ -152,7 +153,7 @@ def annotate(config: AnnotateConfig, accelerator: Accelerator | None = None) -> 
         )
     store = AnnotationStore.open(root)
     if accelerator.is_main_process:
-        write_report(store, None if config.rescore else opened[0])
+        write_health(config, store, opened)
     return store
 
 
@@ -189,6 +190,12 @@ def start(writer: StoreWriter, images: ImageList, kept: Callable[[], TextFeature
         write_texts(writer.root, writer.manifest, texts)
 
 
+def write_health(config: AnnotateConfig, store: AnnotationStore, opened: list[ImageList]) -> None:
+    """The health report, of one label an image or of several."""
+    write = tag_health.write_report if tag_health.is_tagged(store, config.task) else write_report
+    write(store, None if config.rescore else opened[0])
+
+
 def job_on_images(config: AnnotateConfig, opened: list[ImageList]) -> Job:
     """Check the whole job before anything is written.
 
@@ -199,6 +206,8 @@ def job_on_images(config: AnnotateConfig, opened: list[ImageList]) -> Job:
     Raises:
         UserError: the first thing that is wrong.
     """
+    if config.task == "multi" and config.vlm.startswith(("chat:", "run:")):
+        raise UserError(f"--task multi compares images with texts, which {config.vlm} does not; name another with --vlm")
     model = resolve(config.vlm)
     for name in ("descriptions", "temperature"):
         if getattr(config, name) is not None and model.kind in ("chat", "run"):
@@ -335,9 +344,10 @@ def versions() -> dict[str, str]:
 @exits_with_one_line
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line, annotate, and say what came out."""
-    store = annotate(read_settings(argv))
+    config = read_settings(argv)
+    store = annotate(config)
     if PartialState().is_main_process:
-        print(summary(store))
+        print(tag_health.summary(store) if tag_health.is_tagged(store, config.task) else summary(store))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,6 @@ from coreg.nets.model import Model
 from coreg.report.multi_metrics import average_precisions
 from coreg.report.record import read_report
 from coreg.store.store import AnnotationStore
-from coreg.weak.multi import pseudo_labels
 
 spml, zero_shot_tags = script("spml"), script("zero_shot_tags")
 NAMES = ["one", "two", "three"]
@@ -154,7 +153,8 @@ def test_observed_labels_are_kept_with_the_run(store, tmp_path):
     assert report["observed"] == {"generator": "numbers", "positives": 1.0, "negatives": 0.0, "seed": 0}
     # without validation images, one threshold comes without labels: images have as many as the annotator suggests
     assert report["thresholds_from"] == "annotator" and "validation" not in report["images"]
-    suggested = pseudo_labels(label_similarities(opened)[saved["samples"]], 0.03, 0.3) > 0
+    # in the whole image or a part of it
+    suggested = label_evidence(opened, "tiles", 0)[saved["samples"]] > 0.5
 
     def given(folder):
         with (folder / "labels.csv").open(newline="") as file:

@@ -103,6 +103,41 @@ def test_other_metrics_stand_in_a_table_of_their_own(tmp_path, capsys):
     assert "metrics.test.macro_f1" in " ".join(printed(capsys, tmp_path)[1])
 
 
+def tagged(method, seed, value, **more):
+    measured = {"mAP": value, "CF1": value / 2, "OF1": 0.625, "images": 90, "annotator": 0.31}
+    tags = {"test": measured, "validation": measured | {"mAP": value - 0.1}, **more}
+    return report(method, seed, tags=tags, labels_used=77) | {"accuracy": {}}
+
+
+def test_runs_with_several_labels_an_image_stand_in_a_table_of_their_own(tmp_path, capsys):
+    for seed, value in enumerate([0.5, 0.75]):
+        write(tmp_path / f"vlpl-{seed}", tagged("VLPL", seed, value), seed=seed, method="vlpl", epochs=10)
+    write(tmp_path / "an", tagged("AN", 0, 0.9), seed=0, method="an", epochs=10, tags="mine.csv")
+    write(tmp_path / "coreg", report())
+    out, err = printed(capsys, tmp_path)
+    assert err == [] and out.count("## builtin:digits, annotated by builtin:glyph-clip") == 2
+    head = next(row for row in rows_of(out) if row[1] == "test mAP %")
+    rows = {row[0]: dict(zip(head, row)) for row in rows_of(out)}
+    assert list(rows)[-2:] == ["AN", "VLPL"]  # the best first
+    sd = 100 * statistics.stdev([0.5, 0.75])
+    assert rows["VLPL"]["test mAP %"] == f"62.5 ± {sd:.1f}" and rows["VLPL"]["OF1 %"] == "62.5 ± 0.0"
+    assert rows["AN"] == {
+        "method": "AN", "test mAP %": "90.0", "CF1 %": "45.0", "OF1 %": "62.5", "annotator mAP %": "31.0",
+        "validation mAP %": "80.0", "runs": "1", "observed": "77", "epochs": "10", "M parameters": "0.31",
+        "training s": "101", "wall s": "110",
+    }  # fmt: skip
+    assert "mean over all labels of average precision" in out and "Accuracy of the last epoch" in out
+    page = printed(capsys, tmp_path, "--format", "html")[0]
+    assert "test mAP %" in page and "62.5 ±" in page
+    lines = {row["method"]: row for row in csv.DictReader(io.StringIO(printed(capsys, tmp_path, "--format", "csv")[0]))}
+    assert float(lines["VLPL"]["test_mAP"]) == pytest.approx(0.625) and lines["Co-Reg"]["test_mAP"] == ""
+    assert float(lines["AN"]["validation_mAP"]) == pytest.approx(0.8) and lines["AN"]["test_mean"] == ""
+    alone = printed(capsys, tmp_path / "an")[0]
+    assert "Accuracy of the last epoch" not in alone
+    write(tmp_path / "bad", tagged("AN", 7, 0.5) | {"tags": {"test": {"mAP": 0.5, "images": 3, "CF1": "x"}}})
+    assert "tags.test.CF1" in " ".join(printed(capsys, tmp_path)[1])
+
+
 def test_families_stand_in_the_order_of_the_papers_and_the_best_first(tmp_path, capsys):
     names = [
         "Supervised", "Co-Reg", "LoRA, 4 shots", "CoOp, 1 shot", "PiCO+", "CR-DPLL", "RC", "ALIM-Scale", "Brand new",

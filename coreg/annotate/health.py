@@ -8,7 +8,6 @@ writes ann/report.html (one file, nothing is loaded from elsewhere) and ann/repo
 from __future__ import annotations
 
 import shlex
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,9 +19,7 @@ from coreg.annotate.confused import Pair, confused_pairs, together
 from coreg.annotate.health_html import page
 from coreg.data.folders import counts_line, labelled_counts, unmatched_folders
 from coreg.data.images import ImageList
-from coreg.errors import UserError
 from coreg.files import write_atomically
-from coreg.plaintext import printable
 from coreg.scripts import launched
 from coreg.store.store import AnnotationStore
 from coreg.weak.labels import next_command
@@ -301,22 +298,3 @@ def write_report(store: AnnotationStore, images: ImageList | None) -> Health:
     html = page(store, health, images, next_command(store))
     write_atomically(store.root / "report.html", html.encode("utf-8", "replace"))
     return health
-
-
-def report(folder: str, place: str | None = None, data_root: str | None = None) -> str:
-    """Write the report of the store in `folder`, without pictures where the images cannot be opened; gives it as text.
-
-    Args:
-        place: where the images are, if not where they were annotated. data_root: the same of torchvision data sets.
-
-    Raises:
-        UserError: there is no such store, or it cannot be written into.
-    """
-    store = AnnotationStore.open(folder).at(place, data_root)
-    store.need_annotator(f"python -m coreg.annotate info {shlex.quote(str(store.root))} counts how noisy the sets are")
-    try:
-        images = store.images()
-    except UserError as error:  # moved or changed since
-        print(f"note: without pictures: {printable(error)}", file=sys.stderr)
-        images = None
-    return as_text(store, write_report(store, images)) + printable(store.root / "report.html")

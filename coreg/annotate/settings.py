@@ -41,6 +41,11 @@ class AnnotateConfig:
         (1e-3, 1e3),
     )
     output_dir: str = option("runs/demo/annotations", "folder of the annotation store")
+    task: Literal["single", "multi"] | None = option(
+        None,
+        "what the health report is about: one label an image, or several; default: several where the images carry several, "
+        "or with --tiles",
+    )
     tiles: list[int] | None = option(
         None,
         "for several labels an image, numbers such as 2 3: the features of 2x2 and 3x3 parts of every image are kept too, "

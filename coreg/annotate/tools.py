@@ -2,7 +2,7 @@
 
 python -m coreg.annotate info ann
 python -m coreg.annotate verify ann
-python -m coreg.annotate health ann
+python -m coreg.annotate health ann                     # --task multi: of several labels an image
 python -m coreg.annotate export ann --output candidates.csv
 python -m coreg.annotate export runs/a --format label_studio --output tasks.json
 python -m coreg.annotate publish ann --output_dir published
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import io
 import json
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,8 +23,9 @@ from typing import Any, Literal
 
 import numpy as np
 
+from coreg.annotate import tag_health
 from coreg.annotate.elsewhere import FORMS, LOCAL_FILES, of_run, of_store
-from coreg.annotate.health import report
+from coreg.annotate.health import as_text, write_report
 from coreg.annotate.publish import publish
 from coreg.annotate.settings import RefineConfig, ViewConfig
 from coreg.annotate.summary import summary
@@ -86,6 +88,32 @@ def verify(folder: str) -> tuple[str, bool]:
     lines = [f"{file.name} is damaged" for file in (writer.files[index] for index in damaged)]
     lines += [f"{len(missing)} of {len(writer.files)} blocks are missing"] if missing else []
     return "\n".join([*lines, f"{same_command(manifest)}: damaged and missing blocks are made anew"]), False
+
+
+# ---- health ---------------------------------------------------------------------------------------------------------
+
+
+def health(folder: str, place: Place, task: str | None = None) -> str:
+    """Write the report of the store in `folder`, without pictures where the images cannot be opened; gives it as text.
+
+    Args:
+        place: where the images are, if not where they were annotated. task: see `tag_health.is_tagged`.
+
+    Raises:
+        UserError: there is no such store, or it cannot be written into.
+    """
+    store = AnnotationStore.open(folder).at(place.images, place.data_root)
+    store.need_annotator(f"python -m coreg.annotate info {shlex.quote(str(store.root))} counts how noisy the sets are")
+    try:
+        images = store.images()
+    except UserError as error:  # moved or changed since
+        print(f"note: without pictures: {printable(error)}", file=sys.stderr)
+        images = None
+    if tag_health.is_tagged(store, task):
+        written = tag_health.as_text(store, tag_health.write_report(store, images))
+    else:
+        written = as_text(store, write_report(store, images))
+    return written + printable(store.root / "report.html")
 
 
 # ---- export ---------------------------------------------------------------------------------------------------------
@@ -268,9 +296,18 @@ def _publish(folders: list[str], options: list[str]) -> str:
     return done
 
 
+@dataclass
+class HealthConfig:
+    """What a health report is about."""
+
+    task: Literal["single", "multi"] | None = option(
+        None, "one label an image, or several; default: several where the images carry several, or there are tiles"
+    )
+
+
 def _health(folders: list[str], options: list[str]) -> str:
-    (place,) = parse(Place, argv=options, prog="python -m coreg.annotate health")
-    return report(_only(folders), place.images, place.data_root)
+    config, place = parse(HealthConfig, Place, argv=options, prog="python -m coreg.annotate health")
+    return health(_only(folders), place, config.task)
 
 
 def _only(folders: list[str]) -> str:

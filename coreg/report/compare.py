@@ -24,10 +24,10 @@ from coreg.plaintext import printable
 from coreg.records import RecordError
 from coreg.report.record import SETTINGS, read_report
 from coreg.report.tables import FORMATS, Run, compare
-from coreg.settings import JobConfig
+from coreg.settings import JobConfig, TagJob
 
 # settings that make no other method of a run
-NOT_THE_METHOD = {"seed", *beside_the_job(JobConfig)}
+NOT_THE_METHOD = {"seed", *beside_the_job(JobConfig), *beside_the_job(TagJob)}
 
 
 @dataclass

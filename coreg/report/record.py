@@ -51,7 +51,9 @@ REPORT = {
     "training_seconds": Maybe(_AMOUNT),
     "wall_seconds": Maybe(_AMOUNT),
     # of several labels an image, by split; see `coreg.report.multi_metrics`
-    "tags": Maybe(Each({"mAP": _SHARE, "annotator": Maybe(_SHARE), "images": _COUNT})),
+    "tags": Maybe(
+        Each({"mAP": _SHARE, "annotator": Maybe(_SHARE), "images": _COUNT, "CF1": Maybe(_SHARE), "OF1": Maybe(_SHARE)})
+    ),
     "files": Maybe(Each(str)),
     "checksum": Maybe(str),
 }

@@ -42,6 +42,28 @@ HEAD = (
     "training s",
     "wall s",
 )
+# of runs with several labels an image, which stand in tables of their own
+TAG_HEAD = (
+    "method",
+    "test mAP %",
+    "CF1 %",
+    "OF1 %",
+    "annotator mAP %",
+    "validation mAP %",
+    "runs",
+    "observed",
+    "epochs",
+    "M parameters",
+    "training s",
+    "wall s",
+)
+VALIDATION = "validation"
+TAG_MEASURES = ("mAP", "CF1", "OF1")
+TAG_READING = (
+    "mAP is the mean over all labels of average precision on the test images (a label that no image has counts 0); CF1 and "
+    "OF1 are the F1 of mean precision and recall of the labels and of all cells, at the run's thresholds; ± is the standard "
+    "deviation over seeds (n − 1). Annotator: mAP of its similarities to the labels. Observed: labels that training saw."
+)
 MEASURED = (
     "Other metrics on the test images, means over the seeds; NLL is in nats. Harmonic and geometric mean are of the "
     "accuracies of the classes; classes of many images have more than 100 for training, of medium size 20 to 100, of few "
@@ -105,6 +127,16 @@ class Row:
         return statistics.fmean(known) if known else None
 
     @property
+    def several(self) -> bool:
+        """Whether an image has several labels."""
+        return self.runs[0].report.get("tags") is not None
+
+    def tags(self, split: str, name: str) -> list[float]:
+        """A measure of several labels an image, of all runs that have it on a split."""
+        values = [((run.report.get("tags") or {}).get(split) or {}).get(name) for run in self.runs]
+        return [value for value in values if value is not None]
+
+    @property
     def epochs(self) -> str | None:
         """Epochs of each run, None where nothing was trained or nobody wrote it down."""
         return self.runs[0].settings.get("epochs")
@@ -123,6 +155,8 @@ class Row:
     def place(self) -> tuple[int, float, str]:
         """For sorting: by family, the best first."""
         shares = self.shares(TEST) or self.shares(TRAIN)
+        if self.several:
+            shares = self.tags(TEST, "mAP") or self.tags(VALIDATION, "mAP") or self.tags(TRAIN, "mAP")
         return [*FAMILIES, OTHERS].index(self.family), -statistics.fmean(shares or [-1.0]), self.name
 
 
@@ -133,10 +167,20 @@ class Table:
     dataset: str
     annotator: str
     rows: list[Row]
+    several: bool = False  # whether images have several labels
 
     @property
     def heading(self) -> str:
         return f"{self.dataset}, annotated by {self.annotator}"
+
+    @property
+    def head(self) -> tuple[str, ...]:
+        """Heads of the columns that `cells` fills."""
+        return TAG_HEAD if self.several else HEAD
+
+    def main(self, row: Row) -> list[float]:
+        """What a row is judged by: accuracies, or mAP, on the test images."""
+        return row.tags(TEST, "mAP") if self.several else row.shares(TEST)
 
     def metrics(self) -> tuple[list[str], list[list[str]]]:
         """Heading and lines of the table of other metrics, as plain texts: the rows and columns that have some."""
@@ -150,7 +194,9 @@ class Table:
         return ["method", *(METRICS[name] for name in shown)], lines
 
     def families(self) -> list[tuple[str, list[Row]]]:
-        """Rows by family, in order."""
+        """Rows by family, in order; of several labels an image all in one without a name."""
+        if self.several:
+            return [("", self.rows)]
         names = dict.fromkeys(row.family for row in self.rows)
         return [(name, [row for row in self.rows if row.family == name]) for name in names]
 
@@ -166,12 +212,13 @@ def compare(runs: Sequence[Run]) -> tuple[list[Table], list[str]]:
         first = seeds.setdefault(report["seed"], run)
         if first is not run:
             repeated.append(f"{run.path} repeats {first.path}: the same method, settings and seed")
-    tables: dict[tuple[str, str], Table] = {}
+    tables: dict[tuple[str, str, bool], Table] = {}
     for (dataset, annotator, method), variants in methods.items():
-        shown = tables.setdefault((dataset, annotator), Table(dataset, annotator, []))
         members = [[seeds[seed] for seed in sorted(seeds)] for seeds in variants.values()]
         words = special_settings([group[0].settings for group in members])
-        shown.rows += [Row(method, special, group) for special, group in zip(words, members)]
+        for row in (Row(method, special, group) for special, group in zip(words, members)):
+            shown = tables.setdefault((dataset, annotator, row.several), Table(dataset, annotator, [], row.several))
+            shown.rows.append(row)
     for shown in tables.values():
         shown.rows.sort(key=lambda row: row.place)
     return [tables[key] for key in sorted(tables)], repeated
@@ -207,14 +254,25 @@ def spread(row: Row, split: str) -> str:
     return f"{100 * shares[0]:.1f} ({100 * low:.1f}–{100 * high:.1f})"
 
 
+def over_seeds(shares: Sequence[float]) -> str:
+    """Mean and standard deviation (n - 1) in percent."""
+    if len(shares) < 2:
+        return f"{100 * shares[0]:.1f}" if shares else "–"
+    return f"{100 * statistics.fmean(shares):.1f} ± {100 * statistics.stdev(shares):.1f}"
+
+
 def cells(row: Row) -> list[str]:
-    """A row as plain texts under `HEAD`."""
+    """A row as plain texts under `HEAD`, or `TAG_HEAD`."""
     parameters, training, wall = (row.mean(name) for name in ("parameters", "training_seconds", "wall_seconds"))
+    if row.several:
+        columns = [(TEST, "mAP"), (TEST, "CF1"), (TEST, "OF1"), (TEST, "annotator"), (VALIDATION, "mAP")]
+        measured = [over_seeds(row.tags(*column)) for column in columns]
+    else:
+        measured = [spread(row, TEST), spread(row, TRAIN)]
+        measured += ["–" if score is None else f"{100 * score:.1f}" for score in map(row.without_labels, WITHOUT_LABELS)]
     return [
         row.name,
-        spread(row, TEST),
-        spread(row, TRAIN),
-        *("–" if score is None else f"{100 * score:.1f}" for score in map(row.without_labels, WITHOUT_LABELS)),
+        *measured,
         str(len(row.runs)),
         str(row.runs[0].report["labels_used"]),
         row.epochs or "–",
@@ -230,12 +288,19 @@ def as_markdown(tables: Sequence[Table]) -> str:
     for shown in tables:
         body: list[list[str]] = []
         for name, rows in shown.families():
-            body += [[f"**{name}**"] + [""] * (len(HEAD) - 1), *([_plain(cell) for cell in cells(row)] for row in rows)]
-        lines += [f"## {_plain(shown.heading)}", "", *_lines(HEAD, body), ""]
+            body += [[f"**{name}**"] + [""] * (len(shown.head) - 1)] if name else []
+            body += [[_plain(cell) for cell in cells(row)] for row in rows]
+        lines += [f"## {_plain(shown.heading)}", "", *_lines(shown.head, body), ""]
         head, measured = shown.metrics()
         if measured:
             lines += [MEASURED, "", *_lines(head, [[_plain(cell) for cell in row] for row in measured]), ""]
-    return "\n".join([*lines, READING]) + "\n"
+    return "\n".join([*lines, *readings(tables)]) + "\n"
+
+
+def readings(tables: Sequence[Table]) -> list[str]:
+    """How tables are to be read, of each kind that there is."""
+    kinds = {shown.several for shown in tables}
+    return [text for several, text in ((False, READING), (True, TAG_READING)) if several in kinds]
 
 
 def _lines(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
@@ -261,7 +326,9 @@ def as_csv(tables: Sequence[Table]) -> str:
     judged = [f"{split}_{what}" for split in (TEST, TRAIN) for what in ("mean", "sd", "low", "high")]
     names = ("parameters", "training_seconds", "wall_seconds")
     heading = ["dataset", "annotator", "family", "method", "special", "seeds", *judged, *WITHOUT_LABELS]
-    write([*heading, "labels_used", "epochs", *names, *(f"test_{name}" for name in METRICS)])
+    tags = [(split, name) for split in (TEST, VALIDATION, TRAIN) for name in TAG_MEASURES]
+    measured = [*(f"test_{name}" for name in METRICS), *(f"{split}_{name}" for split, name in tags)]
+    write([*heading, "labels_used", "epochs", *names, *measured])
     for shown in tables:
         for row in shown.rows:
             seeds = " ".join(str(run.report["seed"]) for run in row.runs)
@@ -270,6 +337,7 @@ def as_csv(tables: Sequence[Table]) -> str:
             numbers += map(row.without_labels, WITHOUT_LABELS)
             numbers += [row.runs[0].report["labels_used"], row.epochs, *(row.mean(name) for name in names)]
             numbers += map(row.metric, METRICS)
+            numbers += [statistics.fmean(values) if (values := row.tags(*column)) else None for column in tags]
             write([*map(printable, words), *numbers])
     return file.getvalue()
 
@@ -283,16 +351,16 @@ def _numbers(row: Row, split: str) -> list[float | None]:
 
 def as_html(tables: Sequence[Table]) -> str:
     """A page that stands alone, for large and small screens, light and dark."""
-    parts = ["<h1>Comparison of methods</h1>", f'<p class="note">{text(READING)}</p>']
+    parts = ["<h1>Comparison of methods</h1>", *(f'<p class="note">{text(line)}</p>' for line in readings(tables))]
     for shown in tables:
         lines = []
         for name, rows in shown.families():
-            lines.append([f"<b>{text(name)}</b>", *[""] * len(HEAD)])
+            lines += [[f"<b>{text(name)}</b>", *[""] * len(shown.head)]] if name else []
             for row in rows:
                 named, test, *rest = (text(printable(cell)) for cell in cells(row))
-                shares = row.shares(TEST)
+                shares = shown.main(row)
                 lines.append([named, test, bar(statistics.fmean(shares)) if shares else "", *rest])
-        parts += [f"<h2>{text(printable(shown.heading))}</h2>", table([HEAD[0], HEAD[1], "", *HEAD[2:]], lines)]
+        parts += [f"<h2>{text(printable(shown.heading))}</h2>", table([*shown.head[:2], "", *shown.head[2:]], lines)]
         head, measured = shown.metrics()
         if measured:
             escaped = ([text(printable(cell)) for cell in row] for row in measured)

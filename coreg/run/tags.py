@@ -16,6 +16,7 @@ from PIL import Image
 from safetensors.numpy import save
 
 from coreg.annotate.tag_evidence import label_evidence
+from coreg.annotate.tag_health import suggested_labels
 from coreg.annotate.textual import label_similarities
 from coreg.data.images import HELD_OUT, TEST, TRAIN
 from coreg.data.tags import BETWEEN, read_tags
@@ -42,7 +43,7 @@ from coreg.run.training import Training
 from coreg.settings import TagJob
 from coreg.store.store import AnnotationStore
 from coreg.views.resident import TrainingImages
-from coreg.weak.multi import ObservedLabels, pseudo_labels, published_split
+from coreg.weak.multi import ObservedLabels, published_split, suggestions
 
 if TYPE_CHECKING:
     from coreg.run.loop import Run
@@ -163,14 +164,11 @@ def choose_thresholds(
     return thresholds_of_truth(scores["validation"], truth["validation"], without), "validation labels"
 
 
-def suggested_labels(similarity: np.ndarray, method: MultiOptions) -> np.ndarray:
-    """What the annotator suggests by the numbers of VLPL, the method's own where it is that; bool (n, L).
-
-    Args:
-        similarity: float (n, L), cosines of images and label texts.
-    """
-    numbers = method if isinstance(method, VLPLOptions) else VLPLOptions()
-    return pseudo_labels(similarity, numbers.temperature, numbers.suggestion_threshold) > 0
+def suggested(task: TagTask) -> np.ndarray:
+    """Labels of the training images that the annotator suggests, bool (N, L); by VLPL's own numbers where it is trained."""
+    if isinstance(task.method, VLPLOptions):
+        return suggestions(task.weak.evidence, task.method.suggestion_threshold) > 0
+    return suggested_labels(task.store)[task.weak.samples]
 
 
 def finish_tags(run: Run, task: TagTask, training: Training, method: MultiMethod, name: str, **more: Any) -> dict[str, Any]:
@@ -179,14 +177,14 @@ def finish_tags(run: Run, task: TagTask, training: Training, method: MultiMethod
     scores = {k: torch.sigmoid(predicted(task, method, v).double()).cpu().numpy() for k, v in splits.items()}
     truth = {split: task.truth(split) for split in splits}
     store, root = task.store, run.folder.root
-    similarity = suggested = None
+    similarity = offered = None
     if not store.drawn and store.manifest["features"] is not None and "refined" not in store.manifest:
         table = label_similarities(store)
         similarity = {split: table[images.samples.numpy()] for split, images in splits.items()}
-        suggested = suggested_labels(similarity["train"], task.method)
+        offered = suggested(task)
     expected, by = task.job.labels_an_image, "labels_an_image"
-    if expected is None and suggested is not None:
-        expected, by = float(suggested.sum(axis=1).mean()), "annotator"
+    if expected is None and offered is not None:
+        expected, by = float(offered.sum(axis=1).mean()), "annotator"
     at, chosen_on = choose_thresholds(scores, truth, expected, by)
     settings = write_networks(task, [method.net], run.folder.export, thresholds=at.tolist(), thresholds_from=chosen_on)
     measured = measured_splits(scores, truth, similarity, at)
@@ -209,7 +207,7 @@ def finish_tags(run: Run, task: TagTask, training: Training, method: MultiMethod
         probabilities=scores,
         truth=truth,
         similarity=similarity,
-        suggested=suggested,
+        suggested=offered,
         observed=task.weak.table,
         thresholds=at,
     )
