@@ -16,8 +16,8 @@ import sys
 from collections.abc import Sequence
 
 from coreg.config import parse
-from coreg.errors import exits_with_one_line
-from coreg.learn.multi_options import NAMES, OFFICIAL, OPTIONS, MultiOptions
+from coreg.errors import UserError, exits_with_one_line
+from coreg.learn.multi_options import NAMES, OFFICIAL, OPTIONS, MultiOptions, ROLEOptions
 from coreg.learn.options import CoRegOptions
 from coreg.network_options import ImageConfig, check_image_options
 from coreg.run.settings import official, pixels_of_weights, preset_fields
@@ -40,6 +40,8 @@ def read_settings(argv: Sequence[str]) -> tuple[TagJob, ImageConfig, MultiOption
         description=__doc__,
     )
     check_image_options(image_options)
+    if isinstance(method, ROLEOptions) and method.linear_epochs > job.epochs:
+        raise UserError(f"--linear_epochs is {method.linear_epochs}, of {job.epochs} --epochs in all; give at most as many")
     return job, image_options, method
 
 
@@ -73,17 +75,29 @@ def build_method(task: TagTask) -> tuple[MultiMethod, torch.optim.Optimizer]:
     if job.keep == "best" and "validation" in task.others and task.truth("validation").any():
         method.best = BestEpoch(net)
     method = placed(method, task.accelerator, job)
-    for images in (task.data, *task.others.values()) if net.features_are_fixed else ():
-        images.features = pooled(net, images, np.arange(len(images.samples)), 4 * job.batch_size)
     optimizer = build_optimizer(method.net, job)
+    if (speed := getattr(options, "head_speed", 1.0)) != 1:
+        head = list(net.backbone.get_classifier().parameters())
+        (group,) = optimizer.param_groups
+        group["params"] = [weight for weight in group["params"] if all(weight is not other for other in head)]
+        optimizer.add_param_group({"params": head, "lr": job.lr * speed})
     if tables := [weight for name, weight in method.named_parameters() if not name.startswith("net.")]:
         lr = job.lr * options.estimate_speed
         optimizer.add_param_group({"params": tables, "lr": lr, "weight_decay": 0.0})
     return method, optimizer
 
 
-def train(run: Run, task: TagTask, training: Training, lr: float) -> None:
-    """Train for an epoch on one view of every image."""
+def keep_features(task: TagTask, method: MultiMethod, fixed: bool) -> None:
+    """Let all images have the features of their plain views while the backbone does not change, or not have them."""
+    for images in (task.data, *task.others.values()):
+        if not fixed:
+            images.features = None
+        elif images.features is None:
+            images.features = pooled(method.net, images, np.arange(len(images.samples)), 4 * task.job.batch_size)
+
+
+def train(run: Run, task: TagTask, training: Training, lr: float, kind: str) -> None:
+    """Train for an epoch on one view of a kind of every image."""
     job, epoch = task.job, training.epoch
     order = ShuffledRows(np.arange(len(task.data.samples)), job.batch_size, ("train", job.seed, epoch))
     now = Step(epoch, job.epochs)
@@ -95,7 +109,7 @@ def train(run: Run, task: TagTask, training: Training, lr: float) -> None:
     task.data.read_ahead(my_rows, range(training.step, order.per_round))
     for step in run.steps(training, order.per_round):
         rows = order.batch(step)
-        view = task.data.inputs(task.method.view, my_rows(step), ("0", epoch, step))
+        view = task.data.inputs(kind, my_rows(step), ("0", epoch, step))
         training.learn(MultiBatch(task.data.places(rows), now, view), lr)
 
 
@@ -116,7 +130,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         for epoch in run.epochs(training, name):
             lr, now = job.cosine_lr(epoch), Step(epoch, job.epochs)
-            train(run, task, training, lr)
+            linear = epoch < getattr(options, "linear_epochs", 0)
+            keep_features(task, method, linear or method.net.features_are_fixed)
+            train(run, task, training, lr, "plain" if linear else options.view)
             end_steps(task, training)
             logits = predicted(task, method, task.data) if method.reads_all(now) else None
             drawn, curves = method.finish_epoch(now, logits), judge_tags(task, method)
@@ -124,6 +140,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 method.best.consider(method.net, curves["mAP/validation"], epoch + 1)
             run.log(training, {"lr": lr} | curves | {f"method/{key}": value for key, value in drawn.items()})
 
+        keep_features(task, method, method.net.features_are_fixed)
         fields["epoch"] = job.epochs if method.best is None else method.best.restore(method.net)
         report = finish_tags(run, task, training, method, name, **fields)
         run.accelerator.print(summary(report, run.folder.root))

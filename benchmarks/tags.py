@@ -33,7 +33,7 @@ from coreg.report.record import read_report
 
 SHARE = 0.01  # of an image's pixels, from which on it has a label
 LABELS = ("Pole", "Pavement", "Tree", "SignSymbol", "Fence", "Car", "Pedestrian", "Bicyclist")
-TILES = {"digits": ("2",), "camvid": ("2", "3")}
+TILES = {"digits": ("2",), "camvid": ("2",)}
 TITLES = {"digits": "digits", "camvid": "CamVid"}
 LITE = "lite0"
 

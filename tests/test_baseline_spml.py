@@ -272,6 +272,50 @@ def test_a_frozen_backbone_gives_features_once(store, tmp_path, monkeypatch):
         torch.testing.assert_close(value, theirs["learners"][0][name], rtol=1e-9, atol=1e-12)
 
 
+def weights_after(folder, part):
+    """The network's weights in the last checkpoint, those of the classifier or all others but the projector's."""
+    state = final_state(folder)["learners"][0]
+    names = [name for name in state if name.startswith("net.backbone.")]
+    return {name: state[name] for name in names if (".fc." in name or "head" in name) == (part == "head")}
+
+
+def test_roles_first_epochs_train_classifier_and_table_alone(store, tmp_path, monkeypatch, capsys):
+    """On features of the network as it begins; a job that is killed there goes on as it would have."""
+    own = ["--epochs", "3", "--keep", "last"]
+    train(store, tmp_path / "linear", "role", *own, "--linear_epochs", "3")
+    train(store, tmp_path / "both", "role", *own, "--linear_epochs", "2")
+    with killed_at(monkeypatch, 2):
+        train(store, tmp_path / "killed", "role", *own, "--linear_epochs", "2")
+    train(store, tmp_path / "killed", "role", *own, "--linear_epochs", "2")
+    monkeypatch.setattr(torch.optim.SGD, "step", lambda self: None)
+    train(store, tmp_path / "start", "role", "--epochs", "1", "--keep", "last")
+    start = weights_after(tmp_path / "start", "rest")
+    for name, value in weights_after(tmp_path / "linear", "rest").items():
+        assert "running" in name or "num_batches" in name or torch.equal(value, start[name]), name
+    assert any(not torch.equal(value, start[name]) for name, value in weights_after(tmp_path / "both", "rest").items())
+    first = weights_after(tmp_path / "start", "head")
+    assert all(not torch.equal(value, first[name]) for name, value in weights_after(tmp_path / "linear", "head").items())
+    for name, value in final_state(tmp_path / "both")["learners"][0].items():
+        assert torch.equal(value, final_state(tmp_path / "killed")["learners"][0][name]), name
+    line = refused(capsys, spml.main, *words(store, tmp_path / "no", "role", "--linear_epochs", "4"))
+    assert "--linear_epochs is 4, of 3 --epochs" in line
+
+
+def test_a_classifier_can_learn_faster_than_the_rest(store, tmp_path):
+    """With a rate of 0 for it, it stays; the others are as fast as ever."""
+    plain = ["--epochs", "1", "--keep", "last", "--batch_size", "27"]
+    train(store, tmp_path / "fast", "ll_r", *plain, "--head_speed", "10")
+    train(store, tmp_path / "usual", "ll_r", *plain)
+    train(store, tmp_path / "none", "ll_r", *plain, "--head_speed", "0")
+    heads = [weights_after(tmp_path / name, "head") for name in ("fast", "usual", "none")]
+    for name in heads[0]:
+        fast, usual = (heads[k][name] - heads[2][name] for k in (0, 1))
+        torch.testing.assert_close(fast, 10 * usual)
+    rests = [weights_after(tmp_path / name, "rest") for name in ("fast", "usual")]
+    for name, value in rests[0].items():
+        assert torch.equal(value, rests[1][name]), name
+
+
 def test_images_that_are_held_out_are_those_for_validation(store, tmp_path):
     lines = (store.parent / "list.csv").read_text().split("\n")
     held = [line.replace(",train", ",val") if number % 7 == 0 else line for number, line in enumerate(lines)]

@@ -1,6 +1,7 @@
 """Data sets whose images have several labels, in the layouts of their authors."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -103,6 +104,22 @@ def test_voc_has_the_labels_of_objects_that_are_not_difficult(voc):
     assert images.split.tolist() == [0, 1, 0, 1] and images.load(2).size == (6, 4)
     assert open_images(images.spec).paths == images.paths
     assert states(open_images(f"voc:{voc}", ["dog", "sofa"]))["JPEGImages/2007_1.jpg"] == "+0"
+
+
+def test_voc_and_coco_are_torchvisions_names_too(voc, tmp_path_factory):
+    """In the folders that torchvision fills; what is not there and cannot be had is said in one line."""
+    root = tmp_path_factory.mktemp("root")
+    (root / "VOCdevkit").mkdir(parents=True)
+    shutil.copytree(voc, root / "VOCdevkit" / "VOC2012")
+    lists = root / "VOCdevkit" / "VOC2012" / "ImageSets" / "Main"
+    put(lists / "trainval.txt", (lists / "train.txt").read_text() + (lists / "val.txt").read_text())
+    images, folder = open_images("VOC2012", None, str(root)), open_images(f"voc:{voc}")
+    assert images.spec == "torchvision:VOC2012" and list(images.paths) == list(folder.paths)
+    np.testing.assert_array_equal(images.tags, folder.tags)
+    again = open_images(images.spec, images.class_names, str(root))
+    np.testing.assert_array_equal(again.tags, images.tags)
+    with pytest.raises(UserError, match="torchvision cannot download it; put annotations"):
+        open_images("torchvision:COCO", None, str(root))
 
 
 def test_vocs_validation_images_are_trained_on_where_there_is_a_test_list(voc):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 import socket
@@ -17,6 +18,7 @@ from PIL import Image
 from coreg.data.decode import UnreadableImage
 from coreg.data.images import SPLITS, ImageList, Paths, translated
 from coreg.data.keyed import keyed_generator
+from coreg.data.tag_sets import coco_images, voc_images
 from coreg.errors import UserError
 from coreg.plaintext import did_you_mean, one_line
 
@@ -43,7 +45,12 @@ TORCHVISION: dict[str, list[str] | None] = {
     "GTSRB": [f"German Traffic Sign: {sign}" for sign in _SIGNS.split("|")],
     "FGVCAircraft": None,
     "StanfordCars": None,
+    "VOC2007": None,
+    "VOC2012": None,
+    "COCO": None,
 }
+# of several labels an image: torchvision downloads or unpacks them into these folders, which are read as folders are
+TAGGED = {"VOC2007": "VOCdevkit/VOC2007", "VOC2012": "VOCdevkit/VOC2012", "COCO": "coco"}
 BY_SPLIT = ("SVHN", "FER2013", "GTSRB", "FGVCAircraft", "StanfordCars")  # whose parts torchvision names by `split`
 
 
@@ -69,6 +76,8 @@ def torchvision_set(name: str, class_names: Sequence[str] | None, data_root: str
     if name not in TORCHVISION:
         hint = did_you_mean(name, TORCHVISION, cutoff=0.4)
         raise UserError(f"no torchvision data set {name}{hint} (there are: {', '.join(TORCHVISION)})")
+    if name in TAGGED:
+        return _tagged_set(name, class_names, data_root)
     # "test" before "train", so that the made-up names are sorted bytewise like all others
     splits = ("all",) if name == "EuroSAT" else ("test", "train")
     parts = [_torchvision_part(name, split, data_root) for split in splits]
@@ -81,16 +90,42 @@ def torchvision_set(name: str, class_names: Sequence[str] | None, data_root: str
     return ImageList(f"torchvision:{name}", Paths([os.fsencode(path) for path in paths]), labels, split, own, _Parts(parts))
 
 
-def _torchvision_part(name: str, split: str, data_root: str) -> Any:
-    from torchvision import datasets
+def _tagged_set(name: str, class_names: Sequence[str] | None, data_root: str) -> ImageList:
+    """VOC as torchvision's VOCDetection has it, or COCO for its CocoDetection, which downloads nothing."""
+    folder = Path(data_root) / TAGGED[name]
+    if name == "COCO":
+        if not folder.is_dir():
+            raise UserError(
+                f"data set COCO is not in {folder}, and torchvision cannot download it; put annotations/instances_NAME.json"
+                f" and the folders of images, such as train2014, there, or give --data_root"
+            )
+        return dataclasses.replace(coco_images(str(folder), class_names), spec=f"torchvision:{name}")
+    year = name.removeprefix("VOC")
+    # of 2007 the test images, too, have annotations, in an archive of their own
+    for part in ("trainval", "test") if year == "2007" else ("trainval",):
+        _had(name, data_root, "VOCDetection", {"year": year, "image_set": part})
+    return dataclasses.replace(voc_images(str(folder), class_names), spec=f"torchvision:{name}")
 
+
+def _torchvision_part(name: str, split: str, data_root: str) -> Any:
     if name == "EuroSAT":
         choice: dict[str, Any] = {}
     else:
         choice = {"split": split} if name in BY_SPLIT else {"train": split == "train"}
         if name == "FGVCAircraft" and split == "train":  # as everyone reports it
             choice["split"] = "trainval"
-    build = getattr(datasets, name)
+    return _had(name, data_root, name, choice)
+
+
+def _had(name: str, data_root: str, kind: str, choice: dict[str, Any]) -> Any:
+    """A part of data set `name` as torchvision's class `kind` has it, downloaded where it is not there.
+
+    Raises:
+        UserError: it is not there and could not be downloaded.
+    """
+    from torchvision import datasets
+
+    build = getattr(datasets, kind)
     try:
         return build(data_root, **choice)
     except (RuntimeError, OSError):

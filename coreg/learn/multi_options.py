@@ -67,6 +67,12 @@ class ROLEOptions(CountOptions):
     """ROLE: a table of labels that is learned too."""
 
     estimate_speed: float = advanced(10.0, "learning rate of the table, in those of the network", (0, 1e6))
+    linear_epochs: int = option(
+        0,
+        "first epochs, in which classifier and table alone are trained, on features of the network as it begins (ROLE+LI: "
+        "25 of 35)",
+        (0, 1_000_000),
+    )
 
 
 @dataclass
@@ -109,6 +115,7 @@ class LargeLossOptions(MultiOptions):
     large_share: float = option(
         0.002, "share of all labels of a batch that are doubted, of ll_r and ll_ct that many more in every epoch", (0, 1)
     )
+    head_speed: float = advanced(1.0, "learning rate of the classifier, in those of the rest of the network", (0, 1e6))
 
 
 EVIDENCE = (
@@ -162,7 +169,7 @@ _ENTROPY = {"entropy_weight": (0.2, 0.1, 0.1, 0.01)}
 _EM = _values((8, 16, 16, 8), **_ENTROPY)
 _EM_APL = _values((8, 16, 16, 8), **_ENTROPY, pseudo_after=(5, 5, 4, 3), pseudo_weight=(0.02, 0.9, 0.2, 0.4))
 # Kim et al. search the share from 0.1 % to 0.5 %
-_LARGE = _values((16, 16, 16, 16))
+_LARGE = _values((16, 16, 16, 16), head_speed=(10.0, 10.0, 10.0, 10.0))
 # of the paper, section 4.7: the public code takes 0.01 and 0.3 for every data set unless it is given others
 _VLPL = _values(
     (8, 8, 8, 8),
