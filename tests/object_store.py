@@ -3,10 +3,12 @@
 import contextlib
 import hashlib
 import http.client
+import json
 import random
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import parse_qs
 
 
 class WebServer:
@@ -50,6 +52,11 @@ class Handler(BaseHTTPRequestHandler):
         faults = self.owner.faults.get(name)
         self.answer(faults.pop(0) if faults else "none")
 
+    def refuse(self, status):
+        self.send_response(status)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
     def answer(self, fault):
         """Answer a HEAD, where `fault` is None, or a GET."""
         name, _, query = self.path.lstrip("/").partition("?")
@@ -60,16 +67,17 @@ class Handler(BaseHTTPRequestHandler):
             return
         allowed = self.owner.key is None or query == self.owner.key or "Authorization" in self.headers
         there = allowed and name in self.owner.files and name not in self.owner.broken
-        if not there or isinstance(fault, int):
-            status = fault if isinstance(fault, int) else 403 if not allowed else 500 if name in self.owner.broken else 404
-            self.send_response(status)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
+        if not there:
+            self.refuse(403 if not allowed else 500 if name in self.owner.broken else 404)
             return
         content = whole = self.owner.files[name]
         if span and fault != "whole":
             first, last = span.removeprefix("bytes=").split("-")
             content = whole[int(first) : int(last) + 1]
+            fault = fault if content else 416
+        if isinstance(fault, int):
+            self.refuse(fault)
+            return
         self.send_response(206 if span and fault != "whole" else 200)
         self.send_header("Content-Length", str(len(content)))
         self.send_header("ETag", f'"{hashlib.md5(whole).hexdigest()}"')
@@ -85,6 +93,58 @@ class Handler(BaseHTTPRequestHandler):
                 return
             time.sleep(0.3 if fault == "slow" else 0)
             self.wfile.write(content[half:])
+
+
+class Hub:
+    """What a model hub answers about the data set `me/set` with these `files`, name -> content."""
+
+    def __init__(self, files):
+        self.files = dict(files)
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_OfHub,), {"owner": self}))
+        self.server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, daemon=True, kwargs={"poll_interval": 0.05}).start()
+
+    def close(self):
+        self.server.shutdown()
+        self.server.server_close()
+
+
+class _OfHub(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_):
+        pass
+
+    def send(self, content, status=200):
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def about(self, names):
+        files, paths = self.owner.files, [name for name in names if name in self.owner.files]
+        records = [
+            {"type": "file", "path": name, "size": len(files[name]), "oid": hashlib.sha1(files[name]).hexdigest()}
+            for name in paths
+        ]
+        self.send(json.dumps(records).encode())
+
+    def do_POST(self):
+        self.about(parse_qs(self.rfile.read(int(self.headers["Content-Length"])).decode())["paths"])
+
+    def do_GET(self):
+        path = self.path.partition("?")[0]
+        if path.startswith("/datasets/me/set/resolve/main/"):
+            content = self.owner.files[path.removeprefix("/datasets/me/set/resolve/main/")]
+            first, last = self.headers["Range"].removeprefix("bytes=").split("-")
+            self.send(content[int(first) : int(last) + 1], 206)
+        elif path.startswith("/api/datasets/me/set/tree/main"):
+            self.about(self.owner.files)
+        elif path.startswith("/api/datasets/me/set"):
+            self.send(json.dumps({"id": "me/set", "_id": "1", "sha": "a" * 40, "private": False}).encode())
+        else:
+            self.send(b"{}", 404)
 
 
 class FaultyProxy:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import SMALL_JOB
-from object_store import FaultyProxy, WebServer
+from object_store import FaultyProxy, Hub, WebServer
 from PIL import Image
 from runs import error_of, refused
 from test_annotate_annotators import save_tiny_clip
@@ -195,6 +195,22 @@ def test_parquet_files_by_row_group(kind, s3, here, web):
     assert pixels_of(pickle.loads(pickle.dumps(images)), [4, 0]) == raw([numbers[4], numbers[0]])
 
 
+def test_a_data_set_of_a_hub_is_streamed(monkeypatch):
+    hub = Hub({f"data/{name}": content for name, content in PARQUETS.items()} | {"README.md": b"x"})
+    monkeypatch.setitem(fsspec.config.conf, "hf", {"endpoint": hub.url})
+    try:
+        images = open_images("hf://datasets/me/set", NAMES)
+        numbers = [*range(20, 25), *range(7), *range(10, 14)]
+        assert images.paths[0] == "test-00000.parquet/00000000" and pixels_of(images) == raw(numbers)
+        parquet._groups.forget()
+        remote._blocks.forget()
+        hub.files["data/test-00000.parquet"] = PARQUETS["train-00001.parquet"]
+        assert "was changed since it was listed" in error_of(images.load, 0)
+        assert "cannot list hf://datasets/me/other" in error_of(open_images, "hf://datasets/me/other")
+    finally:
+        hub.close()
+
+
 def test_columns_of_parquet_files(tmp_path, monkeypatch):
     def images_of(columns, names=NAMES, metadata=None):
         (tmp_path / "x.parquet").write_bytes(table(columns, metadata))
@@ -353,12 +369,29 @@ def test_a_shard_is_lost_alone_and_a_store_as_a_whole(web):
     assert "when it can be read again, run the same command again" in error_of(alone.load, 0)
 
 
+def test_a_parquet_file_is_lost_alone_and_a_store_as_a_whole(web):
+    images = open_images(f"{web.url}/train-{{00000..00001}}.parquet")
+    parquet._groups.forget()
+    remote._blocks.forget()
+    web.broken.add("train-00001.parquet")
+    with pytest.raises(UnreadableImage, match=r"^train-00001\.parquet: .*500"):
+        images.load(10)
+    assert pixels_of(images, [6]) == raw([6])
+    parquet._groups.forget()
+    remote._blocks.forget()
+    web.down = True
+    assert f"cannot read {web.url}/train-00000.parquet: " in error_of(images.load, 6)
+
+
 def test_a_changed_file_is_one_line(web):
     images = open_images(f"{web.url}/{{000..002}}.tar")
     remote._blocks.forget()
     web.files["000.tar"] = tar(range(3))
     words = f"000.tar was changed since it was listed ({len(tar(range(3)))} bytes instead of {len(TARS['000.tar'])})"
     assert words in error_of(images.load, 0)
+    remote._blocks.forget()
+    web.files["000.tar"] = b""  # so that there is nothing at that range, which an error says
+    assert f"(0 bytes instead of {len(TARS['000.tar'])})" in error_of(images.load, 0)
     changed = bytearray(TARS["001.tar"])
     changed[-1] ^= 1  # where no image is
     web.files["001.tar"] = bytes(changed)

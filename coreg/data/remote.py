@@ -82,14 +82,14 @@ class RemoteFile:
     def _fetch(self, start: int, stop: int) -> bytes:
         def once() -> bytes:
             system, path = _opened(self.url)
-            content = system.cat_file(path, start=start, end=stop)
-            # afterwards, so that what was read is what was listed
-            if (now := _version(system.info(path))) != (self.size, self.version):
-                what = "another version of it" if now[0] == self.size else f"{now[0]} bytes instead of {self.size}"
-                raise UserError(
-                    f"{self.place} was changed since it was listed ({what}): put back what it was, or annotate anew into "
-                    f"another --output_dir"
-                )
+            content, failed = b"", None
+            try:
+                content = system.cat_file(path, start=start, end=stop)
+            except Exception as error:  # perhaps because there is nothing any more where something was
+                failed = error
+            self._refuse_changed()  # afterwards, so that what was read is what was listed
+            if failed is not None:
+                raise failed
             if len(content) > stop - start:
                 raise UserError(f"{self.place} is served whole, not by range; copy it to a disk, or to another server")
             if len(content) < stop - start:
@@ -97,6 +97,15 @@ class RemoteFile:
             return content
 
         return tried(once, self.url)
+
+    def _refuse_changed(self) -> None:
+        now = _version(_about(self.url))
+        if now != (self.size, self.version):
+            what = "another version of it" if now[0] == self.size else f"{now[0]} bytes instead of {self.size}"
+            raise UserError(
+                f"{self.place} was changed since it was listed ({what}): put back what it was, or annotate anew into "
+                f"another --output_dir"
+            )
 
     def _give_up(self, reason: str) -> NoReturn:
         """Of one file that is lost among others its images are lost; of a store that is lost, no image is."""
@@ -120,8 +129,7 @@ def remote_file(url: str) -> RemoteFile:
     """
 
     def once() -> RemoteFile:
-        system, path = _opened(url)
-        about = system.info(path)
+        about = _about(url)
         size, version = _version(about)
         if about.get("type", "file") != "file" or size is None:
             raise FileNotFoundError("it is no file" if size is not None else "the server does not tell its size")
@@ -201,6 +209,13 @@ def _not_installed(place: str, package: str) -> UserError:
     )
 
 
+def _about(url: str) -> dict[str, Any]:
+    """What fsspec says of a file, asked for anew."""
+    system, path = _opened(url)
+    # the hub's part of fsspec gives earlier answers again, whatever its options say
+    return system.info(path, **({"refresh": True} if url.lower().startswith("hf:") else {}))
+
+
 def _version(about: dict[str, Any]) -> tuple[int | None, str]:
     """Size in bytes, and what the store says of the content, from fsspec's record of a file."""
     known = {key.lower(): value for key, value in about.items()}
@@ -256,8 +271,7 @@ def _reason(error: Exception, url: str) -> str:
 def _answers(url: str) -> bool:
     """Whether a file is there, asked once."""
     try:
-        system, path = _opened(url)
-        system.info(path)
+        _about(url)
         return True
     except Exception:
         return False
