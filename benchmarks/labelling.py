@@ -11,7 +11,8 @@ of so many training images. Options that are not its own go to the script. Finis
     changed  labels that differ from the annotator's first, the surest first
     random   drawn, keyed by the seed
 
-The table has the accuracy on test images and on all training images, those with an answer among them.
+The table has the share of the answers that correct the label which the first run gave, and the accuracy on test images
+and on all training images, those with an answer among them.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import argparse
 import contextlib
 import csv
 import importlib
+import math
 import statistics
 import sys
 from collections.abc import Sequence
@@ -56,6 +58,13 @@ def ordered(order: str, run: Path, seed: int) -> list[str]:
     return [line["path"] for line in lines]
 
 
+def corrected(before: Path, truth: dict[str, str], answered: Sequence[str]) -> float:
+    """Share of the answered images whose label in the labels.csv of the first run is wrong."""
+    with (before / "labels.csv").open(newline="", encoding="utf-8") as file:
+        label = {line["path"]: line["label"] for line in csv.DictReader(file)}
+    return statistics.fmean(label[path] != truth[path] for path in answered)
+
+
 def measured(run: Path) -> tuple[float, float]:
     """Accuracy of a run on its test images, and on all its training images."""
     accuracy = finished_report(run / "report.json")["accuracy"]
@@ -88,12 +97,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"{store.root} has no true labels to answer with; annotate images whose labels are known")
     rows = store.rows_of(TRAIN)
     truth = {store.paths[row]: store.class_names[store.labels[row]] for row in rows[store.labels[rows] >= 0]}
-    scores: dict[tuple[str, int], list[tuple[float, float]]] = {}
+    scores: dict[tuple[str, int], list[tuple[float, ...]]] = {}
     for seed in args.seeds:
         own = [*words, "--seed", str(seed)]
         before = args.output_dir / f"seed{seed}" / "none"
         trained(args.script, own, before)
-        scores.setdefault(("none", 0), []).append(measured(before))
+        scores.setdefault(("none", 0), []).append((math.nan, *measured(before)))
         for order in args.orders:
             paths = [path for path in ordered(order, before, seed) if path in truth]
             for count in args.answers:
@@ -105,18 +114,22 @@ def main(argv: Sequence[str] | None = None) -> int:
                     for path in paths[:count]:
                         write([path, truth[path]])
                 trained(args.script, [*own, "--labels", str(given)], run)
-                scores.setdefault((order, count), []).append(measured(run))
+                row = (corrected(before, truth, paths[:count]), *measured(run))
+                scores.setdefault((order, count), []).append(row)
                 print(f"seed {seed}, {order}, {count}: {scores[order, count][-1]}", file=sys.stderr, flush=True)
     print(table(scores))
     return 0
 
 
-def table(scores: dict[tuple[str, int], list[tuple[float, float]]]) -> str:
+def table(scores: dict[tuple[str, int], list[tuple[float, ...]]]) -> str:
     """A row for each order and number of answers: mean and standard deviation over seeds, in percent."""
     lines = []
     for (order, count), several in scores.items():
         line = {"answers": str(count), "order": order}
-        for name, values in zip(("test", "training"), zip(*several)):
+        for name, values in zip(("corrections", "test", "training"), zip(*several)):
+            if math.isnan(values[0]):
+                line[name] = "–"
+                continue
             spread = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
             line[name] = f"{100 * statistics.fmean(values):.1f}{spread}"
         lines.append(line)

@@ -283,6 +283,10 @@ def test_answers_are_given_in_the_order_that_is_measured(small_store, tmp_path, 
     sure = {line["path"]: float(line["probability"]) for line in lines}
     assert sorted(sure[path] for path in chosen["unsure"]) == sorted(sure.values())[:9]
     assert len(set(chosen["random"])) == 9 and set(chosen["random"]) <= set(sure)
+    label = {line["path"]: line["label"] for line in lines}
+    wrong = sum(label[row["path"]] != row["label"] for row in given["asked"])
+    (row,) = [row.split("|") for row in tables[0] if "|asked|" in row]
+    assert row[1:4] == ["9", "asked", f"{100 * wrong / 9:.1f}"]
     for order in labelling.ORDERS:
         assert json.loads((run / f"{order}9/report.json").read_text())["labels_used"] == 9
 

@@ -118,6 +118,17 @@ def test_what_was_answered_is_there_after_the_page_was_closed(tab, tmp_path):
     assert other.inner_text("#count").startswith("0 of 6")
 
 
+def test_a_key_that_is_held_down_answers_once(tab, tmp_path):
+    opened(tab, tmp_path, shown_page())
+    for _ in range(4):  # without a release between them: the browser marks all but the first as repeated
+        tab.keyboard.down("2")
+    assert tab.inner_text("#where") == "Image 2 of 6"
+    tab.keyboard.up("2")
+    tab.click("#classes button >> nth=0")
+    tab.keyboard.press("Space")  # the button that was clicked does not keep the keys
+    assert tab.inner_text("#where") == "Image 4 of 6" and tab.inner_text("#count").startswith("2 of 6")
+
+
 def test_several_labels_an_image(tab, tmp_path):
     opened(tab, tmp_path, shown_page(several=True, others=[]))
     press(tab, "1", "3", "Enter", "2", "2", "Enter", "Space", "1", "0")

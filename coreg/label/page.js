@@ -91,7 +91,7 @@ function go(i) {
 // ---- the server, where there is one ---------------------------------------------------------------------------------
 
 async function send() {
-  if (!record.served || sending || !unsaved.size) return show();
+  if (!record.served || sending || !unsaved.size) return showState();
   sending = true;
   const sent = [...unsaved], body = JSON.stringify({answers: Object.fromEntries(sent.map(i => [i, answers[i]]))});
   try {
@@ -102,11 +102,11 @@ async function send() {
   } catch (error) {
     $("trouble").textContent = `Not saved: ${error.message}. Your answers are kept in this browser; save them as a file below.`;
     sending = false;
-    return show();
+    return showState();
   }
   sending = false;
   keep();
-  return unsaved.size ? send() : show();
+  return unsaved.size ? send() : showState();
 }
 
 async function post(where, body) {
@@ -237,7 +237,8 @@ function showAll() {
   });
 }
 
-function show() {
+// without the picture and the buttons: a button that is replaced while it is pressed would not be clicked
+function showState() {
   const done = answers.filter(answer => answer !== null).length, over = at >= images.length;
   const state = !record.served ? (keeps ? "kept in this browser" : "NOT kept by this browser: save before you close the page")
     : finished ? "saved" : unsaved.size ? "saving …" : "saved";
@@ -252,7 +253,11 @@ function show() {
   $("outcome").textContent = finished ? `Saved in ${record.file}. This page can be closed.`
     : done === images.length ? "All images have an answer." : `${done} answered; the others stay unlabelled, which is fine.`;
   $("undo").disabled = $("undo-end").disabled = !past.length || finished;
-  if (!over) showImage();
+}
+
+function show() {
+  showState();
+  if (at < images.length) showImage();
   if ($("overview").open) showAll();
   if ($("as-text").open) $("text").value = csv();
 }
@@ -275,6 +280,7 @@ function press(event) {
   // Enter and Space on a button that was reached by Tab press that button
   const onButton = document.activeElement instanceof HTMLButtonElement || document.activeElement.tagName === "SUMMARY";
   if (onButton && (event.key === "Enter" || event.key === " ") && document.activeElement.matches(":focus-visible")) return;
+  if (event.repeat) return event.preventDefault(); // a key that is held down answers once
   const letter = event.key.length === 1 ? event.key.toLowerCase() : "";
   const index = letter ? KEYS.indexOf(letter) : -1;
   if (event.key === "Backspace") undo();

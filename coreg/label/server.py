@@ -14,6 +14,7 @@ import threading
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from socketserver import TCPServer
 from typing import Any
 
 from coreg.errors import UserError
@@ -57,6 +58,11 @@ class LabelServer(ThreadingHTTPServer):
             raise UserError(f"port {port} cannot be used ({error.strerror}); name another with --port") from None
         self.hosts = {f"{name}:{self.server_port}" for name in ("127.0.0.1", "localhost")}
         self.address = f"http://127.0.0.1:{self.server_port}/{self.token}/"
+
+    def server_bind(self) -> None:
+        """Take the port; the server's name is not asked for, as it would be of a name server."""
+        TCPServer.server_bind(self)
+        self.server_name, self.server_port = self.server_address[:2]
 
     def page(self) -> str:
         """The page as it is now."""
