@@ -6,6 +6,7 @@ python -m coreg.annotate health ann                     # --task multi: of sever
 python -m coreg.annotate export ann --output candidates.csv
 python -m coreg.annotate export runs/a --format label_studio --output tasks.json
 python -m coreg.annotate publish ann --output_dir published
+python -m coreg.annotate compare ann1 ann2
 python -m coreg.annotate merge ann1 ann2 --output_dir ann
 python -m coreg.annotate refine ann --output_dir ann2
 """
@@ -24,6 +25,7 @@ from typing import Any, Literal
 import numpy as np
 
 from coreg.annotate import tag_health
+from coreg.annotate.compared import as_lines, as_page, compare
 from coreg.annotate.elsewhere import FORMS, LOCAL_FILES, of_run, of_store
 from coreg.annotate.health import as_text, write_report
 from coreg.annotate.publish import publish
@@ -42,6 +44,7 @@ from coreg.store.manifest import block_files, read_manifest, same_command
 from coreg.store.merge import merge
 from coreg.store.store import AnnotationStore
 from coreg.store.writer import StoreWriter
+from coreg.weak.annotators import weights_of
 from coreg.weak.rules import candidate_sets
 
 SPLITS = ("train", "test", "val")
@@ -259,14 +262,43 @@ class MergeConfig:
     """Where the new store goes."""
 
     output_dir: str | None = option(None, "folder of the new annotation store")
+    weights: Literal["equal", "agreement"] = option(
+        "equal",
+        "of several annotators' probabilities: all templates alike, or each annotator by what held-out agreement says of "
+        "it (see compare); votes count as they are",
+    )
+
+
+@dataclass
+class CompareConfig:
+    """Where the comparison goes beside the terminal."""
+
+    output: str | None = option(None, "an .html file for the comparison as a page")
+
+
+def _compare(folders: list[str], options: list[str]) -> str:
+    (config,) = parse(CompareConfig, argv=options, prog="python -m coreg.annotate compare")
+    if config.output is not None:
+        check_writable(Path(config.output), "--output")
+    made = compare([AnnotationStore.open(folder) for folder in folders])
+    if config.output is not None:
+        write_atomically(config.output, as_page(made))
+    return as_lines(made)
 
 
 def _merge(folders: list[str], options: list[str]) -> str:
     (config,) = parse(MergeConfig, argv=options, prog="python -m coreg.annotate merge")
     if config.output_dir is None:
         raise UserError("--output_dir is missing; write: merge ann1 ann2 --output_dir ann")
-    root, done = merge(folders, config.output_dir)
-    return f"{root}: {done}"
+    weights = None
+    if config.weights == "agreement":
+        made = compare([AnnotationStore.open(folder) for folder in folders])
+        if made.estimated is None:
+            raise UserError("held-out agreement says nothing of these annotators; leave out --weights")
+        weights = weights_of(made.estimated, made.classes).tolist()
+    root, done = merge(folders, config.output_dir, weights)
+    weighed = f", weighed {' : '.join(f'{weight:.2f}' for weight in weights)}" if weights else ""
+    return f"{root}: {done}{weighed}"
 
 
 def _export(folders: list[str], options: list[str]) -> str:
@@ -337,6 +369,7 @@ COMMANDS: dict[str, Callable[[list[str], list[str]], str | tuple[str, bool] | No
     "verify": lambda folders, options: verify(_only(folders)),
     "health": _health,
     "export": _export,
+    "compare": _compare,
     "merge": _merge,
     "publish": _publish,
     "refine": _refine,

@@ -24,7 +24,7 @@ from coreg.store.writer import StoreWriter
 REMEDY = "nothing is kept: free some space, or give another --output_dir"
 
 
-def merge(folders: Sequence[str], output: str) -> tuple[Path, str]:
+def merge(folders: Sequence[str], output: str, weights: Sequence[float] | None = None) -> tuple[Path, str]:
     """Make one store from several; what they have in common says how.
 
     * Stores of the same job, finished or not: every whole block of any of them. Missing blocks are then annotated by the
@@ -32,6 +32,9 @@ def merge(folders: Sequence[str], output: str) -> tuple[Path, str]:
     * Other images, but the same class names, templates and model: all images, part by part.
     * The same images and class names, but other models or templates: the votes of all templates side by side, and the mean
       of the probabilities over all templates. Candidate rules then work on all annotators together.
+
+    Args:
+        weights: of the annotators' probabilities, one a store, where they are of the same images; None: all alike.
 
     Returns:
         the new store's folder, and what was done, for a person.
@@ -51,10 +54,15 @@ def merge(folders: Sequence[str], output: str) -> tuple[Path, str]:
         if same_job:
             done = _same_job([Path(name) for name in folders], manifests[0], folder)
         elif len({_images_of(store) for store in stores}) == 1:
-            done = _side_by_side(stores, folder)
+            done = _side_by_side(stores, folder, weights or [1.0] * len(stores))
         else:
             done = _one_after_the_other(stores, folder)
     return root, done.replace(str(folder), str(root))
+
+
+def same_images(one: AnnotationStore, other: AnnotationStore) -> bool:
+    """Whether two stores are of the same images, wherever those lie."""
+    return _images_of(one) == _images_of(other)
 
 
 def _images_of(store: AnnotationStore) -> tuple[str, str]:
@@ -123,19 +131,20 @@ def _samples_of(folders: list[Path]) -> ImageList:
     return read_samples(folders[-1], read_manifest(folders[-1]))
 
 
-def _side_by_side(stores: list[AnnotationStore], root: Path) -> str:
+def _side_by_side(stores: list[AnnotationStore], root: Path, weights: Sequence[float]) -> str:
     """Columns: all templates of all annotators."""
     first = stores[0]
     specs = [store.manifest["model"]["spec"] for store in stores]
     names = [template for store in stores for template in store.templates]
     if len(set(names)) < len(names):
         names = [f"{spec}: {template}" for spec, store in zip(specs, stores) for template in store.templates]
-    weights = hashlib.sha256("\n".join(store.hash for store in stores).encode()).hexdigest()
+    counted = [] if len(set(weights)) == 1 else [f"{weight:.4f}" for weight in weights]
+    identity = hashlib.sha256("\n".join([*(store.hash for store in stores), *counted]).encode()).hexdigest()
     images = first.image_list()
-    writer = _writer(root, images, stores, names, {"spec": " + ".join(specs), "weights": f"sha256 {weights}"}, None)
+    writer = _writer(root, images, stores, names, {"spec": " + ".join(specs), "weights": f"sha256 {identity}"}, None)
     votes = [store.votes() for store in stores]
     probs = [store.probs() for store in stores]
-    counts = [len(store.templates) for store in stores]
+    counts = [weight * len(store.templates) for weight, store in zip(weights, stores)]
     unreadable = np.logical_and.reduce([store.unreadable for store in stores])
     reasons = {row: why for row, why in StoreWriter(first.root, first.manifest).unreadable().items() if unreadable[row]}
 
