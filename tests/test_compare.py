@@ -56,24 +56,6 @@ def rows_of(markdown):
     return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in markdown.splitlines() if line[:1] == "|"]
 
 
-def test_of_several_labels_map_takes_the_place_of_accuracy(tmp_path, capsys):
-    """It has no interval; methods come best first, below those of one label, true labels last."""
-    for method, values in {"VLPL": [0.6, 0.5], "AN": [0.7], "BCE": [0.9], "Zero-shot, PIAA": [0.4]}.items():
-        for seed, value in enumerate(values):
-            tags = {"test": {"mAP": value, "images": 40}, "train": {"mAP": value + 0.05, "images": 90}}
-            write(tmp_path / f"{method}-{seed}", report(method, seed, None, None) | {"tags": tags, "accuracy": {}})
-    out, err = printed(capsys, tmp_path)
-    rows = [row[:3] for row in rows_of(out)[2:]]
-    assert [row for row in rows if row[1]] == [
-        ["Zero-shot, PIAA", "40.0", "45.0"], ["AN", "70.0", "75.0"],
-        ["VLPL", "55.0 ± 7.1", "60.0 ± 7.1"], ["BCE", "90.0", "95.0"],
-    ]  # fmt: skip
-    assert "**Several labels**" in out and err == []
-    lines = {row["method"]: row for row in csv.DictReader(io.StringIO(printed(capsys, tmp_path, "--format", "csv")[0]))}
-    assert lines["AN"]["test_mean"] == "0.7" and lines["AN"]["test_low"] == "" and lines["VLPL"]["test_sd"] != ""
-    assert "40.0" in printed(capsys, tmp_path, "--format", "html")[0]
-
-
 def test_seeds_become_mean_and_standard_deviation(tmp_path, capsys):
     shares = [0.925, 0.914, 0.947]
     for seed, share in enumerate(shares):
@@ -165,7 +147,7 @@ def test_families_stand_in_the_order_of_the_papers_and_the_best_first(tmp_path, 
         write(tmp_path / f"r{number}", report(name, test=0.5 + number / 100))
     first_cells = [row[0] for row in rows_of(printed(capsys, tmp_path)[0])[2:]]
     families = [name.strip("*") for name in first_cells if name.startswith("**")]
-    assert families == [name for name in [*FAMILIES, OTHERS] if name != "Several labels"]
+    assert families == [*FAMILIES, OTHERS]
     assert [name for name in first_cells if not name.startswith("**")] == [
         "Zero-shot, single template", "Zero-shot, transductive", "KD, single template", "DivideMix, averaged",
         "ALIM-Scale", "RC", "CR-DPLL", "PiCO+", "CoOp, 1 shot", "LoRA, 4 shots", "Co-Reg", "Supervised", "Brand new",

@@ -23,11 +23,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "Partial-label learning": ("partial", "cc", "rc", "lws", "lwc", "proden", "cr", "pico", "irnet", "alim"),
     "Few labels and adapters": ("coop", "lora", "linear"),
     "Co-Reg": ("co",),
-    "Several labels": (
-        *("an", "wan", "ls", "n", "iu", "l1r", "l2r", "pairwise", "epr", "role", "entmin", "em", "focal", "asl", "ll"),
-        *("vlpl", "soft"),
-    ),
-    "Supervised ceiling": ("supervised", "bce"),
+    "Supervised ceiling": ("supervised",),
 }
 OTHERS = "Other methods"
 TEST, TRAIN = "test", "train"
@@ -74,11 +70,11 @@ MEASURED = (
     "fewer than 20."
 )
 READING = (
-    "Accuracy of the last epoch, or, where images have several labels, mAP of the epoch that the run reports; ± is the "
-    "standard deviation over seeds (n − 1), in parentheses stands the 95 % Wilson interval of a single run's accuracy. "
-    "Covering, approximated, consensus: means of what can be had without labels, on the training images: the share of "
-    "predictions among the annotator's candidates, how sure they are within them, and agreement times balance of two "
-    "networks. Labels: true labels that training saw. Parameters are of one network, seconds the mean of a run."
+    "Accuracy of the last epoch; ± is the standard deviation over seeds (n − 1), in parentheses stands the 95 % Wilson "
+    "interval of a single run. Covering, approximated, consensus: means of what can be had without labels, on the training "
+    "images: the share of predictions among the annotator's candidates, how sure they are within them, and agreement times "
+    "balance of two networks. Labels: true labels that training saw. Parameters are of one network, seconds the mean of "
+    "a run."
 )
 
 
@@ -91,12 +87,7 @@ class Run:
     settings: dict[str, str] = field(default_factory=dict)  # as short texts
 
     def judged(self, split: str) -> dict[str, Any] | None:
-        """Accuracy `ensemble` and its `interval` on a split, None where no label is known.
-
-        Where images have several labels it is mAP, which has no interval.
-        """
-        if tags := (self.report.get("tags") or {}).get(split):
-            return {"ensemble": tags["mAP"], "interval": None}
+        """Accuracy `ensemble` and its `interval` on a split, None where no label is known."""
         return (self.report.get("accuracy") or {}).get(split)
 
 
@@ -112,9 +103,10 @@ class Row:
         """Accuracies of all runs where they are known."""
         return [judged["ensemble"] for run in self.runs if (judged := run.judged(split))]
 
-    def interval(self, split: str) -> tuple[float, float] | None:
-        """95 % interval of the first run whose accuracy is known; there has to be one. None of mAP."""
-        return next(judged for run in self.runs if (judged := run.judged(split)))["interval"]
+    def interval(self, split: str) -> tuple[float, float]:
+        """95 % interval of the first run whose accuracy is known; there has to be one."""
+        low, high = next(judged for run in self.runs if (judged := run.judged(split)))["interval"]
+        return low, high
 
     def mean(self, name: str) -> float | None:
         """Mean of a number over the runs that have it."""
@@ -258,9 +250,8 @@ def spread(row: Row, split: str) -> str:
         return "–"
     if len(shares) > 1:
         return f"{100 * statistics.fmean(shares):.1f} ± {100 * statistics.stdev(shares):.1f}"
-    if (interval := row.interval(split)) is None:
-        return f"{100 * shares[0]:.1f}"
-    return f"{100 * shares[0]:.1f} ({100 * interval[0]:.1f}–{100 * interval[1]:.1f})"
+    low, high = row.interval(split)
+    return f"{100 * shares[0]:.1f} ({100 * low:.1f}–{100 * high:.1f})"
 
 
 def over_seeds(shares: Sequence[float]) -> str:
@@ -354,7 +345,7 @@ def as_csv(tables: Sequence[Table]) -> str:
 def _numbers(row: Row, split: str) -> list[float | None]:
     shares = row.shares(split)
     if len(shares) == 1:
-        return [shares[0], None, *(row.interval(split) or (None, None))]
+        return [shares[0], None, *row.interval(split)]
     return [statistics.fmean(shares), statistics.stdev(shares), None, None] if shares else [None] * 4
 
 
