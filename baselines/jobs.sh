@@ -9,8 +9,8 @@ STARTED=()
 # runs that are stopped write a checkpoint first
 trap 'kill $(jobs -p) 2>/dev/null; wait; exit 130' INT TERM
 
-# zero_shot has a report for each of its variants
-finished() { [ -f "$OUT/$1/report.json" ] || [ -f "$OUT/$1/averaged/report.json" ]; }
+# zero_shot and zero_shot_tags have a report for each of their variants
+finished() { [ -f "$OUT/$1/report.json" ] || [ -f "$OUT/$1/averaged/report.json" ] || [ -f "$OUT/$1/image/report.json" ]; }
 
 # start NAME MODULE OPTIONS...: start it in the background as soon as fewer than JOBS are running, unless it is finished
 start() {

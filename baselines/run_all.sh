@@ -6,7 +6,9 @@
 #   baselines/run_all.sh --annotations ann --recipe cifar10 --output_dir runs/cifar10
 #   baselines/run_all.sh --annotations ann --only "zero_shot coop lora" --output_dir runs/few_shot
 #   baselines/run_all.sh --annotations ann --recipe annotator --student "--backbone annotator --tuner adaptformer --head cosine"
+#   baselines/run_all.sh --task multi                              several labels an image: built-in pictures of digits, into runs/tags
 #
+#   --task multi        the methods of baselines/spml.py, and what the annotator's tiles say without training; the default is single
 #   --jobs K            runs at a time, one thread each (default 1)
 #   --seeds "0 1 2"     of every method
 #   --shots "1 4 16"    labels a class of the methods that need some; "" leaves them out
@@ -21,18 +23,18 @@
 # its output lies in OUTPUT_DIR/logs.
 set -u
 
-OUT=runs/compare RECIPE=digits ANNOTATIONS="" JOBS=1 SEEDS="0 1 2" SHOTS="1 4 16" MATCHED=0 EPOCHS="" REFINE=none ONLY="" TUNING="" STUDENT="" ANY=""
+OUT="" RECIPE="" ANNOTATIONS="" JOBS=1 SEEDS="0 1 2" SHOTS="1 4 16" MATCHED=0 EPOCHS="" REFINE=none ONLY="" TUNING="" STUDENT="" ANY="" TASK=single
 while (($#)); do
     case $1 in
     --compute_matched) MATCHED=1 && shift && continue ;;
-    --output_dir | --recipe | --annotations | --jobs | --seeds | --shots | --epochs | --refine | --only | --tuning | --student)
+    --output_dir | --recipe | --annotations | --jobs | --seeds | --shots | --epochs | --refine | --only | --tuning | --student | --task)
         (($# > 1)) || { echo "error: $1 needs a value after it" >&2 && exit 2; } ;;
     *) sed -n '2,/^set -u/{s/^# \{0,1\}//p}' "$0" >&2 && exit 2 ;;
     esac
     case $1 in
     --output_dir) OUT=$2 ;; --recipe) RECIPE=$2 ;; --annotations) ANNOTATIONS=$2 ;;
     --jobs) JOBS=$2 ;; --seeds) SEEDS=$2 ;; --shots) SHOTS=$2 ;; --epochs) EPOCHS=$2 ;;
-    --refine) REFINE=$2 ;; --only) ONLY=$2 ;; --tuning) TUNING=$2 ;; --student) STUDENT=$2 ;;
+    --refine) REFINE=$2 ;; --only) ONLY=$2 ;; --tuning) TUNING=$2 ;; --student) STUDENT=$2 ;; --task) TASK=$2 ;;
     esac
     shift 2
 done
@@ -40,6 +42,12 @@ done
 for evidence in $REFINE; do
     [[ $evidence =~ ^(none|own|view)$ ]] || { echo "error: --refine is $evidence; write none, own or view" >&2 && exit 2; }
 done
+
+case $TASK in
+single) OUT=${OUT:-runs/compare} RECIPE=${RECIPE:-digits} ;;
+multi) OUT=${OUT:-runs/tags} ;;
+*) echo "error: --task is $TASK; write single or multi" >&2 && exit 2 ;;
+esac
 
 source "$(dirname "$0")/jobs.sh"
 
@@ -49,6 +57,38 @@ run() {
     for prefix in ${ONLY:-""}; do [[ $1 == "$prefix"* ]] && wanted=yes; done
     [ -z "$wanted" ] || { ANY=yes && start "$@" --annotations "$ANNOTATIONS"; }
 }
+
+none_named() {
+    [ -n "$ANY" ] || { echo "error: no run's name begins like one of --only \"$ONLY\"; --help shows them" >&2 && exit 2; }
+}
+
+if [ "$TASK" = multi ]; then
+    if [ -z "$ANNOTATIONS" ]; then
+        ANNOTATIONS=$OUT/annotations RECIPE=${RECIPE:-digit_pictures}
+        "$PYTHON" -m annotate_vlm --images builtin:digit-pictures --tiles 2 --workers 0 --output_dir "$ANNOTATIONS" \
+            >"$OUT/logs/annotate.log" 2>&1 || { tail -n 5 "$OUT/logs/annotate.log" >&2 && exit 1; }
+    fi
+    read -ra more <<<"${STUDENT//$'\n'/ }"
+    student=(--recipe "${RECIPE:-folder}" --workers 0 ${EPOCHS:+--epochs "$EPOCHS"} "${more[@]}")
+    run zero_shot_tags coreg.baselines.zero_shot_tags
+    for seed in $SEEDS; do
+        options=("${student[@]}" --seed "$seed")
+        for method in bce bce_ls an wan an_ls n_ls iu l1r l2r pr epr role entmin em em_apl focal asl ll_r ll_ct ll_cp vlpl; do
+            run "$method-$seed" coreg.baselines.spml "${options[@]}" --method "$method"
+        done
+        # what needs tiles fails in a store without them, and says so
+        for evidence in tiles piaa; do
+            run "vlpl_$evidence-$seed" coreg.baselines.spml "${options[@]}" --method vlpl --evidence "$evidence"
+        done
+        # no label at all: neither to learn from nor to choose an epoch by
+        for evidence in image tiles ccd piaa; do
+            run "soft_$evidence-$seed" coreg.baselines.spml "${options[@]}" --method soft --evidence "$evidence" --positives 0 --keep last
+        done
+    done
+    none_named
+    show_table
+    exit
+fi
 
 # options of every method that trains a student, and of those that tune the annotator
 read -ra more <<<"${STUDENT//$'\n'/ }"
@@ -105,5 +145,5 @@ for seed in $SEEDS; do
         fi
     done
 done
-[ -n "$ANY" ] || { echo "error: no run's name begins like one of --only \"$ONLY\"; --help shows them" >&2 && exit 2; }
+none_named
 show_table

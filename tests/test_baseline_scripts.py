@@ -38,8 +38,8 @@ SMALL = [
 ]  # fmt: skip
 
 
-names = ("zero_shot", "distill", "dividemix", "pll", "probe")
-zero_shot, distill, dividemix, pll, probe = (script(name) for name in names)
+names = ("zero_shot", "distill", "dividemix", "pll", "probe", "spml")
+zero_shot, distill, dividemix, pll, probe, spml = (script(name) for name in names)
 
 
 def small_run(module, store, output, *more):
@@ -310,6 +310,7 @@ case "$*" in
 *--print_config*) echo "epochs: 30" ;;
 *coreg.report* | *annotate_vlm*) ;;
 *"$BROKEN"*) exit 1 ;;
+*zero_shot_tags*) mkdir -p "$folder/image" && : > "$folder/image/report.json" ;;
 *zero_shot*) mkdir -p "$folder/averaged" && : > "$folder/averaged/report.json" ;;
 *) mkdir -p "$folder" && : > "$folder/report.json" ;;
 esac
@@ -357,6 +358,31 @@ def test_run_all_starts_every_method_once_and_skips_what_is_finished(tmp_path):
             probe.read_settings(own)
     code, stderr, again = run_all(tmp_path, "--seeds", "0 1", "--shots", "4", "--compute_matched")
     assert code == 0 and not [words for words in again if "--seed" in words]
+
+
+def test_run_all_starts_every_method_of_several_labels(tmp_path):
+    words = ["--task", "multi", "--seeds", "0 1", "--jobs", "4"]
+    code, stderr, commands = run_all(tmp_path, *words)
+    assert code == 0 and stderr == ""
+    (store,) = [words for words in commands if words[0] == "annotate_vlm"]
+    assert store[store.index("--images") + 1] == "builtin:digit-pictures" and "--tiles" in store
+    jobs = [words for words in commands if words[0] == "coreg.baselines.spml"]
+    folders = [words[words.index("--output_dir") + 1] for words in jobs]
+    assert len(set(folders)) == len(folders) == 2 * (21 + 2 + 4)
+    read = [spml.read_settings(words[1:]) for words in jobs]
+    assert {method.method for _, _, method in read} == set(spml.NAMES)
+    assert {job.positives for job, _, method in read if method.method == "soft"} == {0.0}
+    assert len([words for words in commands if words[0] == "coreg.baselines.zero_shot_tags"]) == 1
+    again = run_all(tmp_path, *words)[2]
+    assert not [words for words in again if "coreg.baselines" in words[0]]
+    own = ["--annotations", "ann", "--only", "vlpl_tiles zero", "--student", "--image_size 64", "--epochs", "3"]
+    (tmp_path / "b").mkdir()
+    commands = run_all(tmp_path / "b", *words, *own)[2]
+    assert [words[0] for words in commands if "--annotations" in words].count("coreg.baselines.spml") == 2
+    job, images, _ = spml.read_settings(next(words for words in commands if words[0] == "coreg.baselines.spml")[1:])
+    assert (job.annotations, job.epochs, images.image_size) == ("ann", 3, 64)
+    code, stderr, _ = run_all(tmp_path, "--task", "many")
+    assert code == 2 and "--task is many" in stderr
 
 
 def test_run_all_says_which_evidence_each_student_is_trained_on(tmp_path):
