@@ -174,7 +174,7 @@ def next_command(store: AnnotationStore) -> str:
     """What to type to train on the store."""
     method = "soft" if store.manifest.get("tiles") else "vlpl"
     where = f"--annotations {shlex.quote(str(store.root))} --output_dir runs/tags"
-    return f"{launched('baselines/spml.py')} --method {method} --recipe folder {where}"
+    return f"{launched('baselines/spml.py')} --method {method} {where}"
 
 
 def summary(store: AnnotationStore) -> str:
