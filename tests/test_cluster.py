@@ -11,7 +11,6 @@ import shutil
 import signal
 import subprocess
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -78,7 +77,7 @@ class Cluster:
         self.networks, self.disks, self.shared, self.logs = networks, disks, shared, logs
 
     def run(self, work):
-        """`work(number of the node)`, which gives an exit code, on every node, where `shared` is its network disk."""
+        """`work(number of the node)` on every node, where `shared` is its network disk; gives exit codes and logs."""
         children = [self._start(number, work) for number in range(NODES)]
         codes, limit = {}, time.monotonic() + SECONDS
         try:
@@ -91,8 +90,8 @@ class Cluster:
             for number in set(range(NODES)) - set(codes):
                 os.kill(children[number], signal.SIGKILL)
                 os.waitpid(children[number], 0)
-        problems = "".join(file.read_text()[-1500:] for file in sorted(self.logs.glob("*.stderr")))
-        assert codes == dict.fromkeys(range(NODES), 0), problems
+        logs = "".join(file.read_text()[-1500:] for file in sorted(self.logs.glob("*.stderr")))
+        return [codes.get(number) for number in range(NODES)], logs
 
     def _start(self, number, work):
         if child := os.fork():
@@ -201,7 +200,8 @@ def content_of(root):
 
 def test_annotators_that_die_write_what_one_writes_alone(cluster, job, alone):
     words = [*job, "--output_dir", cluster.shared / "ann"]
-    cluster.run(lambda node: restarted(node, words, cluster, kills=5))
+    codes, logs = cluster.run(lambda node: restarted(node, words, cluster, kills=5))
+    assert codes == [0] * NODES, logs
     killed = [int((cluster.logs / f"kills{node}").read_text()) for node in range(NODES)]
     assert sum(killed) >= NODES, killed
     ours, theirs = content_of(cluster.disks[0].parent / "disk" / "ann"), content_of(alone)
@@ -211,26 +211,38 @@ def test_annotators_that_die_write_what_one_writes_alone(cluster, job, alone):
     assert ours["errors.csv"].count(b"\n") == 2
 
 
+def trainer(node, words, cluster, dies):
+    """The processes of a node; the first of them is killed after the first checkpoint, where the node `dies`."""
+    place = {"MASTER_ADDR": "10.213.8.1", "MASTER_PORT": "29511", "GLOO_SOCKET_IFNAME": "coreg0"}
+    place |= {"WORLD_SIZE": str(NODES * TRAINERS), "LOCAL_WORLD_SIZE": str(TRAINERS)}
+    children = []
+    for local in range(TRAINERS):
+        rank = node * TRAINERS + local
+        log = [cluster.logs / f"trainer{rank}.{name}" for name in ("stdout", "stderr")]
+        children.append(
+            forked(train_coreg.main, words, log, environment=place | {"RANK": str(rank), "LOCAL_RANK": str(local)})
+        )
+    if dies:
+        while not list((cluster.shared / "run" / "checkpoints").glob("[0-9]*")):
+            time.sleep(0.1)
+        os.kill(children[0], signal.SIGKILL)
+    return max(abs(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])) for child in children)
+
+
 def test_training_on_all_nodes_is_that_of_one_process(cluster, alone, tmp_path):
-    shutil.copytree(alone, cluster.disks[0].parent / "disk" / "again")
-    more = ["--epochs", "2", "--pixels", "disk"]
-    ended = in_processes(1, train_coreg.main, "--annotations", alone, "--output_dir", tmp_path / "run", *SMALL_JOB, *more)
-    assert ended.codes == [0], ended.stderr[-2000:]
-    words = ["--annotations", cluster.shared / "again", "--output_dir", cluster.shared / "run", *SMALL_JOB, *more]
-
-    def train(node):
-        place = {"MASTER_ADDR": "10.213.8.1", "MASTER_PORT": "29511", "GLOO_SOCKET_IFNAME": "coreg0"}
-        place |= {"WORLD_SIZE": str(NODES * TRAINERS), "LOCAL_WORLD_SIZE": str(TRAINERS)}
-        children = []
-        for local in range(TRAINERS):
-            rank = node * TRAINERS + local
-            log = [cluster.logs / f"trainer{rank}.{name}" for name in ("stdout", "stderr")]
-            own = place | {"RANK": str(rank), "LOCAL_RANK": str(local)}
-            children.append(forked(train_coreg.main, words, log, environment=own))
-        return max(abs(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])) for child in children)
-
-    cluster.run(train)
+    """A process is killed, the others end by themselves, and the same command goes on to the same end."""
     disk = cluster.disks[0].parent / "disk"
+    shutil.copytree(alone, disk / "again")
+    more = ["--epochs", "3", "--pixels", "disk"]
+    here = ["--annotations", alone, "--output_dir", tmp_path / "run", *SMALL_JOB, *more]
+    ended = in_processes(1, train_coreg.main, *here)
+    assert ended.codes == [0], ended.stderr[-2000:]
+    there = ["--annotations", cluster.shared / "again", "--output_dir", cluster.shared / "run", *SMALL_JOB, *more]
+    codes, logs = cluster.run(lambda node: trainer(node, there, cluster, dies=node == 2))
+    assert codes == [1, 1, signal.SIGKILL, 1] and "lost contact with process 4" in logs, (codes, logs)
+    assert not (disk / "run" / "report.json").exists()
+    codes, logs = cluster.run(lambda node: trainer(node, there, cluster, dies=False))
+    assert codes == [0] * NODES, logs
     same(final_state(tmp_path / "run"), final_state(disk / "run"))
-    (there,), (here,) = (list(Path(root).glob("pixels/*/pixels.u8")) for root in (disk / "again", alone))
-    assert there.read_bytes() == here.read_bytes()
+    ours, theirs = (next(root.glob("pixels/*/pixels.u8")).read_bytes() for root in (disk / "again", alone))
+    assert ours == theirs
