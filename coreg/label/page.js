@@ -207,7 +207,6 @@ function showImage() {
   if (picture.dataset.at !== String(at)) {
     picture.src = image.picture;
     picture.alt = image.path;
-    picture.className = image.picture.startsWith("data:image/png") ? "pixels" : "";
     picture.dataset.at = String(at);
   }
   $("path").textContent = image.path;
