@@ -13,8 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from coreg.annotate.health import GALLERY, NEARLY_ALWAYS, about, bar
-from coreg.annotate.summary import some
+from coreg.annotate.health import GALLERY, NEARLY_ALWAYS, about, bar, some
 from coreg.annotate.tag_evidence import label_evidence
 from coreg.data.decode import UnreadableImage
 from coreg.data.images import ImageList
@@ -135,13 +134,14 @@ def _verdicts(store: AnnotationStore, health: TagHealth) -> list[str]:
         return ["No image could be read: see errors.csv for the reasons."]
     counts, verdicts = health.suggested.sum(axis=0), []
     mean, nothing = counts.sum() / readable, health.sizes[0] / readable
-    few = (counts > 0) & (counts < FEW_IMAGES)
-    if (counts == 0).any():
+    never, few = np.flatnonzero(counts == 0), np.flatnonzero((counts > 0) & (counts < FEW_IMAGES))
+    always = np.flatnonzero(counts >= NEARLY_ALWAYS * readable)
+    if len(never):
         verdicts.append(
-            f"Never above the threshold: {some(names, counts == 0)}. Either no image shows them, or the model does not "
+            f"Never above the threshold: {some(names, never)}. Either no image shows them, or the model does not "
             "know the name; try another wording."
         )
-    if (always := counts >= NEARLY_ALWAYS * readable).any():
+    if len(always):
         verdicts.append(
             f"Above the threshold in nearly every image: {some(names, always)}. Either all of them show it, or the name is "
             "too general; try a narrower one."
@@ -161,7 +161,7 @@ def _verdicts(store: AnnotationStore, health: TagHealth) -> list[str]:
             f"An image has {mean:.1f} labels, since labels share one probability: a model that compares whole images with "
             "texts sees one thing at a time. Annotate with --tiles 2 3, and parts of images are looked at, too."
         )
-    if few.any():
+    if len(few):
         verdicts.append(
             f"Fewer than {FEW_IMAGES} images lead to: {some(names, few)}. They will be learned badly; add images."
         )
@@ -194,7 +194,7 @@ def facts(store: AnnotationStore, health: TagHealth) -> list[str]:
     lines = [
         f"labels an image         {mean:.2f} of {len(store.class_names)}",
         f"images without a label  {health.sizes[0] / readable:.1%}",
-        f"labels never suggested  {some(store.class_names, health.suggested.sum(axis=0) == 0)}",
+        f"labels never suggested  {some(store.class_names, np.flatnonzero(health.suggested.sum(axis=0) == 0)) or 'none'}",
         f"unreadable images       {int(store.unreadable.sum())}",
     ]
     if health.precision is not None and np.isfinite(health.precision).any():

@@ -62,7 +62,8 @@ TAG_MEASURES = ("mAP", "CF1", "OF1")
 TAG_READING = (
     "mAP is the mean over all labels of average precision on the test images (a label that no image has counts 0); CF1 and "
     "OF1 are the F1 of mean precision and recall of the labels and of all cells, at the run's thresholds; ± is the "
-    "standard deviation over seeds (n − 1). Annotator: mAP of its similarities to the labels. Observed: labels that training saw."
+    "standard deviation over seeds (n − 1). Annotator: mAP of its similarities to the labels. Observed: labels that "
+    "training saw."
 )
 MEASURED = (
     "Other metrics on the test images, means over the seeds; NLL is in nats. Harmonic and geometric mean are of the "
