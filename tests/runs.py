@@ -29,6 +29,10 @@ from coreg.weak.noise import uniforms
 
 ROOT = Path(__file__).parents[1]
 
+# the first backward pass of a process says which devices get threads, and exporting a program makes one more device known:
+# a process with such threads could not be forked
+torch.ones(1, requires_grad=True).sum().backward()
+
 
 def script(name, folder=ROOT / "baselines"):
     """The module of baselines/NAME.py, or of another folder's."""
