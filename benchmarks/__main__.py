@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks import annotate, augment, growth, kept, mended, pixels, start, step, tuners
+from benchmarks import annotate, augment, growth, kept, memory, mended, pixels, start, step, tuners
 from benchmarks.sides import CASES
 from benchmarks.tables import as_markdown, environment, fill
 from coreg.settings import JobConfig
@@ -39,6 +39,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "kept": lambda: as_markdown(kept.measure("demo", 8.0)),
     "pixels": lambda: as_markdown([row for name in ("small", "vit") for row in pixels.measure(name, 150, 20.0)]),
     "growth": lambda: as_markdown(growth.measure(1_000_000)),
+    "tables": lambda: "\n\n".join(
+        as_markdown(rows) for rows in (memory.measure(30_000_000), growth.measure(10_000_000, growth.IN_TRAINING))
+    ),
     "mended": lambda: as_markdown(mended.measure(24_000, 1000)),
     "tuners": lambda: as_markdown(tuners.measure(20.0)),
     "annotate": lambda: annotate.measure(

@@ -1,6 +1,6 @@
 """How time and memory grow with the number of images N and of classes C, outside the networks.
 
-    python -m benchmarks.growth [--largest 1000000]
+    python -m benchmarks.growth [--largest 1000000] [--only WORK ...]
 
 Every point is measured in a process of its own, on one thread: seconds of the processor, and the largest resident memory
 above that of the inputs, for the most images. The exponent is the slope of log time over log N (three values, C = 10) or
@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,22 +25,30 @@ import torch
 from threadpoolctl import threadpool_limits
 
 from benchmarks.tables import as_markdown, environment
-from coreg.learn.division import align, divide, division_loss
-from coreg.learn.pseudo import rescale
+from coreg.learn.division import Predicted, divide
+from coreg.learn.tables import predicted
 from coreg.report.metrics import per_class_accuracy
 from coreg.run import checkpoint
 from coreg.views.order import ShuffledRows
 from coreg.weak.mixture import Setting, fit_mixture
 from coreg.weak.rules import candidates_of
+from train_coreg import losses_and_targets
 
 FEWEST_IMAGES, CLASSES, TEMPLATES = 10_000, (10, 100, 1000), 27
 
 
-def log_probabilities(n: int, c: int, rng: np.random.Generator) -> np.ndarray:
-    """float64 (n, c), predictions of a network that is sure of two thirds of the images."""
-    logits = rng.normal(size=(n, c))
+def sure_logits(n: int, c: int, rng: np.random.Generator) -> torch.Tensor:
+    """float32 (n, c), of a network that is sure of two thirds of the images."""
+    logits = rng.standard_normal((n, c), dtype=np.float32)
     logits[np.arange(n), rng.integers(0, c, n)] += np.where(rng.random(n) < 0.67, 12.0, 2.0)
-    return logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    return torch.from_numpy(logits)
+
+
+def drawn_sets(n: int, c: int, rng: np.random.Generator) -> np.ndarray:
+    """bool (n, c), candidate sets of about three classes, none of them empty."""
+    sets = rng.random((n, c), dtype=np.float32) < 2 / c
+    sets[:, 0] = True
+    return sets
 
 
 def evidence(n: int, c: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -62,27 +71,24 @@ def _candidate_rule(rule: str) -> Callable[[int, int, np.random.Generator], Call
     return prepare
 
 
-def _align(n: int, c: int, rng: np.random.Generator) -> Callable[[], Any]:
-    log_p = log_probabilities(n, c, rng)
-    return lambda: align(log_p, np.full(c, 1 / c), np.exp(log_p).mean(axis=0))
+def _predicted(n: int, c: int, rng: np.random.Generator) -> Callable[[], Any]:
+    logits = sure_logits(n, c, rng)
+    return lambda: predicted(logits)
 
 
-def _division_loss(n: int, c: int, rng: np.random.Generator) -> Callable[[], Any]:
-    log_p, candidates = log_probabilities(n, c, rng), rng.random((n, c)) < 2 / c
-    candidates[:, 0] = True
-    return lambda: division_loss(log_p, candidates)
+def _targets(n: int, c: int, rng: np.random.Generator) -> Callable[[], Any]:
+    logits, sets = sure_logits(n, c, rng), drawn_sets(n, c, rng)
+    task = SimpleNamespace(
+        weak=SimpleNamespace(table=sets), method=SimpleNamespace(alignment="uniform"), prior=np.full(c, 1 / c)
+    )
+    network = Predicted(np.zeros(0, dtype=np.int64), np.full(c, 1 / c))
+    return lambda: losses_and_targets(task, logits, network)
 
 
 def _divide(n: int, c: int, rng: np.random.Generator) -> Callable[[], Any]:
     # five epochs of losses whose two components overlap: the fit takes all of its ten iterations
     history = np.where(rng.random(n) < 0.6, rng.gamma(2.0, 0.4, (5, n)), rng.normal(2.0, 0.8, (5, n)).clip(0))
-    return lambda: divide(history, np.ones(n, dtype=bool), seed=0)
-
-
-def _targets(n: int, c: int, rng: np.random.Generator) -> Callable[[], Any]:
-    p = torch.from_numpy(np.exp(log_probabilities(n, c, rng)))
-    candidates = torch.from_numpy(rng.random((n, c)) < 0.3)
-    return lambda: rescale(p, candidates)
+    return lambda: divide(list(history), np.ones(n, dtype=bool), seed=0)
 
 
 def _order(n: int, c: int, rng: np.random.Generator) -> Callable[[], Any]:
@@ -116,9 +122,8 @@ def _refine(n: int, c: int, rng: np.random.Generator) -> Callable[[], Any]:
 # what is measured -> makes its inputs for (N, C) and gives the work
 WORK: dict[str, Callable[[int, int, np.random.Generator], Callable[[], Any]]] = {
     "division: mixture of two": _divide,
-    "division: loss": _division_loss,
-    "division: alignment": _align,
-    "division: rescaled targets": _targets,
+    "division: what is predicted": _predicted,
+    "division: losses and targets": _targets,
     "order of an epoch": _order,
     "candidates: union": _candidate_rule("union"),
     "candidates: votes:2": _candidate_rule("votes:2"),
@@ -131,6 +136,14 @@ WORK: dict[str, Callable[[int, int, np.random.Generator], Callable[[], Any]]] = 
     "accuracy of every class": _per_class,
 }
 IN_N_ALONE = ("division: mixture of two", "order of an epoch")
+# of training, what grows with the number of images; measured for ten million
+IN_TRAINING = (
+    "division: mixture of two",
+    "division: what is predicted",
+    "division: losses and targets",
+    "order of an epoch",
+    "checkpoint, saved and loaded",
+)
 
 
 def resident() -> tuple[int, int]:
@@ -161,17 +174,17 @@ def exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
     return along / sum((a - middle[0]) ** 2 for a in x)
 
 
-def measure(largest: int) -> list[dict[str, str]]:
-    """One row for each piece of work."""
+def measure(largest: int, names: Sequence[str] = tuple(WORK)) -> list[dict[str, str]]:
+    """One row for each of these pieces of work."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["coreg.learn.division", "coreg.report.metrics", "coreg.run.checkpoint"])
+    context.set_forkserver_preload(["train_coreg", "coreg.report.metrics", "coreg.run.checkpoint"])
 
     def at(name: str, n: int, c: int) -> tuple[float, float]:
         with context.Pool(1) as pool:
             return pool.apply(point, (name, n, c))
 
     rows, images = [], (largest // 100, largest // 10, largest)
-    for name in WORK:
+    for name in names:
         by_images = [at(name, n, CLASSES[0]) for n in images]
         seconds, megabytes = by_images[-1]
         row = {"work": name, "seconds": f"{seconds:.2f}", "MB": f"{megabytes:,.0f}"}
@@ -188,9 +201,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Print the table; exit status 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--largest", type=int, default=1_000_000, help="images at most")
+    parser.add_argument("--only", nargs="+", choices=tuple(WORK), default=list(WORK), help="pieces of work")
     args = parser.parse_args(argv)
     print(f"{environment()}\n\n{args.largest:,} images, {CLASSES[0]} classes, {TEMPLATES} templates\n")
-    print(as_markdown(measure(args.largest)))
+    print(as_markdown(measure(args.largest, args.only)))
     return 0
 
 

@@ -13,7 +13,7 @@ from conftest import SMALL_JOB
 from PIL import Image
 from torch.nn.modules.module import register_module_forward_hook
 
-from benchmarks import growth, labelling, mended, pixels, record, tiny_clip
+from benchmarks import growth, labelling, memory, mended, pixels, record, tiny_clip
 from benchmarks.__main__ import PAGE, TABLES
 from benchmarks.augment import MEAN, STD, pil_batch, waves
 from benchmarks.plain import VIEWS, PlainCoReg
@@ -185,6 +185,14 @@ def test_the_refinement_that_is_measured_mends_labels():
 def test_every_piece_of_work_can_be_done(name):
     seconds, megabytes = growth.point(name, 300, 10)
     assert seconds > 0 and 0 <= megabytes < 100
+
+
+@pytest.mark.multiprocess
+def test_memory_of_tables_is_measured_in_one_process_and_in_two(monkeypatch):
+    monkeypatch.setattr(memory, "CLASSES", (10,))
+    rows = memory.measure(3000, (1, 2))
+    assert [(row["images"], row["tables"]) for row in rows] == [("300", "whole"), ("300", "sharded")]
+    assert all(float(row["MB"]) > 0 for row in rows)
 
 
 def test_a_table_and_the_page_that_holds_it():

@@ -1,5 +1,6 @@
 """N processes compute what one computes: float64, odd sizes. One test starts them by the real launcher, the others fork."""
 
+import json
 import os
 import subprocess
 import sys
@@ -30,8 +31,15 @@ def trained(processes, store, output, *more, before=None):
 
 
 @pytest.fixture(scope="module")
-def alone(small_store, tmp_path_factory):
-    return trained(1, small_store, tmp_path_factory.mktemp("alone") / "run")
+def lone_run(small_store, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    trained(1, small_store, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(lone_run):
+    return final_state(lone_run)
 
 
 def same(ours, theirs, rtol=1e-10):
@@ -68,8 +76,15 @@ def test_four_processes_train_like_one(small_store, alone, tmp_path):
 
 
 @pytest.mark.multiprocess
-def test_two_processes_with_parts_of_the_tables_train_like_one_with_all(small_store, alone, tmp_path):
+def test_two_processes_with_parts_of_the_tables_train_like_one_with_all(small_store, lone_run, alone, tmp_path):
+    """And report the same, although one of them alone has all predictions then."""
     same(alone, trained(2, small_store, tmp_path / "run", "--tables", "sharded"))
+    ours, theirs = (json.loads((folder / "report.json").read_text()) for folder in (lone_run, tmp_path / "run"))
+    for part in ("accuracy", "label_free", "per_class_accuracy"):
+        assert theirs[part].keys() == ours[part].keys()
+    assert theirs["accuracy"] == ours["accuracy"] and theirs["temperature"] == pytest.approx(ours["temperature"])
+    one, two = ((folder / "labels.csv").read_text().split("\n") for folder in (lone_run, tmp_path / "run"))
+    assert [line.split(",")[:2] for line in one] == [line.split(",")[:2] for line in two]
 
 
 def many_images():

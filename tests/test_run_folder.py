@@ -206,6 +206,24 @@ def training():
     return made
 
 
+def test_of_a_mapped_checkpoint_nothing_stays_in_the_file_but_verdicts(tmp_path):
+    made = training()
+    checkpoint.save(tmp_path, 1, made.state_dict())
+    state, whole = checkpoint.load(tmp_path, 1, mapped=True), checkpoint.load(tmp_path, 1)
+    new = training()
+    new.divisions.sharded = True
+    take_state(new, state)
+    file = tmp_path / "00000001" / "state.pt"
+    with file.open("r+b") as there:  # what is mapped would change with it
+        there.write(bytes(file.stat().st_size))
+    verdicts = state["divisions"].pop("verdicts")
+    assert not verdicts[0]["targets"].any()
+    whole["divisions"].pop("verdicts")
+    torch.testing.assert_close(state, whole, rtol=0, atol=0)
+    assert (new.divisions.verdicts[0].targets.rows == 1).all() and (new.divisions.verdicts[1].weight == 1).all()
+    assert new.divisions.verdicts[0].trusted.all()
+
+
 def test_a_state_comes_back_as_it_was():
     state, new = training().state_dict(), training()
     new.epoch, new.divisions.weights = 0, []

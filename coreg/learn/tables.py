@@ -18,7 +18,7 @@ from torch import Tensor
 from coreg.learn.collective import gather_rows, my_slice, rank_and_world
 from coreg.learn.division import Predicted
 
-PIECE = 1 << 21  # entries of a table that are held in float64, or sent to one process, at a time
+PIECE = 1 << 18  # entries of a table that are held in float64, or sent to one process, at a time: a cache has room for them
 
 
 @dataclass

@@ -43,7 +43,8 @@ class Verdict:
         for name, value in tables.items():
             if value is not None:
                 tables[name] = owned(value, device) if sharded else value.to(device)
-        return cls(state["weight"].to(device), trusted=state["trusted"].numpy(), **tables)
+        # nothing stays in the file where it was
+        return cls(state["weight"].clone().to(device), trusted=state["trusted"].clone().numpy(), **tables)
 
 
 class Divisions:

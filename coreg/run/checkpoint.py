@@ -66,13 +66,28 @@ def latest(folder: Path) -> int | None:
     return None
 
 
-def load(folder: Path, number: int) -> dict[str, Any]:
+def load(folder: Path, number: int, mapped: bool = False) -> dict[str, Any]:
     """Checkpoint `number` on the CPU.
+
+    Args:
+        mapped: tables of the training images (`verdicts`) stay in the file and are read where they are used.
 
     Raises:
         RecordError: it holds anything but nested dicts and lists of tensors, numbers and strings.
     """
     try:
-        return torch.load(folder / f"{number:08d}" / "state.pt", map_location="cpu", weights_only=True)
+        state = torch.load(folder / f"{number:08d}" / "state.pt", map_location="cpu", weights_only=True, mmap=mapped)
+        return _copied(state) if mapped else state
     except Exception as error:  # of the archive, of the restricted unpickler, or of whatever it was handed
         raise RecordError(f"{type(error).__name__}: {one_line(error)}") from None
+
+
+def _copied(value: Any) -> Any:
+    """With copies in the place of tensors that lie in a file, which the next checkpoints delete; `verdicts` as they are."""
+    if isinstance(value, torch.Tensor):
+        return value.clone()
+    if isinstance(value, list):
+        return [_copied(part) for part in value]
+    if isinstance(value, dict):
+        return {key: part if key == "verdicts" else _copied(part) for key, part in value.items()}
+    return value

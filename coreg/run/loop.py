@@ -108,7 +108,7 @@ class Run:
     def _go_on(self, training: Training, number: int) -> None:
         """From checkpoint `number`; every process reads it, and one says what is wrong with it."""
         try:
-            take_state(training, checkpoint.load(self.folder.checkpoints, number))
+            take_state(training, checkpoint.load(self.folder.checkpoints, number, mapped=self.sharded))
         except RecordError as error:
             path = self.folder.checkpoints / f"{number:08d}"
             raise UserError(

@@ -20,7 +20,7 @@ from coreg.export.card import model_card
 from coreg.export.ensemble import export, spread_rows
 from coreg.files import write_atomically
 from coreg.learn.division import smoothed
-from coreg.learn.tables import predicted
+from coreg.learn.tables import OwnedRows, predicted
 from coreg.nets.model import Model, on_the_hub, parse_backbone_args
 from coreg.process import main_process_decides
 from coreg.report.metrics import accuracy, collapse_warnings, consensus, few_shot_warnings
@@ -34,6 +34,7 @@ from coreg.run.pixels import photos
 from coreg.run.task import Task, predict
 from coreg.run.training import Training
 from coreg.run.trust import trust
+from coreg.views.resident import TrainingImages
 from coreg.weak.labels import WeakLabels
 from coreg.weak.rules import mean_candidates, partial_accuracy
 
@@ -219,7 +220,7 @@ def finish_networks(
     predicted = predictions(run, task, logits, settings["temperature"])
     if training.divisions:
         predicted.losses = _fitted_losses(task, training.divisions.losses)
-    classes = {"label": predicted.classes["train"], "annotator": task.zero_shot, "truth": task.weak.truth}
+    classes = {"label": predicted.classes.get("train"), "annotator": task.zero_shot, "truth": task.weak.truth}
     if (task.weak.truth < 0).all():
         del classes["truth"]
     labels = {who: functools.partial(_called, task.store.class_names, column) for who, column in classes.items()}
@@ -288,22 +289,31 @@ def predictions(run: Run, task: Task, logits: dict[str, dict[str, np.ndarray]], 
 
 
 def logits_of(task: Task, nets: Sequence[Model]) -> dict[str, dict[str, np.ndarray]]:
-    """Logits (n, C) of the networks' common prediction (`ensemble`, the sum over them) and of each of two, by split."""
+    """Logits (n, C) of the networks' common prediction (`ensemble`, the sum over them) and of each of two, by split.
+
+    Where tables are kept in parts, process 0 alone has them, and the others no split.
+    """
     logits = {}
     for split, images in task.splits.items():
-        each = [predict(net, images, "plain", (), 4 * task.job.batch_size)[0].cpu().numpy() for net in nets]
+        each = [_logits(task, net, images, "plain", ()) for net in nets]
+        if each[0] is None:
+            continue
         named = {f"net{number}": rows for number, rows in enumerate(each, start=1)} if len(each) > 1 else {}
         logits[split] = {"ensemble": sum(each)} | named
     return logits
 
 
+def _logits(task: Task, net: Model, images: TrainingImages, view: str, key: tuple[int | str, ...]) -> np.ndarray | None:
+    """Logits (n, C) of all images; None on all processes but the first where tables are kept in parts."""
+    logits, _ = predict(net, images, view, key, 4 * task.job.batch_size, task.sharded)
+    whole = logits.gathered() if isinstance(logits, OwnedRows) else logits
+    return None if whole is None else whole.cpu().numpy()
+
+
 def _export(task: Task, nets: Sequence[Model], folder: Path) -> dict[str, Any]:
-    """Calibrate the networks as they are, on every process, and write them, on one; gives their settings."""
-    weak = [
-        predict(net, task.data, "weak", ("calibration", number), 4 * task.job.batch_size)[0].cpu().numpy()
-        for number, net in enumerate(nets)
-    ]
-    return write_networks(task, nets, folder, **fit_to_agreement(weak))
+    """Calibrate the networks as they are and write them, on one process; gives their settings."""
+    weak = [_logits(task, net, task.data, "weak", ("calibration", number)) for number, net in enumerate(nets)]
+    return write_networks(task, nets, folder, **main_process_decides(task.accelerator, lambda: fit_to_agreement(weak)))
 
 
 def write_networks(task: Task | TagTask, nets: Sequence[Model], folder: Path, **settings: Any) -> dict[str, Any]:
