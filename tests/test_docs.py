@@ -16,6 +16,7 @@ import yaml
 
 import coreg
 import coreg.config
+from coreg.learn import multi_options
 from coreg.learn.partial_options import OPTIONS
 
 ROOT = Path(__file__).parent.parent
@@ -194,6 +195,7 @@ def options_of(program, typed, capsys):
     several = {
         "coreg.annotate": [["merge"], ["export"], ["refine"]],
         "baselines/pll.py": [["--method", method] for method in OPTIONS],
+        "baselines/spml.py": [["--method", method] for method in multi_options.OPTIONS],
     }
     for command in several.get(program, [[]]):
         for word in ("--help", "--help_all"):  # some programs have an argument parser of their own

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
-from test_docs import ALL, ROOT, program_of
+from test_docs import ALL, ROOT, TEXT, fenced, program_of
 
 NAMES = "zero one two three four five six seven eight nine".split()
 SMALL = (
@@ -28,6 +28,7 @@ TINY_VIT = [
 ]
 TINY_VIT += ['{"img_size": 16, "patch_size": 8, "depth": 2}']
 TRAINERS = ("train_coreg.py", "baselines/distill.py", "baselines/dividemix.py", "baselines/pll.py", "baselines/probe.py")
+TAGS = "docs/tags.md"
 TUNERS = ("baselines/coop.py", "baselines/lora.py")
 
 # programs that are not run here, and where they are
@@ -64,7 +65,9 @@ def is_run(line):
 
 EVERY = list(dict.fromkeys(line for _, line in ALL if is_run(line)))
 # what a newcomer types is always run, the rest with the slow tests
-FIRST = {line for page, line in ALL if page in ("README.md", "docs/own_images.md")}
+FIRST = {line for page, line in ALL if page in ("README.md", "docs/own_images.md", TAGS)}
+FIRST -= {line for page, line in ALL if page == TAGS and "--format" in line}  # tests/test_export_tags.py writes programs
+OF_TAGS = {line for page, line in ALL if page == TAGS} - {line for page, line in ALL if page != TAGS}
 
 
 def digits_folder(root, rows):
@@ -104,6 +107,8 @@ def adjusted(program, words):
         own = QUICK if of_annotator else TINY_VIT if "--tuner" in words else SMALL.split()
         words += own + ["--queue_size", "64"] * (program == "train_coreg.py")
         words += ["--warmup_epochs", "1"] * (program in ("train_coreg.py", "baselines/dividemix.py"))
+    if program == "baselines/spml.py":
+        words += SMALL.split()
     # the built-in annotator reads short prompts only
     words += ["--context_tokens", "4"] * (program == "baselines/coop.py" and "--context_init" not in words)
     return words + ["--epochs", "1"] * (program in TUNERS)
@@ -148,12 +153,45 @@ def prepared(tmp_path_factory):
     return root
 
 
+@pytest.fixture(scope="module")
+def tagged(tmp_path_factory):
+    """The same for tags: photos without labels, a list of tags, a tiled store, a finished run, ten lines filled in."""
+    root = tmp_path_factory.mktemp("tags")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        digits_folder("all", range(130))
+        for place, rows in (("photos", slice(100)), ("new", slice(100, 105)), ("checked", slice(105, 130))):
+            Path(place).mkdir()
+            for file in sorted(Path("all").rglob("*.png"))[rows]:
+                shutil.copy(file, place)
+        shutil.copy(next(Path("new").glob("*.png")), "photo.jpg")
+        lines = [
+            f"checked/{file.name},{NAMES[n % 3]};{NAMES[n % 4 + 3]}" for n, file in enumerate(Path("checked").iterdir())
+        ]
+        Path("checked.csv").write_text("\n".join(["path,labels", *lines]) + "\n")
+        for name in ("tags.txt", "better.txt"):
+            Path(name).write_text("\n".join(NAMES) + "\n")
+        given = "--images photos --classes tags.txt --vlm builtin:glyph-clip --tiles 2 --workers 0 --output_dir ann"
+        assert call("annotate_vlm.py", given.split()) == 0
+        words = ["--annotations", "ann", "--method", "soft", "--output_dir", "runs/tags"]
+        assert call("baselines/spml.py", adjusted("baselines/spml.py", words)) == 0
+        with Path("runs/tags/label_next.csv").open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        for row in rows[:10]:
+            row |= {"labels": "one;two", "absent": "three"}
+        with Path("runs/tags/label_next.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+    return root
+
+
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
 @pytest.mark.parametrize(
     "line", [pytest.param(line, marks=() if line in FIRST else pytest.mark.slow, id=line[:90]) for line in EVERY]
 )
-def test_every_command_does_what_it_says(line, prepared, tmp_path, monkeypatch, capsys):
-    shutil.copytree(prepared, tmp_path / "reader")
+def test_every_command_does_what_it_says(line, request, tmp_path, monkeypatch, capsys):
+    shutil.copytree(request.getfixturevalue("tagged" if line in OF_TAGS else "prepared"), tmp_path / "reader")
     monkeypatch.chdir(tmp_path / "reader")
     program, words = program_of(line)
     outputs = [Path(words[i + 1]) for i, word in enumerate(words) if word in ("--output_dir", "--output")]
@@ -164,3 +202,10 @@ def test_every_command_does_what_it_says(line, prepared, tmp_path, monkeypatch, 
     assert all(output.is_file() or any(output.iterdir()) for output in outputs)
     made = set(Path().rglob("*")) - before
     assert made or capsys.readouterr().out.strip()
+
+
+def test_the_example_of_tags_in_python_runs(tagged, monkeypatch, capsys):
+    monkeypatch.chdir(tagged)
+    (example,) = fenced(TEXT[TAGS], "python")
+    exec(example, {})
+    assert [line.split(" ", 1)[0] for line in capsys.readouterr().out.splitlines()] == list("01234")

@@ -79,7 +79,7 @@ def observed_labels(job: TagJob, method: MultiOptions, store: AnnotationStore) -
     """What is observed of the images to train on, and the rows of those for validation.
 
     These are images that the store holds out, where their labels are known, or a part of the training images; labels are
-    drawn before it is put aside, as published.
+    drawn before it is put aside, as published. Images whose true labels nobody knows are of no use there, and none is.
 
     Raises:
         UserError: there is nothing to learn from, or a person's list cannot be read or names test images.
@@ -87,7 +87,8 @@ def observed_labels(job: TagJob, method: MultiOptions, store: AnnotationStore) -
     rows, truth = training_rows(job, store), true_labels(store)
     train, validation = np.arange(len(rows)), store.rows_of(HELD_OUT)
     if not truth[validation].any():
-        train, put_aside = published_split(len(rows), job.validation)
+        share = job.validation if truth[rows].any() else 0.0
+        train, put_aside = published_split(len(rows), share)
         validation = rows[put_aside]
     if job.tags:
         table = read_tags(job.tags, store.paths, store.class_names)
