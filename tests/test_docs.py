@@ -194,6 +194,7 @@ def options_of(program, typed, capsys):
     several = {
         "coreg.annotate": [["merge"], ["export"], ["refine"]],
         "baselines/pll.py": [["--method", method] for method in OPTIONS],
+        "baselines/spml.py": [[], ["--method", "role"]],
     }
     for command in several.get(program, [[]]):
         for word in ("--help", "--help_all"):  # some programs have an argument parser of their own
