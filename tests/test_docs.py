@@ -193,7 +193,7 @@ def options_of(program, typed, capsys):
     if program.endswith(".sh"):
         return set(re.findall(r"--[a-z_]+", (ROOT / program).read_text()))
     several = {
-        "coreg.annotate": [["merge"], ["export"], ["refine"]],
+        "coreg.annotate": [["merge"], ["export"], ["refine"], ["publish"], ["compare"]],
         "baselines/pll.py": [["--method", method] for method in OPTIONS],
         "baselines/spml.py": [["--method", method] for method in multi_options.OPTIONS],
     }
