@@ -140,7 +140,7 @@ def test_what_tools_read_is_what_the_model_says(place, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("damage", ["bytes", "annotator", "shape"])
-def test_texts_that_are_damaged_or_not_the_annotators_count_as_not_there(place, tmp_path, damage):
+def test_texts_that_are_damaged_or_not_the_annotators_count_as_not_there(place, tmp_path, damage, capsys):
     shutil.copytree(place / "ann", tmp_path / "ann")
     store = AnnotationStore.open(tmp_path / "ann")
     assert store.kept_texts() is not None
@@ -149,6 +149,8 @@ def test_texts_that_are_damaged_or_not_the_annotators_count_as_not_there(place, 
         content = bytearray((tmp_path / "ann" / TEXTS).read_bytes())
         content[-3] ^= 1
         (tmp_path / "ann" / TEXTS).write_bytes(content)
+        assert tools(["verify", str(tmp_path / "ann")]) == 1
+        assert "texts.safetensors is damaged: delete it" in capsys.readouterr().out
     elif damage == "annotator":
         manifest["model"] = manifest["model"] | {"weights": "sha256 0"}
     else:
@@ -195,10 +197,12 @@ def test_a_sigmoid_model_at_a_temperature():
         np.testing.assert_allclose(probs[row], np.array(roots) / sum(roots), atol=1e-6)
 
 
-def test_names_and_descriptions_count_alike(place):
+def test_names_and_descriptions_count_alike(place, capsys):
     judged, described = (AnnotationStore.open(place / name) for name in ("judged", "described"))
     assert judged.hash == described.hash != AnnotationStore.open(place / "ann").hash
     assert described.descriptions == DESCRIBED
+    for name, wanted in (("described", "described  by 6 texts beside the names"), ("ann", "described  by names alone")):
+        assert tools(["info", str(place / name)]) == 0 and wanted in capsys.readouterr().out
     changed, before = 0, AnnotationStore.open(place / "ann").votes()
     for row in np.flatnonzero(~described.unreadable):
         x = scores(place, described, row, DESCRIBED)

@@ -34,16 +34,11 @@ def judging_texts(
     text = encode(prompts(templates, class_names))
     if descriptions is None:
         return text
-    described = F.normalize(described_features(encode, class_names, descriptions), dim=1)
-    return F.normalize(text.view(len(templates), len(class_names), -1) + described, dim=2).flatten(0, 1)
-
-
-def described_features(
-    encode: Callable[[list[str]], Tensor], class_names: Sequence[str], descriptions: Mapping[str, Sequence[str]]
-) -> Tensor:
-    """Mean over the descriptions of each class of their features, (C, D)."""
     texts, classes = description_texts(class_names, descriptions)
-    return class_features(encode(texts), classes, len(class_names))
+    # on the CPU: sums by index are in no order on a GPU, and every process is to have the same bits
+    means = class_features(encode(texts).cpu(), classes, len(class_names)).to(text.device)
+    described = F.normalize(means, dim=1)
+    return F.normalize(text.view(len(templates), len(class_names), -1) + described, dim=2).flatten(0, 1)
 
 
 def description_texts(class_names: Sequence[str], descriptions: Mapping[str, Sequence[str]]) -> tuple[list[str], Tensor]:

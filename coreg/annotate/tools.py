@@ -43,6 +43,7 @@ from coreg.settings import Place
 from coreg.store.manifest import block_files, read_manifest, same_command
 from coreg.store.merge import merge
 from coreg.store.store import AnnotationStore
+from coreg.store.texts import TEXTS
 from coreg.store.writer import StoreWriter
 from coreg.weak.annotators import weights_of
 from coreg.weak.rules import candidate_sets
@@ -66,12 +67,18 @@ def info(folder: str) -> str:
         f"images     {manifest['images']['count']} of {manifest['images']['spec']}",
         f"model      {model}",
         f"features   {manifest['features'] or 'none'}",
+        f"described  {counted(manifest.get('descriptions'))}",
         f"blocks     {len(there)} of {len(files)}, {manifest['block_size']} images each, {size / 1e6:.1f} MB in all",
         f"unreadable {len(bad)}" + "".join(f"\n  row {row}: {reason}" for row, reason in list(bad.items())[:20]),
     ]
     if len(there) == len(files) and (root / "errors.csv").exists():
         return "\n".join([*lines, summary(AnnotationStore.open(root))])
     return "\n".join([*lines, f"unfinished: {same_command(manifest)}"])
+
+
+def counted(descriptions: dict[str, list[str]] | None) -> str:
+    """How many descriptions there are, in words."""
+    return f"by {sum(map(len, descriptions.values()))} texts beside the names" if descriptions else "by names alone"
 
 
 def verify(folder: str) -> tuple[str, bool]:
@@ -87,6 +94,8 @@ def verify(folder: str) -> tuple[str, bool]:
     damaged = [index for index in range(len(writer.files)) if index not in missing and not writer.is_written(index)]
     if not missing and not damaged:
         store = AnnotationStore.open(root)  # the lists, too
+        if (root / TEXTS).exists() and store.kept_texts() is None:
+            return f"{root / TEXTS} is damaged: delete it, and texts are encoded again where they are needed", False
         return f"{root} is whole: {len(writer.files)} blocks, {len(store)} images, sha256 {store.hash}", True
     lines = [f"{file.name} is damaged" for file in (writer.files[index] for index in damaged)]
     lines += [f"{len(missing)} of {len(writer.files)} blocks are missing"] if missing else []

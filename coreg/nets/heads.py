@@ -146,7 +146,7 @@ def random_weight(n_classes: int, width: int) -> Tensor:
 
 def class_features(texts: Tensor, classes: Tensor, n_classes: int) -> Tensor:
     """Mean over the texts of each class of their features, which have length 1: (m, e), int64 (m,) -> (C, e)."""
-    sums, classes = texts.new_zeros(n_classes, texts.shape[1]), classes.to(texts.device)
+    sums = torch.zeros(n_classes, texts.shape[1], dtype=texts.dtype)
     sums.index_add_(0, classes, texts)
     return sums / torch.bincount(classes, minlength=n_classes).clamp_min(1)[:, None]
 
