@@ -14,7 +14,10 @@ import torch
 from PIL import Image
 from runs import on_two_processes
 
+from coreg.data.labels import NONE
+from coreg.errors import UserError
 from coreg.export import predict
+from coreg.export.cutoff import CutOff, calibrated
 from coreg.export.ensemble import ensemble_logits, export
 from coreg.export.folder import load_export, write_settings
 from coreg.nets.model import create_backbone
@@ -240,3 +243,135 @@ def test_other_files_are_refused_in_one_line(photos, tmp_path, capsys, name, con
 
 def test_ties_go_to_the_first_class():
     assert predict.best(np.array([[0.2, 0.4, 0.4], [0.5, 0.0, 0.5]]), 2).tolist() == [[1, 2], [0, 2]]
+
+
+# ---- how sure a class has to be -------------------------------------------------------------------------------------
+
+
+def test_cut_offs_of_labelled_images_by_hand():
+    """59 labelled images: ceil(60 x 0.95) = 57, so the 57th largest probability of the true class, and of the best one."""
+    truth = np.linspace(0.02, 0.60, 59)  # of the true class, the second of three
+    probs = np.stack([np.full(59, 0.3), truth, 0.7 - truth], axis=1).astype(np.float32)
+    made = calibrated(NAMES, probs, np.ones(59, int), "labels.csv", None, 0.95, True)
+    assert made.member == pytest.approx(np.sort(truth)[::-1][56])
+    assert made.least == pytest.approx(sorted(max(0.3, p, 0.7 - p) for p in truth)[::-1][56])
+    # images of no class do not move them
+    more, classes = np.concatenate([probs, np.full((9, 3), 1 / 3)]), np.r_[np.ones(59, int), np.full(9, NONE)]
+    assert calibrated(NAMES, more, classes, "labels.csv", None, 0.95, True).member == made.member
+
+
+def test_conformal_sets_hold_the_class_as_often_as_was_asked():
+    """Over many draws of 50 labelled and 50 new images of a bad, over-sure classifier; exactly 0.902 with these numbers."""
+    rng, covered = np.random.default_rng(0), []
+    for _ in range(400):
+        logits, classes = 3 * rng.normal(size=(100, 4)), rng.integers(0, 4, 100)
+        logits[np.arange(100), classes] += rng.normal(size=100)
+        probs = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+        made = calibrated([*"abcd"], probs[:50], classes[:50], "labels.csv", None, 0.9, False)
+        covered += ["abcd"[c] in made.prediction_set(row) for row, c in zip(probs[50:], classes[50:])]
+    assert np.mean(covered) == pytest.approx(46 / 51, abs=0.01)
+
+
+@pytest.mark.parametrize(("count", "coverage", "enough"), [(49, 0.95, 50), (0, None, 50), (98, 0.99, 99), (0, 0.8, 50)])
+def test_too_few_labelled_images(count, coverage, enough):
+    probs = np.full((count, 3), 1 / 3)
+    with pytest.raises(UserError, match=f"labels.csv has {count} readable images .* at least {enough},"):
+        calibrated(NAMES, probs, np.zeros(count, int), "labels.csv", None, coverage, True)
+    calibrated(NAMES, np.full((enough, 3), 1 / 3), np.zeros(enough, int), "labels.csv", None, coverage, True)
+
+
+def test_an_image_may_be_of_no_class_and_a_set_may_be_empty():
+    cut = CutOff(NAMES, 0.5, 0.4, 0.95)
+    rows = np.array([[0.5, 0.4, 0.1], [0.35, 0.34, 0.31], [0.1, 0.45, 0.45]])
+    assert [cut.cells(row) for row in rows] == [["ant", "ant;bee"], ["ant", ""], ["bee", "bee;<b>cat</b>"]]
+    assert [cut.is_none(row) for row in rows] == [False, True, True] and cut.none == 2
+    assert "1.33 labels on average; 0 sets of one label, 1 of none" in cut.summary()[1]
+    assert cut.called_none == "none of these" and CutOff(["ant", "None of these"]).called_none == ""
+
+
+@pytest.fixture
+def many(exported, tmp_path):
+    """60 images, of which 55 have the label that the networks name, 4 have the next one and 1 is of no class."""
+    rng, folder = np.random.default_rng(3), tmp_path / "many"
+    folder.mkdir()
+    pixels = [rng.integers(0, 256, (16, 16, 3), dtype=np.uint8) for _ in range(60)]
+    for i, image in enumerate(pixels):
+        Image.fromarray(image).save(folder / f"{i:02}.png")
+    p = probabilities(exported[1], pixels)
+    classes = np.where(np.arange(60) < 55, p.argmax(axis=1), (p.argmax(axis=1) + 1) % 3)
+    lines = [f"{i:02}.png,{NAMES[c] if i < 59 else 'none of these'}" for i, c in enumerate(classes)]
+    (folder / "checked.csv").write_text("\n".join(["path,label", *lines]))
+    return folder, p, classes
+
+
+def test_predictions_with_a_cut_off(exported, many, tmp_path, capsys):
+    folder, p, classes = many
+    words = ["--model", str(exported[0]), "--images", str(folder), "--output", str(tmp_path / "out.csv")]
+    least = float(np.sort(p.max(axis=1))[20:22].mean())
+    predict.main([*words, "--min_probability", str(least)])
+    rows = list(csv.DictReader((tmp_path / "out.csv").open()))
+    assert [row["label"] == "none of these" for row in rows] == (p.max(axis=1) < least).tolist()
+    assert [row["best"] for row in rows] == [NAMES[c] for c in p.argmax(axis=1)]
+    assert all(float(row["probability"]) == pytest.approx(p[i].max(), abs=1e-4) for i, row in enumerate(rows))
+    assert "21 of none of these" in capsys.readouterr().out
+
+    predict.main([*words, "--coverage", "0.9", "--min_probability", "auto", "--calibrate", str(folder / "checked.csv")])
+    rows = list(csv.DictReader((tmp_path / "out.csv").open()))
+    member = np.sort(p[np.arange(59), classes[:59]])[::-1][53]  # ceil(60 x 0.9) = 54
+    best = np.sort(p[:59].max(axis=1))[::-1][53]
+    for row, shares in zip(rows, p):
+        # those that lie at the threshold itself are rounded one way or the other
+        if not np.isclose(shares, member, atol=1e-5).any():
+            assert row["prediction_set"] == ";".join(NAMES[c] for c in np.argsort(-shares) if shares[c] >= member)
+        if not np.isclose(shares.max(), best, atol=1e-5):
+            assert (row["label"] == "none of these") == (shares.max() < best)
+    out = capsys.readouterr().out
+    assert f"59 labelled images, {55 / 59:.1%} of them named rightly" in out and "of 1 labelled 'none of these'" in out
+    predict.main([*words[:3], str(folder / "07.png"), *("--coverage", "0.9", "--calibrate", str(folder / "checked.csv"))])
+    assert capsys.readouterr().out.splitlines()[-1].startswith("prediction set for 90.0% coverage: ")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--coverage", "0.9"], "--calibrate is missing"),
+        (["--min_probability", "auto"], "--calibrate is missing"),
+        (["--min_probability", "sure"], "--min_probability is 'sure'; give a number from 0 to 1"),
+        (["--min_probability", "1.5"], "--min_probability is '1.5'"),
+        (["--min_probability", "0.5", "--calibrate", "few.csv"], "--calibrate needs --coverage 0.95"),
+        (["--coverage", "0.9", "--calibrate", "few.csv"], "few.csv has 2 readable images"),
+        (["--coverage", "0.9", "--calibrate", "none.csv"], "none.csv"),
+        (["--coverage", "0.9", "--calibrate", "photos"], "photos has 0 readable images"),
+    ],
+)
+def test_cut_offs_that_cannot_be_are_one_line(exported, photos, tmp_path, capsys, monkeypatch, words, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "few.csv").write_text("path,label\ndeep/0.png,ant\ndeep/1.png,bee\nbroken.png,bee\n")
+    with pytest.raises(SystemExit) as stopped:
+        predict.main(["--model", str(exported[0]), "--images", "photos", "--output", "out.csv", *words])
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and message in error and error.count("\n") == 1
+    assert not (tmp_path / "out.csv").exists()
+
+
+def test_labelled_images_may_lie_elsewhere(exported, many, photos, tmp_path, capsys):
+    """A file beside its images, or a folder with a folder for each class."""
+    folder = many[0]
+    words = [
+        "--model",
+        str(exported[0]),
+        "--images",
+        str(photos),
+        "--output",
+        str(tmp_path / "out.csv"),
+        "--coverage",
+        "0.9",
+    ]
+    predict.main([*words, "--calibrate", str(folder / "checked.csv")])
+    assert "59 labelled images" in capsys.readouterr().out
+    for i, image in enumerate(sorted(folder.glob("*.png"))):
+        place = tmp_path / "sorted" / NAMES[i % 2]
+        place.mkdir(parents=True, exist_ok=True)
+        image.rename(place / image.name)
+    predict.main([*words, "--calibrate", str(tmp_path / "sorted")])
+    assert "60 labelled images" in capsys.readouterr().out

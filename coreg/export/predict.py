@@ -4,9 +4,12 @@
     coreg-predict --model runs/a/export --images photo.jpg
     coreg-predict --model model.onnx --images new/
     coreg-predict --model runs/tags/export --images new/ --threshold 0.5
+    coreg-predict --model runs/a/export --images new/ --min_probability 0.6
+    coreg-predict --model runs/a/export --images new/ --min_probability auto --coverage 0.95 --calibrate checked.csv
 
 The probabilities of classes are calibrated by the temperature that the export came with; its coreg.json says what that was
-fitted to. Where images have several labels, those are given whose probability reaches their threshold.
+fitted to. An image can be of none of the classes (--min_probability), or be given all classes that are possible
+(--coverage). Where images have several labels, those are given whose probability reaches their threshold.
 """
 
 from __future__ import annotations
@@ -25,7 +28,8 @@ from coreg.data.decode import SUFFIXES, Resize, decode, read_image
 from coreg.data.images import ImageList
 from coreg.data.sources import open_images
 from coreg.errors import UserError, exits_with_one_line
-from coreg.export import tagging
+from coreg.export import cutoff, tagging
+from coreg.export.cutoff import CutOff
 from coreg.export.ensemble import Ensemble
 from coreg.export.folder import CONFIG, REMEDY, SETTINGS, TUNED, WEIGHTS, load_export
 from coreg.export.programs import open_onnx
@@ -61,6 +65,18 @@ class PredictConfig:
         None, "several labels an image: a number for all, or a .csv (label,threshold) or .json file with one for each; "
         "default: those of the model"
     )  # fmt: skip
+    min_probability: str | None = option(
+        None, "one class an image: images whose best class is less probable are labelled 'none of these', a number from 0 "
+        "to 1; auto: the number that keeps --coverage (95 % where it is not given) of images like those of --calibrate"
+    )  # fmt: skip
+    coverage: float | None = option(
+        None, "one class an image: write prediction sets, of as many classes as it takes for this share of images like "
+        "those of --calibrate to have their class in the set", (0.5, 0.999)
+    )  # fmt: skip
+    calibrate: str | None = option(
+        None, "50 images or more that a person labelled and training has not seen: a .csv file with path,label, the paths "
+        "those of --images or relative to the file, or a folder with a folder for each class"
+    )  # fmt: skip
     batch_size: int = option(256, "images at a time", (1, 1_000_000))
     workers: int = option(2, "threads that decode images", (0, 1024))
     safe_csv: bool = option(False, SAFE_CSV)
@@ -92,9 +108,9 @@ class Classifier:
         return [[self.class_names[c] for c in tagging.chosen(row, self.thresholds)] for row in probabilities]
 
     def batches(
-        self, images: ImageList, batch_size: int = 256, workers: int = 2
+        self, images: ImageList, batch_size: int = 256, workers: int = 2, rows: np.ndarray | None = None
     ) -> Iterator[tuple[np.ndarray, np.ndarray, dict[int, str]]]:
-        """Predict all images in order, a batch at a time.
+        """Predict all images in order, or those of `rows`, a batch at a time.
 
         Yields:
             Rows int64 (n,), probabilities float32 (n, C), which of classes are calibrated, and row -> reason of those that
@@ -103,11 +119,12 @@ class Classifier:
         Raises:
             UserError: what the model gives are no probabilities.
         """
-        for start in range(0, len(images), batch_size):
+        chosen = np.arange(len(images)) if rows is None else rows
+        for start in range(0, len(chosen), batch_size):
             failed: dict[int, str] = {}
-            rows = np.arange(start, min(start + batch_size, len(images)))
-            pixels = decode(images, rows, self.image_size, self.channels, workers, failed, self.resize)
-            yield rows, self._probabilities(pixels), failed
+            batch = chosen[start : start + batch_size]
+            pixels = decode(images, batch, self.image_size, self.channels, workers, failed, self.resize)
+            yield batch, self._probabilities(pixels), failed
 
     def _probabilities(self, pixels: Tensor) -> np.ndarray:
         """Of uint8 images, checked: whatever the file holds, its answer is numbers or an error."""
@@ -199,9 +216,39 @@ def written(classifier: Classifier, k: int) -> tuple[list[str], Callable[[np.nda
     return heads, lambda shares: [word for c in best(shares[None], k)[0] for word in (names[c], f"{shares[c]:.4f}")]
 
 
-def write_csv(classifier: Classifier, images: ImageList, config: PredictConfig, output: Path) -> dict[int, str]:
+def cut_off(classifier: Classifier, images: ImageList, config: PredictConfig) -> CutOff:
+    """How sure a class has to be, as a person asked for it; prints what labelled images say of it.
+
+    Raises:
+        UserError: the options do not go together, or too few images are labelled.
+    """
+    automatic, names = config.min_probability == "auto", classifier.class_names
+    least, asked = cutoff.read_least(config.min_probability), config.coverage is not None or automatic
+    if classifier.thresholds is not None and (asked or least is not None):
+        raise UserError(f"{config.model} gives images several labels; --threshold says how sure each has to be")
+    if asked != (config.calibrate is not None):
+        wanted = "is missing" if asked else "needs --coverage 0.95 or --min_probability auto"
+        raise UserError(f"--calibrate {wanted}; write for example: --coverage 0.95 --calibrate checked.csv")
+    if config.coverage is not None:
+        cutoff.check_names(names)
+    if not asked:
+        return CutOff(names, least)
+    labelled, rows, classes = cutoff.labelled_images(config.calibrate, images, names)
+    batches = list(classifier.batches(labelled, config.batch_size, config.workers, rows))
+    readable = ~np.isin(rows, [row for *_, failed in batches for row in failed])
+    probs = np.concatenate([np.zeros((0, len(names)), np.float32), *(some for _, some, _ in batches)])[readable]
+    classes = classes[readable]
+    made = cutoff.calibrated(names, probs, classes, config.calibrate, least, config.coverage, automatic)
+    print(printable(cutoff.calibration_line(made, probs, classes, config.calibrate)))
+    return made
+
+
+def write_csv(
+    classifier: Classifier, images: ImageList, config: PredictConfig, output: Path, cut: CutOff
+) -> dict[int, str]:
     """Predict all images into a CSV file, whole or not at all; gives row -> reason of the unreadable ones."""
     heads, cells = written(classifier, min(config.top_k, len(classifier.class_names)))
+    heads = [*heads, *cut.columns]
     unreadable: dict[int, str] = {}
     with writing_csv(output, config.safe_csv) as write:
         write(["path", *heads, "error"])
@@ -209,13 +256,15 @@ def write_csv(classifier: Classifier, images: ImageList, config: PredictConfig, 
             for rows, probabilities, failed in classifier.batches(images, config.batch_size, config.workers):
                 unreadable |= failed
                 for row, shares in zip(rows.tolist(), probabilities):
-                    named = [""] * len(heads) if row in failed else cells(shares)
+                    named = [""] * len(heads) if row in failed else [*cells(shares), *cut.cells(shares)]
+                    if row not in failed and cut.is_none(shares):
+                        named[0] = cut.called_none
                     write([images.paths[row], *named, failed.get(row, "")])
                 bar.update(len(rows))
     return unreadable
 
 
-def show(classifier: Classifier, images: ImageList, config: PredictConfig) -> None:
+def show(classifier: Classifier, images: ImageList, config: PredictConfig, cut: CutOff) -> None:
     """Print the most probable classes of a single image, or its several labels.
 
     Raises:
@@ -230,6 +279,8 @@ def show(classifier: Classifier, images: ImageList, config: PredictConfig) -> No
         return
     for c in best(probabilities, config.top_k)[0]:
         print(f"{probabilities[0, c]:.4f}  {printable(classifier.class_names[c])}")
+    for line in cut.lines(probabilities[0]):
+        print(printable(line))
 
 
 @exits_with_one_line
@@ -249,12 +300,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         classifier = replace(classifier, thresholds=own)
     single = path.is_file() and path.suffix.lower() in SUFFIXES
     images = one_image(path) if single else open_images(config.images)
+    cut = cut_off(classifier, images, config)
     if single:
-        show(classifier, images, config)
+        show(classifier, images, config, cut)
     if single and config.output is None:
         return
-    unreadable = write_csv(classifier, images, config, output)
+    unreadable = write_csv(classifier, images, config, output, cut)
     print(f"{printable(output)}: {len(images) - len(unreadable)} images named, {len(unreadable)} unreadable")
+    for line in cut.summary():
+        print(f"  {line}")
     for row in list(unreadable)[:SHOWN]:
         # a name may hold anything, so its printable form
         print(f"  unreadable: {images.paths[row]!r} ({printable(unreadable[row])})")
