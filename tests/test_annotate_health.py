@@ -1,6 +1,7 @@
 """The health report: numbers by hand, verdicts where something is wrong, and a page that is safe to open."""
 
 import base64
+import html
 import io
 import re
 import shutil
@@ -11,6 +12,7 @@ import pytest
 from PIL import Image
 from runs import write_store, zero_shot_accuracy
 
+from coreg.annotate.confused import more_words
 from coreg.annotate.health import examine, write_report
 from coreg.annotate.tools import main
 from coreg.data.images import ImageList, Paths
@@ -98,8 +100,8 @@ def test_confused_pairs_and_the_classes_for_which_more_words_would_help(tmp_path
     texts_of(store, [[1, 0.1, 0, 0, 0], [1, 0, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 0, 1, 0], [0, 0, 0, 0, 1]])
     health = examine(store)
     assert [pair.alike for pair in health.confused] == [True, False]
-    (words,) = [line for line in health.verdicts if "More words" in line]
-    assert words.startswith("More words would help: crow, raven.")
+    (words,) = more_words(store, health.confused)
+    assert words.startswith("more words would help: crow, raven; say what tells them apart")
     assert words.endswith(
         f"--rescore {tmp_path / 'ann'} --descriptions names.json --output_dir {tmp_path / 'ann_described'}"
     )
@@ -107,7 +109,8 @@ def test_confused_pairs_and_the_classes_for_which_more_words_would_help(tmp_path
     report, page = ((tmp_path / "ann" / f"report.{kind}").read_text() for kind in ("txt", "html"))
     assert "      12   60.0%  crow and raven: names read nearly alike" in report
     assert "      10   52.6%  sun and moon: names apart, images look alike" in report
-    assert "nearly alike: more words would help" in page and "<td>apart: images look alike to the model</td>" in page
+    assert words in report and html.escape(words) in page and "<td>nearly alike</td>" in page
+    assert "<td>apart: images look alike to the model</td>" in page
     assert main(["info", str(store.root)]) == 0
     assert "confused pairs         2, such as crow and raven; sun and moon" in capsys.readouterr().out
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,10 +11,12 @@ import numpy as np
 import torch
 
 from coreg.annotate.scores import class_embeddings, kept_side
+from coreg.scripts import launched
 from coreg.store.store import AnnotationStore
 
 FEWEST, LEAST = 10, 1 / 3  # images of a pair, and their share; fewer are chance
 NEAREST = 0.05  # of the other classes
+SHOWN = 20  # names in a line
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,17 @@ def confused_pairs(store: AnnotationStore, counts: Any) -> list[Pair]:
         Pair((a, b), int(both[k]), float(share[k]), None if text is None else _alike(text, a, b))
         for k, a, b in zip(keep, first[keep].tolist(), second[keep].tolist())
     ]
+
+
+def more_words(store: AnnotationStore, pairs: Sequence[Pair]) -> list[str]:
+    """For which classes more words would help, and what to type then, in a line; none where it is for no class."""
+    alike = [store.class_names[c] for c in sorted({c for pair in pairs if pair.alike for c in pair.classes})]
+    if not alike:
+        return []
+    names = ", ".join(alike[:SHOWN]) + (f" and {len(alike) - SHOWN} more" if len(alike) > SHOWN else "")
+    places = [shlex.quote(str(store.root) + end) for end in ("", "_described")]
+    command = f"{launched('annotate_vlm.py')} --rescore {places[0]} --descriptions names.json --output_dir {places[1]}"
+    return [f"more words would help: {names}; say what tells them apart from others that read alike: {command}"]
 
 
 def _alike(text: torch.Tensor, a: int, b: int) -> bool:

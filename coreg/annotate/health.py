@@ -7,7 +7,6 @@ writes ann/report.html (one file, nothing is loaded from elsewhere) and ann/repo
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,12 +14,11 @@ from typing import Any
 import numpy as np
 
 from coreg.annotate.changes import before_and_after
-from coreg.annotate.confused import Pair, confused_pairs, together
+from coreg.annotate.confused import Pair, confused_pairs, more_words, together
 from coreg.annotate.health_html import page
 from coreg.data.folders import counts_line, labelled_counts, unmatched_folders
 from coreg.data.images import ImageList
 from coreg.files import write_atomically
-from coreg.scripts import launched
 from coreg.store.store import AnnotationStore
 from coreg.weak.labels import next_command
 from coreg.weak.rules import candidates_of, vote_counts
@@ -197,11 +195,6 @@ def _verdicts(store: AnnotationStore, health: Health) -> list[str]:
         verdicts.append(
             f"Named for nearly every image: {some(names, always)}. The name is too general; try a narrower one."
         )
-    if len(alike := np.unique([pair.classes for pair in health.confused if pair.alike]).astype(int)):
-        verdicts.append(
-            f"More words would help: {some(names, alike)}. The model reads these names nearly alike and confuses the "
-            f"classes; say what tells them apart with {rescored(store)}"
-        )
     if len(few):
         verdicts.append(
             f"Fewer than {FEW_IMAGES} images lead to: {some(names, few)}. They will be learned badly; add images."
@@ -219,12 +212,6 @@ def _verdicts(store: AnnotationStore, health: Health) -> list[str]:
     if health.sizes[1] == readable:
         verdicts.append("Every image has one candidate: the templates always agree, so there is nothing to choose from.")
     return verdicts
-
-
-def rescored(store: AnnotationStore) -> str:
-    """What to type to judge a store again by descriptions."""
-    places = [shlex.quote(str(store.root) + end) for end in ("", "_described")]
-    return f"{launched('annotate_vlm.py')} --rescore {places[0]} --descriptions names.json --output_dir {places[1]}"
 
 
 def some(names: Sequence[str], chosen: np.ndarray) -> str:
@@ -261,6 +248,7 @@ def as_text(store: AnnotationStore, health: Health) -> str:
         lines += [f"{pair.images:8d}  {pair.share:6.1%}  {in_words(store, pair)}" for pair in health.confused[:SHOWN_PAIRS]]
         more = len(health.confused) - SHOWN_PAIRS
         lines += [f"          and {more} more"] if more > 0 else []
+        lines += more_words(store, health.confused)
     if health.accuracy:
         lines += ["", "right votes of each template:"]
         lines += [f"{share:8.1%}  {name}" for share, name in zip(health.accuracy["templates"], store.templates)]

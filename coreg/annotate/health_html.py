@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from coreg.annotate.changes import before_and_after
+from coreg.annotate.confused import more_words
 from coreg.data.decode import UnreadableImage
 from coreg.webpage import bar, document, percent, picture, table, text
 
@@ -77,14 +78,14 @@ def _classes(store: AnnotationStore, health: Health) -> str:
 def _pairs(store: AnnotationStore, health: Health) -> str:
     if not health.confused:
         return "<p>None.</p>"
-    known = {None: "not known", True: "nearly alike: more words would help", False: "apart: images look alike to the model"}
+    known = {None: "not known", True: "nearly alike", False: "apart: images look alike to the model"}
     rows = []
     for pair in health.confused[:SHOWN_PAIRS]:
         names = [text(store.class_names[c]) for c in pair.classes]
         rows.append([*names, str(pair.images), percent(pair.share), bar(pair.share), known[pair.alike]])
     head = ("class", "class", "images with both as candidates", "share of the rarer class", "", "how the model reads them")
     more = f"<p>And {len(health.confused) - SHOWN_PAIRS} more.</p>" if len(health.confused) > SHOWN_PAIRS else ""
-    return table(head, rows) + more
+    return table(head, rows) + more + "".join(f"<p>{text(line)}</p>" for line in more_words(store, health.confused))
 
 
 def _templates(store: AnnotationStore, health: Health) -> str:
