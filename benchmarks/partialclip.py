@@ -48,25 +48,26 @@ STAGES = {
 _CHOSEN = {"annotator": "clip", "per_class": 250, "tested": 60, "clip": ("--per_class", "100")}
 SETS = {"eurosat": ImageSet("EuroSAT", **_CHOSEN), "cifar10": ImageSet("CIFAR-10", **_CHOSEN)}
 IMAGES = 500
-TUNERS = ("adaptformer", "linear", "full", "lora", "vpt_deep")
+TUNERS = ("linear", "adaptformer", "full", "lora", "vpt_deep")
 FPS, OF_CLIP = "fps_", "annotations"  # folders of candidate sets
-TUNER, MIDDLE = "adaptformer", f"{FPS}0.5"  # where a stage asks about something else
+TUNER, MIDDLE = "linear", f"{FPS}0.5"  # where a stage asks about something else; frozen features are made once
 Q = ("0.1", "0.3", "0.5", "0.7")  # of the paper's CIFAR-10
 STARTS, PREFILTERS = ("text", "random"), ("none", "topk")
 FILTERED = ("cc", "proden", "lws", "cr_dpll")
 TAIL, TAIL_Q, IMBALANCE = "tail", "0.3", "100"  # as in its CIFAR-10-LT
-STARTED = ("cr_dpll", "records")  # on the long tail
+STARTED = ("proden", "records")  # on the long tail
 OWN = ("cc", "proden", "cr_dpll")
 RECIPE = ("--recipe", "partialclip_cifar10", "--workers", "0", "--report_to", "none")
-# of the paper, which the recipe has, and of its public code
+_ADAM = ("--optimizer", "adamw", "--lr", "0.0005", "--lr_floor", "0.0005", "--weight_decay", "0.00001")
+# of the paper, which the recipe has; of its public code; and as long as the paper trains on its small sets
 RATES = {
     "sgd": ("SGD, 0.01, cosine", ()),
-    "adam": (
-        "Adam, 0.0005, constant",
-        ("--optimizer", "adamw", "--lr", "0.0005", "--lr_floor", "0.0005", "--weight_decay", "0.00001"),
-    ),
+    "adam": ("Adam, 0.0005", _ADAM),
+    "long": ("Adam, 0.0005, 100 epochs", (*_ADAM, "--epochs", "100")),
 }
-RATE = "adam"  # of all other stages, by the scores without labels of stage `rates`
+SHORT = ("sgd", "adam")
+RATE = "adam"  # by the scores without labels of stage `rates`
+LONG = "long"  # where a stage asks about something else: 10 epochs are 80 steps here, and thousands in the paper
 MODULES = ("annotate_vlm", "baselines.pll", "baselines.zero_shot", "open_clip")
 
 
@@ -132,18 +133,21 @@ class Tuned:
 def wanted(which: str) -> Iterator[tuple[str, Tuned]]:
     """Candidate sets and ways to tune of a stage; some are those of another stage as well."""
     if which == "rates":
-        yield from ((MIDDLE, Tuned("cr_dpll", tuner, rate=rate)) for tuner in TUNERS for rate in RATES)
+        yield from ((MIDDLE, Tuned("cr_dpll", tuner, rate=rate)) for tuner in TUNERS for rate in SHORT)
     elif which == "methods":
+        yield from ((MIDDLE, Tuned(method, rate=LONG)) for method in NAMES)
         yield from ((MIDDLE, Tuned(method, tuner)) for tuner in TUNERS for method in NAMES)
     elif which == "start":
         for start in STARTS:
             yield from ((MIDDLE, Tuned("cr_dpll", tuner, start)) for tuner in TUNERS)
-            yield from ((TAIL, Tuned(method, start=start)) for method in STARTED)
+            yield from ((MIDDLE, Tuned("proden", start=start, rate=rate)) for rate in (RATE, LONG))
+            yield from ((TAIL, Tuned(method, start=start, rate=LONG)) for method in STARTED)
     elif which == "candidates":
         for q in Q:
-            yield from ((f"{FPS}{q}", Tuned(method, prefilter=kept)) for method in FILTERED for kept in PREFILTERS)
+            ways = (Tuned(method, prefilter=kept, rate=LONG) for method in FILTERED for kept in PREFILTERS)
+            yield from ((f"{FPS}{q}", way) for way in ways)
     elif which == "tail":
-        yield from ((TAIL, Tuned(method)) for method in NAMES)
+        yield from ((TAIL, Tuned(method, rate=LONG)) for method in NAMES)
     else:
         yield from ((OF_CLIP, Tuned(method, tuner)) for method in OWN for tuner in TUNERS)
 
@@ -179,29 +183,40 @@ def of_stage(root: Path, name: str, seeds: Sequence[int], which: str) -> str:
 
     if which == "rates":
         rates = {
-            f"{tuner}, {shown}": runs(MIDDLE, "cr_dpll", tuner, rate=rate)
-            for tuner in TUNERS
-            for rate, (shown, _) in RATES.items()
+            f"{tuner}, {RATES[rate][0]}": runs(MIDDLE, "cr_dpll", tuner, rate=rate) for tuner in TUNERS for rate in SHORT
         }
         return free_table("CR-DPLL", rates)
     if which == "start":
-        starts = {tuner: {start: runs(MIDDLE, "cr_dpll", tuner, start) for start in STARTS} for tuner in TUNERS}
-        tail = {f"{NAMES[method]}, {start}": runs(TAIL, method, start=start) for method in STARTED for start in STARTS}
-        return both(grid("CR-DPLL", starts), tail_table(f"long tail, {TUNER}", tail))
+        ways = {f"CR-DPLL, {tuner}": ("cr_dpll", tuner, RATE) for tuner in TUNERS}
+        ways |= {f"PRODEN, {TUNER}": ("proden", TUNER, RATE), f"PRODEN, {TUNER}, 100 epochs": ("proden", TUNER, LONG)}
+        starts = {
+            title: {start: runs(MIDDLE, method, tuner, start, rate=rate) for start in STARTS}
+            for title, (method, tuner, rate) in ways.items()
+        }
+        tail = {
+            f"{NAMES[method]}, {start}": runs(TAIL, method, start=start, rate=LONG)
+            for method in STARTED
+            for start in STARTS
+        }
+        return both(grid("method", starts), tail_table(f"long tail, {TUNER}", tail))
     if which == "candidates":
         lines = {
             f"{NAMES[method]}{'' if kept == 'none' else ', pre-filter'}": {
-                f"q {q}": runs(f"{FPS}{q}", method, prefilter=kept) for q in Q
+                f"q {q}": runs(f"{FPS}{q}", method, prefilter=kept, rate=LONG) for q in Q
             }
             for method in FILTERED
             for kept in PREFILTERS
         }
-        filtered = {f"q {q}": runs(f"{FPS}{q}", FILTERED[0], prefilter=PREFILTERS[1]) for q in Q}
+        filtered = {f"q {q}": runs(f"{FPS}{q}", FILTERED[0], prefilter=PREFILTERS[1], rate=LONG) for q in Q}
         return both(grid("method", lines), filter_table("pre-filter", filtered))
     if which == "tail":
-        return tail_table("method", {title: runs(TAIL, method) for method, title in NAMES.items()})
+        return tail_table("method", {title: runs(TAIL, method, rate=LONG) for method, title in NAMES.items()})
     store, methods = (MIDDLE, NAMES) if which == "methods" else (OF_CLIP, OWN)
-    return grid("method", {NAMES[method]: {tuner: runs(store, method, tuner) for tuner in TUNERS} for method in methods})
+    lines = {NAMES[method]: {tuner: runs(store, method, tuner) for tuner in TUNERS} for method in methods}
+    if which == "methods":
+        for method in methods:
+            lines[NAMES[method]][f"{TUNER}, 100 epochs"] = runs(store, method, rate=LONG)
+    return grid("method", lines)
 
 
 def both(*parts: str) -> str:

@@ -28,15 +28,14 @@ def grid(head: str, lines: Lines) -> str:
     """Test accuracy; empty where nothing is finished, and so is a row that has nothing.
 
     Returns:
-        Markdown: mean ± standard deviation of a cell, the mean CPU seconds of a run and the number of seeds of a row.
+        Markdown: mean ± standard deviation of a cell, and the number of seeds that every cell of a row has, if it has any.
     """
     rows = []
     for title, cells in lines.items():
         if not any(runs.reports for runs in cells.values()):
             continue
-        seconds = [value for runs in cells.values() for value in runs.seconds]
         row = {head: title} | {column: spread(runs.accuracy()) for column, runs in cells.items()}
-        rows.append(row | {"CPU s": f"{statistics.fmean(seconds):.0f}", "seeds": in_all(cells.values())})
+        rows.append(row | {"seeds": in_all(cells.values())})
     return as_markdown(rows) if rows else ""
 
 
