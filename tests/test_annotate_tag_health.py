@@ -71,7 +71,9 @@ def test_the_page_and_the_text_say_the_same_and_are_safe(tmp_path, capsys):
     assert "script" not in Page(html).tags and html.count("<img") == 24
     for line in health.verdicts:
         assert line in text
-    assert evil[0] in text and "average precision" in text and "2      24" in text
+    assert (
+        "images: train 43 (43 labelled)" in text and evil[0] in text and "average precision" in text and "2      24" in text
+    )
     main(["health", str(store.root)])
     assert capsys.readouterr().out.startswith(text)
 

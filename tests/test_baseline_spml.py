@@ -20,9 +20,12 @@ from coreg.data.tags import read_tags
 from coreg.export import predict
 from coreg.export.tagging import read_thresholds
 from coreg.label.page import read_page
+from coreg.learn.multi_options import OPTIONS
 from coreg.nets.model import Model
 from coreg.report.multi_metrics import average_precisions
 from coreg.report.record import read_report
+from coreg.run.tags import observed_labels
+from coreg.settings import TagJob
 from coreg.store.store import AnnotationStore
 
 spml, zero_shot_tags = script("spml"), script("zero_shot_tags")
@@ -177,6 +180,17 @@ def test_a_persons_labels_and_none_at_all(store, tmp_path, capsys):
     assert "holds another job (tags was" in refused(capsys, spml.main, *again)
     (tmp_path / "mine.csv").unlink()
     assert "cannot read the labels in" in refused(capsys, spml.main, *again)
+
+
+def test_nothing_is_put_aside_where_no_true_label_is_known(store):
+    """Neither epochs nor thresholds can be chosen by it."""
+    known = AnnotationStore.open(store)
+    job = TagJob(validation=0.2)
+    weak, aside = observed_labels(job, OPTIONS["soft"](method="soft"), known)
+    assert (len(weak.samples), len(aside)) == (27, 7)
+    unknown = dataclasses.replace(known, tags=None)
+    weak, aside = observed_labels(job, OPTIONS["soft"](method="soft"), unknown)
+    assert (len(weak.samples), len(aside)) == (34, 0) and not weak.table.any()
 
 
 def test_what_cannot_be_trained_on_is_refused(store, tmp_path, capsys):

@@ -150,6 +150,14 @@ def test_whatever_there_is_not_is_left_out(labelled, annotator, observed):
     assert ("became right" in shown.plain) == (labelled and annotator and observed != "all")
 
 
+def test_the_epoch_that_was_kept_is_named():
+    record = record_of()
+    assert "The network is that of epoch" not in page(record, asked_of(record))
+    for epoch in (3, 2):
+        record.report["epoch"] = epoch
+        assert ("that of epoch 2 of 3, the best" in page(record, asked_of(record))) == (epoch == 2)
+
+
 def test_nothing_predicted_and_nothing_there():
     record = record_of(thresholds=np.full(4, 1.5))
     shown = Page(page(record, asked_of(record)))

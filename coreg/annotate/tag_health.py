@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from coreg.annotate.health import GALLERY, NEARLY_ALWAYS, about, bar, some
+from coreg.annotate.health import GALLERY, NEARLY_ALWAYS, bar, notes_of, some
 from coreg.annotate.tag_evidence import label_evidence
 from coreg.data.decode import UnreadableImage
+from coreg.data.folders import counts_line, labelled_counts
 from coreg.data.images import ImageList
 from coreg.files import write_atomically
 from coreg.learn.multi_options import VLPLOptions
@@ -185,6 +186,12 @@ def summary(store: AnnotationStore) -> str:
     lines += [f"  ! {line}" for line in health.verdicts[:SHOWN]]
     lines += [f"  more                    {store.root / 'report.html'}", f"next: {next_command(store)}"]
     return printable("\n".join(lines), lines=True)
+
+
+def about(store: AnnotationStore) -> list[str]:
+    """Images of each split and of how many of them labels are known, and how the list came about; one line each."""
+    known = None if store.tags is None else np.where(store.tags.any(axis=1), 0, -1)
+    return [f"images: {counts_line(labelled_counts(store.split, known))}", *notes_of(store.manifest)]
 
 
 def facts(store: AnnotationStore, health: TagHealth) -> list[str]:

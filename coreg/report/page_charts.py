@@ -218,11 +218,11 @@ def precision_chart(title: str, curves: Sequence[Curve], at: tuple[float, float]
     Args:
         at: recall and precision where the threshold stands; None for none.
     """
-    side, left, bottom = 150, 26, 18
-    x, y = _scale(0, 1, left, side - 6), _scale(0, 1, side - bottom, 6)
+    side, left, right, bottom = 150, 26, 10, 18  # half of the number below stands out on the right
+    x, y = _scale(0, 1, left, side - right), _scale(0, 1, side - bottom, 6)
     drawn = []
     for tick in (0.0, 0.5, 1.0):
-        drawn.append(f'<path class="grid" d="M{left} {y(tick):.1f}H{side - 6}M{x(tick):.1f} 6V{side - bottom}"/>')
+        drawn.append(f'<path class="grid" d="M{left} {y(tick):.1f}H{side - right}M{x(tick):.1f} 6V{side - bottom}"/>')
         drawn.append(f'<text x="{left - 4}" y="{y(tick) + 4:.1f}" text-anchor="end">{100 * tick:g}</text>')
         drawn.append(f'<text x="{x(tick):.1f}" y="{side - 4}" text-anchor="middle">{100 * tick:g}</text>')
     for curve in reversed(curves):  # the first lies on top

@@ -67,12 +67,12 @@ def _of_cells(record: TagRecord, cells: np.ndarray, heads: list[str]) -> str:
 
 
 def doubtful_gallery(record: TagRecord, rows: np.ndarray) -> str:
-    """Pictures with the labels that are nearest to their thresholds, as probabilities of thresholds."""
+    """Pictures with the labels that are nearest to their thresholds: their probabilities, and thresholds in brackets."""
     captions, alts = [], []
     for number, row in enumerate(rows, start=1):
         labels = doubtful_labels(record, row)
         p, at = record.probabilities["train"][row], record.thresholds
-        lines = [f"{text(record.class_names[c])} {percent(p[c], 0)} of {percent(at[c], 0)}" for c in labels]
+        lines = [f"{text(record.class_names[c])} {percent(p[c], 0)} ({percent(at[c], 0)})" for c in labels]
         captions.append("<br>".join([*lines, f"{number}. {text(record.paths[row])}"]))
         alts.append(f"{record.paths[row]}: {', '.join(record.class_names[c] for c in labels)}?")
     return gallery(record, rows, captions, alts)

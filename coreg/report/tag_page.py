@@ -86,6 +86,8 @@ def _headline(record: TagRecord) -> str:
     shown = "".join(f"<div><dt>{name}</dt><dd>{percent(value)}</dd></div>" for name, value in tiles.items())
     parts.append(f'<dl class="tiles">{shown}</dl>')
     notes = [f"{measured['images']:,} {_name(split)} images. Thresholds: {THRESHOLDS[report['thresholds_from']]}."]
+    if (epoch := report.get("epoch", len(record.curves))) != len(record.curves):
+        notes.append(f"The network is that of epoch {epoch} of {len(record.curves)}, the best on validation images.")
     if missing := measured["labels_without_images"]:
         notes.append(f"{missing} labels that no such image has count 0 in the mean.")
     parts.append(f'<p class="note">{" ".join(notes)}</p>')
@@ -250,6 +252,6 @@ def _doubtful(record: TagRecord, asked: LabelPage) -> str:
         f"saves a file; <code>{text(command)}</code> asks likewise and writes the file into the run folder. Or fill in the "
         f"columns <code>labels</code> and <code>absent</code> of <code>{text(folder / LABEL_NEXT)}</code> by hand, "
         f"<code>;</code> between names; rows that stay empty do not count. Then train again:</p>"
-        f"<pre>{text(asked.next_command(folder))}</pre><p>Below each, the labels that are nearest to their thresholds: "
-        f"probability of threshold.</p>"
+        f"<pre>{text(asked.next_command(folder))}</pre><p>Below each stand the labels that are nearest to their "
+        f"thresholds: probability, and threshold in brackets.</p>"
     ) + doubtful_gallery(record, rows)
