@@ -10,6 +10,8 @@ import shutil
 import tarfile
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from conftest import SMALL_JOB
 from damage import Subject, attack
@@ -64,6 +66,9 @@ def subjects(small_store, digits, tmp_path_factory):
     (root / "shards").mkdir()
     with tarfile.open(root / "shards" / "00000.tar", "w") as shard:
         shard.add(root / "export" / "images", "train/a")
+    (root / "tables").mkdir()
+    cells = [path.read_bytes() for path in sorted((root / "export" / "images").rglob("*.png"))]
+    pq.write_table(pa.table({"image": cells}), root / "tables" / "0.parquet")
     (root / "list" / "list.csv").write_text("path,label\nimages/0.png,a\nimages/1.png,b\nimages/2.png,\n")
 
     def predicted(copy, model):
@@ -129,6 +134,7 @@ def subjects(small_store, digits, tmp_path_factory):
             lambda copy: listed(copy, "list.csv"), checked=False,
         ),
         Subject("shards", root / "shards", files_in("*.tar"), lambda copy: listed(copy, "."), checked=False),
+        Subject("tables", root / "tables", files_in("*.parquet"), lambda copy: listed(copy, "0.parquet"), checked=False),
         Subject(
             "open_clip folder", root / "open_clip", files_in("clip/*"),
             lambda copy: listed(copy, "images", f"local-dir:{copy / 'clip'}"), checked=False,

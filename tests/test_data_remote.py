@@ -230,6 +230,8 @@ def test_columns_of_parquet_files(tmp_path, monkeypatch):
     assert images_of({"image": [png(1)], "label": [7]}).labels is None
     assert "no column of encoded images (a)" in error_of(images_of, {"a": [1]})
     assert "several columns of encoded images (a, b)" in error_of(images_of, {"a": [b"x"], "b": [b"x"]})
+    os.mkfifo(tmp_path / "pipe.parquet")  # at which a reader would wait
+    assert "it is no file" in error_of(open_images, str(tmp_path / "pipe.parquet"))
     assert "holds no row" in error_of(images_of, {"image": pa.array([], pa.binary())})
     monkeypatch.setattr(parquet, "LARGEST_GROUP", 100)
     assert "row groups of" in error_of(images_of, {"image": [png(1)]})

@@ -6,6 +6,7 @@ import io
 import itertools
 import os
 import re
+import stat
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
@@ -52,8 +53,11 @@ class LocalFile:
 
     @property
     def size(self) -> int:
-        """Bytes."""
-        return self.path.stat().st_size
+        """Bytes; OSError for what is no file, such as a pipe, at which a reader would wait."""
+        status = self.path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError("it is no file")
+        return status.st_size
 
     def read(self, offset: int, length: int) -> bytes:
         """`length` bytes from `offset` on.

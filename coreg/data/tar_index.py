@@ -45,8 +45,6 @@ def index_of(file: RangedFile) -> TarIndex | str:
     if kept is not None and (index := _kept_index(kept)) is not None:
         return index
     try:
-        if isinstance(file, LocalFile) and not file.path.is_file():
-            raise tarfile.ReadError("it is no file")
         index = TarIndex([], [], [], [])
         for member, label in _members(file):
             index.names.append(inside(member.name))
@@ -64,6 +62,7 @@ def index_of(file: RangedFile) -> TarIndex | str:
 
 def _members(file: RangedFile) -> Iterator[tuple[tarfile.TarInfo, str]]:
     """The members of a tar file that are no folders, with the text of those called `*.cls`."""
+    size = file.size
     stream = file.path.open("rb") if isinstance(file, LocalFile) else Reader(file)
     with stream, tarfile.open(fileobj=stream, mode="r:") as archive:
         end = 0
@@ -74,7 +73,7 @@ def _members(file: RangedFile) -> Iterator[tuple[tarfile.TarInfo, str]]:
             if not member.isdir():
                 yield member, label
             archive.members = []  # the archive object would keep them all
-        if end > file.size:
+        if end > size:
             raise tarfile.ReadError("it ends in the middle of a member")
 
 
