@@ -17,7 +17,7 @@
 #                       view, or several of these, each in runs of its own (default none)
 #   --student "..."     further options of everything that trains a student, such as what of a backbone is tuned; the probe,
 #                       which trains none, is left out then
-#   --epochs N          epochs of all methods (default: the recipe's)
+#   --epochs N          epochs of all methods, all but one of which a longer warm-up gets (default: the recipe's)
 #
 # The run folder is the job: what is finished is skipped, what was stopped goes on. A run that fails is named at the end, and
 # its output lies in OUTPUT_DIR/logs.
@@ -102,6 +102,12 @@ if [ -z "$ANNOTATIONS" ]; then
 fi
 read -ra more <<<"$TUNING"
 tuning+=("${more[@]}")
+# of --epochs, that of the recipe may be too long a warm-up, which is refused
+declare -A WARMUP=()
+for module in ${EPOCHS:+train_coreg coreg.baselines.dividemix}; do
+    own=$("$PYTHON" -m "$module" --recipe "$RECIPE" --print_config | sed -n 's/^warmup_epochs: //p')
+    ((${own:-0} < EPOCHS)) || WARMUP[$module]="--warmup_epochs $((EPOCHS - 1))"
+done
 EPOCHS=${EPOCHS:-$("$PYTHON" -m train_coreg --recipe "$RECIPE" --print_config | sed -n 's/^epochs: //p')}
 
 # methods that learn without labels, and the passes through a network that each image costs them in an epoch, a backward pass
@@ -119,7 +125,7 @@ learn() {
     dividemix_*) command=(coreg.baselines.dividemix --labels_from "${method#dividemix_}") ;;
     *) command=(coreg.baselines.pll --method "$method") ;;
     esac
-    run "$method${3:-}-$seed$mark" "${command[@]}" "${student[@]}" --refine "$evidence" --seed "$seed" "${@:4}"
+    run "$method${3:-}-$seed$mark" "${command[@]}" ${WARMUP[${command[0]}]:-} "${student[@]}" --refine "$evidence" --seed "$seed" "${@:4}"
 }
 
 run zero_shot coreg.baselines.zero_shot
@@ -132,12 +138,12 @@ for seed in $SEEDS; do
     for evidence in $REFINE; do
         mark=$([ "$evidence" = none ] || echo "-$evidence")
         options=("${student[@]}" --refine "$evidence" --seed "$seed")
-        run "coreg-$seed$mark" train_coreg "${options[@]}"
+        run "coreg-$seed$mark" train_coreg ${WARMUP[train_coreg]:-} "${options[@]}"
         for targets in $([ -n "$STUDENT" ] || echo probabilities sets); do
             run "probe_$targets-$seed$mark" coreg.baselines.probe "${options[@]}" --targets "$targets"
         done
         for method in "${!PASSES[@]}"; do learn "$method" "$seed"; done
-        for shots in $SHOTS; do run "coreg_$shots-$seed$mark" train_coreg "${options[@]}" --few_shot "$shots"; done
+        for shots in $SHOTS; do run "coreg_$shots-$seed$mark" train_coreg ${WARMUP[train_coreg]:-} "${options[@]}" --few_shot "$shots"; done
         if ((MATCHED)); then
             for method in "${!PASSES[@]}"; do
                 learn "$method" "$seed" -matched --epochs $((EPOCHS * COREG / PASSES[$method]))

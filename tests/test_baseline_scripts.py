@@ -307,7 +307,7 @@ STAND_IN = """#!/bin/sh
 echo "$*" >> "$COMMANDS"
 for word; do [ "$last" = --output_dir ] && folder=$word; last=$word; done
 case "$*" in
-*--print_config*) echo "epochs: 30" ;;
+*--print_config*) echo "epochs: 30"; echo "warmup_epochs: 6" ;;
 *coreg.report* | *annotate_vlm*) ;;
 *"$BROKEN"*) exit 1 ;;
 *zero_shot_tags*) mkdir -p "$folder/image" && : > "$folder/image/report.json" ;;
@@ -358,6 +358,22 @@ def test_run_all_starts_every_method_once_and_skips_what_is_finished(tmp_path):
             probe.read_settings(own)
     code, stderr, again = run_all(tmp_path, "--seeds", "0 1", "--shots", "4", "--compute_matched")
     assert code == 0 and not [words for words in again if "--seed" in words]
+
+
+def test_run_all_of_few_epochs_shortens_a_warm_up_that_is_longer(tmp_path):
+    for epochs, wanted in (("2", "1"), ("6", "5"), ("7", None)):
+        folder = tmp_path / epochs
+        folder.mkdir()
+        words = ["--seeds", "0", "--shots", "4", "--only", "coreg dividemix cc", "--epochs", epochs]
+        code, stderr, commands = run_all(folder, *words)
+        assert code == 0 and stderr == ""
+        jobs = [job for job in commands if "--seed" in job]
+        assert {job[0] for job in jobs} == {"train_coreg", "coreg.baselines.dividemix", "coreg.baselines.pll"}
+        for job in jobs:
+            longer = wanted is not None and job[0] != "coreg.baselines.pll"
+            assert ("--warmup_epochs" in job) == longer and (not longer or wanted in job)
+            if job[0] == "coreg.baselines.dividemix":
+                assert dividemix.read_settings(job[1:])[2].warmup_epochs == int(wanted or 6)
 
 
 def test_run_all_starts_every_method_of_several_labels(tmp_path):
