@@ -13,7 +13,7 @@ from conftest import SMALL_JOB
 from PIL import Image
 from torch.nn.modules.module import register_module_forward_hook
 
-from benchmarks import growth, labelling, memory, mended, pixels, record, tiny_clip
+from benchmarks import estimates, growth, labelling, memory, mended, pixels, record, tiny_clip
 from benchmarks.__main__ import PAGE, TABLES
 from benchmarks.augment import MEAN, STD, pil_batch, waves
 from benchmarks.plain import VIEWS, PlainCoReg
@@ -309,3 +309,15 @@ def test_the_record_of_results_sees_one_bit_shape_and_dtype():
     assert record.digest(b"a", b"bc") != record.digest(b"ab", b"c")
     tensors = record.tensors_in({"epoch": 3, "nets": [{"w": zeros}, {"w": other, "chosen": None}], "t": (zeros,)})
     assert [id(tensor) for tensor in tensors] == [id(zeros), id(other), id(zeros)]
+
+
+def test_how_often_estimates_held_the_truth():
+    """Scores 0.5 and 0.6: the truths 0.65 and 0.35 need margins of 0.05 and 0.15, and 0.55 none."""
+    cases = [estimates.Case("a", "train", (0.5, 0.6), truth) for truth in (0.65, 0.35, 0.55)]
+    cases += [estimates.Case("b", "train", (0.9, 0.95, 0.97), 0.85)]
+    first, second, both = estimates.table(cases, 0.1)
+    assert [first["held the truth"], second["held the truth"], both["held the truth"]] == ["2 of 3", "1 of 1", "3 of 4"]
+    assert (first["mean width"], second["mean width"]) == ("0.30", "0.20")
+    assert (first["mean error"], second["mean bias"]) == (f"{(0.1 + 0.2 + 0) / 3:.3f}", "+0.100")
+    assert first["held, margin of the other sets"] == "2 of 3 (± 0.05)"
+    assert second["held, margin of the other sets"] == "1 of 1 (± 0.15)" and both["data"] == "all"

@@ -9,6 +9,7 @@ from scipy.stats import gmean, hmean
 from sklearn.metrics import accuracy_score, f1_score, log_loss, recall_score
 
 from coreg.learn.division import Division, Predicted
+from coreg.report.estimate import estimate, estimate_lines
 from coreg.report.metrics import (
     accuracy,
     approximated_accuracy,
@@ -19,6 +20,7 @@ from coreg.report.metrics import (
     covering_rate,
     division_health,
     label_free_scores,
+    mean_confidence,
     mean_prediction_entropy,
     per_class_accuracy,
     prototype_health,
@@ -264,3 +266,17 @@ def test_a_run_says_how_many_labels_are_known_and_which_folders_are_no_class():
     report |= {"labelled": {"train": 0, "test": 0}, "unmatched_folders": ["'cats' (3 images, did you mean 'cat'?)"]}
     assert known_labels_lines(report) == ["Called like no class: 'cats' (3 images, did you mean 'cat'?)."]
     assert known_labels_lines({"images": {"train": 80}}) == []  # of an earlier version
+
+
+def test_mean_confidence_is_of_what_is_predicted():
+    logits = np.log([[0.7, 0.2, 0.1], [0.3, 0.5, 0.2], [0.1, 0.1, 0.8]])
+    assert mean_confidence(logits, np.array([0, 1, 2])) == pytest.approx((0.7 + 0.5 + 0.8) / 3)
+    assert mean_confidence(logits + 9, np.array([1, -1, 2])) == pytest.approx((0.2 + 0.8) / 3)
+
+
+def test_an_estimate_reaches_beyond_all_of_its_scores():
+    made = estimate({"confidence": 0.6, "consensus": 0.95, "approximated_accuracy": 0.7})
+    assert made["accuracy"] == 0.7 and made["interval"] == [pytest.approx(0.5), 1.0]
+    assert estimate({"confidence": 0.04, "consensus": 0.02})["interval"] == [0.0, pytest.approx(0.14)]
+    assert estimate({"confidence": 0.6}) is None
+    assert estimate_lines({}) == []

@@ -1,14 +1,17 @@
 """What the end of a run says of whom to trust: in report.json, on the page, in the card, on one and two processes."""
 
+import csv
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from runs import on_two_processes, refused, script
 
 from coreg.report.trust import trust_lines
+from coreg.run import results
 from coreg.store.manifest import read_manifest
 from coreg.store.store import AnnotationStore
 from coreg.store.writer import StoreWriter
@@ -57,6 +60,55 @@ def test_a_report_says_whom_to_trust(run, digits, capsys):
     assert advice in capsys.readouterr().out
     assert advice in (run / "report.html").read_text()
     assert "To be trusted most" in (run / "export" / "README.md").read_text()
+
+
+def test_a_report_estimates_its_accuracy_without_labels(run, capsys, digits):
+    report = report_of(run)
+    made, scores = report["estimate"], report["label_free"]["approximated_accuracy"]
+    with (run / "labels.csv").open(newline="") as file:
+        sure = np.mean([float(line["probability"]) for line in csv.DictReader(file)])
+    assert made["train"]["scores"] == {
+        "confidence": pytest.approx(sure, abs=1e-4),
+        "approximated_accuracy": scores["train"],
+    }
+    for split, one in made.items():
+        low, high = sorted(one["scores"].values())
+        assert (
+            one["accuracy"] == pytest.approx((low + high) / 2) and one["scores"]["approximated_accuracy"] == scores[split]
+        )
+        assert one["interval"] == [pytest.approx(max(0, low - 0.1)), pytest.approx(min(1, high + 0.1))]
+    assert list(made) == ["train", "test"]
+    low, high = made["test"]["interval"]
+    words = f"probably between {low:.0%} and {high:.0%}"
+    probe.main(["--annotations", str(digits.root), *JOB, *TINY, "--refine", "none", "--output_dir", str(run)])
+    card = (run / "export" / "README.md").read_text()
+    assert words in capsys.readouterr().out and words in (run / "report.html").read_text()
+    assert "Estimated without labels" in card and f"{low:.0%} and {high:.0%}" in card
+
+
+@pytest.mark.parametrize(
+    ("source", "certain", "scores", "there"),
+    [
+        ({"annotator": "clip"}, 1, {"consensus": 0.5}, True),
+        ({"annotator": "clip"}, 120, {"consensus": 0.5}, False),  # labels of all images
+        ({"annotator": "clip"}, 0, {}, False),  # one number alone
+        ({"annotator": "clip"}, 0, None, False),
+        ({"generator": "synthetic"}, 0, {"consensus": 0.5}, False),
+        (None, 0, {"consensus": 0.5}, False),  # the annotator itself, tuned
+    ],
+)
+def test_nothing_is_estimated_where_nothing_can_be_said(source, certain, scores, there):
+    weak = None if source is None else SimpleNamespace(source=source, certain=np.arange(120) < certain)
+    logits = {"train": {"ensemble": np.zeros((120, 4))}, "test": {"ensemble": np.zeros((99, 4))}}
+    predicted = SimpleNamespace(weak=weak, logits=logits, temperature=1.0, classes={s: np.zeros(120, int) for s in logits})
+    predicted.classes["test"] = np.zeros(99, int)
+    made = results._estimates(predicted, scores)
+    # of 99 test images nothing is said
+    assert (
+        (list(made) == ["train"] and made["train"]["scores"] == {"confidence": 0.25, "consensus": 0.5})
+        if there
+        else not made
+    )
 
 
 def test_pretrained_weights_judge_the_same_on_two_processes(run, digits, tmp_path):

@@ -7,6 +7,7 @@ import json
 import re
 from typing import Any
 
+from coreg.report.estimate import estimate_lines
 from coreg.report.tags import THRESHOLDS
 from coreg.report.trust import trust_lines
 from coreg.webpage import percent
@@ -148,6 +149,7 @@ def model_card(report: dict[str, Any], settings: dict[str, Any], which: str = ""
         "",
         *_accuracy_lines(report),
         "",
+        *([escaped(" ".join(estimated)), ""] if (estimated := estimate_lines(report)) else []),
         *([escaped(" ".join(verdict)), ""] if (verdict := trust_lines(report)) else []),
         "## Classes",
         "",

@@ -191,6 +191,20 @@ def label_free_scores(
     return scores | ({"consensus": consensus([Predicted.of(log_p) for log_p in networks])} if len(networks) == 2 else {})
 
 
+def mean_confidence(logits: np.ndarray, predictions: np.ndarray) -> float:
+    """Mean over the images of softmax(logits) at the predicted class, 0 where none is predicted.
+
+    Args:
+        logits: float (n, C), n >= 1. predictions: int64 (n,), -1 for none.
+    """
+    total = 0.0
+    for start in range(0, len(logits), _ROWS):
+        rows = slice(start, start + _ROWS)
+        some, named = log_softmax(logits[rows].astype(np.float64), axis=1), predictions[rows]
+        total += float((np.exp(some[np.arange(len(some)), named]) * (named >= 0)).sum())
+    return total / len(logits)
+
+
 def division_health(
     divisions: Sequence[Division],
     networks: Sequence[Predicted],

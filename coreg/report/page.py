@@ -15,6 +15,7 @@ import numpy as np
 from coreg.files import write_atomically
 from coreg.label.page import LABEL_NEXT, PAGE, LabelPage, write_label_page
 from coreg.report import page_charts, page_classes
+from coreg.report.estimate import estimate_lines
 from coreg.report.metrics import METRICS, accuracy, mean_prediction_entropy, wilson_interval, written
 from coreg.report.page_charts import COLOURS, Interval, Line, interval_chart, line_chart, mixture_chart
 from coreg.report.page_images import (
@@ -90,6 +91,8 @@ def _headline(record: RunRecord) -> str:
         parts.append(f"<h1>{percent(after)} of the {name} images are right{gain}</h1>")
         parts.append(_intervals(record, name, split))
         parts.append(_metrics(record, name, "test" if split is record.test else "train"))
+    if estimated := estimate_lines(report):
+        parts.append(f'<p class="note">{text(" ".join(estimated))}</p>')
     if verdict := trust_lines(report):
         kind = "good" if report["trust"]["most"] == "student" else "bad"
         parts.append(f'<p class="{kind}">{text(verdict[0])}</p><p class="note">{text(" ".join(verdict[1:]))}</p>')

@@ -35,6 +35,7 @@ REPORT = {
             "consensus": Maybe(_SHARE),
         }
     ),
+    "estimate": Maybe(Each({"accuracy": _SHARE, "interval": [_SHARE], "scores": Each(_SHARE)})),
     "trust": Maybe(
         {
             "most": str,
@@ -121,9 +122,10 @@ def read_report(path: Path, kind: dict[str, Any] = REPORT) -> dict[str, Any]:
     if report.get("schema") != SCHEMA:
         raise RecordError(f"it has report schema {str(report.get('schema'))[:20]}, this version reads {SCHEMA}")
     check_record(report, kind)
-    for split, judged in (report.get("accuracy") or {}).items():
-        if len(judged["interval"]) != 2:
-            raise RecordError(f"accuracy.{split}.interval has {len(judged['interval'])} numbers, expected 2")
+    for name in ("accuracy", "estimate"):
+        for split, judged in (report.get(name) or {}).items():
+            if len(judged["interval"]) != 2:
+                raise RecordError(f"{name}.{split}.interval has {len(judged['interval'])} numbers, expected 2")
     if report.get("checksum") not in (None, checksum_of(report)):
         raise RecordError("its checksum is wrong")
     return report

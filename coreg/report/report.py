@@ -18,6 +18,7 @@ from coreg.data.labels import NONE, NONE_OF_THESE
 from coreg.files import writing_csv
 from coreg.label.page import PAGE
 from coreg.plaintext import printable
+from coreg.report.estimate import estimate_lines
 from coreg.report.metrics import (
     accuracy,
     calibration_metrics,
@@ -344,6 +345,7 @@ def summary(report: dict[str, Any], root: Path) -> str:
         lines.append("No true labels are known, so there is no accuracy to report.")
     lines += known_labels_lines(report)
     lines += label_free_lines(report)
+    lines += estimate_lines(report)
     if verdict := trust_lines(report):
         lines += ["", *verdict]
     chosen = report.get("chosen_epoch", {})

@@ -23,7 +23,8 @@ from coreg.learn.division import smoothed
 from coreg.learn.tables import OwnedRows, predicted
 from coreg.nets.model import Model, on_the_hub, parse_backbone_args
 from coreg.process import main_process_decides
-from coreg.report.metrics import accuracy, collapse_warnings, consensus, few_shot_warnings
+from coreg.report.estimate import estimates
+from coreg.report.metrics import accuracy, collapse_warnings, consensus, few_shot_warnings, mean_confidence
 from coreg.report.page import write_page
 from coreg.report.page_record import RunRecord, Split
 from coreg.report.record import write_report
@@ -129,6 +130,7 @@ def finish(
 
 def _report(run: Run, training: Training, predicted: Predictions, **more: Any) -> dict[str, Any]:
     job, names, named = run.job, run.store.class_names, predicted.classes["train"]
+    scores = _without_labels(run, predicted)
     return build_report(
         store=run.annotated,
         seed=job.seed,
@@ -142,7 +144,8 @@ def _report(run: Run, training: Training, predicted: Predictions, **more: Any) -
         refined=predicted.refined,
         weak_labels=predicted.weak and predicted.weak.source | {"hash": predicted.weak.hash},
         logits=_mean_logits(predicted),
-        label_free=_without_labels(run, predicted),
+        label_free=scores,
+        estimate=_estimates(predicted, scores),
         labels_used=int((predicted.known >= 0).sum()),
         **({"none_of_these": none} if (none := int((run.known == NONE).sum())) else {}),
         warnings=[
@@ -171,7 +174,8 @@ def _card(report: dict[str, Any], export: Export, splits: dict[str, Split]) -> s
     }
     for name, row in own["per_class_accuracy"].items():
         row["annotator"] = report["per_class_accuracy"][name].get("annotator")
-    return model_card(report | without_missing(own), export.settings, f"These are {export.epoch}.")
+    # the estimate is of the last epoch's networks
+    return model_card(report | {"estimate": None} | without_missing(own), export.settings, f"These are {export.epoch}.")
 
 
 def _split(run: Run, predicted: Predictions, split: str) -> Split:
@@ -206,6 +210,19 @@ def _without_labels(run: Run, predicted: Predictions) -> dict[str, Any] | None:
         _mean_logits(predicted),
         [log_softmax(rows.astype(np.float64), axis=1) for rows in nets],
     )
+
+
+def _estimates(predicted: Predictions, scores: dict[str, Any] | None) -> dict[str, Any] | None:
+    """What the report estimates of accuracies: of networks that learned from an annotator, not of the annotator tuned.
+
+    Candidate sets that were drawn from the truth, and labels of all images, leave nothing to estimate.
+    """
+    weak = predicted.weak
+    if weak is None or scores is None or "annotator" not in weak.source or weak.certain.all():
+        return None
+    logits = {split: rows for split, rows in _mean_logits(predicted).items() if len(rows)}
+    confidence = {split: mean_confidence(rows, predicted.classes[split]) for split, rows in logits.items()}
+    return estimates(confidence, scores, {split: len(rows) for split, rows in logits.items()})
 
 
 # ---- networks of our own ----------------------------------------------------------------------------------------------
