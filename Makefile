@@ -48,7 +48,7 @@ evidence: $(READY)
 	$(BIN)/python -m benchmarks.evidence --data $(DATA) --jobs $(JOBS)
 
 # Every partial-label method on a tiny CLIP that is tuned on candidate sets, three seeds; DATA is a folder with eurosat/ and
-# cifar10/. About an hour a set; what is finished is skipped. The tables are in docs/partialclip.md
+# cifar10/. Hours; what is finished is skipped. The tables are in docs/partialclip.md
 partialclip: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.partialclip --data $(DATA) --jobs $(JOBS)
 
