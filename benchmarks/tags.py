@@ -172,7 +172,7 @@ def _map(report: dict) -> float:
 
 def table(root: Path, names: Sequence[str], seeds: Sequence[int]) -> str:
     """Rows: methods of which a run is finished; columns: of every set test mAP in percent, seeds, CPU seconds of a run."""
-    lines = []
+    names, lines = [name for name in names if any((root / name).glob("*/**/report.json"))], []
     for kind, title in NOTHING_TRAINED.items():
         line, known = {"method": f"nothing trained: {title}", "observed": "none"}, False
         for name in names:

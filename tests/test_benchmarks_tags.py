@@ -55,6 +55,12 @@ def test_the_table_has_what_is_finished(tmp_path, capsys):
     assert cells[3] == ["AN", "1 present", "30.0 ± 7.1", "2", "20", "–", "–", "–"] and len(cells) == 4
 
 
+def test_a_set_of_which_nothing_is_finished_has_no_columns(tmp_path):
+    report(tmp_path / "digits" / "an-0" / "report.json", 0.25)
+    (tmp_path / "camvid" / "an-0").mkdir(parents=True)
+    assert "CamVid" not in tags.table(tmp_path, ["digits", "camvid"], [0])
+
+
 def test_a_set_that_is_not_there_is_left_out(tmp_path, capsys):
     words = ["--output_dir", str(tmp_path), "--data", str(tmp_path), "--plan"]
     assert tags.main(words) == 0
