@@ -1,5 +1,6 @@
 """The documentation as a site: every page is on it, and so is every public name."""
 
+import os
 import subprocess
 import sys
 from configparser import ConfigParser
@@ -53,3 +54,17 @@ def test_the_forms_of_issues_are_whole():
     for form in (ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"):
         content = yaml.safe_load(form.read_text(encoding="utf-8"))
         assert content["name"] and content["description"] and all(part["attributes"]["label"] for part in content["body"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("notebook", sorted((ROOT / "docs" / "notebooks").glob("*.ipynb")), ids=lambda file: file.stem)
+def test_the_notebooks_run_and_show_what_they_give(notebook, tmp_path):
+    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
+    book = nbformat.read(notebook, as_version=4)
+    written = [cell for cell in book.cells if cell.cell_type == "code"]
+    assert written[-1]["outputs"]  # as it was executed when it was written
+    paths = {"PYTHONPATH": str(ROOT), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in paths.items():
+            patch.setenv(name, value)
+        nbclient.NotebookClient(book, timeout=900, resources={"metadata": {"path": str(tmp_path)}}).execute()
