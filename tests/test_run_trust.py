@@ -93,6 +93,8 @@ def test_a_report_estimates_its_accuracy_without_labels(run, capsys, digits):
         ({"annotator": "clip"}, 120, {"consensus": 0.5}, False),  # labels of all images
         ({"annotator": "clip"}, 0, {}, False),  # one number alone
         ({"annotator": "clip"}, 0, None, False),
+        ({"annotator": "clip"}, 0, {"consensus": 0.5, "covering_rate": {"train": 0.989}}, True),
+        ({"annotator": "clip"}, 0, {"consensus": 0.5, "covering_rate": {"train": 0.99}}, False),  # it repeats the annotator
         ({"generator": "synthetic"}, 0, {"consensus": 0.5}, False),
         (None, 0, {"consensus": 0.5}, False),  # the annotator itself, tuned
     ],

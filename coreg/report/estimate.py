@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 MARGIN = 0.1  # what the scores' range is widened by on both sides; chosen on runs with known truth (docs/method.md)
+COVERED = 0.99  # share of predictions among the annotator's candidates from which on a method only repeats it
 FEWEST = 100  # images, with fewer the scores themselves are a matter of chance
 KINDS = {"train": "the training images", "test": "the test images, which training has not seen"}
 
@@ -31,7 +32,7 @@ def estimate(scores: Mapping[str, float]) -> dict[str, Any] | None:
 def estimates(
     confidence: Mapping[str, float], label_free: Mapping[str, Any], images: Mapping[str, int]
 ) -> dict[str, dict[str, Any]]:
-    """An `estimate` for each split of at least `FEWEST` images.
+    """An `estimate` for each split of at least `FEWEST` images whose predictions do not merely repeat the annotator.
 
     Args:
         confidence: mean calibrated probability of the predicted labels, by split. label_free: as
@@ -45,7 +46,8 @@ def estimates(
             "approximated_accuracy": label_free.get("approximated_accuracy", {}).get(split),
         }
         one = estimate({name: score for name, score in scores.items() if score is not None})
-        if one is not None and images[split] >= FEWEST:
+        repeats = label_free.get("covering_rate", {}).get(split, 0) >= COVERED
+        if one is not None and images[split] >= FEWEST and not repeats:
             made[split] = one
     return made
 
