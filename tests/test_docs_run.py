@@ -126,7 +126,7 @@ def prepared(tmp_path_factory):
             shutil.copytree("photos", name)
         digits_folder("new", range(300, 305))
         shutil.copy(next(Path("new").rglob("*.png")), "photo.jpg")
-        checked = digits_folder("checked", range(400, 425))
+        checked = digits_folder("checked", range(400, 460))
         Path("checked.csv").write_text("path,label\n" + "".join(f"{path},{label}\n" for path, label in checked.items()))
         for name in ("classes.txt", "better.txt", "other.txt"):
             Path(name).write_text("\n".join(NAMES) + "\n")

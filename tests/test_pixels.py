@@ -37,6 +37,7 @@ from coreg.views import ahead
 from coreg.views.ahead import ReadAhead
 from coreg.views.order import ShuffledRows
 from coreg.weak.__main__ import main as draw_sets
+from coreg.webpage import picture_of
 
 NONE = np.zeros(0, dtype=np.int64)
 
@@ -544,6 +545,8 @@ def test_a_run_goes_on_with_its_images_elsewhere_bit_for_bit(small_annotated, tm
 def test_images_that_lie_decoded_on_the_disk_are_taken_from_there(small_annotated, tmp_path, monkeypatch):
     job = ["--annotations", str(small_annotated), *TINY, "--pixels_dir", str(tmp_path / "px"), "--epochs", "1"]
     main, loaded = SCRIPTS["distill"][0], []
+    # the page to label on shows some images as they were annotated
+    monkeypatch.setattr("coreg.run.results.photos", lambda run, rows, pixels: [picture_of(image) for image in pixels])
     main([*job, "--pixels", "disk", "--output_dir", str(tmp_path / "a")])
     load = ImageList.load
     monkeypatch.setattr(ImageList, "load", lambda images, row: loaded.append(row) or load(images, row))
