@@ -196,3 +196,6 @@ def test_what_does_not_fit_is_refused(tagger, tmp_path, capsys):
     write_settings(copy, {name: value for name, value in settings.items() if name != "thresholds"})
     words = ["--model", copy, "--images", tagger[0] / "photos", "--output", tmp_path / "p.csv", "--threshold", "0.5"]
     assert "names one class an image and has no thresholds" in refused(capsys, predict.main, *words)
+    words = ["--model", export_folder, *words[2:-2]]
+    for more in (["--min_probability", "0.5"], ["--coverage", "0.9", "--calibrate", "checked.csv"]):
+        assert "gives images several labels; --threshold says how sure" in refused(capsys, predict.main, *words, *more)

@@ -28,7 +28,7 @@ LIMITS = """
 - The training images were labelled by a vision-language model, with mistakes, and what it gets wrong systematically the
   networks may have learned.
 - Every image is given one of the classes above, whatever it shows. A low probability is a hint, no proof, that it shows
-  something else.
+  something else (`coreg-predict --min_probability`).
 - The numbers above hold for images like those named above.
 - The probabilities are softmax(mean logits / temperature); `coreg.json` says what the temperature was fitted to."""
 
