@@ -231,7 +231,7 @@ def cut_off(classifier: Classifier, images: ImageList, config: PredictConfig) ->
         raise UserError(f"--calibrate {wanted}; write for example: --coverage 0.95 --calibrate checked.csv")
     if config.coverage is not None:
         cutoff.check_names(names)
-    if not asked:
+    if config.calibrate is None:
         return CutOff(names, least)
     labelled, rows, classes = cutoff.labelled_images(config.calibrate, images, names)
     batches = list(classifier.batches(labelled, config.batch_size, config.workers, rows))
