@@ -81,9 +81,7 @@ def nearness(train: np.ndarray, classes: np.ndarray, features: np.ndarray) -> np
     return -np.linalg.norm((features[:, None] - means) @ root, axis=2).min(axis=1)
 
 
-def measure(
-    run: Path, store: AnnotationStore, whole: AnnotationStore, leave: Sequence[str]
-) -> list[dict[str, float | str]]:
+def measure(run: Path, store: AnnotationStore, leave: Sequence[str]) -> list[dict[str, float | str]]:
     """For each score its AUROC, and what a threshold keeps and recognises."""
     images, test = store.images(), store.rows_of(TEST)
     kept = store.rows_of(TRAIN)

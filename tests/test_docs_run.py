@@ -67,7 +67,8 @@ EVERY = list(dict.fromkeys(line for _, line in ALL if is_run(line)))
 # what a newcomer types is always run, the rest with the slow tests
 FIRST = {line for page, line in ALL if page in ("README.md", "docs/own_images.md", TAGS)}
 FIRST -= {line for page, line in ALL if page == TAGS and "--format" in line}  # tests/test_export_tags.py writes programs
-OF_TAGS = {line for page, line in ALL if page == TAGS} - {line for page, line in ALL if page != TAGS}
+FIRST -= {line for line in FIRST if "benchmarks." in line}
+OF_TAGS = {line for page, line in ALL if page == TAGS} - {line for page, line in ALL if page not in (TAGS, "README.md")}
 
 
 def digits_folder(root, rows):

@@ -111,7 +111,12 @@ sys.stdout.write(f"PROBE {accelerator.process_index} {accelerator.num_processes}
     [
         ("cpu", (), 2),
         ("multi_gpu", ("--num_processes", "3"), 3),
-        ("multi_node", ("--num_machines", "1", "--num_processes", "2", "--main_process_port", "0"), 2),
+        pytest.param(
+            "multi_node",
+            ("--num_machines", "1", "--num_processes", "2", "--main_process_port", "0"),
+            2,
+            marks=pytest.mark.slow,
+        ),
         # with no setting of processes that the others have not
         pytest.param("bf16", ("--multi_gpu", "--num_processes", "2"), 2, marks=pytest.mark.slow),
     ],
