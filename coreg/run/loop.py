@@ -182,7 +182,8 @@ class Run:
         log = writing_curves()(lambda: self.accelerator.log(curves | times, step=training.epoch))
         main_process_decides(self.accelerator, log)
         shown = {"P": curves.get("division/trusted"), "test": curves.get("accuracy/test/ensemble")}
-        self.bar.set_postfix_str(", ".join(f"{k} {value:.1%}" for k, value in shown.items() if value is not None))
+        # a line a minute where there is no terminal, and not one an epoch
+        self.bar.set_postfix_str(", ".join(f"{k} {value:.1%}" for k, value in shown.items() if value is not None), False)
 
     def _advance(self, epochs: float) -> None:
         # never past its end by a rounding error, about which tqdm would complain
