@@ -9,7 +9,7 @@ from typing import Any
 MARGIN = 0.1  # what the scores' range is widened by on both sides; chosen on runs with known truth (docs/method.md)
 COVERED = 0.99  # share of predictions among the annotator's candidates from which on a method only repeats it
 FEWEST = 100  # images, with fewer the scores themselves are a matter of chance
-KINDS = {"train": "the training images", "test": "the test images, which training has not seen"}
+KINDS = {"train": "the training images", "test": "the test images (not seen in training)"}
 
 
 def estimate(scores: Mapping[str, float]) -> dict[str, Any] | None:

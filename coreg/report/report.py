@@ -373,7 +373,7 @@ def summary(report: dict[str, Any], root: Path) -> str:
         *([f"  {asked}    to label these on: coreg-label {root}"] if asked.is_file() else []),
         f"  {root / 'report.json'}   all numbers",
         f"  {root / 'labels.csv'}    purified labels of the training images, {report['needs_review']} of them worth a look",
-        *(f"  {root / name!s:<{len(str(root)) + 14}}{what}" for name, what in left.items() if (root / name).is_dir()),
+        *(f"  {root / name!s:<{len(str(root)) + 15}}{what}" for name, what in left.items() if (root / name).is_dir()),
         *([f"  {root}               curves: tensorboard --logdir {root}"] if has_curves else []),
     ]
     return printable("\n".join(lines), lines=True)
