@@ -1,4 +1,4 @@
-"""The page to label on and the server behind `coreg-label`: what they hold, whom they answer, what they write."""
+"""The page to label on and the server of `coreg-label`: what they hold, whom they answer, what they write."""
 
 import base64
 import csv

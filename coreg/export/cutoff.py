@@ -186,7 +186,7 @@ def calibration_line(cutoff: CutOff, probs: np.ndarray, classes: np.ndarray, sou
 
 
 def check_names(class_names: Sequence[str]) -> None:
-    """Raise a UserError where names of classes cannot be told apart in a prediction set."""
+    """Raise a UserError where a prediction set would not show which names of classes are in it."""
     for name in class_names:
         if BETWEEN in name:
             raise UserError(
