@@ -123,6 +123,7 @@ def test_every_flipped_bit_of_an_onnx_file_is_noticed_or_harmless(program, tmp_p
         assert isinstance(answer(path), str)
 
 
+@pytest.mark.slow
 def test_an_onnx_file_is_read_by_others_as_before(program, tmp_path):
     """The checksum is one more entry of the metadata, and the file a valid model for its own checker."""
     import hashlib

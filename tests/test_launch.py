@@ -110,7 +110,7 @@ sys.stdout.write(f"PROBE {accelerator.process_index} {accelerator.num_processes}
     ("name", "more", "processes"),
     [
         ("cpu", (), 2),
-        ("multi_gpu", ("--num_processes", "3"), 3),
+        pytest.param("multi_gpu", ("--num_processes", "3"), 3, marks=pytest.mark.slow),
         pytest.param(
             "multi_node",
             ("--num_machines", "1", "--num_processes", "2", "--main_process_port", "0"),
