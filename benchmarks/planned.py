@@ -1,4 +1,4 @@
-"""The command line of a benchmark that is a plan of many jobs: `benchmarks.evidence` and `benchmarks.partialclip`."""
+"""The command line of a benchmark that is a plan of many jobs: `benchmarks.evidence`, `partialclip` and `tags`."""
 
 from __future__ import annotations
 

@@ -25,8 +25,9 @@ from pathlib import Path
 
 from benchmarks.evidence_sets import GLOSSES
 from benchmarks.evidence_tables import NOTHING, spread
-from benchmarks.jobs import Job, cpu_seconds, run_jobs
-from benchmarks.tables import as_markdown, fill
+from benchmarks.jobs import Job, cpu_seconds
+from benchmarks.planned import carry_out
+from benchmarks.tables import as_markdown
 from coreg.errors import UserError, exits_with_one_line
 from coreg.files import write_atomically
 from coreg.report.record import read_report
@@ -205,7 +206,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--sets", nargs="+", choices=tuple(TITLES), default=list(TITLES), help="data sets")
     parser.add_argument("--rows", nargs="+", choices=tuple(ROWS), default=list(ROWS), help="lines of the table, in order")
     parser.add_argument("--tables", action="store_true", help="write the table of what is finished, and run nothing")
-    parser.add_argument("--page", type=Path, help="Markdown file whose part between <!-- evidence --> lines it replaces")
+    parser.add_argument("--page", type=Path, help="Markdown file whose part between <!-- tags --> lines it replaces")
     parser.add_argument("--plan", action="store_true", help="list the commands, with what is done, and run none")
     args = parser.parse_args(argv)
     if args.jobs < 1:
@@ -215,29 +216,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"left out: {TITLES[name]}, because there is no {args.data / name}")
     root = args.output_dir
     jobs = [*preparation(root, names), *training(root, names, args.seeds, args.rows)]
-    if args.plan:
-        print(*jobs, sep="\n")
-        return 0
-    failed, stopped = [], False
-    if not args.tables:
+
+    def lists() -> None:
         for name in names:
             if name != "digits":
                 write_list(args.data / name, root / name)
-        try:
-            failed = run_jobs(jobs, root, args.jobs)
-        except KeyboardInterrupt:
-            stopped = True
-    made = table(root, names, args.seeds)
-    write_atomically(root / "tags.md", made)
-    if args.page:
-        write_atomically(args.page, fill(args.page.read_text(encoding="utf-8"), "evidence", made))
-    print(f"table: {args.page or root / 'tags.md'}")
-    if stopped:
-        print("Stopped; the same command goes on.", file=sys.stderr)
-        return 130
-    if failed:
-        print(f"without a result: {' '.join(job.name for job in failed)}", file=sys.stderr)
-    return 1 if failed else 0
+
+    return carry_out(args, jobs, "tags", lists, lambda: table(root, names, args.seeds))
 
 
 if __name__ == "__main__":

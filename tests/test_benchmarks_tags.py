@@ -47,7 +47,7 @@ def test_the_table_has_what_is_finished(tmp_path, capsys):
     (tmp_path / "logs" / "digits" / "an-0.seconds").write_text("12.00\n8.00\n")
     (tmp_path / "camvid" / "x").mkdir()
     page = tmp_path / "page.md"
-    page.write_text("a\n<!-- evidence -->\n<!-- end of evidence -->\nb\n")
+    page.write_text("a\n<!-- tags -->\n<!-- end of tags -->\nb\n")
     words = ["--output_dir", str(tmp_path), "--data", str(tmp_path), "--tables", "--page", str(page)]
     assert tags.main(words) == 0
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.read_text().split("\n") if "|" in line]
