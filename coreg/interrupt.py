@@ -12,6 +12,7 @@ import contextlib
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,7 +45,7 @@ def answer() -> None:
     signal.signal(signal.SIGINT, _answer)
     # an exception within a destructor is shown and forgotten by Python: the program would run on
     show = sys.unraisablehook
-    sys.unraisablehook = lambda args: leave() if args.exc_type is KeyboardInterrupt else show(args)
+    sys.unraisablehook = lambda args: _press_again() if args.exc_type is KeyboardInterrupt else show(args)
 
 
 def _is_ours() -> bool:
@@ -69,6 +70,15 @@ def _answer(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
     if _pressed is None or time.monotonic() - _pressed > SAME_PRESS_SECONDS:
         leave()
+
+
+def _press_again() -> None:
+    """Send the signal once more in a moment, when the destructor that swallowed the exception has ended."""
+    global _pressed
+    _pressed = None
+    main = threading.main_thread().ident
+    if main is not None:
+        threading.Timer(0.01, signal.pthread_kill, (main, signal.SIGINT)).start()
 
 
 @contextlib.contextmanager

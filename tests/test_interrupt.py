@@ -77,6 +77,22 @@ with replacing({str(tmp_path / "file")!r}) as file, making_folder({str(tmp_path 
     assert not list(tmp_path.iterdir())
 
 
+def test_a_press_within_a_destructor_lets_the_program_tidy_up(tmp_path):
+    """Python forgets an exception there: the press is to be felt by what runs when the destructor has ended."""
+    work = f"""
+class Destroyed:
+    def __del__(self):
+        {WAIT}
+
+with replacing({str(tmp_path / "file")!r}) as file:
+    file.write_text("half")
+    Destroyed()
+    time.sleep(100)
+"""
+    assert pressed(program(work), is_ready) == (-signal.SIGINT, f"\n{LINE}\n")
+    assert not list(tmp_path.iterdir())
+
+
 def test_one_press_that_a_launcher_passes_on_lets_the_program_tidy_up(tmp_path):
     work = f"""
 try:
