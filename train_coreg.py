@@ -9,7 +9,6 @@ The run folder is the job: the same command again goes on where it stopped, and 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
 from coreg.errors import exits_with_one_line
@@ -20,7 +19,7 @@ from coreg.settings import JobConfig
 
 
 @exits_with_one_line
-def read_settings(argv: Sequence[str]) -> tuple[JobConfig, ImageConfig, CoRegOptions]:
+def read_settings(argv: Sequence[str] | None = None) -> tuple[JobConfig, ImageConfig, CoRegOptions]:
     """Preset, recipe and command line, checked."""
     job, image_options, method = read_student(
         argv, "train_coreg.py", __doc__, CoRegOptions, preset=lambda job, image_options, method: PRESETS[method.preset]
@@ -30,7 +29,7 @@ def read_settings(argv: Sequence[str]) -> tuple[JobConfig, ImageConfig, CoRegOpt
 
 
 if __name__ == "__main__":
-    read_settings(sys.argv[1:])  # faults in them are reported before the imports below, which take seconds
+    read_settings()  # faults in them are reported before the imports below, which take seconds
 
 import numpy as np
 import torch
@@ -44,7 +43,6 @@ from coreg.learn.schedules import ramp
 from coreg.learn.tables import Table, every_row, held, log_probabilities, rows_here, rows_like
 from coreg.learn.two_nets import Divisions, Verdict, co_train_batch, partner_rows
 from coreg.report.metrics import consensus, prototype_health
-from coreg.report.report import summary
 from coreg.run.epoch import count_statistics, division_of, hand_over, judge, paired, warm_up
 from coreg.run.job import open_run
 from coreg.run.loop import Run
@@ -132,11 +130,8 @@ def build_learners(task: Task[CoRegOptions]) -> list[CoRegLearner]:
 @exits_with_one_line
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse, check, annotate where there is no store yet, train, report."""
-    argv = list(sys.argv[1:] if argv is None else argv)
     job, image_options, method = read_settings(argv)
     with open_run("train_coreg.py", argv, (job, image_options, method), annotate_digits, "runs/demo") as run:
-        if run is None:
-            return
         task = prepare(run, method, method.alignment)
         learners = build_learners(task)
         nets = [learner.net for learner in learners]
@@ -159,8 +154,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                     count_statistics(task, nets, epoch)
             run.log(training, divisions.finish_epoch() | {"lr": lr} | judge(task, training))
 
-        report = finish_networks(run, task, training, nets, "Co-Reg", preset=method.preset)
-        run.accelerator.print(summary(report, run.folder.root))
+        finish_networks(run, task, training, nets, "Co-Reg", preset=method.preset)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ The run folder is the job: the same command again goes on where it stopped, and 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -50,7 +49,7 @@ def preset_of(job: TuningJob, view: ViewOptions, method: CoOpOptions) -> Mapping
 
 
 @exits_with_one_line
-def read_settings(argv: Sequence[str]) -> tuple[TuningJob, ViewOptions, CoOpOptions]:
+def read_settings(argv: Sequence[str] | None = None) -> tuple[TuningJob, ViewOptions, CoOpOptions]:
     """Preset, recipe and command line, checked."""
     job, view, method = read_tuning(argv, "baselines/coop.py", __doc__, CoOpOptions, preset_of)
     # as many as CoOp's authors train for
@@ -59,7 +58,7 @@ def read_settings(argv: Sequence[str]) -> tuple[TuningJob, ViewOptions, CoOpOpti
 
 
 if __name__ == "__main__":
-    read_settings(sys.argv[1:])  # faults in them are reported before the imports below, which take seconds
+    read_settings()  # faults in them are reported before the imports below, which take seconds
 
 import json
 import math
@@ -77,7 +76,6 @@ from coreg.annotate.texts import refuse_same, same_rows
 from coreg.files import making_folder
 from coreg.nets.tuners.prompts import PromptLearner, lay_out, random_context, text_ids, token_embedding
 from coreg.process import main_process_decides
-from coreg.report.report import summary
 from coreg.run.job import open_run
 from coreg.run.loop import Run
 from coreg.run.results import finish
@@ -124,11 +122,8 @@ def save_prompts(folder: Path, learner: PromptLearner, record: dict[str, Any]) -
 @exits_with_one_line
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse, check, annotate where there is no store yet, train, report."""
-    argv = list(sys.argv[1:] if argv is None else argv)
     job, view, method = read_settings(argv)
     with open_run("baselines/coop.py", argv, (job, view, method), annotate_digits, f"runs/coop_{job.shots}") as run:
-        if run is None:
-            return
         labelled = Labelled.of(run)
         towers = load_towers(labelled.model, run)
         images = ClipImages(run, labelled, towers, view, frozen=True)
@@ -154,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "class_position": method.class_position,
         }
         main_process_decides(run.accelerator, lambda: save_prompts(run.folder.root / "prompt", prompts, record))
-        report = finish(
+        finish(
             run,
             training,
             labelled.method("CoOp", job),
@@ -165,7 +160,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             context=method.context,
             context_tokens=prompts.context.shape[-2],
         )
-        run.accelerator.print(summary(report, run.folder.root))
 
 
 if __name__ == "__main__":

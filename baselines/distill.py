@@ -8,7 +8,6 @@ The run folder is the job: the same command again goes on where it stopped, and 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -36,7 +35,7 @@ class DistillOptions:
 
 
 @exits_with_one_line
-def read_settings(argv: Sequence[str]) -> tuple[JobConfig, ImageConfig, DistillOptions]:
+def read_settings(argv: Sequence[str] | None = None) -> tuple[JobConfig, ImageConfig, DistillOptions]:
     """Recipe and command line, checked."""
     job, image_options, method = read_student(argv, "baselines/distill.py", __doc__, DistillOptions)
     refuse_prefilter(job, "baselines/distill.py")
@@ -44,7 +43,7 @@ def read_settings(argv: Sequence[str]) -> tuple[JobConfig, ImageConfig, DistillO
 
 
 if __name__ == "__main__":
-    read_settings(sys.argv[1:])  # faults in them are reported before the imports below, which take seconds
+    read_settings()  # faults in them are reported before the imports below, which take seconds
 
 import numpy as np
 import torch
@@ -56,7 +55,6 @@ from coreg.learn.collective import my_slice
 from coreg.learn.distill import DistillBatch, DistillLearner
 from coreg.plaintext import printable
 from coreg.process import all_or_none, main_process_decides
-from coreg.report.report import summary
 from coreg.run.epoch import judge
 from coreg.run.job import open_run
 from coreg.run.results import finish_networks
@@ -99,13 +97,10 @@ def make_batch(task: Task[DistillOptions], teacher: Tensor, rows: np.ndarray, ep
 @exits_with_one_line
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse, check, annotate where there is no store yet, train, report."""
-    argv = list(sys.argv[1:] if argv is None else argv)
     job, image_options, method = read_settings(argv)
     with open_run(
         "baselines/distill.py", argv, (job, image_options, method), annotate_digits, f"runs/kd_{method.teacher}"
     ) as run:
-        if run is None:
-            return
         all_or_none(run.accelerator, run.store.need_annotator)
         task = prepare(run, method)
         probs, description = main_process_decides(run.accelerator, lambda: teacher_of(task))
@@ -123,8 +118,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 training.learn(make_batch(task, teacher, order.batch(step), epoch), lr)
             run.log(training, {"lr": lr} | judge(task, training))
 
-        report = finish_networks(run, task, training, nets, NAMES[method.teacher], teacher=description)
-        run.accelerator.print(f"Teacher: {printable(description)}.", summary(report, run.folder.root), sep="\n")
+        run.accelerator.print(f"Teacher: {printable(description)}.")
+        finish_networks(run, task, training, nets, NAMES[method.teacher], teacher=description)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ The run folder is the job: the same command again goes on where it stopped, and 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
 from coreg.errors import exits_with_one_line
@@ -21,7 +20,7 @@ NAMES = {"single": "DivideMix, single template", "averaged": "DivideMix, average
 
 
 @exits_with_one_line
-def read_settings(argv: Sequence[str]) -> tuple[JobConfig, ImageConfig, DivideMixOptions]:
+def read_settings(argv: Sequence[str] | None = None) -> tuple[JobConfig, ImageConfig, DivideMixOptions]:
     """Preset, recipe and command line, checked."""
     job, image_options, method = read_student(
         argv,
@@ -35,7 +34,7 @@ def read_settings(argv: Sequence[str]) -> tuple[JobConfig, ImageConfig, DivideMi
 
 
 if __name__ == "__main__":
-    read_settings(sys.argv[1:])  # faults in them are reported before the imports below, which take seconds
+    read_settings()  # faults in them are reported before the imports below, which take seconds
 
 import dataclasses
 
@@ -48,7 +47,6 @@ from coreg.learn.division import Division, Predicted, division_loss
 from coreg.learn.schedules import ramp
 from coreg.learn.tables import every_row, held, log_probabilities, owned, rows_here, rows_like
 from coreg.learn.two_nets import Divisions, Verdict, co_train_batch, partner_rows
-from coreg.report.report import summary
 from coreg.run.epoch import division_of, hand_over, judge, paired, warm_up
 from coreg.run.job import open_run
 from coreg.run.loop import Run
@@ -131,7 +129,6 @@ def build_learners(task: Task[DivideMixOptions]) -> list[DivideMixLearner]:
 @exits_with_one_line
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse, check, annotate where there is no store yet, train, report."""
-    argv = list(sys.argv[1:] if argv is None else argv)
     job, image_options, method = read_settings(argv)
     with open_run(
         "baselines/dividemix.py",
@@ -140,8 +137,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         annotate_digits,
         f"runs/dividemix_{method.labels_from}",
     ) as run:
-        if run is None:
-            return
         fields = preset_fields(run, OFFICIAL, "DivideMix", method)
         task = prepare(run, method)
         noisy = one_label_each(task)
@@ -162,8 +157,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                     co_train(run, noisy, training, lr)
             run.log(training, divisions.finish_epoch() | {"lr": lr} | judge(task, training))
 
-        report = finish_networks(run, task, training, nets, NAMES[method.labels_from], **fields)
-        run.accelerator.print(summary(report, run.folder.root))
+        finish_networks(run, task, training, nets, NAMES[method.labels_from], **fields)
 
 
 if __name__ == "__main__":

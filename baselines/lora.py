@@ -14,7 +14,6 @@ The run folder is the job: the same command again goes on where it stopped, and 
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -66,7 +65,7 @@ def preset_of(job: TuningJob, view: ViewOptions, method: LoraOptions) -> Mapping
 
 
 @exits_with_one_line
-def read_settings(argv: Sequence[str]) -> tuple[TuningJob, ViewOptions, LoraOptions]:
+def read_settings(argv: Sequence[str] | None = None) -> tuple[TuningJob, ViewOptions, LoraOptions]:
     """Preset, recipe and command line, checked."""
     job, view, method = read_tuning(argv, "baselines/lora.py", __doc__, LoraOptions, preset_of)
     steps = math.ceil(job.shots * Outlook.of(job).classes / job.batch_size)
@@ -77,7 +76,7 @@ def read_settings(argv: Sequence[str]) -> tuple[TuningJob, ViewOptions, LoraOpti
 
 
 if __name__ == "__main__":
-    read_settings(sys.argv[1:])  # faults in them are reported before the imports below, which take seconds
+    read_settings()  # faults in them are reported before the imports below, which take seconds
 
 import numpy as np
 import torch
@@ -97,7 +96,6 @@ from coreg.data.keyed import keyed_generator
 from coreg.learn.collective import rank_and_world
 from coreg.nets.tuners.lora import attach, attention_targets, decoder_targets, refuse_dead, save_adapter
 from coreg.process import main_process_decides
-from coreg.report.report import summary
 from coreg.run.job import open_run
 from coreg.run.loop import Run
 from coreg.run.results import finish
@@ -197,11 +195,8 @@ def seed_dropout(run: Run, places: np.ndarray, epoch: int) -> None:
 @exits_with_one_line
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse, check, annotate where there is no store yet, train, report."""
-    argv = list(sys.argv[1:] if argv is None else argv)
     job, view, method = read_settings(argv)
     with open_run("baselines/lora.py", argv, (job, view, method), annotate_digits, f"runs/lora_{job.shots}") as run:
-        if run is None:
-            return
         labelled = Labelled.of(run)
         chat = labelled.model.kind == "chat"
         learner, images = (chat_learner if chat else clip_learner)(run, labelled, view, method)
@@ -222,7 +217,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         logits, classes = images.predict() if chat else (predict(learner, images, labelled), None)
         folder = run.folder.root / "adapter"
         main_process_decides(run.accelerator, lambda: save_adapter(learner.trained, folder))
-        report = finish(
+        finish(
             run,
             training,
             labelled.method("LoRA", job),
@@ -232,7 +227,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             parameters=sum(weight.numel() for weight in learner.trained.parameters()),
             rank=method.rank,
         )
-        run.accelerator.print(summary(report, run.folder.root))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ The run folder is the job: the same command again goes on where it stopped, and 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,7 +20,7 @@ from coreg.settings import JobConfig
 
 
 @exits_with_one_line
-def read_settings(argv: Sequence[str]) -> tuple[JobConfig, ImageConfig, PartialOptions]:
+def read_settings(argv: Sequence[str] | None = None) -> tuple[JobConfig, ImageConfig, PartialOptions]:
     """Preset, recipe and command line, checked; the options are those of the method."""
     job, image_options, method = read_student(
         argv,
@@ -38,7 +37,7 @@ def read_settings(argv: Sequence[str]) -> tuple[JobConfig, ImageConfig, PartialO
 
 
 if __name__ == "__main__":
-    read_settings(sys.argv[1:])  # faults in them are reported before the imports below, which take seconds
+    read_settings()  # faults in them are reported before the imports below, which take seconds
 
 import dataclasses
 
@@ -52,7 +51,6 @@ from coreg.learn.partial import METHODS
 from coreg.learn.partial.method import PartialBatch, PartialMethod, Passes
 from coreg.learn.pseudo import draw_mixup, mix
 from coreg.learn.schedules import Step
-from coreg.report.report import summary
 from coreg.run.epoch import accuracy_on_test, end_steps
 from coreg.run.job import open_run
 from coreg.run.loop import Run
@@ -192,13 +190,10 @@ def restart(task: Task[PartialOptions], training: Training) -> None:
 @exits_with_one_line
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse, check, annotate where there is no store yet, train, report."""
-    argv = list(sys.argv[1:] if argv is None else argv)
     job, image_options, options = read_settings(argv)
     with open_run(
         "baselines/pll.py", argv, (job, image_options, options), annotate_digits, f"runs/{options.method}"
     ) as run:
-        if run is None:
-            return
         name = NAMES[options.method]
         fields = preset_fields(run, OFFICIAL[options.method], name, options)
         task = prepare(run, options)
@@ -225,8 +220,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             drawn = method.finish_epoch(Step(epoch, job.epochs))
             run.log(training, curves | {f"method/{key}": value for key, value in drawn.items()})
 
-        report = finish_networks(run, task, training, [method.judged()], name, **fields, **more)
-        run.accelerator.print(summary(report, run.folder.root))
+        finish_networks(run, task, training, [method.judged()], name, **fields, **more)
 
 
 if __name__ == "__main__":

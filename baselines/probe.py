@@ -13,10 +13,9 @@ cosine head on the annotator's own features begins with its text features.
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from coreg.config import option
 from coreg.errors import UserError, exits_with_one_line
@@ -46,7 +45,7 @@ class ProbeOptions:
 
 
 @exits_with_one_line
-def read_settings(argv: Sequence[str]) -> tuple[JobConfig, ImageConfig, ProbeOptions]:
+def read_settings(argv: Sequence[str] | None = None) -> tuple[JobConfig, ImageConfig, ProbeOptions]:
     """Recipe and command line, checked."""
     job, image_options, method = read_student(argv, "baselines/probe.py", __doc__, ProbeOptions)
     if method.targets != "sets":
@@ -62,7 +61,7 @@ def read_settings(argv: Sequence[str]) -> tuple[JobConfig, ImageConfig, ProbeOpt
 
 
 if __name__ == "__main__":
-    read_settings(sys.argv[1:])  # faults in them are reported before the imports below, which take seconds
+    read_settings()  # faults in them are reported before the imports below, which take seconds
 
 import time
 
@@ -78,7 +77,6 @@ from coreg.learn.probe import SCALE, fit_cosine, fit_probe
 from coreg.nets.heads import Head, put_head
 from coreg.nets.model import Model
 from coreg.process import main_process_decides
-from coreg.report.report import summary
 from coreg.run.job import open_run
 from coreg.run.loop import Run
 from coreg.run.results import finish, finish_networks, predictions
@@ -155,12 +153,9 @@ def default_folder(head: str, method: ProbeOptions) -> str:
 @exits_with_one_line
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse, check, annotate where there is no store yet, fit, report."""
-    argv = list(sys.argv[1:] if argv is None else argv)
     job, image_options, method = read_settings(argv)
     folder = default_folder(image_options.head, method)
     with open_run("baselines/probe.py", argv, (job, image_options, method), annotate_digits, folder) as run:
-        if run is None:
-            return
         task = prepare(run, method)
         if not task.weak.usable.any():
             raise UserError(
@@ -178,14 +173,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         training = run.begin([], [])  # nothing is trained step by step
         started = time.perf_counter()
         if stored is None:
-            report = _network(run, task, training, nets[0], started)
+            _network(run, task, training, nets[0], started)
         else:
-            report = _head(run, task, training, stored, started)
-        run.accelerator.print(summary(report, run.folder.root))
+            _head(run, task, training, stored, started)
 
 
-def _network(run: Run, task: Task[ProbeOptions], training: Training, net: Model, started: float) -> dict[str, Any]:
-    """Fit the student's own classifier, or a cosine head in its place; gives the report."""
+def _network(run: Run, task: Task[ProbeOptions], training: Training, net: Model, started: float) -> None:
+    """Fit the student's own classifier, or a cosine head in its place."""
     method, name, more = task.method, NAMES[task.method.targets], {}
     features = frozen_features(task, net).cpu()
     targets = targets_of(task).repeat(len(features) // int(task.weak.usable.sum()), 1)
@@ -205,13 +199,13 @@ def _network(run: Run, task: Task[ProbeOptions], training: Training, net: Model,
             net.backbone.get_classifier().bias.copy_(bias)
     training.seconds, training.images_seen = time.perf_counter() - started, len(features)
     training.curves = [{"loss/net1/total": loss}]
-    return finish_networks(run, task, training, [net], name, **more)
+    finish_networks(run, task, training, [net], name, **more)
 
 
 def _head(
     run: Run, task: Task[ProbeOptions], training: Training, stored: tuple[Tensor, np.ndarray], started: float
-) -> dict[str, Any]:
-    """Fit a head on features of another network; gives the report."""
+) -> None:
+    """Fit a head on features of another network."""
     method, kind = task.method, task.image_options.head
     every = {split: stored[0][images.samples.numpy()].double() for split, images in task.splits.items()}
     has = ~stored[1][task.data.samples.numpy()]
@@ -240,7 +234,7 @@ def _head(
     more = {"began_with": begun} if kind == "cosine" else {}
     predicted = predictions(run, task, named_logits)
     more |= {"parameters": parameters, "temperature": 1.0, "trust": trust(run, task, predicted.classes)}
-    return finish(run, training, name, predicted, **more)
+    finish(run, training, name, predicted, **more)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ goes on where it stopped.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
 from coreg.config import parse
@@ -25,7 +24,7 @@ from coreg.settings import JobConfig, TagJob
 
 
 @exits_with_one_line
-def read_settings(argv: Sequence[str]) -> tuple[TagJob, ImageConfig, MultiOptions]:
+def read_settings(argv: Sequence[str] | None = None) -> tuple[TagJob, ImageConfig, MultiOptions]:
     """Preset, recipe and command line, checked; the options are those of the method."""
     job, image_options, method = parse(
         TagJob,
@@ -46,7 +45,7 @@ def read_settings(argv: Sequence[str]) -> tuple[TagJob, ImageConfig, MultiOption
 
 
 if __name__ == "__main__":
-    read_settings(sys.argv[1:])  # faults in them are reported before the imports below, which take seconds
+    read_settings()  # faults in them are reported before the imports below, which take seconds
 
 import numpy as np
 import torch
@@ -57,7 +56,6 @@ from coreg.learn.multi import METHODS
 from coreg.learn.multi.best import BestEpoch
 from coreg.learn.multi.method import MultiBatch, MultiMethod
 from coreg.learn.schedules import Step
-from coreg.report.report import summary
 from coreg.run.epoch import end_steps
 from coreg.run.job import open_run
 from coreg.run.loop import Run
@@ -116,12 +114,9 @@ def train(run: Run, task: TagTask, training: Training, lr: float, kind: str) -> 
 @exits_with_one_line
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse, check, train, report."""
-    argv = list(sys.argv[1:] if argv is None else argv)
     job, image_options, options = read_settings(argv)
     settings = (job, image_options, options)
     with open_run("baselines/spml.py", argv, settings, annotate_digit_pictures, f"runs/{options.method}") as run:
-        if run is None:
-            return
         name = NAMES[options.method]
         fields = preset_fields(run, OFFICIAL[options.method], name, options)
         task = prepare_tags(run, options)
@@ -142,8 +137,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         keep_features(task, method, method.net.features_are_fixed)
         fields["epoch"] = job.epochs if method.best is None else method.best.restore(method.net)
-        report = finish_tags(run, task, training, method, name, **fields)
-        run.accelerator.print(summary(report, run.folder.root))
+        finish_tags(run, task, training, method, name, **fields)
 
 
 if __name__ == "__main__":

@@ -37,14 +37,14 @@ class ZeroShotConfig:
 
 
 @exits_with_one_line
-def read_settings(argv: Sequence[str]) -> ZeroShotConfig:
+def read_settings(argv: Sequence[str] | None = None) -> ZeroShotConfig:
     """The command line, checked."""
     (config,) = parse(ZeroShotConfig, argv=argv, prog="baselines/zero_shot.py", description=__doc__)
     return config
 
 
 if __name__ == "__main__":
-    read_settings(sys.argv[1:])  # faults in them are reported before the imports below, which take seconds
+    read_settings()  # faults in them are reported before the imports below, which take seconds
 
 import shlex
 import time

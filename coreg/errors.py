@@ -21,6 +21,10 @@ class UserError(Exception):
         self.silent = silent
 
 
+class NothingToDo(SystemExit):
+    """What was asked for is done, and the person has been answered: a script's `main` returns."""
+
+
 def exits_with_one_line(main: Callable[..., int | None]) -> Callable[..., int | None]:
     """Let a script's `main` end with `error: ...` on stderr and exit code 2 when it raises `UserError`.
 
@@ -32,6 +36,8 @@ def exits_with_one_line(main: Callable[..., int | None]) -> Callable[..., int | 
         try:
             with tidying_up():
                 return main(*args, **kwargs)
+        except NothingToDo:
+            return None
         except UserError as error:
             if not error.silent:
                 print(f"error: {printable(without_credentials(str(error)))}", file=sys.stderr)

@@ -82,7 +82,11 @@ class Outlook:
 
 
 def read_tuning(
-    argv: Sequence[str], script: str, description: str | None, method: type, preset: Callable[..., Mapping[str, Any]]
+    argv: Sequence[str] | None,
+    script: str,
+    description: str | None,
+    method: type,
+    preset: Callable[..., Mapping[str, Any]],
 ) -> tuple[Any, ...]:
     """Job, views and method of a script that tunes, checked, but for the method's.
 

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import hashlib
 import shlex
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from coreg.annotate.refined import refine_store
 from coreg.annotate.settings import RefineConfig, ViewConfig
 from coreg.annotate.tower import write_tower
 from coreg.config import as_settings, as_yaml, beside_the_job
-from coreg.errors import UserError
+from coreg.errors import NothingToDo, UserError
 from coreg.files import sha256_of
 from coreg.nets.made_for import trained_with
 from coreg.nets.model import check_backbone, check_network, check_weights, parse_backbone_args
@@ -44,31 +45,30 @@ from coreg.store.store import AnnotationStore
 @contextlib.contextmanager
 def open_run(
     script: str,
-    argv: Sequence[str],
+    argv: Sequence[str] | None,
     settings: tuple[Any, ...],
     annotate_default: Callable[[Path, Accelerator], AnnotationStore],
     default_folder: str,
-) -> Iterator[Run | None]:
+) -> Iterator[Run]:
     """Check a script's settings, open the store, take the run folder.
 
-    Gives None where nothing is to be run: the settings were asked for and are printed, or the run is already finished.
-
     Args:
-        script: the command, for the report. argv: its arguments. settings: dataclasses, first `JobConfig` or one with
-            those of its fields that are asked for here; `ImageConfig` where networks of our own are trained.
+        script: the command, for the report. argv: its arguments, by default `sys.argv[1:]`.
+        settings: dataclasses, first `JobConfig` or one with those of its fields that are asked for here; `ImageConfig`
+            where networks of our own are trained.
         annotate_default: makes the store, in the folder it is given, where `--annotations` names none.
         default_folder: the run folder where `--output_dir` names none.
 
     Raises:
         UserError: settings that cannot work, a store that cannot be opened, or a folder that belongs to another job.
+        NothingToDo: the settings were asked for and are printed, or the run is already finished.
     """
     started, job = time.perf_counter(), settings[0]
-    command = shlex.join([script, *map(without_credentials, argv)])
+    command = shlex.join([script, *map(without_credentials, sys.argv[1:] if argv is None else argv)])
     follow_launcher(job)
     if job.print_config:
         print(as_yaml(as_settings(*settings)), end="")
-        yield None
-        return
+        raise NothingToDo
     job.output_dir = job.output_dir or default_folder
     image_options = next((group for group in settings if isinstance(group, ImageConfig)), None)
     check_settings(job, image_options)
@@ -98,8 +98,7 @@ def open_run(
             accelerator.print(summary(report, folder.root))
             place = printable(folder.root)
             accelerator.print(f"\nThis run is finished; choose another --output_dir, or delete {place} to repeat it.")
-            yield None
-            return
+            raise NothingToDo
         if image_options is not None:
             if image_options.backbone == ANNOTATOR:
                 main_process_decides(accelerator, hold)

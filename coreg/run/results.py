@@ -28,7 +28,15 @@ from coreg.report.metrics import accuracy, collapse_warnings, consensus, few_sho
 from coreg.report.page import write_page
 from coreg.report.page_record import RunRecord, Split
 from coreg.report.record import write_report
-from coreg.report.report import accuracies, build_report, per_class, without_labels, without_missing, write_labels
+from coreg.report.report import (
+    accuracies,
+    build_report,
+    per_class,
+    summary,
+    without_labels,
+    without_missing,
+    write_labels,
+)
 from coreg.run.board import show_features, show_numbers
 from coreg.run.loop import Run
 from coreg.run.pixels import photos
@@ -82,8 +90,8 @@ class Export:
 
 def finish(
     run: Run, training: Training, method: str, predicted: Predictions, exports: Sequence[Export] = (), **more: Any
-) -> dict[str, Any]:
-    """Purified labels, the page and the report, written by the main process; gives the report.
+) -> None:
+    """Purified labels, the page and the report, written by the main process; then the summary is printed.
 
     Args:
         method: its name in the report. exports: what was exported; each gets its card. more: further fields of the report.
@@ -91,7 +99,7 @@ def finish(
     job, store, root = run.job, run.store, run.folder.root
     weights = training.divisions.weights if training.divisions else []
 
-    def write() -> dict[str, Any]:
+    def write() -> None:
         if predicted.weak is not None:
             predicted.weak.save(root / WEAK_LABELS)
         splits = {split: _split(run, predicted, split) for split in predicted.logits}
@@ -123,9 +131,9 @@ def finish(
         for one in exports:
             write_atomically(one.folder / "README.md", _card(report, one, splits))
         write_report(run.folder.report, report)
-        return report
+        print(summary(report, root))
 
-    return main_process_decides(run.accelerator, write)
+    main_process_decides(run.accelerator, write)
 
 
 def _report(run: Run, training: Training, predicted: Predictions, **more: Any) -> dict[str, Any]:
@@ -228,9 +236,7 @@ def _estimates(predicted: Predictions, scores: dict[str, Any] | None) -> dict[st
 # ---- networks of our own ----------------------------------------------------------------------------------------------
 
 
-def finish_networks(
-    run: Run, task: Task, training: Training, nets: Sequence[Model], method: str, **more: Any
-) -> dict[str, Any]:
+def finish_networks(run: Run, task: Task, training: Training, nets: Sequence[Model], method: str, **more: Any) -> None:
     """`finish` for trained networks, which are exported, and those of the epoch chosen without labels beside them."""
     chosen, chosen_exports = _chosen_epoch(run, task, training)
     logits, settings = logits_of(task, nets), _export(task, nets, run.folder.export)
@@ -244,7 +250,7 @@ def finish_networks(
     main_process_decides(
         run.accelerator, lambda: show_features(run.accelerator, task.data, nets[0], labels, training.epoch)
     )
-    return finish(
+    finish(
         run,
         training,
         method,
@@ -375,19 +381,19 @@ def _chosen_epoch(run: Run, task: Task, training: Training) -> tuple[dict[str, A
     ]
     divisions.consider(training.epoch, consensus(networks))
     epoch = divisions.chosen["epoch"]
-    summary = {"epoch": epoch, "epochs": training.epoch, "score": divisions.chosen["score"]}
+    record = {"epoch": epoch, "epochs": training.epoch, "score": divisions.chosen["score"]}
     if epoch == training.epoch:
-        return summary, []
+        return record, []
     last = [copy.deepcopy(net.state_dict()) for net in divisions.nets]
     for net, weights in zip(divisions.nets, divisions.chosen["nets"]):
         net.load_state_dict(weights)
     classes = {split: rows["ensemble"].argmax(axis=1) for split, rows in logits_of(task, divisions.nets).items()}
-    summary["accuracy"] = {split: accuracy(rows, task.truth[split]) for split, rows in classes.items()}
+    record["accuracy"] = {split: accuracy(rows, task.truth[split]) for split, rows in classes.items()}
     settings = _export(task, divisions.nets, run.folder.chosen_export)
     for net, weights in zip(divisions.nets, last):
         net.load_state_dict(weights)
     line = f"the networks of epoch {epoch} of {training.epoch}, which looked best without labels"
-    return summary, [Export(run.folder.chosen_export, settings, line, classes)]
+    return record, [Export(run.folder.chosen_export, settings, line, classes)]
 
 
 def _fitted_losses(task: Task, losses: list[list[np.ndarray]]) -> list[np.ndarray]:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def read_student(
-    argv: Sequence[str],
+    argv: Sequence[str] | None,
     script: str,
     description: str | None,
     *groups: type,

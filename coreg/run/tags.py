@@ -31,7 +31,7 @@ from coreg.network_options import ImageConfig
 from coreg.process import all_or_none, main_process_decides
 from coreg.report.multi_metrics import average_precisions, threshold_of_count, thresholds, thresholds_of_truth
 from coreg.report.record import SCHEMA, write_report
-from coreg.report.report import hardware, peak_memory_mb, versions
+from coreg.report.report import hardware, peak_memory_mb, summary, versions
 from coreg.report.tag_page import page
 from coreg.report.tag_record import TagRecord
 from coreg.report.tags import measured_splits, tag_page, write_tags, write_thresholds
@@ -172,8 +172,8 @@ def suggested(task: TagTask) -> np.ndarray:
     return suggested_labels(task.store)[task.weak.samples]
 
 
-def finish_tags(run: Run, task: TagTask, training: Training, method: MultiMethod, name: str, **more: Any) -> dict[str, Any]:
-    """The export, labels, thresholds, the page and the report, written by the main process; gives the report."""
+def finish_tags(run: Run, task: TagTask, training: Training, method: MultiMethod, name: str, **more: Any) -> None:
+    """The export, labels, thresholds, the page and the report, written by the main process; then the summary is printed."""
     splits = {"train": task.data, **task.others}
     scores = {k: torch.sigmoid(predicted(task, method, v).double()).cpu().numpy() for k, v in splits.items()}
     truth = {split: task.truth(split) for split in splits}
@@ -229,9 +229,9 @@ def finish_tags(run: Run, task: TagTask, training: Training, method: MultiMethod
         write_atomically(run.folder.export / "README.md", tag_card(report, settings))
         show_numbers(run.accelerator, report, run.identity, training.epoch)
         write_report(run.folder.report, report)
+        print(summary(report, root))
 
     main_process_decides(run.accelerator, write)
-    return report
 
 
 def _report(run: Run, task: TagTask, training: Training, measured: dict[str, dict[str, Any]]) -> dict[str, Any]:
