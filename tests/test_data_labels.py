@@ -125,7 +125,7 @@ def test_what_is_wrong_is_said_in_one_line(tmp_path, text, words):
 
 
 def test_a_file_that_is_not_there(tmp_path):
-    with pytest.raises(UserError, match=r"cannot read the labels in .*: No such file"):
+    with pytest.raises(UserError, match=r"cannot read .*: No such file"):
         read_labels(str(tmp_path / "no.csv"), PATHS, NAMES)
-    with pytest.raises(UserError, match=r"cannot read the labels in .*: Is a directory"):
+    with pytest.raises(UserError, match=r"cannot read .*: Is a directory"):
         read_labels(str(tmp_path), PATHS, NAMES)

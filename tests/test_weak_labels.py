@@ -721,8 +721,8 @@ def test_wrong_probabilities_are_refused(place, tmp_path, capsys, tensors, words
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("class;superclass\n", "wanted class,superclass"),
-        ("", "wanted class,superclass"),
+        ("class;superclass\n", "has to name class,superclass"),
+        ("", "has to name class,superclass"),
         ("class,superclass\nred thin,a\n", "line 2 names the class 'red thin', did you mean 'red thing'?"),
         ("class,superclass\nred thing,a\nred thing,b\n", "line 3 names the class 'red thing'; write every class name once"),
         ("class,superclass\nred thing,\n", "with its super-class"),

@@ -9,11 +9,12 @@ from coreg.errors import UserError
 from coreg.weak.multi import (
     ObservedLabels,
     keyed_draw,
-    pseudo_labels,
     published_draw,
     published_split,
     share_draw,
+    suggestions,
 )
+from coreg.weak.tag_evidence import softmax
 
 PUBLIC = np.load(Path(__file__).parent / "reference" / "spml_draw_split.npz")
 
@@ -150,16 +151,18 @@ def suggested(similarity, temperature, threshold, absent_share=0.0):
 @pytest.mark.parametrize("temperature", [0.01, 0.03, 0.3])
 @pytest.mark.parametrize(("threshold", "absent_share"), [(0.3, 0), (0.1, 0.5), (0.01, 0.25), (0.3, 1.0)])
 def test_suggestions_are_a_softmax_above_a_threshold(temperature, threshold, absent_share):
-    table = pseudo_labels(SIMILARITY, temperature, threshold, absent_share)
+    table = suggestions(softmax(SIMILARITY / temperature), threshold, absent_share)
     np.testing.assert_array_equal(table, suggested(SIMILARITY, temperature, threshold, absent_share))
     assert table.dtype == np.int8 and ((table == 1).sum(axis=1) < 1 / threshold).all()
 
 
 def test_the_temperature_of_the_data_set_decides_what_is_suggested():
     """Published: 0.3 is the threshold of VOC (temperature 0.03) and of COCO (0.01)."""
-    present = {tau: (pseudo_labels(SIMILARITY, tau, 0.3) == 1).sum(axis=1).tolist() for tau in (1e-6, 0.01, 0.03, 0.3)}
+    present = {
+        tau: (suggestions(softmax(SIMILARITY / tau), 0.3) == 1).sum(axis=1).tolist() for tau in (1e-6, 0.01, 0.03, 0.3)
+    }
     assert present == {1e-6: [1, 1, 0], 0.01: [1, 1, 0], 0.03: [2, 1, 0], 0.3: [2, 1, 0]}
 
 
 def test_a_share_of_labels_is_counted_as_it_is_written():
-    assert (pseudo_labels(np.arange(100.0)[None], 1.0, 0.3, 0.29) == -1).sum() == 29
+    assert (suggestions(softmax(np.arange(100.0)[None]), 0.3, 0.29) == -1).sum() == 29

@@ -142,7 +142,7 @@ def csv_lines(csv_path: str, columns: Sequence[str]) -> Iterator[tuple[str, dict
     except (OSError, csv.Error) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise UserError(
-            f"cannot read the labels in {csv_path}: {reason}; give a CSV file with {','.join(columns)}"
+            f"cannot read {csv_path}: {reason}; give a CSV file with {','.join(columns)}"
         ) from None
 
 

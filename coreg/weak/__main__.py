@@ -15,7 +15,6 @@ neither on the other images nor on the machine. No image is decoded but for a ne
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import sys
 from collections.abc import Sequence
@@ -31,6 +30,7 @@ import coreg
 from coreg.config import SEEDS, option, parse
 from coreg.data.class_names import read_class_names
 from coreg.data.images import HELD_OUT, TRAIN, ImageList, absolute_path, list_hash
+from coreg.data.labels import csv_lines
 from coreg.data.sources import open_images
 from coreg.errors import UserError, exits_with_one_line
 from coreg.plaintext import did_you_mean, one_line
@@ -232,22 +232,12 @@ def read_superclasses(path: str, names: Sequence[str]) -> np.ndarray:
         UserError: no such file or columns, or a class that is unknown, missing or there twice.
     """
     superclasses: dict[str, str] = {}
-    try:
-        with Path(path).open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, restval="")
-            if not {"class", "superclass"}.issubset(reader.fieldnames or []):
-                raise UserError(f"{path} has the header {','.join(reader.fieldnames or [])!r}; wanted class,superclass")
-            for row in reader:
-                name = row["class"]
-                if name not in names or name in superclasses or not row["superclass"]:
-                    hint = "" if name in names else did_you_mean(name, names, form=repr)
-                    raise UserError(
-                        f"{path} line {reader.line_num} names the class {name!r}{hint}; write every class name once, "
-                        f"with its super-class"
-                    )
-                superclasses[name] = row["superclass"]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"cannot read {path}: {error}; write a CSV file with the columns class,superclass") from None
+    for place, line in csv_lines(path, ("class", "superclass")):
+        name = line["class"]
+        if name not in names or name in superclasses or not line["superclass"]:
+            hint = "" if name in names else did_you_mean(name, names, form=repr)
+            raise UserError(f"{place} names the class {name!r}{hint}; write every class name once, with its super-class")
+        superclasses[name] = line["superclass"]
     if missing := [name for name in names if name not in superclasses]:
         raise UserError(f"{path} gives {missing[0]!r} no super-class ({len(missing)} classes miss theirs); add a line each")
     return np.unique([superclasses[name] for name in names], return_inverse=True)[1].astype(np.int64)

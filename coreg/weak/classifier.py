@@ -6,7 +6,7 @@ import numpy as np
 import timm
 import torch
 
-from coreg.data.decode import decode, no_longer_readable
+from coreg.data.decode import decode_annotated
 from coreg.data.images import ImageList
 from coreg.errors import UserError
 from coreg.nets.model import check_backbone, check_weights
@@ -47,11 +47,7 @@ def classifier_probabilities(name: str, images: ImageList, n_classes: int, worke
     network.to(device)
     parts = []
     for start in range(0, len(images), _ROWS):
-        failed: dict[int, str] = {}
         rows = np.arange(start, min(start + _ROWS, len(images)))
-        pixels = decode(images, rows, side, channels, workers, failed)
-        if failed:
-            raise no_longer_readable(images, failed)
-        for batch in pixels.split(_BATCH):
+        for batch in decode_annotated(images, rows, side, channels, workers).split(_BATCH):
             parts.append(network((batch.to(device).float() / 255 - mean) / std).double().softmax(1).cpu())
     return torch.cat(parts).numpy()

@@ -13,7 +13,6 @@ import torch
 
 from coreg.data.keyed import keyed_uniform
 from coreg.errors import UserError
-from coreg.weak.tag_evidence import softmax
 
 PUBLISHED_SEED = 1200
 
@@ -88,24 +87,20 @@ def _draws(truth: np.ndarray, seed: int, rows: np.ndarray | None) -> np.ndarray:
     return keyed_uniform((seed, "observed labels"), torch.from_numpy(rows), truth.shape[1]).numpy()
 
 
-def pseudo_labels(similarity: np.ndarray, temperature: float, threshold: float, absent_share: float = 0.0) -> np.ndarray:
-    """What an annotator's similarities suggest (VLPL, Xing et al., CVPR workshops 2024, eq. 3).
+def suggestions(probabilities: np.ndarray, threshold: float, absent_share: float = 0.0) -> np.ndarray:
+    """What an annotator's probabilities suggest (VLPL, Xing et al., CVPR workshops 2024, eq. 3).
 
-    With q the softmax over the labels of similarity / temperature, labels with q > threshold are suggested to be present,
-    so fewer than 1 / threshold of an image, and the floor(absent_share L) smallest to be absent. The public code takes 0.01
-    for a temperature whatever the data set is; the paper's numbers need one of each (`coreg.learn.multi_options`).
+    Labels above the threshold are suggested to be present, so fewer than 1 / threshold of an image where they add up to 1,
+    and the floor(absent_share L) smallest to be absent.
 
     Args:
-        similarity: float (N, L), cosines of image and label texts, both of unit length.
+        probabilities: float64 (N, L); in the paper the softmax over the labels of similarity / temperature. The public code
+            takes 0.01 for a temperature whatever the data set is; the paper's numbers need one of each
+            (`coreg.learn.multi_options`).
 
     Returns:
         int8 (N, L).
     """
-    return suggestions(softmax(similarity.astype(np.float64) / temperature), threshold, absent_share)
-
-
-def suggestions(probabilities: np.ndarray, threshold: float, absent_share: float = 0.0) -> np.ndarray:
-    """As `pseudo_labels`, of probabilities float64 (N, L), wherever they are from."""
     rank = probabilities.argsort(axis=1, kind="stable").argsort(axis=1, kind="stable")
     # 0.29 of 100 labels are 29, not the 28.999... of binary numbers
     absent = np.floor(absent_share * probabilities.shape[1] + 1e-9)

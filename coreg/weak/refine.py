@@ -123,11 +123,8 @@ def fit_two_halves(z: np.ndarray, probs: Table, setting: Setting, ids: np.ndarra
 
 def drawn(ids: np.ndarray, purpose: str) -> np.ndarray:
     """All positions of `ids` in an order that depends on them and on the purpose alone."""
-    return np.lexsort((ids, _keys(ids, purpose)))
-
-
-def _keys(ids: np.ndarray, purpose: str) -> np.ndarray:
-    return keyed_uniform(("refine", purpose), torch.from_numpy(np.asarray(ids, dtype=np.int64)), 1)[:, 0].numpy()
+    keys = keyed_uniform(("refine", purpose), torch.from_numpy(np.asarray(ids, dtype=np.int64)), 1)[:, 0].numpy()
+    return np.lexsort((ids, keys))
 
 
 # ---- all of it ------------------------------------------------------------------------------------------------------
@@ -201,9 +198,8 @@ def refine(
     fitted, slack = train, 0.0
     if len(train) > most:
         fitted = np.sort(train[drawn(train, "fitted")[:most]])
-        slack = (
-            2 * (probs.shape[1] / most) ** 0.5
-        )  # classes that are equally frequent are not quite so in a part: twice the error
+        # classes that are equally frequent are not quite so in a part: twice the error
+        slack = 2 * (probs.shape[1] / most) ** 0.5
     projection = fit_projection(Subset(features, fitted), probs.shape[1])
     z, evidence = projection(Subset(features, fitted)), Subset(probs, fitted)
     setting, scores = choose(z, evidence, fitted, prior, weight)

@@ -28,27 +28,10 @@ def vote_counts(votes: np.ndarray, classes: int) -> np.ndarray:
 Rule = Callable[[np.ndarray, np.ndarray, float], np.ndarray]
 
 
-def _union(counts: np.ndarray, probs: np.ndarray, _: float) -> np.ndarray:
-    return counts > 0
-
-
 def _votes(counts: np.ndarray, probs: np.ndarray, least: float) -> np.ndarray:
     # A row in which no class reaches the threshold keeps its most voted one; the probabilities break ties.
     best = (counts + 0.5 * probs).argmax(axis=1)
     return (counts >= least) | _one_hot(best, counts.shape[1])
-
-
-def _top_k(counts: np.ndarray, probs: np.ndarray, k: float) -> np.ndarray:
-    # Rank 0 is the most probable class; equal probabilities rank by class index.
-    return _ranks(probs) < k
-
-
-def _threshold(counts: np.ndarray, probs: np.ndarray, least: float) -> np.ndarray:
-    return (probs >= least) | _one_hot(probs.argmax(axis=1), probs.shape[1])
-
-
-def _ratio(counts: np.ndarray, probs: np.ndarray, ratio: float) -> np.ndarray:
-    return probs >= ratio * probs.max(axis=1, keepdims=True)
 
 
 def _cumulative(counts: np.ndarray, probs: np.ndarray, total: float) -> np.ndarray:
@@ -74,9 +57,10 @@ def _one_hot(index: np.ndarray, classes: int) -> np.ndarray:
 # name -> (rule, whether the parameter is a count from 1 on; otherwise it is a share in (0, 1])
 RULES: dict[str, tuple[Rule, bool]] = {
     "votes": (_votes, True),
-    "topk": (_top_k, True),
-    "prob": (_threshold, False),
-    "ratio": (_ratio, False),
+    # rank 0 is the most probable class; equal probabilities rank by class index
+    "topk": (lambda _, probs, k: _ranks(probs) < k, True),
+    "prob": (lambda _, probs, least: (probs >= least) | _one_hot(probs.argmax(axis=1), probs.shape[1]), False),
+    "ratio": (lambda _, probs, ratio: probs >= ratio * probs.max(axis=1, keepdims=True), False),
     "cumulative": (_cumulative, False),
 }
 SPELLINGS = "union, votes:V, topk:K, prob:P, ratio:R, cumulative:P"
@@ -89,7 +73,7 @@ def parse_rule(rule: str) -> tuple[Rule, float]:
         UserError: unknown rule, or a parameter that is missing or out of range.
     """
     if rule == "union":
-        return _union, 0.0
+        return lambda counts, *_: counts > 0, 0.0
     name, _, written = rule.partition(":")
     if name not in RULES:
         raise UserError(f"unknown candidate rule {rule!r}; write one of {SPELLINGS}")

@@ -178,15 +178,12 @@ def view_fit(z: np.ndarray, probs: Table, setting: Setting, ids: np.ndarray) -> 
     referees, annotator, classes = referees_in_turn(z, probs, setting, ids), probs.argmax(axis=1), probs.shape[1]
     a, r = (beyond_chance((referees == each).mean(axis=0), classes) for each in (annotator, referees[::-1]))
     shares = agreements(referees, annotator)
-    return _as_record(fit) | {
+    return asdict(fit) | {
+        "hopeless": fit.hopeless,
         "annotator": shares["annotator"],
         "itself": shares["view"],
         "mends": bool(not fit.hopeless and r.mean() >= REFEREES_AGREE and _clearly_positive(r - a, r.mean() - a.mean())),
     }
-
-
-def _as_record(fit: OwnFit) -> dict[str, Any]:
-    return asdict(fit) | {"hopeless": fit.hopeless}
 
 
 def verdict(
@@ -212,5 +209,5 @@ def verdict(
         "most": "annotator" if fit.hopeless else most_trusted(referees, annotator, student, probs.shape[1], refined),
         "images": len(annotator),
         "agreement": agreements(referees, annotator, student),
-        "fit": _as_record(fit),
+        "fit": asdict(fit) | {"hopeless": fit.hopeless},
     }
