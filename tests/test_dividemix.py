@@ -126,7 +126,7 @@ def test_warm_up_is_cross_entropy_plus_negative_entropy():
     logits = made.net(images)[0]
     entropy = torch.distributions.Categorical(logits=logits).entropy().mean()
     expected = F.cross_entropy(logits, classes) - 0.3 * entropy
-    parts = made(WarmUpBatch(images, F.one_hot(classes, C).bool(), n=6, n_informative=6))
+    parts = made(WarmUpBatch(images, F.one_hot(classes, C).bool(), size=6, n_informative=6))
     torch.testing.assert_close(parts["loss"], expected)
 
 
@@ -147,7 +147,7 @@ def test_the_peer_is_no_part_of_the_learner():
 def test_distillation_is_the_divergence_of_softened_distributions(temperature):
     made = DistillLearner(small_net(0), temperature)
     images, teacher_logits = torch.randn(5, 1, 8, 8, dtype=torch.float64), torch.randn(5, C, dtype=torch.float64)
-    parts = made(DistillBatch(images, teacher_logits.softmax(1), n=5))
+    parts = made(DistillBatch(images, teacher_logits.softmax(1), size=5))
     student = F.log_softmax(made.net(images)[0] / temperature, 1)
     expected = temperature**2 * F.kl_div(student, F.softmax(teacher_logits / temperature, 1), reduction="batchmean")
     torch.testing.assert_close(parts["loss"], expected)
@@ -157,7 +157,7 @@ def test_distillation_is_the_divergence_of_softened_distributions(temperature):
 def test_a_teacher_that_is_sure_gives_cross_entropy():
     made = DistillLearner(small_net(0), 1.0)
     images, classes = torch.randn(3, 1, 8, 8, dtype=torch.float64), torch.tensor([1, 0, 3])
-    parts = made(DistillBatch(images, F.one_hot(classes, C).double(), n=3))
+    parts = made(DistillBatch(images, F.one_hot(classes, C).double(), size=3))
     torch.testing.assert_close(parts["loss"], F.cross_entropy(made.net(images)[0], classes))
     parts["loss"].backward()
     assert all(p.grad.isfinite().all() for p in made.net.backbone.parameters())

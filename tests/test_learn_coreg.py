@@ -173,7 +173,7 @@ def test_warm_up_is_partial_cross_entropy_over_informative_rows_plus_negative_en
     made = learner(OPTIONS)
     images = torch.randn(3, 1, 8, 8, dtype=torch.float64)
     candidates = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1], [0, 0, 1, 0]]).bool()
-    parts = made(WarmUpBatch(images, candidates, n=3, n_informative=2))
+    parts = made(WarmUpBatch(images, candidates, size=3, n_informative=2))
     p = made.net(images)[0].softmax(1)
     partial = -(torch.log(p[0, 0] + p[0, 1]) + torch.log(p[2, 2])) / 2
     entropy = (p * p.log()).sum() / 3
@@ -183,7 +183,7 @@ def test_warm_up_is_partial_cross_entropy_over_informative_rows_plus_negative_en
 def test_warm_up_without_any_informative_row_is_the_entropy_alone():
     made = learner(OPTIONS)
     images = torch.randn(2, 1, 8, 8, dtype=torch.float64)
-    parts = made(WarmUpBatch(images, torch.ones(2, C, dtype=torch.bool), n=2, n_informative=0))
+    parts = made(WarmUpBatch(images, torch.ones(2, C, dtype=torch.bool), size=2, n_informative=0))
     assert parts["partial"].item() == 0 and math.isfinite(parts["loss"].item())
 
 

@@ -30,13 +30,8 @@ class WarmUpBatch:
 
     images: Tensor  # (l, c, H, W)
     candidates: Tensor  # bool (l, C)
-    n: int  # rows of the global batch
+    size: int  # images of the global step
     n_informative: int  # those of them whose candidate set is not full
-
-    @property
-    def size(self) -> int:
-        """Images of the global step."""
-        return self.n
 
 
 @dataclass
@@ -116,7 +111,7 @@ class CoRegLearner(nn.Module):
         """Partial cross-entropy plus negative entropy (AAAI eq. 1-2)."""
         logits, _ = self.net(batch.images)
         partial = losses.partial_cross_entropy(logits, batch.candidates).sum() / max(batch.n_informative, 1)
-        entropy = losses.negative_entropy(logits).sum() / batch.n
+        entropy = losses.negative_entropy(logits).sum() / batch.size
         loss = partial + self.options.entropy_weight * entropy
         return {"loss": loss, "partial": partial.detach(), "negative_entropy": entropy.detach()}
 

@@ -21,12 +21,7 @@ class DistillBatch:
 
     images: Tensor  # (l, c, H, W)
     teacher: Tensor  # (l, C), its probabilities
-    n: int  # rows of the global batch
-
-    @property
-    def size(self) -> int:
-        """Images of the global step."""
-        return self.n
+    size: int  # images of the global step
 
 
 class DistillLearner(nn.Module):
@@ -45,5 +40,5 @@ class DistillLearner(nn.Module):
         """
         logits, _ = self.net(batch.images)
         teacher = sharpen(batch.teacher, self.temperature)
-        divergence = losses.divergence(teacher, losses.log_probabilities(logits / self.temperature)).sum() / batch.n
+        divergence = losses.divergence(teacher, losses.log_probabilities(logits / self.temperature)).sum() / batch.size
         return {"loss": self.temperature**2 * divergence, "divergence": divergence.detach()}

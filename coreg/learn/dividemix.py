@@ -57,8 +57,8 @@ class DivideMixLearner(nn.Module):
     def _warm_up(self, batch: WarmUpBatch) -> dict[str, Tensor]:
         """Cross-entropy plus negative entropy, the paper's confidence penalty for asymmetric noise (eq. 3)."""
         logits, _ = self.net(batch.images)
-        supervised = losses.partial_cross_entropy(logits, batch.candidates).sum() / batch.n
-        entropy = losses.negative_entropy(logits).sum() / batch.n
+        supervised = losses.partial_cross_entropy(logits, batch.candidates).sum() / batch.size
+        entropy = losses.negative_entropy(logits).sum() / batch.size
         loss = supervised + self.options.entropy_weight * entropy
         return {"loss": loss, "supervised": supervised.detach(), "negative_entropy": entropy.detach()}
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from coreg.learn.collective import my_slice
-from coreg.learn.coreg import CoRegBatch, Guess, WarmUpBatch
+from coreg.learn.coreg import CoRegBatch, Guess
 from coreg.learn.pseudo import draw_mixup
 from coreg.learn.tables import OwnedRows, Table, owned, share
 from coreg.views.resident import TrainingImages
@@ -94,31 +94,6 @@ class Divisions:
         self.health, self.chosen = state["health"], state["chosen"]
 
 
-def warm_up_batch(
-    data: TrainingImages,
-    rows: np.ndarray,
-    candidates: Table,
-    key: tuple[int | str, ...],
-    view: str,
-    n_informative: int,
-) -> WarmUpBatch:
-    """This process's share of the global batch `rows`.
-
-    Args:
-        rows: int64 (n,), the global batch. candidates: bool (N, C) on the training device; all processes take part.
-        key: (epoch, network), names the views. view: `strong` as in the reference, or `weak`.
-        n_informative: rows of the global batch over which the partial loss is averaged.
-    """
-    my_rows = rows[my_slice(len(rows))]
-    images = data.view(view, my_rows, ("warm-up", *key))
-    return WarmUpBatch(images, share(candidates, rows), len(rows), n_informative)
-
-
-def _lengths(trusted: np.ndarray, rest: np.ndarray) -> tuple[int, int, int, int]:
-    """Of the global views [x_1; x_2; u_1; u_2] of a co-training step."""
-    return len(trusted), len(trusted), len(rest), len(rest)
-
-
 def _my_places(lengths: tuple[int, ...]) -> np.ndarray:
     """The places of this process's share in blocks of these lengths, one after the other."""
     starts = np.cumsum((0, *lengths[:-1]))
@@ -129,7 +104,7 @@ def partner_rows(
     seed: int, trusted: np.ndarray, rest: np.ndarray, key: tuple[int | str, ...], mixup_alpha: float
 ) -> np.ndarray:
     """Rows of the images whose views `co_train_batch` of the same arguments makes again to mix with, int64 (l,)."""
-    lengths = _lengths(trusted, rest)
+    lengths = (len(trusted), len(trusted), len(rest), len(rest))
     position = _my_places(lengths)
     if not mixup_alpha or len(position) == sum(lengths):
         return trusted[:0]
@@ -160,7 +135,7 @@ def co_train_batch(
         view: what is trained on: `strong`, or `weak` for the very views that are predicted.
         own: the own network's verdict, where weak views were predicted once for the epoch.
     """
-    lengths = _lengths(trusted, rest)
+    lengths = (len(trusted), len(trusted), len(rest), len(rest))
     my_trusted, my_rest = trusted[my_slice(len(trusted))], rest[my_slice(len(rest))]
     each = ((trusted, my_trusted, data.pixels(my_trusted), "x"), (rest, my_rest, data.pixels(my_rest), "u"))
 

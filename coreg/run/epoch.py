@@ -12,8 +12,10 @@ from torch import nn
 from torch.optim.swa_utils import update_bn
 
 from coreg.learn.collective import my_slice
+from coreg.learn.coreg import WarmUpBatch
 from coreg.learn.division import Division, Predicted, divide
-from coreg.learn.two_nets import Verdict, warm_up_batch
+from coreg.learn.tables import share
+from coreg.learn.two_nets import Verdict
 from coreg.nets.model import Model
 from coreg.process import main_process_decides
 from coreg.report.metrics import accuracy, division_health
@@ -84,14 +86,17 @@ def warm_up(run: Run, task: Task[Any], training: Training, lr: float, view: str,
     Images that no template could name teach nothing and are left out.
 
     Args:
-        view: of an image. informative: bool (N,), over which the mean of the partial loss is taken.
+        view: `strong` as in the reference, or `weak`. informative: bool (N,), over which the mean of the partial loss is
+            taken.
     """
     key = (training.epoch, training.number)
     order = ShuffledRows(np.flatnonzero(task.weak.usable), 2 * task.job.batch_size, (task.job.seed, "warm-up", *key))
     task.read_ahead(training.step, order)
     for step in run.steps(training, order.per_round):
         rows = order.batch(step)
-        training.learn(warm_up_batch(task.data, rows, task.table, key, view, int(informative[rows].sum())), lr)
+        images = task.data.view(view, rows[my_slice(len(rows))], ("warm-up", *key))
+        batch = WarmUpBatch(images, share(task.table, rows), len(rows), int(informative[rows].sum()))
+        training.learn(batch, lr)
 
 
 def division_of(task: Task[Any], training: Training, number: int, losses: np.ndarray, monotone: bool = False) -> Division:

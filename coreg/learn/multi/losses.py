@@ -91,18 +91,6 @@ def pairwise_rank(logits: Tensor, observed: Tensor) -> Tensor:
     return (short * (observed <= 0)[:, None, :]).sum(dim=2) * (observed > 0)
 
 
-def count_regulariser(p: Tensor, expected: float) -> Tensor:
-    """((mean number of labels an image - expected) / L)^2 (R of EPR and ROLE, Cole et al., CVPR 2021).
-
-    Args:
-        p: (n, L) of the global batch. expected: k, labels an image.
-
-    Returns:
-        A scalar.
-    """
-    return ((p.sum(dim=1).mean() - expected) / p.shape[1]).square()
-
-
 def focal(logits: Tensor, observed: Tensor, gamma: float, alpha: float) -> Tensor:
     """Focal loss with unknown labels as absent (Lin et al., ICCV 2017); alpha < 0 for none. -> (n, L)."""
     target = (observed > 0).to(wide(logits).dtype)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from coreg.learn.collective import gather_rows, my_rows
 from coreg.learn.multi.best import BestEpoch
-from coreg.learn.multi.losses import count_regulariser
+from coreg.learn.multi.plain import CELLS
 from coreg.learn.multi_options import MultiOptions
 from coreg.learn.schedules import Step
 from coreg.weak.multi import ObservedLabels
@@ -40,6 +40,8 @@ class MultiMethod(nn.Module):
 
     net: what is trained; the first of what it returns are logits (n, L).
     """
+
+    cells = "an"  # what each cell loses, where that is all there is to a method: one of `CELLS`
 
     def __init__(
         self,
@@ -75,11 +77,8 @@ class MultiMethod(nn.Module):
         Args:
             logits: (l, L). index: int64 (n,), training rows of the global batch.
         """
-        return {"loss": self.cells(logits, self.observed[my_rows(index)]).sum() / (len(index) * logits.shape[1])}
-
-    def cells(self, logits: Tensor, observed: Tensor) -> Tensor:
-        """(l, L), the loss of each cell, where that is all there is to a method."""
-        raise NotImplementedError
+        cells = CELLS[self.cells](logits, self.observed[my_rows(index)], self.options)
+        return {"loss": cells.sum() / (len(index) * logits.shape[1])}
 
     def update(self, logits: Tensor, index: Tensor, step: Step) -> None:
         """Write into the tables what follows from the logits; called without gradient, on all processes."""
@@ -96,10 +95,6 @@ class MultiMethod(nn.Module):
         """
         return {}
 
-    def logits(self, images: Tensor) -> Tensor:
-        """What is judged and exported, (n, L)."""
-        return self.net(images)[0]
-
     def forward(self, batch: MultiBatch) -> dict[str, Tensor]:
         """The step's `loss` (with gradient) and its parts (without), each a scalar and this process's share."""
         logits = self.net(batch.view)[0]
@@ -110,5 +105,9 @@ class MultiMethod(nn.Module):
 
 
 def count_share(p: Tensor, expected: float, n: int) -> Tensor:
-    """This process's share of `count_regulariser` of the global batch of n rows, from its own, (l, L). A scalar."""
-    return count_regulariser(gather_rows(p, n), expected) * (len(p) / n)
+    """This process's share of ((mean number of labels an image - expected) / L)^2, R of EPR and ROLE. A scalar.
+
+    Args:
+        p: (l, L), of its rows. expected: k, labels an image. n: rows of the global batch.
+    """
+    return ((gather_rows(p, n).sum(dim=1).mean() - expected) / p.shape[1]).square() * (len(p) / n)

@@ -1,4 +1,5 @@
-"""Methods that remember something of every label of every image: EM+APL, LL-R, LL-Ct, LL-Cp, ROLE, VLPL and Soft."""
+"""Methods whose loss is more than one of each cell, L1R, L2R and EPR, and those that remember something of every label of
+every image: EM+APL, LL-R, LL-Ct, LL-Cp, ROLE, VLPL and Soft."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from torch.nn import functional as F
 
 from coreg.data.keyed import keyed_uniform
 from coreg.errors import UserError
-from coreg.learn.collective import gather_rows, my_rows
+from coreg.learn.collective import gather_rows, my_rows, rank_and_world
 from coreg.learn.losses import wide
 from coreg.learn.multi.losses import (
     assume_negative,
@@ -23,14 +24,45 @@ from coreg.learn.multi.losses import (
     suggested_labels_focal,
 )
 from coreg.learn.multi.method import MultiMethod, count_share
-from coreg.learn.multi.plain import EM
+from coreg.learn.multi.plain import CELLS
 from coreg.learn.multi_options import MultiOptions
 from coreg.learn.schedules import Step
 from coreg.weak.multi import ObservedLabels, suggestions
 from coreg.weak.tag_evidence import probable_labels
 
 
-class EMAPL(EM):
+class L1R(MultiMethod):
+    """AN and a weight times the sum of absolute weights of the network."""
+
+    power = 1
+
+    def loss(self, logits: Tensor, index: Tensor, step: Step) -> dict[str, Tensor]:
+        parts = super().loss(logits, index, step)
+        trained = [parameter for parameter in self.net.parameters() if parameter.requires_grad]
+        size = sum(parameter.abs().pow(self.power).sum() for parameter in trained)
+        # once, and not once a process
+        penalty = self.options.penalty * size / rank_and_world()[1]
+        return {"loss": parts["loss"] + penalty, "penalty": penalty}
+
+
+class L2R(L1R):
+    """AN and a weight times the sum of squared weights of the network."""
+
+    power = 2
+
+
+class EPR(MultiMethod):
+    """Expected positive regularisation: observed labels, and the number of labels an image (Cole et al., CVPR 2021)."""
+
+    cells = "iu"
+
+    def loss(self, logits: Tensor, index: Tensor, step: Step) -> dict[str, Tensor]:
+        observed = super().loss(logits, index, step)["loss"]
+        count = count_share(probabilities(logits)[0], self.options.expected_positives, len(index))
+        return {"loss": observed + count, "observed": observed, "count": count}
+
+
+class EMAPL(MultiMethod):
     """EM and asymmetric pseudo-labels: the least probable unknown labels become softly absent (Zhou et al., ECCV 2022).
 
     At the end of every epoch e, counted from 1, from `pseudo_after` on, each label takes the int(0.9 U / (epochs -
@@ -45,7 +77,7 @@ class EMAPL(EM):
         rows = my_rows(index)
         soft = self.soft[rows]
         pseudo = self.options.pseudo_weight * soft_loss(logits, soft)
-        cells = torch.where(soft >= 0, pseudo, self.cells(logits, self.observed[rows]))
+        cells = torch.where(soft >= 0, pseudo, CELLS["em"](logits, self.observed[rows], self.options))
         return {"loss": cells.sum() / (len(index) * logits.shape[1])}
 
     def reads_all(self, step: Step) -> bool:

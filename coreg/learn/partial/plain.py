@@ -34,7 +34,6 @@ class PRODEN(PartialMethod):
     """
 
     def init_state(self, candidates: Tensor, dtype: torch.dtype) -> None:
-        super().init_state(candidates, dtype)
         self.register_buffer("confidence", uniform(candidates, dtype))
 
     def loss(self, outputs: Outputs, index: Tensor, step: Step) -> dict[str, Tensor]:
@@ -62,7 +61,6 @@ class LWC(PartialMethod):
     reads_again = True
 
     def init_state(self, candidates: Tensor, dtype: torch.dtype) -> None:
-        super().init_state(candidates, dtype)
         self.register_buffer("weights", torch.full(candidates.shape, 1 / candidates.shape[1], dtype=dtype))
 
     @staticmethod
@@ -91,17 +89,13 @@ class LWS(LWC):
         return torch.sigmoid(-z), torch.sigmoid(z)
 
 
-class CRDPLL(PartialMethod):
+class CRDPLL(PRODEN):
     """Consistency regularisation for deep partial-label learning (Wu, Wang and Zhang, ICML 2022).
 
     Three views: the divergence of a shared confidence t from the prediction of each, ramped up, and -log(1 - f_j) of the
     weak view for classes outside the candidate set. After each step t is the product of the three predictions to the power
     1/3, restricted to the candidate set and renormalised. A truth outside its candidate set is never found again.
     """
-
-    def init_state(self, candidates: Tensor, dtype: torch.dtype) -> None:
-        super().init_state(candidates, dtype)
-        self.register_buffer("confidence", uniform(candidates, dtype))
 
     def passes(self, step: Step) -> Passes:
         return Passes(views=("weak", "strong", "strong"))
