@@ -2,9 +2,12 @@
 
     python -m benchmarks.pixels [--network small] [--megabytes 300] [--seconds 20]
 
-A network trains on weak views in random order. The sides take turns, batch for batch of the same images: on the device,
+A network trains on weak views in random order. The sides take turns, step for step of the same images: on the device,
 from the file with whatever the page cache holds of it (warm), and from the file after it was dropped from the page cache
-(cold), which it is before every turn. Memory is what a process of its own has resident above what it has after first steps.
+(cold), which it is before every turn; every second round goes backwards. The rate by that of the device is the median over
+rounds, with quartiles: by the clock, and by the processor time of the training thread alone, which other programs on the
+machine lengthen less and which leaves the reading thread out. Memory is what a process of its own has resident above what
+it has after first steps.
 """
 
 from __future__ import annotations
@@ -43,15 +46,15 @@ class Case:
     arguments: dict
     size: int
     batch: int
+    turn: int = 10  # steps; then reading begins anew, as in every epoch
 
 
 CASES = {
     "small": Case("preact_resnet_tiny", {"widths": [8, 16], "depths": [1, 1]}, 32, 32),
     "preact_resnet18": Case("preact_resnet18", {}, 32, 16),
     "vit": Case("vit_tiny_patch16_224", {"depth": 1}, 224, 8),
-    "vit_b_16": Case("vit_base_patch16_224", {}, 224, 2),
+    "vit_b_16": Case("vit_base_patch16_224", {}, 224, 2, turn=2),
 }
-TURN = 5  # steps
 
 
 def write_file(path: Path, case: Case, megabytes: int) -> StoredPixels:
@@ -85,9 +88,9 @@ class Side:
         self.optimizer = torch.optim.SGD(net.parameters(), lr=0.001)
         self.order = ShuffledRows(np.arange(count), case.batch, (0, "benchmark"))
 
-    def steps(self, first: int, count: int) -> float:
-        """Train these steps; gives seconds."""
-        start = time.perf_counter()
+    def steps(self, first: int, count: int) -> tuple[float, float]:
+        """Train these steps; gives seconds by the clock, and of the processor for this thread."""
+        start = time.perf_counter(), time.thread_time()
         self.data.read_ahead(self.order.batch, range(first, first + count))
         for step in range(first, first + count):
             rows = self.order.batch(step)
@@ -97,7 +100,7 @@ class Side:
             self.optimizer.zero_grad(set_to_none=True)
         if self.data.device.type == "cuda":
             torch.cuda.synchronize()
-        return time.perf_counter() - start
+        return time.perf_counter() - start[0], time.thread_time() - start[1]
 
 
 def forget(stored: StoredPixels) -> None:
@@ -113,7 +116,7 @@ def memory(case: Case, stored: StoredPixels, from_disk: bool) -> float:
         small = StoredPixels(stored.path, stored.descriptor, stored.shape, stored.checksums[: 2 * case.batch])
         Side(case, small, from_disk).steps(0, 2)  # libraries, threads, the network's own needs
         before = resident()[0]
-        Side(case, stored, from_disk).steps(0, 4 * TURN)
+        Side(case, stored, from_disk).steps(0, 2 * case.turn)
         answer.put((resident()[1] - before) / 1e6)
 
     context = multiprocessing.get_context("fork")
@@ -133,25 +136,31 @@ def measure(name: str, megabytes: int, seconds: float, folder: Path | None = Non
         sides = {"device": Side(case, stored, False), "disk, warm": Side(case, stored, True)}
         sides["disk, cold"] = Side(case, stored, True)
         before: dict[str, Callable[[], None]] = {"disk, cold": lambda: forget(stored)}
-        spent, turns, until = {side: [] for side in sides}, 0, time.monotonic() + seconds
-        while turns < 3 or time.monotonic() < until:
-            for side, images in sides.items():
+        spent, rounds, until = {side: [] for side in sides}, 0, time.monotonic() + seconds
+        for images in sides.values():
+            images.steps(0, 2)
+        while rounds < 3 or time.monotonic() < until:
+            for side in list(sides)[:: 1 - 2 * (rounds % 2)]:
                 before.get(side, lambda: None)()
-                spent[side].append(images.steps(turns * TURN, TURN))
-            turns += 1
+                spent[side].append(sides[side].steps(2 + rounds * case.turn, case.turn))
+            rounds += 1
         os.close(stored.descriptor)
     rows = []
     for side, times in spent.items():
         # turns of the same number have the same images and, nearly, the same neighbours on the machine
-        ratio = np.median([ours / other for ours, other in zip(spent["device"], times)])
-        rate = TURN * case.batch / np.median(times)
+        ratios = np.array(spent["device"]) / np.array(times)
+        low, high = np.quantile(ratios[:, 0], (0.25, 0.75))
+        rate = case.turn * case.batch / np.median(times, axis=0)[0]
         rows.append(
             {
                 "network": name,
                 "images": side,
-                "images/s": f"{rate:,.0f}",
-                "of device": f"{ratio:.2f}",
-                "MB/s read": f"{rate * stored.length / 1e6:.1f}" if side != "device" else "0.0",
+                "images/s": f"{rate:,.1f}",
+                "of device": f"{np.median(ratios[:, 0]):.2f}",
+                "quartiles": f"{low:.2f} to {high:.2f}",
+                "of its processor time": f"{np.median(ratios[:, 1]):.2f}",
+                "rounds": str(rounds),
+                "MB/s read": f"{rate * stored.length / 1e6:.2f}" if side != "device" else "0.00",
                 "resident MB more": f"{grown[side != 'device']:,.0f}",
                 "set, MB": f"{len(stored.checksums) * stored.length / 1e6:,.0f}",
             }

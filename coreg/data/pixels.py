@@ -5,9 +5,11 @@ Rows are read and not mapped: what is mapped would count as memory of the proces
 
 from __future__ import annotations
 
+import math
 import os
 import zlib
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -25,10 +27,10 @@ class StoredPixels:
     shape: tuple[int, int, int]  # (c, H, W) of an image
     checksums: np.ndarray | None = None  # uint32 (N,), CRC-32 of each image; None where memory holds them
 
-    @property
+    @cached_property
     def length(self) -> int:
         """Bytes of an image."""
-        return int(np.prod(self.shape))
+        return math.prod(self.shape)
 
     def expect(self, rows: np.ndarray) -> None:
         """Let the system begin to read these rows int64 (n,), increasing, from the disk; does not wait."""

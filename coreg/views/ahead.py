@@ -45,6 +45,7 @@ class ReadAhead:
         self.windows: deque[Window] = deque()
         self._coming: Iterable[int] = iter(())
         self._rows_of: Callable[[int], np.ndarray] | None = None
+        self._unexpected: deque[np.ndarray] = deque()  # rows that the system has not been asked for yet
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pixels")
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
@@ -58,6 +59,7 @@ class ReadAhead:
         for window in self.windows:
             window.read.cancel()
         self.windows.clear()
+        self._unexpected = deque()
         self._rows_of, self._coming = rows_of, iter(steps)
         self._fill()
 
@@ -89,6 +91,9 @@ class ReadAhead:
         return pixels.index_select(0, where)
 
     def _fill(self) -> None:
+        # several small steps at once: a thread that is woken in every step takes the interpreter from it each time
+        if len(self.windows) > MOST_AHEAD // 2 + 1:
+            return
         while len(self.windows) <= MOST_AHEAD:
             ahead = sum(len(window.rows) for window in list(self.windows)[1:]) * self.stored.length
             if len(self.windows) > 1 and ahead >= AHEAD_BYTES:
@@ -98,8 +103,15 @@ class ReadAhead:
                 return
             rows = np.unique(self.places[self._rows_of(step)])
             if len(rows):
-                self.stored.expect(rows)
-                self.windows.append(Window(rows, self._thread.submit(self._read, rows)))
+                self._unexpected.append(rows)
+                self.windows.append(Window(rows, self._thread.submit(self._read_next, rows)))
+
+    def _read_next(self, rows: np.ndarray) -> Tensor:
+        """In the thread: ask the system for all that is announced, then read these rows; no step pays for the asking."""
+        unexpected = self._unexpected
+        for _ in range(len(unexpected)):
+            self.stored.expect(unexpected.popleft())
+        return self._read(rows)
 
     def _read(self, rows: np.ndarray) -> Tensor:
         pixels = torch.empty((len(rows), *self.stored.shape), dtype=torch.uint8, pin_memory=self._stream is not None)
