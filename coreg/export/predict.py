@@ -283,7 +283,7 @@ def cut_off(classifier: Classifier, images: ImageList, config: PredictConfig) ->
         raise UserError(f"{config.model} gives images several labels; --threshold says how sure each has to be")
     if far and classifier.distances is None:
         raise UserError(
-            f"{config.model} knows no distances; type: coreg-export --run runs/a --distances, and give the export of that run"
+            f"{config.model} knows no distances; type: coreg-export --run runs/a --distances, and give its export"
         )
     chosen = config.max_distance == "auto"
     if config.calibrate is None and asked:
