@@ -8,8 +8,7 @@ the script. Finished runs are not repeated. Scores of an image, the higher the m
 
     probability   of the best class, calibrated, as `coreg-predict --min_probability` judges by
     distance      minus the distance of its features to the nearest class mean, in the classes' common covariance, mean over
-                  the networks (Lee et al., "A simple unified framework for detecting out-of-distribution samples", NeurIPS
-                  2018, of the last features alone); classes as the networks name the training images
+                  the networks, as `coreg-predict --max_distance` judges by (`coreg.export.distance`)
 
 A threshold is chosen as by `--min_probability auto` on half of the test images of the classes, and judged on the others.
 """
@@ -25,7 +24,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from sklearn.covariance import LedoitWolf
 from sklearn.metrics import roc_auc_score
 
 import annotate_vlm
@@ -35,7 +33,7 @@ from coreg.data.decode import decode
 from coreg.data.images import TEST, TRAIN, ImageList
 from coreg.data.labels import NONE_OF_THESE
 from coreg.errors import UserError, exits_with_one_line
-from coreg.export.cutoff import KEPT
+from coreg.export.distance import KEPT, fit_distances, last_features
 from coreg.export.ensemble import Ensemble
 from coreg.export.folder import load_export
 from coreg.files import writing_csv
@@ -67,18 +65,10 @@ def predicted(export: Path, images: ImageList, rows: np.ndarray) -> tuple[np.nda
     for start in range(0, len(rows), 256):
         pixels = decode(images, rows[start : start + 256], settings["image_size"], settings["channels"], 1)
         probs.append(ensemble(pixels)[1].numpy())
-        x = pixels.float() * ensemble.scale + ensemble.shift
+        x = ensemble.normalised(pixels)
         for net, kept in zip(nets, features):
-            kept.append(net.forward_head(net.forward_features(x), pre_logits=True).flatten(1).numpy())
+            kept.append(last_features(net, x).numpy())
     return np.concatenate(probs), [np.concatenate(kept) for kept in features]
-
-
-def nearness(train: np.ndarray, classes: np.ndarray, features: np.ndarray) -> np.ndarray:
-    """Minus the distance (n,) of features (n, d) to the nearest class mean of `train`, in the common covariance."""
-    there = np.unique(classes)
-    means = np.stack([train[classes == c].mean(axis=0) for c in there])
-    root = np.linalg.cholesky(LedoitWolf().fit(train - means[np.searchsorted(there, classes)]).precision_)
-    return -np.linalg.norm((features[:, None] - means) @ root, axis=2).min(axis=1)
 
 
 def measure(run: Path, store: AnnotationStore, leave: Sequence[str]) -> list[dict[str, float | str]]:
@@ -88,11 +78,11 @@ def measure(run: Path, store: AnnotationStore, leave: Sequence[str]) -> list[dic
     kept = kept[store.labels[kept] >= 0]
     probs, features = predicted(run / "export", images, test)
     own, trained_on = predicted(run / "export", images, kept)
-    near = [nearness(train, own.argmax(axis=1), some) for train, some in zip(trained_on, features)]
+    apart = fit_distances(trained_on, own.argmax(axis=1))([torch.from_numpy(some) for some in features]).numpy()
     known, half = store.labels[test] >= 0, np.arange(len(test)) % 2 == 0
     right = float((probs.argmax(axis=1) == store.labels[test])[known].mean())
     rows = []
-    for name, score in {"probability": probs.max(axis=1), "distance": np.mean(near, axis=0)}.items():
+    for name, score in {"probability": probs.max(axis=1), "distance": -apart}.items():
         held = score[known & half]
         least = conformal_threshold(held[:, None], np.zeros(len(held), int), 1 - KEPT)
         rows.append(

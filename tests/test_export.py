@@ -236,6 +236,60 @@ def test_a_model_of_the_hub_without_network_is_one_line(monkeypatch):
     assert error_of(load_classifier, "hf-hub:nobody/nothing").startswith("hf-hub:nobody/nothing could not be loaded")
 
 
+# ---- distances ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def far(run, tmp_path_factory):
+    """A copy of the run whose export knows distances."""
+    copy = tmp_path_factory.mktemp("far") / "run"
+    shutil.copytree(run, copy)
+    exporting.main(["--run", str(copy), "--distances"])
+    return copy
+
+
+def test_images_far_from_those_of_training_are_of_no_class(run, far, tmp_path, capsys):
+    """95 % of the test images are kept, and pictures of noise are not; what else is predicted does not change."""
+    settings, before = load_export(far)[1], load_export(run)[1]
+    assert settings["distances"]["chosen_on"] == "360 test images" and "distances" not in before
+    noise = tmp_path / "noise"
+    noise.mkdir()
+    for i in range(4):
+        pixels = np.random.default_rng(i).integers(0, 256, (16, 16), dtype=np.uint8)
+        Image.fromarray(pixels).save(noise / f"{i}.png")
+    rows = {}
+    for images in ("builtin:digits", str(noise)):
+        output = tmp_path / "out.csv"
+        predict.main(["--model", str(far), "--images", images, "--output", str(output), "--max_distance", "auto"])
+        with output.open(newline="") as file:
+            rows |= {row["path"]: row for row in csv.DictReader(file)}
+    assert "of none of these: the distance from the training images is above" in capsys.readouterr().out
+    assert all(rows[f"{i}.png"]["label"] == "none of these" for i in range(4))
+    plain, trained = predictions(run, tmp_path), {row["path"] for row in purified(run)}
+    assert {path: row["label"] for path, row in plain.items()} == {path: rows[path]["best"] for path in plain}
+    kept = [rows[path]["label"] != "none of these" for path in plain if path not in trained]
+    assert len(kept) == 360 and sum(kept) == math.ceil(361 * 0.95)
+    bound = settings["distances"]["farthest"]
+    assert all((float(row["distance"]) > bound) == (row["label"] == "none of these") for row in rows.values()
+               if abs(float(row["distance"]) - bound) > 0.01)  # fmt: skip
+
+
+def test_a_damaged_file_of_distances_is_one_line(far, tmp_path):
+    copy = tmp_path / "export"
+    shutil.copytree(far / "export", copy)
+    file = copy / "distances.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    assert "does not agree with its checksum" in error_of(load_classifier, copy)
+    file.unlink()
+    assert "distances.safetensors is damaged" in error_of(load_classifier, copy)
+
+
+def test_distances_need_the_images_of_the_run(far, tmp_path, capsys):
+    Image.new("L", (16, 16)).save(tmp_path / "one.png")
+    error = refused(capsys, exporting.main, "--run", str(far), "--distances", "--images", str(tmp_path))
+    assert "0 of the 1437 training images" in error and "--images" in error
+
+
 # ---- temperature ----------------------------------------------------------------------------------------------------
 
 

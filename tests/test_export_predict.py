@@ -13,11 +13,13 @@ import timm
 import torch
 from PIL import Image
 from runs import on_two_processes
+from sklearn.covariance import LedoitWolf
 
 from coreg.data.labels import NONE
 from coreg.errors import UserError
 from coreg.export import predict
-from coreg.export.cutoff import CutOff, calibrated
+from coreg.export.cutoff import CutOff, calibrated, calibration_line
+from coreg.export.distance import as_bytes, fit_distances, from_bytes, largest
 from coreg.export.ensemble import ensemble_logits, export
 from coreg.export.folder import load_export, write_settings
 from coreg.nets.model import create_backbone
@@ -375,3 +377,46 @@ def test_labelled_images_may_lie_elsewhere(exported, many, photos, tmp_path, cap
         image.rename(place / image.name)
     predict.main([*words, "--calibrate", str(tmp_path / "sorted")])
     assert "60 labelled images" in capsys.readouterr().out
+
+
+# ---- how far an image is from those of training ---------------------------------------------------------------------
+
+
+def test_distances_are_those_of_the_formula():
+    """Each network: root of (f - m)' P (f - m) to the nearest mean, P the precision; then the mean over the networks."""
+    rng, classes = np.random.default_rng(0), np.arange(40) % 3
+    features = [rng.normal(size=(40, d)).astype(np.float32) + classes[:, None] for d in (4, 6)]
+    new = [rng.normal(size=(5, d)).astype(np.float32) for d in (4, 6)]
+    wanted = np.zeros(5)
+    for train, some in zip(features, new):
+        means = [train[classes == c].mean(axis=0) for c in range(3)]
+        precision = LedoitWolf().fit(train - np.stack(means)[classes]).precision_
+        wanted += [min(np.sqrt((f - m) @ precision @ (f - m)) for m in means) / 2 for f in some]
+    made = fit_distances(features, classes)
+    got = made([torch.from_numpy(some) for some in new])
+    assert got.numpy() == pytest.approx(wanted, rel=1e-4)
+    again = from_bytes(as_bytes(made), 2)
+    assert torch.equal(again([torch.from_numpy(some) for some in new]), got)
+    with pytest.raises(UserError, match="do not differ within classes"):
+        fit_distances([np.ones((9, 4), np.float32)], classes[:9])
+
+
+def test_the_largest_distance_by_hand():
+    """ceil(60 x 0.95) = 57: the 57th smallest of 59; with 18 there is none."""
+    apart = np.random.default_rng(0).permutation(59).astype(np.float32)
+    assert largest(apart, 0.95) == 56 and largest(apart[:18], 0.95) == np.inf
+    probs, classes = np.full((62, 3), 1 / 3), np.r_[np.zeros(59, int), np.full(3, NONE)]
+    cut = calibrated(NAMES, probs, classes, "labels.csv", None, None, False, np.r_[apart, 1, 90, 91])
+    assert cut.farthest == 56 and cut.least is None and cut.columns == ["best", "distance"]
+    assert [cut.is_none(probs[0], d) for d in (56, 56.5)] == [False, True]
+    line = calibration_line(cut, probs, classes, "labels.csv", np.r_[apart, 1, 90, 91])
+    assert line.endswith("2 of 3 labelled 'none of these' are recognised")
+
+
+def test_an_export_without_distances_says_how_to_measure_them(exported, photos, tmp_path, capsys):
+    for word in ("auto", "3"):
+        words = ["--model", str(exported[0]), "--images", str(photos), "--output", str(tmp_path / "o.csv")]
+        with pytest.raises(SystemExit):
+            predict.main([*words, "--max_distance", word])
+        error = capsys.readouterr().err
+        assert "knows no distances; type: coreg-export --run runs/a --distances" in error and error.count("\n") == 1

@@ -15,6 +15,8 @@ and on demand programs of the whole ensemble in one file, which need neither tim
     coreg-export --run runs/a --format torch_export    writes runs/a/export/model.pt2
     coreg-export --run runs/a --labels checked.csv     fits the temperature to labelled images that training has not seen,
                                                        or the thresholds, where images have several labels
+    coreg-export --run runs/a --distances              writes runs/a/export/distances.safetensors, how far images lie from
+                                                       those of training, for `coreg-predict --max_distance`
     coreg-export --run runs/a --push_to_hub USER/NAME  uploads the folder, as a private model
 
 A program takes `images`, uint8 (n, c, H, W) for any n, and gives `logits` and `probabilities`, float32 (n, C): the mean of
@@ -44,6 +46,7 @@ from coreg.data.images import ImageList
 from coreg.data.sources import open_images, require_readable
 from coreg.errors import UserError, exits_with_one_line
 from coreg.export.calibration import fit_thresholds, fit_to_labels
+from coreg.export.distance import FILE, measure_run
 from coreg.export.folder import SCHEMA, SETTINGS, TUNED, export_folder, files_of, load_export, write_settings
 from coreg.export.programs import as_program
 from coreg.files import making_folder
@@ -175,8 +178,12 @@ class Ensemble(nn.Module):
         self.register_buffer("scale", (1 / (255 * std)).float().view(-1, 1, 1))
         self.register_buffer("shift", (-mean / std).float().view(-1, 1, 1))
 
+    def normalised(self, images: Tensor) -> Tensor:
+        """What the networks take, of pixels uint8 (n, c, H, W)."""
+        return images.float() * self.scale + self.shift
+
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        x = images.float() * self.scale + self.shift
+        x = self.normalised(images)
         logits = sum(net(x) for net in self.nets) / (len(self.nets) * self.temperature)
         return logits, logits.sigmoid() if self.several else logits.softmax(dim=1)
 
@@ -193,13 +200,17 @@ class ExportConfig:
         None, "write the ensemble as one program into the export folder"
     )
     images: str | None = option(
-        None, "images to compare the program with the networks on; default: those that the run was trained on"
+        None, "where the images of the run are now; on some of them a program is compared with the networks"
     )
     labels: str | None = option(
         None,
         "CSV file (path,label, or path,labels where images have several) of images that training has not seen: fit the "
         "temperature, or the thresholds, to them",
     )
+    distances: bool = option(
+        False, "one class an image: measure how far images lie from the class means of the training images, so that "
+        "coreg-predict --max_distance recognises images of none of the classes"
+    )  # fmt: skip
     push_to_hub: str | None = option(None, "USER/NAME: upload the export folder to the model hub, as a private model")
 
 
@@ -214,6 +225,16 @@ def example_pixels(folder: Path, images: str | None, settings: dict[str, Any]) -
     Raises:
         UserError: there are none.
     """
+    opened = images_of_run(folder, images)
+    return _decode(opened, spread_rows(len(opened)), settings)[0]
+
+
+def images_of_run(folder: Path, images: str | None) -> ImageList:
+    """The images of the run whose export `folder` is, or those in `images`.
+
+    Raises:
+        UserError: there are none.
+    """
     if images is None:
         try:
             images = json.loads((folder.parent / "report.json").read_text(encoding="utf-8"))["dataset"]
@@ -223,7 +244,7 @@ def example_pixels(folder: Path, images: str | None, settings: dict[str, Any]) -
             ) from None
     opened = open_images(images)
     require_readable(opened)
-    return _decode(opened, spread_rows(len(opened)), settings)[0]
+    return opened
 
 
 def _decode(images: ImageList, rows: np.ndarray, settings: dict[str, Any]) -> tuple[Tensor, np.ndarray]:
@@ -276,18 +297,34 @@ def make_program(
     return content, agreement(written, trained, PROGRAMS[kind])
 
 
+def distances_of(
+    nets: list[nn.Module], settings: dict[str, Any], folder: Path, images: str | None
+) -> tuple[bytes, dict[str, Any]]:
+    """The content of distances.safetensors, and what coreg.json says of it.
+
+    Raises:
+        UserError: images have several labels, or too few of the run's can be read.
+    """
+    if settings.get("thresholds") is not None:
+        raise UserError(f"{folder} gives images several labels, or none; leave out --distances")
+    ensemble = Ensemble(nets, settings).eval()
+    return measure_run(nets, ensemble.normalised, settings, images_of_run(folder, images), folder.parent)
+
+
 @exits_with_one_line
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `coreg-export`."""
     (config,) = parse(ExportConfig, argv=argv, prog="coreg-export", description=__doc__)
     if config.run is None:
         raise UserError("--run is missing; write for example: coreg-export --run runs/a --format onnx")
-    if not (config.format or config.labels or config.push_to_hub):
-        raise UserError("nothing to do; add --format onnx, --format torch_export, --labels FILE or --push_to_hub USER/NAME")
+    if not (config.format or config.labels or config.distances or config.push_to_hub):
+        raise UserError(
+            "nothing to do; add --format onnx, --format torch_export, --labels FILE, --distances or --push_to_hub USER/NAME"
+        )
     folder = export_folder(config.run)
     nets, settings = load_export(folder)
     kinds = {config.format} - {None}
-    if (config.format or config.labels) and not os.access(folder, os.W_OK):
+    if (config.format or config.labels or config.distances) and not os.access(folder, os.W_OK):
         raise UserError(f"cannot write into {folder} (permission denied); copy it to a place of your own, and export that")
     if config.labels:
         settings = calibrate(nets, settings, config.labels)
@@ -297,7 +334,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     for kind in sorted(kinds):
         programs[PROGRAMS[kind]], record = make_program(nets, settings, kind, images)
         settings = settings | {"agreement": settings.get("agreement", {}) | {kind: record}}
-    if config.labels or kinds:
+    if config.distances:
+        programs[FILE], distances = distances_of(nets, settings, folder, config.images)
+        settings = settings | {"distances": distances}
+    if config.labels or programs:
         write_settings(folder, settings, programs)
     if config.labels:
         fitted = "thresholds" if settings.get("thresholds") else f"temperature {settings['temperature']:.3f}"
@@ -306,6 +346,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         record = settings["agreement"][kind]
         within = f"logits within {record['largest_difference']:.1g} of the networks'"
         print(printable(f"{folder / PROGRAMS[kind]}: {within} on {record['images']} images"))
+    if config.distances:
+        distances = settings["distances"]
+        at = f"{distances['kept']:.0%} of {distances['chosen_on']} lie within {distances['farthest']:.4g}"
+        print(printable(f"{folder / FILE}: {at}"))
     if config.push_to_hub:
         print(printable(push_to_hub(folder, config.push_to_hub, "model", "Exported by coreg-export")))
 

@@ -52,6 +52,10 @@ _KINDS = ABOUT | {
             "head_scale": Number(0, whole=False),
         }
     ),
+    # of distances.safetensors: the distance from which on an image is of none of the classes, and how it was chosen
+    "distances": Maybe(
+        {"farthest": Number(0, whole=False), "kept": Number(0, 1, whole=False), "images": Number(), "chosen_on": str}
+    ),
     "files": Maybe(Each(str)),
     "checksum": Maybe(str),
 }

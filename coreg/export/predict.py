@@ -5,15 +5,17 @@
     coreg-predict --model model.onnx --images new/
     coreg-predict --model runs/tags/export --images new/ --threshold 0.5
     coreg-predict --model runs/a/export --images new/ --min_probability 0.6
+    coreg-predict --model runs/a/export --images new/ --max_distance auto
     coreg-predict --model runs/a/export --images new/ --min_probability auto --coverage 0.95 --calibrate checked.csv
 
 The probabilities of classes are calibrated by the temperature that the export came with; its coreg.json says what that was
-fitted to. An image can be of none of the classes (--min_probability), or be given all classes that are possible
-(--coverage). Where images have several labels, those are given whose probability reaches their threshold.
+fitted to. An image can be of none of the classes (--max_distance, --min_probability), or be given all classes that are
+possible (--coverage). Where images have several labels, those are given whose probability reaches their threshold.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,10 +30,10 @@ from coreg.data.decode import SUFFIXES, Resize, decode, read_image
 from coreg.data.images import ImageList
 from coreg.data.sources import open_images
 from coreg.errors import UserError, exits_with_one_line
-from coreg.export import cutoff, tagging
+from coreg.export import cutoff, distance, tagging
 from coreg.export.cutoff import CutOff
 from coreg.export.ensemble import Ensemble
-from coreg.export.folder import CONFIG, REMEDY, SETTINGS, TUNED, WEIGHTS, load_export
+from coreg.export.folder import CONFIG, REMEDY, SETTINGS, TUNED, WEIGHTS, export_folder, load_export
 from coreg.export.programs import open_onnx
 from coreg.files import check_writable, writing_csv
 from coreg.hub import HUB, from_hub
@@ -43,7 +45,7 @@ from coreg.records import RecordError, read_file
 SHOWN = 5
 
 # of a model of the hub: nothing that could run code is ever fetched
-HUB_FILES = (SETTINGS, *(f"net*/{name}" for name in (CONFIG, WEIGHTS, TUNED)))
+HUB_FILES = (SETTINGS, distance.FILE, *(f"net*/{name}" for name in (CONFIG, WEIGHTS, TUNED)))
 
 
 @dataclass
@@ -69,6 +71,10 @@ class PredictConfig:
         None, "one class an image: images whose best class is less probable are labelled 'none of these', a number from 0 "
         "to 1; auto: the number that keeps --coverage (95 % where it is not given) of images like those of --calibrate"
     )  # fmt: skip
+    max_distance: str | None = option(
+        None, "one class an image: images farther from those of training are labelled 'none of these', a number; auto: "
+        "that of the export (coreg-export --distances), or with --calibrate the one that keeps --coverage of such images"
+    )  # fmt: skip
     coverage: float | None = option(
         None, "one class an image: write prediction sets, of as many classes as it takes for this share of images like "
         "those of --calibrate to have their class in the set", (0.5, 0.999)
@@ -93,6 +99,9 @@ class Classifier:
     resize: Resize = "squash"  # how they become squares
     # float64 (C,) where an image has several labels: probabilities from which on it has each
     thresholds: np.ndarray | None = None
+    # how far images lie from those of training, where the export has that: uint8 images as above -> float32 (n,)
+    distances: Callable[[Tensor], Tensor] | None = None
+    farthest: float | None = None  # the distance beyond which they are of none of the classes
 
     def tags(self, probabilities: np.ndarray) -> list[list[str]]:
         """The labels of each image, the most probable first, where it has several: those that reach their threshold.
@@ -119,12 +128,29 @@ class Classifier:
         Raises:
             UserError: what the model gives are no probabilities.
         """
+        for batch, probabilities, _, failed in self.judged(images, batch_size, workers, rows):
+            yield batch, probabilities, failed
+
+    def judged(
+        self,
+        images: ImageList,
+        batch_size: int = 256,
+        workers: int = 2,
+        rows: np.ndarray | None = None,
+        far: bool = False,
+    ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, dict[int, str]]]:
+        """As `batches`, with distances float32 (n,) from the training images before the reasons; 0 without `far`.
+
+        Raises:
+            UserError: what the model gives are no probabilities.
+        """
         chosen = np.arange(len(images)) if rows is None else rows
         for start in range(0, len(chosen), batch_size):
             failed: dict[int, str] = {}
             batch = chosen[start : start + batch_size]
             pixels = decode(images, batch, self.image_size, self.channels, workers, failed, self.resize)
-            yield batch, self._probabilities(pixels), failed
+            apart = self.distances(pixels).numpy() if far and self.distances else np.zeros(len(batch), np.float32)
+            yield batch, self._probabilities(pixels), apart, failed
 
     def _probabilities(self, pixels: Tensor) -> np.ndarray:
         """Of uint8 images, checked: whatever the file holds, its answer is numbers or an error."""
@@ -169,7 +195,33 @@ def load_classifier(path: str | Path) -> Classifier:
     def run(pixels: Tensor) -> Tensor:
         return ensemble(pixels.to(device))[1].cpu()
 
-    return _classifier(settings, run)
+    measure = _distances(export_folder(path), settings, ensemble)
+    return replace(_classifier(settings, run), **measure)
+
+
+def _distances(folder: Path, settings: dict[str, Any], ensemble: Ensemble) -> dict[str, Any]:
+    """What a classifier has of distances; nothing where the export has none.
+
+    Raises:
+        UserError: distances.safetensors is damaged.
+    """
+    if settings.get("distances") is None:
+        return {}
+    file = folder / distance.FILE
+    try:
+        content = read_file(file)
+        if hashlib.sha256(content).hexdigest() != settings["files"].get(distance.FILE):
+            raise RecordError(f"it does not agree with its checksum in {SETTINGS}")
+        measure = distance.from_bytes(content, settings["nets"]).to(ensemble.scale.device)
+    except Exception as error:  # a damaged file can raise anything in safetensors
+        raise UserError(f"{file} is damaged ({first_line(error)}); type: coreg-export --run RUN --distances") from None
+
+    @torch.no_grad()
+    def run(pixels: Tensor) -> Tensor:
+        images = ensemble.normalised(pixels.to(ensemble.scale.device))
+        return measure([distance.last_features(net, images) for net in ensemble.nets]).cpu()
+
+    return {"distances": run, "farthest": settings["distances"]["farthest"]}
 
 
 def _from_onnx(path: Path) -> Classifier:
@@ -223,23 +275,38 @@ def cut_off(classifier: Classifier, images: ImageList, config: PredictConfig) ->
         UserError: the options do not go together, or too few images are labelled.
     """
     automatic, names = config.min_probability == "auto", classifier.class_names
-    least, asked = cutoff.read_least(config.min_probability), config.coverage is not None or automatic
-    if classifier.thresholds is not None and (asked or least is not None):
+    range_of = "a number from 0 to 1, or auto with --calibrate FILE"
+    least = cutoff.read_bound(config.min_probability, "min_probability", 1, range_of)
+    farthest = cutoff.read_bound(config.max_distance, "max_distance", float("inf"), "a number from 0 on, or auto")
+    far, asked = config.max_distance is not None, config.coverage is not None or automatic
+    if classifier.thresholds is not None and (asked or far or least is not None):
         raise UserError(f"{config.model} gives images several labels; --threshold says how sure each has to be")
-    if asked != (config.calibrate is not None):
-        wanted = "is missing" if asked else "needs --coverage 0.95 or --min_probability auto"
-        raise UserError(f"--calibrate {wanted}; write for example: --coverage 0.95 --calibrate checked.csv")
+    if far and classifier.distances is None:
+        raise UserError(
+            f"{config.model} knows no distances; type: coreg-export --run runs/a --distances, and give its export"
+        )
+    chosen = config.max_distance == "auto"
+    if config.calibrate is None and asked:
+        raise UserError("--calibrate is missing; write for example: --coverage 0.95 --calibrate checked.csv")
+    if config.calibrate is not None and not (asked or chosen):
+        raise UserError(
+            "--calibrate needs --coverage 0.95, --min_probability auto or --max_distance auto; write for example: "
+            "--coverage 0.95 --calibrate checked.csv"
+        )
     if config.coverage is not None:
         cutoff.check_names(names)
     if config.calibrate is None:
-        return CutOff(names, least)
+        return CutOff(names, least, farthest=classifier.farthest if chosen else farthest)
     labelled, rows, classes = cutoff.labelled_images(config.calibrate, images, names)
-    batches = list(classifier.batches(labelled, config.batch_size, config.workers, rows))
+    batches = list(classifier.judged(labelled, config.batch_size, config.workers, rows, far))
     readable = ~np.isin(rows, [row for *_, failed in batches for row in failed])
-    probs = np.concatenate([np.zeros((0, len(names)), np.float32), *(some for _, some, _ in batches)])[readable]
-    classes = classes[readable]
-    made = cutoff.calibrated(names, probs, classes, config.calibrate, least, config.coverage, automatic)
-    print(printable(cutoff.calibration_line(made, probs, classes, config.calibrate)))
+    probs = np.concatenate([np.zeros((0, len(names)), np.float32), *(some for _, some, _, _ in batches)])[readable]
+    apart = np.concatenate([np.zeros(0, np.float32), *(some for _, _, some, _ in batches)])[readable]
+    classes, source = classes[readable], config.calibrate
+    made = cutoff.calibrated(
+        names, probs, classes, source, least, config.coverage, automatic, apart if chosen else None, farthest
+    )
+    print(printable(cutoff.calibration_line(made, probs, classes, source, apart)))
     return made
 
 
@@ -253,11 +320,12 @@ def write_csv(
     with writing_csv(output, config.safe_csv) as write:
         write(["path", *heads, "error"])
         with progress_bar(total=len(images), desc="predict", unit="image") as bar:
-            for rows, probabilities, failed in classifier.batches(images, config.batch_size, config.workers):
+            far = cut.farthest is not None
+            for rows, probabilities, apart, failed in classifier.judged(images, config.batch_size, config.workers, far=far):
                 unreadable |= failed
-                for row, shares in zip(rows.tolist(), probabilities):
-                    named = [""] * len(heads) if row in failed else [*cells(shares), *cut.cells(shares)]
-                    if row not in failed and cut.is_none(shares):
+                for row, shares, distance_of in zip(rows.tolist(), probabilities, apart):
+                    named = [""] * len(heads) if row in failed else [*cells(shares), *cut.cells(shares, distance_of)]
+                    if row not in failed and cut.is_none(shares, distance_of):
                         named[0] = cut.called_none
                     write([images.paths[row], *named, failed.get(row, "")])
                 bar.update(len(rows))
@@ -270,7 +338,7 @@ def show(classifier: Classifier, images: ImageList, config: PredictConfig, cut: 
     Raises:
         UserError: it cannot be read.
     """
-    ((_, probabilities, failed),) = classifier.batches(images)
+    ((_, probabilities, apart, failed),) = classifier.judged(images, far=cut.farthest is not None)
     if failed:
         raise UserError(f"{config.images} cannot be read: {failed[0]}")
     if classifier.thresholds is not None:
@@ -279,7 +347,7 @@ def show(classifier: Classifier, images: ImageList, config: PredictConfig, cut: 
         return
     for c in best(probabilities, config.top_k)[0]:
         print(f"{probabilities[0, c]:.4f}  {printable(classifier.class_names[c])}")
-    for line in cut.lines(probabilities[0]):
+    for line in cut.lines(probabilities[0], float(apart[0])):
         print(printable(line))
 
 
