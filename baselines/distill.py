@@ -57,7 +57,7 @@ from coreg.plaintext import printable
 from coreg.process import all_or_none, main_process_decides
 from coreg.run.epoch import judge
 from coreg.run.job import open_run
-from coreg.run.results import finish_networks
+from coreg.run.networks import finish_networks
 from coreg.run.task import Task, prepare
 from coreg.run.training import build_optimizer, build_students, placed
 from coreg.views.order import ShuffledRows

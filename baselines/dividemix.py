@@ -50,7 +50,7 @@ from coreg.learn.two_nets import Divisions, Verdict, co_train_batch, partner_row
 from coreg.run.epoch import division_of, hand_over, judge, paired, warm_up
 from coreg.run.job import open_run
 from coreg.run.loop import Run
-from coreg.run.results import finish_networks
+from coreg.run.networks import finish_networks
 from coreg.run.task import Task, finite, predict, prepare
 from coreg.run.training import Training, build_optimizer, build_students
 from coreg.views.order import ShuffledRows

@@ -54,7 +54,7 @@ from coreg.learn.schedules import Step
 from coreg.run.epoch import accuracy_on_test, end_steps
 from coreg.run.job import open_run
 from coreg.run.loop import Run
-from coreg.run.results import finish_networks
+from coreg.run.networks import finish_networks
 from coreg.run.task import Task, predict, prepare
 from coreg.run.training import Training, build_optimizer, build_students, placed
 from coreg.views.order import ShuffledRows

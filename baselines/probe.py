@@ -79,7 +79,8 @@ from coreg.nets.model import Model
 from coreg.process import main_process_decides
 from coreg.run.job import open_run
 from coreg.run.loop import Run
-from coreg.run.results import finish, finish_networks, predictions
+from coreg.run.networks import finish_networks, predictions
+from coreg.run.results import finish
 from coreg.run.task import Task, pooled, prepare
 from coreg.run.training import Training, build_networks
 from coreg.run.trust import trust

@@ -432,7 +432,7 @@ def test_names_that_are_no_paths_stay():
 
 def test_the_chosen_epoch_is_exported_with_a_card_of_its_own(tmp_path, monkeypatch):
     # the last epoch loses, so that an earlier one is chosen
-    monkeypatch.setattr("coreg.run.results.consensus", lambda networks: -1.0)
+    monkeypatch.setattr("coreg.run.networks.consensus", lambda networks: -1.0)
     words = (
         "--recipe digits --refine none --epochs 4 --warmup_epochs 2 --queue_size 256 --workers 0 --report_to none --lr 0.1"
     )

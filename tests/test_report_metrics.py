@@ -19,9 +19,9 @@ from coreg.report.metrics import (
     consensus,
     covering_rate,
     division_health,
+    entropy,
     label_free_scores,
     mean_confidence,
-    mean_prediction_entropy,
     per_class_accuracy,
     prototype_health,
     wilson_interval,
@@ -134,9 +134,9 @@ def test_wilson_interval():
     assert wilson_interval(0.3, 0) == (0.0, 1.0)
 
 
-def test_mean_prediction_entropy_is_one_for_balance_and_zero_for_collapse():
-    assert mean_prediction_entropy(np.log(np.full((3, 4), 0.25))) == pytest.approx(1.0)
-    assert mean_prediction_entropy(np.log(np.array([[1.0 - 1e-12, 1e-12]] * 3))) == pytest.approx(0.0, abs=1e-9)
+def test_entropy_of_a_mean_prediction_is_one_for_balance_and_zero_for_collapse():
+    assert entropy(np.full(4, 0.25)) == pytest.approx(1.0)
+    assert entropy(np.array([1.0 - 1e-12, 1e-12])) == pytest.approx(0.0, abs=1e-9)
 
 
 def test_division_health_by_hand():

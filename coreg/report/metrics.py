@@ -119,13 +119,8 @@ def wilson_interval(share: float, n: int, z: float = 1.96) -> tuple[float, float
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def mean_prediction_entropy(log_p: np.ndarray) -> float:
-    """Entropy of the mean prediction over the rows, divided by log C: 1 is balanced, 0 is collapse to one class."""
-    return _entropy(np.exp(log_p).mean(axis=0))
-
-
-def _entropy(mean: np.ndarray) -> float:
-    """Entropy of a distribution over C classes, divided by log C."""
+def entropy(mean: np.ndarray) -> float:
+    """Entropy of a mean prediction (C,), divided by log C: 1 is balanced, 0 is collapse to one class."""
     return float(-(mean * np.log(np.maximum(mean, 1e-300))).sum() / math.log(len(mean)))
 
 
@@ -139,7 +134,7 @@ def consensus(networks: Sequence[Predicted]) -> float:
         networks: what both networks predict of the training images.
     """
     first, second = (network.classes for network in networks)
-    return float((first == second).mean() * np.mean([_entropy(network.mean) for network in networks]))
+    return float((first == second).mean() * np.mean([entropy(network.mean) for network in networks]))
 
 
 def covering_rate(predictions: np.ndarray, candidates: np.ndarray) -> float:
@@ -231,7 +226,7 @@ def division_health(
         "division/trusted": float(np.mean([d.trusted.mean() for d in divisions])),
         "division/agreement_of_nets": float((predictions[0] == predictions[1]).mean()),
         "division/agreement_with_annotator": float(np.mean([(p == annotator).mean() for p in predictions])),
-        "division/entropy_of_mean_prediction": float(np.mean([_entropy(network.mean) for network in networks])),
+        "division/entropy_of_mean_prediction": float(np.mean([entropy(network.mean) for network in networks])),
         "division/rarest_pseudo_label": float(counts.min()),
     }
     if len(class_names) <= MOST_CURVES:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -16,7 +15,7 @@ from coreg.files import write_atomically
 from coreg.label.page import LABEL_NEXT, PAGE, LabelPage, write_label_page
 from coreg.report import page_charts, page_classes
 from coreg.report.estimate import estimate_lines
-from coreg.report.metrics import METRICS, accuracy, mean_prediction_entropy, wilson_interval, written
+from coreg.report.metrics import METRICS, accuracy, entropy, wilson_interval, written
 from coreg.report.page_charts import COLOURS, Interval, Line, interval_chart, line_chart, mixture_chart
 from coreg.report.page_images import (
     SHOWN,
@@ -26,12 +25,9 @@ from coreg.report.page_images import (
     unsure_gallery,
     unsure_rows,
 )
-from coreg.report.page_record import RunRecord, Split
+from coreg.report.page_record import Record, RunRecord, Split
 from coreg.report.trust import trust_lines
 from coreg.webpage import document, percent, table, text
-
-if TYPE_CHECKING:
-    from coreg.report.tag_record import TagRecord
 
 STYLE = """
 .kicker{color:var(--muted);margin:0}
@@ -147,10 +143,8 @@ def _health(record: RunRecord) -> str:
     report, train = record.report, record.train
     named = [logits.argmax(axis=1) for logits in train.networks.values()]
     counts = np.bincount(train.predicted, minlength=len(record.class_names))
-    entropy = mean_prediction_entropy(np.log(np.maximum(train.opinion.astype(np.float64), 1e-300)))
-    facts = {
-        "labels as the annotator gave them": percent((train.predicted == train.annotator).mean()),
-    }
+    balance = entropy(train.opinion.astype(np.float64).mean(axis=0))
+    facts = {"labels as the annotator gave them": percent((train.predicted == train.annotator).mean())}
     if len(named) > 1:
         facts["images on which both networks agree"] = percent((named[0] == named[1]).mean())
     if record.weights:
@@ -167,17 +161,17 @@ def _health(record: RunRecord) -> str:
     if "needs_review" in report:
         facts["labels worth a look (labels.csv)"] = f"{report['needs_review']:,}"
     facts["classes that are named at all"] = f"{int((counts > 0).sum())} of {len(counts)}"
-    facts["balance of the classes (1 is even)"] = f"{entropy:.2f}"
+    facts["balance of the classes (1 is even)"] = f"{balance:.2f}"
     tiles = "".join(f"<div><dt>{text(name)}</dt><dd>{text(value)}</dd></div>" for name, value in facts.items())
     return f'<h2>Health, without any label</h2><p>Of the training images:</p><dl class="tiles">{tiles}</dl>'
 
 
-def series(record: RunRecord | TagRecord, name: str) -> np.ndarray:
+def series(record: Record, name: str) -> np.ndarray:
     """(E,) values of a curve, NaN in epochs without one."""
     return np.array([curves.get(name, math.nan) for curves in record.curves], dtype=np.float64)
 
 
-def parts_of_loss(record: RunRecord | TagRecord) -> list[Line]:
+def parts_of_loss(record: Record) -> list[Line]:
     """Parts of the loss, mean over the networks."""
     names: dict[str, list[str]] = {}
     for key in dict.fromkeys(key for curves in record.curves for key in curves):
@@ -278,7 +272,7 @@ def _unsure(record: RunRecord, asked: LabelPage) -> str:
     ) + unsure_gallery(record, unsure_rows(record)[:SHOWN])
 
 
-def colophon(record: RunRecord | TagRecord) -> str:
+def colophon(record: Record) -> str:
     """How the run was made: command, times, versions, settings."""
     report = record.report
     measured = {

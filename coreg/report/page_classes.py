@@ -89,7 +89,9 @@ def _table(record: RunRecord) -> str:
     trusted = np.bincount(train.annotator, weights=trusted, minlength=len(names)) / np.maximum(before, 1)
     head = ["class"]
     if record.judged:
-        recall = _recalls(record.judged[1], len(names))
+        split = record.judged[1]
+        right, own = (per_class_accuracy(p, split.labels, len(names)) for p in (split.annotator, split.predicted))
+        images = np.bincount(split.labels[split.labels >= 0], minlength=len(names))
         head += [f"{record.judged[0]} images", "annotator right", f"{text(record.method)} right", "from → to"]
     head += ["annotator’s images", f"{text(record.method)}’s images", "sure, mean"]
     head += ["trusted"] if record.weights else []
@@ -97,8 +99,7 @@ def _table(record: RunRecord) -> str:
     for c, name in enumerate(names):
         row = [text(name)]
         if record.judged:
-            first, last, n = recall[c]
-            row += [f"{n:,}", percent(first, 0), percent(last, 0), track(first, last)]
+            row += [f"{images[c]:,}", percent(right[c], 0), percent(own[c], 0), track(right[c], own[c])]
         row += [f"{before[c]:,}", f"{after[c]:,}", percent(sure[c] if after[c] else None, 0)]
         row += [percent(trusted[c] if before[c] else None, 0)] if record.weights else []
         rows.append(row)
@@ -106,12 +107,6 @@ def _table(record: RunRecord) -> str:
     if len(names) > LONG:
         return f"<details><summary>All {len(names)} classes</summary>{shown}</details>"
     return f"<h3>Each class</h3>{shown}"
-
-
-def _recalls(split: Split, n_classes: int) -> list[tuple[float | None, float | None, int]]:
-    """For each class the share of its images that annotator and method get right, and their number."""
-    first, last = (per_class_accuracy(p, split.labels, n_classes) for p in (split.annotator, split.predicted))
-    return [(first[c], last[c], int((split.labels == c).sum())) for c in range(n_classes)]
 
 
 def track(before: float | None, after: float | None) -> str:

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import shlex
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from coreg.data.labels import NONE_OF_THESE
 from coreg.label.page import Asked, LabelPage, photo
-from coreg.report.page_record import RunRecord
+from coreg.report.page_record import Record, RunRecord
 from coreg.webpage import percent, picture, picture_of, text
-
-if TYPE_CHECKING:
-    from coreg.report.tag_record import TagRecord
 
 SHOWN = 24  # pictures of a gallery
 ASKED = 100  # images that a person is asked about
@@ -103,7 +100,9 @@ def changed_gallery(record: RunRecord, rows: np.ndarray) -> str:
         if record.weights:
             lines.append("trust " + ", ".join(f"{weight[row]:.2f}" for weight in record.weights))
         if train.labels[row] >= 0:
-            lines.append(_verdict(names, int(train.labels[row]), int(predicted[row])))
+            right = train.labels[row] == predicted[row]
+            wrong = f'<span class="wrong">✗ is {text(names[train.labels[row]])}</span>'
+            lines.append('<span class="right">✓ right</span>' if right else wrong)
         captions.append("<br>".join(lines))
     alts = [f"{record.paths[row]}: {names[train.annotator[row]]} became {names[predicted[row]]}" for row in rows]
     return gallery(record, rows, captions, alts)
@@ -121,13 +120,7 @@ def unsure_gallery(record: RunRecord, rows: np.ndarray) -> str:
     return gallery(record, rows, captions, alts)
 
 
-def _verdict(names: list[str], label: int, predicted: int) -> str:
-    if label == predicted:
-        return '<span class="right">✓ right</span>'
-    return f'<span class="wrong">✗ is {text(names[label])}</span>'
-
-
-def gallery(record: RunRecord | TagRecord, rows: np.ndarray, captions: list[str], alts: list[str]) -> str:
+def gallery(record: Record, rows: np.ndarray, captions: list[str], alts: list[str]) -> str:
     """Pictures of training images `rows` (n,), each with a caption, HTML, and what stands for it as text."""
     figures = [
         f"<figure>{picture(picture_of(pixels), alt)}<figcaption>{caption}</figcaption></figure>"

@@ -50,10 +50,10 @@ class Split:
 
 
 @dataclass
-class RunRecord:
-    """A finished run. Row i of everything about training images is the same image."""
+class Record:
+    """A finished run of any kind. Row i of everything about training images is the same image."""
 
-    report: dict[str, Any]  # as `build_report` gives it
+    report: dict[str, Any]
     settings: dict[str, Any]  # every option by name
     curves: list[dict[str, float]]  # one mapping of scalars an epoch
     folder: str  # the run folder, as a person would type it
@@ -61,6 +61,17 @@ class RunRecord:
     class_names: list[str]
     paths: list[str]  # of the N training images
     pixels: Callable[[np.ndarray], np.ndarray]  # rows (n,) -> their images, uint8 (n, c, H, W)
+
+    @property
+    def method(self) -> str:
+        """The name of the method."""
+        return str(self.report["method"])
+
+
+@dataclass
+class RunRecord(Record):
+    """A finished run of which an image has one label; its report is as `build_report` gives it."""
+
     train: Split
     test: Split | None  # None where there are no test images
     known: np.ndarray  # int64 (N,), classes that a person gave, `NONE` for none of them, -1 elsewhere
@@ -71,11 +82,6 @@ class RunRecord:
     weights: list[np.ndarray] = field(default_factory=list)
     # (N,) what each mixture was fitted to, NaN for images left out; none likewise
     losses: list[np.ndarray] = field(default_factory=list)
-
-    @property
-    def method(self) -> str:
-        """The name of the method."""
-        return str(self.report["method"])
 
     @property
     def judged(self) -> tuple[str, Split] | None:

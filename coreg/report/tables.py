@@ -87,9 +87,12 @@ class Run:
     report: dict[str, Any]
     settings: dict[str, str] = field(default_factory=dict)  # as short texts
 
-    def judged(self, split: str) -> dict[str, Any] | None:
-        """Accuracy `ensemble` and its `interval` on a split, None where no label is known."""
-        return (self.report.get("accuracy") or {}).get(split)
+    def value(self, *place: str) -> Any:
+        """What the report says at a place, such as `accuracy`, `test`, `ensemble`; None where it says nothing."""
+        found: Any = self.report
+        for name in place:
+            found = found.get(name) if isinstance(found, dict) else None
+        return found
 
 
 @dataclass
@@ -100,42 +103,41 @@ class Row:
     special: str  # what sets it apart from other rows of the method, in words
     runs: list[Run]
 
+    def values(self, *place: str) -> list[Any]:
+        """What the runs say at a place, of all that say something (see `Run.value`)."""
+        return [value for run in self.runs if (value := run.value(*place)) is not None]
+
+    def mean(self, *place: str) -> float | None:
+        """Mean of a number over the runs that have it."""
+        values = self.values(*place)
+        return statistics.fmean(values) if values else None
+
     def shares(self, split: str) -> list[float]:
         """Accuracies of all runs where they are known."""
-        return [judged["ensemble"] for run in self.runs if (judged := run.judged(split))]
+        return self.values("accuracy", split, "ensemble")
 
     def interval(self, split: str) -> tuple[float, float]:
         """95 % interval of the first run whose accuracy is known; there has to be one."""
-        low, high = next(judged for run in self.runs if (judged := run.judged(split)))["interval"]
+        low, high = self.values("accuracy", split, "interval")[0]
         return low, high
-
-    def mean(self, name: str) -> float | None:
-        """Mean of a number over the runs that have it."""
-        values = [run.report[name] for run in self.runs if run.report.get(name) is not None]
-        return statistics.fmean(values) if values else None
 
     def without_labels(self, name: str) -> float | None:
         """Mean over the runs of a score that needs no labels, on the training images."""
-        scores = [(run.report.get("label_free") or {}).get(name) for run in self.runs]
-        values = [score.get(TRAIN) if isinstance(score, dict) else score for score in scores]
-        known = [value for value in values if value is not None]
-        return statistics.fmean(known) if known else None
+        scores = self.values("label_free", name)
+        return self.mean("label_free", name, *((TRAIN,) if any(isinstance(score, dict) for score in scores) else ()))
 
     def metric(self, name: str) -> float | None:
         """Mean over the runs of one of `METRICS`, on the test images."""
-        values = [((run.report.get("metrics") or {}).get(TEST) or {}).get(name) for run in self.runs]
-        known = [value for value in values if value is not None]
-        return statistics.fmean(known) if known else None
+        return self.mean("metrics", TEST, name)
 
     @property
     def several(self) -> bool:
         """Whether an image has several labels."""
-        return self.runs[0].report.get("tags") is not None
+        return self.runs[0].value("tags") is not None
 
     def tags(self, split: str, name: str) -> list[float]:
         """A measure of several labels an image, of all runs that have it on a split."""
-        values = [((run.report.get("tags") or {}).get(split) or {}).get(name) for run in self.runs]
-        return [value for value in values if value is not None]
+        return self.values("tags", split, name)
 
     @property
     def epochs(self) -> str | None:
@@ -247,10 +249,8 @@ def special_settings(variants: Sequence[dict[str, str]]) -> list[str]:
 def spread(row: Row, split: str) -> str:
     """Mean and standard deviation (n - 1) over seeds in percent, or one run with its 95 % interval."""
     shares = row.shares(split)
-    if not shares:
-        return "–"
-    if len(shares) > 1:
-        return f"{100 * statistics.fmean(shares):.1f} ± {100 * statistics.stdev(shares):.1f}"
+    if len(shares) != 1:
+        return over_seeds(shares)
     low, high = row.interval(split)
     return f"{100 * shares[0]:.1f} ({100 * low:.1f}–{100 * high:.1f})"
 
@@ -307,12 +307,11 @@ def readings(tables: Sequence[Table]) -> list[str]:
 def _lines(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(head, *body)]
     ruler = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    return [_line(row, widths) for row in (head, ruler, *body)]
-
-
-def _line(row: Sequence[str], widths: Sequence[int]) -> str:
-    name, *numbers = row
-    return "| " + " | ".join([name.ljust(widths[0]), *(n.rjust(width) for n, width in zip(numbers, widths[1:]))]) + " |"
+    lines = []
+    for name, *numbers in (head, ruler, *body):
+        cells = [name.ljust(widths[0]), *(number.rjust(width) for number, width in zip(numbers, widths[1:]))]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
 
 
 def _plain(value: str) -> str:
@@ -338,7 +337,7 @@ def as_csv(tables: Sequence[Table]) -> str:
             numbers += map(row.without_labels, WITHOUT_LABELS)
             numbers += [row.runs[0].report["labels_used"], row.epochs, *(row.mean(name) for name in names)]
             numbers += map(row.metric, METRICS)
-            numbers += [statistics.fmean(values) if (values := row.tags(*column)) else None for column in tags]
+            numbers += [row.mean("tags", *column) for column in tags]
             write([*map(printable, words), *numbers])
     return file.getvalue()
 

@@ -134,20 +134,17 @@ def _curves(record: TagRecord) -> str:
     before = record.report["tags"].get("test", {}).get("annotator")
     if before is not None and np.isfinite(judged[0].values).any():
         judged.append(Line("annotator, test", np.full(len(record.curves), before), "muted", "dashed"))
-    own = dict.fromkeys(name for curves in record.curves for name in curves if name.startswith("method/"))
+    own = (name for curves in record.curves for name in curves if name.startswith("method/"))
     parts = parts_of_loss(record)
+    titles = {name: name.removeprefix("method/").replace("_", " ").capitalize() for name in own}
     charts = [
         line_chart("mAP", judged, True),
         line_chart("Loss", [Line("of the network", series(record, "loss/net1/total"), "b")], False),
         line_chart("Parts of the loss", parts, False) if len(parts) > 1 else "",
-        *(line_chart(_titled(name), [Line("all images", series(record, name), "d")], False) for name in own),
+        *(line_chart(title, [Line("all images", series(record, name), "d")], False) for name, title in titles.items()),
         line_chart("Learning rate", [Line("lr", series(record, "lr"), "a")], False),
     ]
     return '<h2>How training went</h2><div class="charts">' + "\n".join(charts) + "</div>"
-
-
-def _titled(curve: str) -> str:
-    return curve.removeprefix("method/").replace("_", " ").capitalize()
 
 
 def _labels(record: TagRecord) -> str:

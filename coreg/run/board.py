@@ -153,16 +153,15 @@ def show_features(
         pictures.append(F.interpolate(_pictures(views, data), size=SPRITE, mode="area"))
     writer.add_embedding(
         torch.cat(features),
-        metadata=[[_one_line(called(row)) for called in labels.values()] for row in rows.tolist()],
+        metadata=[
+            [" ".join(called(row).encode("utf-8", "replace").decode().split()) for called in labels.values()]
+            for row in rows.tolist()
+        ],
         metadata_header=list(labels),
         label_img=torch.cat(pictures),
         global_step=epoch,
         tag="features",
     )
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.encode("utf-8", "replace").decode().split())
 
 
 @writing_curves()

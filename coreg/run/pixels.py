@@ -50,7 +50,8 @@ def training_images(run: Run, *splits: np.ndarray) -> list[TrainingImages]:
     job, options, device = run.job, run.image_options, run.accelerator.device
     images = run.store.images()
     source = Source(images, options.image_size, options.channels, options.resize, job.workers)
-    root = pixel_folder(run, source)
+    place = Path(job.pixels_dir) if job.pixels_dir else run.annotated.root / "pixels"
+    root = place / folder_name(source.manifest())
     rows = np.concatenate(splits)
     home = choose_home(run, source, root, len(rows))
     if home == "disk":
@@ -122,12 +123,6 @@ class Source:
     def decoded(self, rows: np.ndarray, failed: dict[int, str]) -> np.ndarray:
         """uint8 (n, c, H, W) of rows int64 (n,); `failed` takes the reasons of those that cannot be read."""
         return decode(self.images, rows, self.size, self.channels, self.workers, failed, self.resize).numpy()
-
-
-def pixel_folder(run: Run, source: Source) -> Path:
-    """Where these images lie on the disk, or would: in `--pixels_dir`, or in the store that was annotated."""
-    place = Path(run.job.pixels_dir) if run.job.pixels_dir else run.annotated.root / "pixels"
-    return place / folder_name(source.manifest())
 
 
 # ---- which of them --------------------------------------------------------------------------------------------------

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import json
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -36,8 +34,9 @@ from coreg.report.tag_page import page
 from coreg.report.tag_record import TagRecord
 from coreg.report.tags import measured_splits, tag_page, write_tags, write_thresholds
 from coreg.run.board import show_features, show_numbers
+from coreg.run.networks import write_networks
 from coreg.run.pixels import photos, training_images
-from coreg.run.results import write_networks
+from coreg.run.results import how_it_ran
 from coreg.run.task import predict, training_rows
 from coreg.run.training import Training
 from coreg.settings import TagJob
@@ -251,12 +250,7 @@ def _report(run: Run, task: TagTask, training: Training, measured: dict[str, dic
         "per_class_split": next((split for split in ("test", "validation") if split in measured), "train"),
         "needs_review": 0,
         **on_the_hub(run.image_options.backbone, run.image_options.pretrained),
-        "last_epoch": training.curves[-1],
-        "images_per_second": training.images_seen / training.seconds,
-        "training_seconds": training.seconds,
-        "wall_seconds": time.perf_counter() - run.started,
-        "processes": run.accelerator.num_processes,
-        "command": run.command,
+        **how_it_ran(run, training),
         "peak_memory_mb": peak_memory_mb(),
         "hardware": hardware(),
         "versions": versions(),
@@ -267,8 +261,8 @@ def _labels(record: TagRecord) -> dict[str, Callable[[int], str]]:
     """Row of a training image -> its labels in words, by who gives them."""
     tables = {"labels": record.predicted, "annotator": record.suggested, "truth": record.truth["train"] > 0}
     there = {who: table for who, table in tables.items() if table is not None and (who != "truth" or table.any())}
-    return {who: functools.partial(_called, record.class_names, table) for who, table in there.items()}
 
+    def named(table: np.ndarray) -> Callable[[int], str]:
+        return lambda row: BETWEEN.join(record.class_names[c] for c in np.flatnonzero(table[row])) or "none"
 
-def _called(names: Sequence[str], table: np.ndarray, row: int) -> str:
-    return BETWEEN.join(names[c] for c in np.flatnonzero(table[row])) or "none"
+    return {who: named(table) for who, table in there.items()}

@@ -17,7 +17,6 @@ from coreg.errors import UserError
 from coreg.files import write_atomically
 from coreg.plaintext import one_line
 from coreg.records import Number, RecordError, check_record, parse_record
-from coreg.store.manifest import tile_count
 
 HEAD = {"job": str, "index": Number(0), "errors": dict, "sha256": str}
 REMEDY = "what is written is kept: free some space and run the same command again"
@@ -131,7 +130,8 @@ def check_evidence(tensors: dict[str, np.ndarray], errors: dict[int, str], rows:
     lengths = {"votes": templates, "probs": classes} if templates else {"candidates": classes}
     shapes = {name: (len(rows), length) for name, length in lengths.items()}
     shapes |= {"features": (len(rows), features)} if features else {}
-    shapes |= {"tiles": (len(rows), tile_count(manifest), features)} if features and manifest.get("tiles") else {}
+    if features and manifest.get("tiles"):  # each of g x g parts for every side g
+        shapes["tiles"] = (len(rows), sum(side**2 for side in manifest["tiles"]), features)
     if set(tensors) - {"answers"} != set(shapes):
         raise BadEvidenceError(f"it holds {', '.join(sorted(tensors))}, expected {', '.join(sorted(shapes))}")
     for name, shape in shapes.items():

@@ -177,11 +177,6 @@ def moved(manifest: dict[str, Any], spec: str, data_root: str) -> dict[str, Any]
     return manifest | {"images": manifest["images"] | {"spec": spec}}
 
 
-def tile_count(manifest: dict[str, Any]) -> int:
-    """How many parts of every image have features of their own: g x g for every side g in `tiles`."""
-    return sum(side**2 for side in manifest.get("tiles") or [])
-
-
 def block_files(root: Path, manifest: dict[str, Any]) -> list[Path]:
     """The files of all blocks in order, whether they are there or not."""
     count = -(-manifest["images"]["count"] // manifest["block_size"])
