@@ -59,7 +59,7 @@ import coreg
 from coreg.annotate import tag_health
 from coreg.annotate.annotators import SAME, Annotator, ClipAnnotator, load_annotator
 from coreg.annotate.chat import CHAT_TEMPLATES
-from coreg.annotate.exported import RUN_TEMPLATES, run_class_names
+from coreg.annotate.exported import RUN_TEMPLATES
 from coreg.annotate.health import REPORTS, notes_of, write_report
 from coreg.annotate.models import PRECISIONS, ModelSpec, resolve
 from coreg.annotate.prompts import TEMPLATES, read_descriptions, read_templates
@@ -74,6 +74,7 @@ from coreg.data.images import ImageList, absolute_path, list_hash, translated
 from coreg.data.sources import BUILT_IN, open_images, require_readable
 from coreg.data.tags import translated_tags
 from coreg.demo.annotator import demo_templates
+from coreg.export.folder import read_settings as read_export
 from coreg.plaintext import printable
 from coreg.process import build_accelerator, main_process_decides
 from coreg.store.store import AnnotationStore, StoreWriter, continued, make_manifest
@@ -247,7 +248,7 @@ def classes_of_run(config: AnnotateConfig, model: ModelSpec, asked: list[str] | 
     Raises:
         UserError: others are asked for, or templates, or another precision than theirs.
     """
-    names = run_class_names(model.name)
+    names = read_export(Path(model.name))["class_names"]
     if asked is not None and asked != names:
         raise UserError(f"{config.classes} has other classes than {model.spec}, or in another order; leave out --classes")
     if config.templates:

@@ -11,10 +11,11 @@ from runs import refused
 from test_annotate_annotators import save_tiny_clip
 
 import annotate_vlm
-from coreg.annotate.tools import ExportConfig, export
+from coreg.annotate.export import ExportConfig, export
 from coreg.errors import UserError, exits_with_one_line
 from coreg.plaintext import csv_rows, printable, without_credentials
 from coreg.report.report import summary, write_labels
+from coreg.settings import Place
 
 ESCAPE = "\x1b]0;owned\x07\x1b[2J"
 FORMULA = '=HYPERLINK("http://example.org")'
@@ -92,7 +93,7 @@ def test_annotating_prints_no_escapes_and_writes_no_formulas(place, tmp_path, ca
     assert "\x1b" not in printed.out and "ann\\x1b[1m" in printed.out
     with (tmp_path / "ann\x1b[1m" / "errors.csv").open(newline="") as file:
         assert [row["path"] for row in csv.DictReader(file)] == ["'=1+1.png"]
-    export(str(tmp_path / "ann\x1b[1m"), ExportConfig(str(tmp_path / "all.csv"), safe_csv=True))
+    export(str(tmp_path / "ann\x1b[1m"), ExportConfig(str(tmp_path / "all.csv"), safe_csv=True), Place())
     with (tmp_path / "all.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert {row["label"] for row in rows} == {"'=cat", "dog"} and rows[0]["path"].startswith("'=")

@@ -244,20 +244,11 @@ class ClipAnnotator(TextSide):
             )
         super().__init__(text, len(class_names), self.towers.scale, self.towers.bias, temperature)
         self.class_names = class_names
-        self.notes = self._compare(templates, class_names, descriptions, model.spec)
-
-    def _compare(
-        self,
-        templates: Sequence[str],
-        class_names: Sequence[str],
-        descriptions: Mapping[str, Sequence[str]] | None,
-        model: str,
-    ) -> list[str]:
         cut = self._cut(prompts(templates, class_names)).view(self.shape).any(dim=0)
         if descriptions is not None:
             texts, classes = description_texts(class_names, descriptions)
             cut[classes[self._cut(texts)]] = True
-        return compare_texts(self.text, cut, templates, class_names, model, SAME[self.dtype])
+        self.notes = compare_texts(self.text, cut, templates, class_names, model.spec, SAME[self.dtype])
 
     def _cut(self, texts: list[str]) -> torch.Tensor:
         """bool (m,): the texts that are longer than what the model reads."""

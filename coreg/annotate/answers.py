@@ -31,9 +31,8 @@ class AnswerParser:
         self.exact: dict[str, int] = {}
         for index, name in enumerate(class_names):
             key = plain(name)
-            self.exact[key] = (
-                ABSTAIN if key in self.exact else index
-            )  # no answer names one of two that are plainly the same
+            # no answer names one of two that are plainly the same
+            self.exact[key] = ABSTAIN if key in self.exact else index
         self.exact.pop("", None)
         words = sorted(self.exact, key=len, reverse=True)
         self.inside = re.compile("|".join(map(_as_words, words))) if words else None

@@ -15,8 +15,6 @@ BALANCE = {
     "estimated": "as large as they are estimated",
     "none": "left as they come out",  # of stores that an older version refined
 }
-
-
 SHOWN = 3  # classes of which it is shown how much oftener, or more seldom, they are named
 
 

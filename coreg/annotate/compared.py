@@ -10,7 +10,7 @@ import numpy as np
 from coreg.data.images import TEST, TRAIN
 from coreg.errors import UserError
 from coreg.report.metrics import wilson_interval
-from coreg.store.merge import same_images
+from coreg.store.merge import images_of
 from coreg.store.store import AnnotationStore
 from coreg.weak.annotators import estimated_accuracies
 from coreg.weak.rules import candidate_sets, mean_candidates
@@ -58,7 +58,7 @@ def compare(stores: Sequence[AnnotationStore]) -> Comparison:
         raise UserError("compare needs two stores of the same images or more: python -m coreg.annotate compare ann1 ann2")
     for store in stores:
         store.need_annotator()
-        if not same_images(store, stores[0]) or store.class_names != stores[0].class_names:
+        if images_of(store) != images_of(stores[0]) or store.class_names != stores[0].class_names:
             raise UserError(
                 f"{store.root} has other images or class names than {stores[0].root}; compare stores of the same"
             )
@@ -125,16 +125,8 @@ def _rows(made: Comparison) -> list[list[str]]:
             right = f"{share:.1%} ({low:.1%} to {high:.1%})"
         estimated = None if made.estimated is None else float(made.estimated[number])
         never = ", ".join(made.never[number][:5]) + (" …" if len(made.never[number]) > 5 else "")
-        rows.append(
-            [
-                name,
-                percent(estimated, 0),
-                right,
-                percent(made.sure[number]),
-                f"{made.candidates[number]:.2f}",
-                never or "none",
-            ]
-        )
+        shares = [percent(estimated, 0), right, percent(made.sure[number])]
+        rows.append([name, *shares, f"{made.candidates[number]:.2f}", never or "none"])
     return rows
 
 
@@ -155,9 +147,8 @@ def as_lines(made: Comparison) -> str:
     lines = []
     for heads, rows in blocks:
         widths = [max(len(row[place]) for row in [heads, *rows]) for place in range(len(heads))]
-        lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in [heads, *rows]] + [
-            ""
-        ]
+        lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in [heads, *rows]]
+        lines.append("")
     return "\n".join([*lines, *_notes(made), recommendation(made)])
 
 

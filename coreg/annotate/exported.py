@@ -42,15 +42,6 @@ def resolve_run(path: str) -> tuple[Path, str]:
     return folder, f"sha256 {hash_of([files, {name: settings.get(name) for name in JUDGES_BY}])}"
 
 
-def run_class_names(folder: str) -> list[str]:
-    """What the classes of an export are called.
-
-    Raises:
-        UserError: it is damaged.
-    """
-    return read_settings(Path(folder))["class_names"]
-
-
 @dataclass
 class _Pixels:
     """An image as the networks were trained on it, uint8 (c, H, W)."""

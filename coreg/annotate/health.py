@@ -22,6 +22,7 @@ from coreg.files import write_atomically
 from coreg.store.store import AnnotationStore
 from coreg.weak.labels import next_command
 from coreg.weak.rules import candidates_of, vote_counts
+from coreg.webpage import percent
 
 FEW_IMAGES = 50  # per class; below this a prototype and a class's share of a batch are mostly noise (rule of thumb)
 NEARLY_ALWAYS = 0.95
@@ -66,9 +67,13 @@ def examine(store: AnnotationStore) -> Health:
         rows, votes, probs = rows[readable], tensors["votes"][readable], tensors["probs"][readable].astype(np.float32)
         candidates = candidates_of(votes, probs)
         counts = vote_counts(votes, classes)
-        voted = (votes >= 0).any(axis=1)
+        spoken = votes >= 0
+        voted = spoken.any(axis=1)
         winners = (counts + 0.5 * probs)[voted].argmax(axis=1)
-        tables = _compared(votes) | {
+        tables = {
+            # (T, T), images on which two templates both vote, and on which they vote the same
+            "both": spoken.T.astype(np.float64) @ spoken,
+            "same": np.stack([((votes == votes[:, [t]]) & spoken).sum(axis=0) for t in range(templates)]),
             "sizes": np.bincount(candidates.sum(axis=1), minlength=classes + 1),
             "top": counts.max(axis=1, initial=0).sum(),
             "voted": voted.sum(),
@@ -131,13 +136,6 @@ def notes_of(manifest: dict[str, Any]) -> list[str]:
     """The image list's notes from when it was annotated; stores of earlier versions have none."""
     notes = manifest.get("notes")
     return [note for note in notes if isinstance(note, str)] if isinstance(notes, list) else []
-
-
-def _compared(votes: np.ndarray) -> dict[str, np.ndarray]:
-    """(T, T) numbers of images on which two templates both vote, and on which they vote the same."""
-    spoken = (votes >= 0).astype(np.float64)
-    same = np.stack([((votes == votes[:, [t]]) & (votes >= 0)).sum(axis=0) for t in range(votes.shape[1])])
-    return {"both": spoken.T @ spoken, "same": same}
 
 
 def _judged(
@@ -245,7 +243,10 @@ def as_text(store: AnnotationStore, health: Health) -> str:
         lines.append(line)
     if health.confused:
         lines += ["", "confused pairs: images with both among their candidates, share of those of the rarer class"]
-        lines += [f"{pair.images:8d}  {pair.share:6.1%}  {in_words(store, pair)}" for pair in health.confused[:SHOWN_PAIRS]]
+        known = {None: "", True: ": names read nearly alike", False: ": names apart, images look alike"}
+        for pair in health.confused[:SHOWN_PAIRS]:
+            names = " and ".join(store.class_names[c] for c in pair.classes)
+            lines.append(f"{pair.images:8d}  {pair.share:6.1%}  {names}{known[pair.alike]}")
         more = len(health.confused) - SHOWN_PAIRS
         lines += [f"          and {more} more"] if more > 0 else []
         lines += more_words(store, health.confused)
@@ -255,20 +256,9 @@ def as_text(store: AnnotationStore, health: Health) -> str:
     return "\n".join(lines) + "\n"
 
 
-def in_words(store: AnnotationStore, pair: Pair) -> str:
-    """Both classes, and whether their texts are alike where that is known."""
-    known = {None: "", True: ": names read nearly alike", False: ": names apart, images look alike"}
-    return " and ".join(store.class_names[c] for c in pair.classes) + known[pair.alike]
-
-
 def bar(share: float) -> str:
     """A share in [0, 1] as a bar of up to 40 signs."""
     return "#" * round(40 * share)
-
-
-def percent(share: float) -> str:
-    """A share as a percentage, "-" where it is not known."""
-    return f"{share:.1%}" if np.isfinite(share) else "-"
 
 
 def write_report(store: AnnotationStore, images: ImageList | None) -> Health:

@@ -31,6 +31,8 @@ def page(store: AnnotationStore, health: Health, images: ImageList | None, comma
     """
     manifest = store.manifest
     verdicts = "".join(f'<p class="bad">{text(line)}</p>' for line in health.verdicts)
+    total = max(1, int(health.sizes.sum()))
+    sizes = [(str(k), str(n), bar(n / total)) for k, n in enumerate(health.sizes) if n]
     parts = [
         f"<h1>Annotation health: {text(store.root)}</h1>",
         f"<p>{len(store)} images, {len(store.class_names)} classes, {len(store.templates)} templates, "
@@ -40,7 +42,7 @@ def page(store: AnnotationStore, health: Health, images: ImageList | None, comma
         verdicts or '<p class="good">Nothing looks wrong.</p>',
         f"<p>Next: <code>{text(command)}</code></p>",
         "<h2>How many candidates an image has</h2>",
-        _sizes(health),
+        table(("candidates", "images", ""), sizes),
         "<h2>Classes</h2>",
         _classes(store, health),
         "<h2>Confused pairs</h2>",
@@ -55,12 +57,6 @@ def page(store: AnnotationStore, health: Health, images: ImageList | None, comma
         *_copies(store, health),
     ]
     return document("Annotation health", *parts)
-
-
-def _sizes(health: Health) -> str:
-    total = max(1, int(health.sizes.sum()))
-    rows = [(str(k), str(n), bar(n / total)) for k, n in enumerate(health.sizes) if n]
-    return table(("candidates", "images", ""), rows)
 
 
 def _classes(store: AnnotationStore, health: Health) -> str:
@@ -117,11 +113,12 @@ def _gallery(store: AnnotationStore, health: Health, images: ImageList | None) -
         order = np.argsort(-counts, kind="stable")[:3]
         named_most = ", ".join(f"{store.class_names[named[k]]} {counts[k]}" for k in order) or "no vote"
         caption = f"<figcaption>{text(store.paths[row])}<br>{text(named_most)}</figcaption>"
-        shown.append(f"<figure>{_picture(images, row)}{caption}</figure>")
+        shown.append(f"<figure>{picture_in(images, row)}{caption}</figure>")
     return shown or ["<p>None.</p>"]
 
 
-def _picture(images: ImageList | None, row: int) -> str:
+def picture_in(images: ImageList | None, row: int) -> str:
+    """A picture of an image, nothing where there are no images or it cannot be read."""
     if images is None:
         return ""
     try:

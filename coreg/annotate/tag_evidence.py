@@ -28,11 +28,7 @@ def label_evidence(store: AnnotationStore, kind: Kind, temperature: float) -> np
     Raises:
         UserError: there are no features, or no tiles where they are needed, or the annotator has no text side any more.
     """
-    annotated = store.unrefined()
-    if annotated is None:
-        raise UserError(
-            f"{store.root} is refined, and the store that it was refined from is gone; annotate the images again"
-        )
+    annotated = store.need_unrefined()
     annotated.need_features()
     if kind != "image" and not annotated.manifest.get("tiles"):
         raise UserError(f"{annotated.root} has no tiles, which --evidence {kind} needs; annotate with --tiles 2 3")

@@ -8,14 +8,13 @@ writes ann/report.html and ann/report.txt, as `coreg.annotate.health` does where
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from coreg.annotate.health import GALLERY, NEARLY_ALWAYS, bar, notes_of, some
+from coreg.annotate.health_html import picture_in
 from coreg.annotate.tag_evidence import label_evidence
-from coreg.data.decode import UnreadableImage
 from coreg.data.folders import counts_line, labelled_counts
 from coreg.data.images import ImageList
 from coreg.files import write_atomically
@@ -25,7 +24,7 @@ from coreg.report.multi_metrics import average_precisions
 from coreg.scripts import launched
 from coreg.store.store import AnnotationStore
 from coreg.webpage import bar as html_bar
-from coreg.webpage import document, percent, picture, table, text
+from coreg.webpage import document, percent, table, text
 
 FEW_IMAGES = 20  # below this a network hardly learns a label (rule of thumb)
 TOGETHER = 0.95  # share of the images of either label that have the other one, too
@@ -44,9 +43,8 @@ class TagHealth:
     suggested: np.ndarray  # bool (N, L), none of unreadable images
     sizes: np.ndarray  # int (L + 1,), sizes[k] images have k labels
     together: list[tuple[int, int, int]]  # pairs of labels that always go together, and images that have both
-    precision: (
-        np.ndarray | None
-    )  # (L,), average precision, NaN of labels that no image is known to have; None without truth
+    # (L,), average precision, NaN of labels that no image is known to have; None without truth
+    precision: np.ndarray | None
     doubtful: np.ndarray  # rows of the images of which a label is nearest to the threshold, most doubtful first
     verdicts: list[str] = field(default_factory=list)  # what is wrong, in plain words; empty when nothing is
 
@@ -258,29 +256,21 @@ def page(store: AnnotationStore, health: TagHealth, images: ImageList | None) ->
         f"<h2>Labels</h2>{table(head, rows)}",
         f"<h2>Labels that always go together</h2>{table(('', '', 'images'), pairs)}" if pairs else "",
         f'<h2>Most doubtful images</h2><p>A label is nearest to the threshold.</p><div class="gallery">'
-        f"{''.join(_figures(store, health, _loader(images)))}</div>",
+        f"{''.join(_figures(store, health, images))}</div>",
     ]
     return document("Annotation health", *parts)
 
 
-def _figures(store: AnnotationStore, health: TagHealth, pictured: Callable[[int], str]) -> list[str]:
+def _figures(store: AnnotationStore, health: TagHealth, images: ImageList | None) -> list[str]:
     """Doubtful images with their most probable labels."""
     figures = []
     for row in map(int, health.doubtful):
         best = np.argsort(-health.evidence[row], kind="stable")[:3]
         named = "<br>".join(f"{text(store.class_names[c])} {percent(health.evidence[row, c], 0)}" for c in best)
-        figures.append(f"<figure>{pictured(row)}<figcaption>{text(store.paths[row])}<br>{named}</figcaption></figure>")
+        figures.append(
+            f"<figure>{picture_in(images, row)}<figcaption>{text(store.paths[row])}<br>{named}</figcaption></figure>"
+        )
     return figures
-
-
-def _loader(images: ImageList | None) -> Callable[[int], str]:
-    def pictured(row: int) -> str:
-        try:
-            return "" if images is None else picture(images.load(row).convert("RGB"), "")
-        except UnreadableImage:
-            return ""
-
-    return pictured
 
 
 def write_report(store: AnnotationStore, images: ImageList | None) -> TagHealth:

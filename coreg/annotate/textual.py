@@ -113,10 +113,6 @@ def label_similarities(store: AnnotationStore) -> np.ndarray:
     Raises:
         UserError: as `text_side`, or a refined store's source is gone.
     """
-    annotated = store.unrefined()
-    if annotated is None:
-        raise UserError(
-            f"{store.root} is refined, and the store that it was refined from is gone; annotate the images again"
-        )
+    annotated = store.need_unrefined()
     text = class_embeddings(text_side(annotated, annotated.templates))
     return np.concatenate([t["features"].astype(np.float32) @ text.T for _, t in annotated.parts()])

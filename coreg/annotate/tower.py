@@ -38,12 +38,7 @@ def write_tower(
     Raises:
         UserError: the annotator cannot be had, has changed, or its tower cannot be taken over.
     """
-    annotated = store.unrefined()
-    if annotated is None:
-        raise UserError(
-            f"{store.root} is refined, and the store that it was refined from, which says what annotated it, is gone; name "
-            f"a timm model with --backbone"
-        )
+    annotated = store.need_unrefined("name a timm model with --backbone")
     annotated.need_annotator("name the store of an annotator with --prefilter_annotations, or a timm model with --backbone")
     made_by = annotated.manifest["model"]
     model = resolve(made_by["spec"])

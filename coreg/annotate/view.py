@@ -38,7 +38,7 @@ from coreg.data.images import ImageList
 from coreg.data.sources import require_readable
 from coreg.errors import UserError, exits_with_one_line
 from coreg.files import write_atomically
-from coreg.nets.made_for import trained_with
+from coreg.nets.made_for import takes_one_size, trained_with
 from coreg.nets.model import check_backbone, check_weights, create_backbone, parse_backbone_args
 from coreg.network_options import check_pixels
 from coreg.plaintext import first_line, printable
@@ -194,7 +194,9 @@ class Encoder:
             UserError: there is no such network, its weights cannot be had, or it has no pooled features of such images.
         """
         self.config = config
-        self.arguments = _sized(config) | parse_backbone_args(config.backbone_args)  # it is made with besides its name
+        # what it is made with besides its name
+        sized = {"img_size": config.image_size} if takes_one_size(config.backbone) else {}
+        self.arguments = sized | parse_backbone_args(config.backbone_args)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # untrained weights are the same in all processes, too
             network = create_backbone(config.backbone, 0, config.channels, self.arguments, config.pretrained)
@@ -256,19 +258,6 @@ class Encoder:
 
     def _pooled(self, pixels: torch.Tensor) -> torch.Tensor:
         return self.network.forward_head(self.network.forward_features(pixels), pre_logits=True).flatten(1).float()
-
-
-def _sized(config: ViewConfig) -> dict[str, int]:
-    """The argument that a network of one input size, such as most transformers, needs for another one."""
-    if config.backbone.startswith("local-dir:"):
-        try:
-            record = read_record(Path(config.backbone.removeprefix("local-dir:")) / "config.json")
-        except RecordError:
-            return {}  # `create_backbone` says what is wrong with the folder
-        fixed = isinstance(record.get("pretrained_cfg"), dict) and record["pretrained_cfg"].get("fixed_input_size")
-    else:
-        fixed = timm.get_pretrained_cfg(config.backbone, allow_unregistered=True).fixed_input_size
-    return {"img_size": config.image_size} if fixed else {}
 
 
 def pixels_of(config: ViewConfig) -> tuple[list[float], list[float]]:

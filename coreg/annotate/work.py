@@ -5,6 +5,7 @@ Nothing in here waits for another process except at the very end, when all block
 
 from __future__ import annotations
 
+import functools
 import itertools
 import time
 from collections import deque
@@ -166,17 +167,12 @@ class Preprocessed(Dataset):
         return row, self.preprocess(image), "", USES_FEW_BITS in image.info
 
 
-class _Collate:
-    """List of items -> (rows, batch, reasons, number of images with few bits); a plain object, to be sent to workers."""
-
-    def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
-        self.collate = collate
-
-    def __call__(
-        self, items: list[tuple[int, Any, str | UserError, bool]]
-    ) -> tuple[list[int], Any, list[str | UserError], int]:
-        rows, pixels, reasons, few_bits = zip(*items)
-        return list(rows), self.collate(list(pixels)), list(reasons), sum(few_bits)
+def _collated(
+    collate: Callable[[list[Any]], Any], items: list[tuple[int, Any, str | UserError, bool]]
+) -> tuple[list[int], Any, list[str | UserError], int]:
+    """Items as (rows, batch, reasons, number of images with few bits)."""
+    rows, pixels, reasons, few_bits = zip(*items)
+    return list(rows), collate(list(pixels)), list(reasons), sum(few_bits)
 
 
 class ClaimedBatches:
@@ -215,7 +211,7 @@ def annotated(
     loader = DataLoader(
         Preprocessed(images, annotator.preprocess),
         batch_sampler=batches,
-        collate_fn=_Collate(annotator.collate),
+        collate_fn=functools.partial(_collated, annotator.collate),
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
     )

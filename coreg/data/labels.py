@@ -141,9 +141,7 @@ def csv_lines(csv_path: str, columns: Sequence[str]) -> Iterator[tuple[str, dict
                 yield place, line
     except (OSError, csv.Error) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        raise UserError(
-            f"cannot read {csv_path}: {reason}; give a CSV file with {','.join(columns)}"
-        ) from None
+        raise UserError(f"cannot read {csv_path}: {reason}; give a CSV file with {','.join(columns)}") from None
 
 
 def says_none(label: str, find: Callable[[str], int]) -> bool:

@@ -86,7 +86,7 @@ def names_in(csv_path: str) -> list[str]:
                 name.strip() for line in reader for name in f"{line[LIST]};{line.get(ABSENT_LIST, '')}".split(BETWEEN)
             }
     except (OSError, csv.Error) as error:
-        raise UserError(f"cannot read the labels in {csv_path}: {error}; give a CSV file with path,labels") from None
+        raise UserError(f"cannot read {csv_path}: {error}; give a CSV file with path,labels") from None
     return sorted(written - {""})
 
 

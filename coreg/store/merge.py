@@ -53,20 +53,15 @@ def merge(folders: Sequence[str], output: str, weights: Sequence[float] | None =
     with making_folder(root, REMEDY) as folder:
         if same_job:
             done = _same_job([Path(name) for name in folders], manifests[0], folder)
-        elif len({_images_of(store) for store in stores}) == 1:
+        elif len({images_of(store) for store in stores}) == 1:
             done = _side_by_side(stores, folder, weights or [1.0] * len(stores))
         else:
             done = _one_after_the_other(stores, folder)
     return root, done.replace(str(folder), str(root))
 
 
-def same_images(one: AnnotationStore, other: AnnotationStore) -> bool:
-    """Whether two stores are of the same images, wherever those lie."""
-    return _images_of(one) == _images_of(other)
-
-
-def _images_of(store: AnnotationStore) -> tuple[str, str]:
-    """What identifies the images of a store."""
+def images_of(store: AnnotationStore) -> tuple[str, str]:
+    """What identifies the images of a store, wherever those lie."""
     return set_name(store.images_spec), store.manifest["images"]["sha256"]
 
 
@@ -81,7 +76,7 @@ def _fitting(folders: Sequence[str]) -> list[AnnotationStore]:
     for store in stores[1:]:
         if store.class_names != first.class_names:
             raise UserError(f"{store.root} has other class names than {first.root}; stores that are merged have the same")
-    if len({_images_of(store) for store in stores}) == 1:
+    if len({images_of(store) for store in stores}) == 1:
         return stores
     for store in stores[1:]:
         for key in ("templates", "descriptions", "model", "tiles"):

@@ -231,6 +231,17 @@ class AnnotationStore:
             return None
         return source if source.hash == self.manifest["refined"]["source_hash"] else None
 
+    def need_unrefined(self, remedy: str = "annotate the images again") -> AnnotationStore:
+        """As `unrefined`.
+
+        Raises:
+            UserError: it is gone or another; `remedy` is what a person can do then.
+        """
+        annotated = self.unrefined()
+        if annotated is None:
+            raise UserError(f"{self.root} is refined, and the store that it was refined from is gone; {remedy}")
+        return annotated
+
     def image_list(self) -> ImageList:
         """The images that were annotated, as they are recorded: without their pixels."""
         return ImageList(self.images_spec, self.paths, self.labels, self.split, None, _no_pixels, tags=self.tags)
@@ -295,15 +306,12 @@ def read_samples(root: Path, manifest: dict[str, Any]) -> ImageList:
     if kinds not in (expected, expected | several) or len(paths) != count:
         raise UserError(f"{damaged}: samples.safetensors does not hold labels and splits of {count} images; {again}")
     label, split, tags = tensors["label"].astype(np.int64), tensors["split"], tensors.get("tags")
-    if label.min() < -1 or label.max() >= len(manifest["class_names"]) or split.max() > HELD_OUT or _strange(tags):
+    strange = tags is not None and tags.size > 0 and (tags.min() < -1 or tags.max() > 1)
+    if strange or label.min() < -1 or label.max() >= len(manifest["class_names"]) or split.max() > HELD_OUT:
         raise UserError(f"{damaged}: samples.safetensors holds labels or splits that there are not; {again}")
     if wanted and hashlib.sha256(samples).hexdigest() != wanted["samples.safetensors"]:
         raise UserError(f"{damaged}: samples.safetensors was changed; {again}")
     return ImageList(manifest["images"]["spec"], paths, label, split, None, _no_pixels, tags=tags)
-
-
-def _strange(tags: np.ndarray | None) -> bool:
-    return tags is not None and tags.size > 0 and (tags.min() < -1 or tags.max() > 1)
 
 
 def _has_content(file: Path, contents: list[bytes]) -> bool:
