@@ -128,7 +128,7 @@ def test_a_folder_with_other_things_is_refused_and_left_alone(annotations, tmp_p
         (["--epochs", "5", "--warmup_epochs", "6"], "--warmup_epochs"),
         (["--recipe", "digit"], "did you mean digits?"),
         (["--backbone", "preact_resnet19"], "did you mean preact_resnet18?"),
-        (["--backbone_args", "{norm: 1}"], "is not JSON"),
+        (["--backbone_args", "{norm: 1}"], "is not a JSON object"),
         (["--backbone_args", '{"sugar": 1}'], "does not take"),
         (["--strong_ops", "rotate", "explode"], "explode"),
         (["--mean", "0.5", "0.5"], "--mean has 2 numbers"),

@@ -43,15 +43,20 @@ def own_size(name: str) -> int | None:
     return config["input_size"][-1]
 
 
+def takes_one_size(name: str) -> bool:
+    """Whether a timm model or folder takes images of one size alone, as most transformers do."""
+    return _made_for(name).get("fixed_input_size") is True
+
+
 def own_pixels(name: str, channels: int, arguments: dict[str, Any]) -> dict[str, Any]:
-    """`image_size`, `mean` and `std` for a network with weights that takes images of one size alone, such as a ViT.
+    """`image_size`, `mean` and `std` for a network with weights that `takes_one_size`.
 
     Nothing for networks that take images of any size, and nothing that is not known.
 
     Args:
         name, channels, arguments: as for `coreg.nets.model.create_backbone`; an `img_size` among these is the size.
     """
-    if _made_for(name).get("fixed_input_size") is not True:
+    if not takes_one_size(name):
         return {}
     asked = arguments.get("img_size")
     size, pixels = asked if isinstance(asked, int) else own_size(name), trained_with(name)

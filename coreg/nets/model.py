@@ -20,6 +20,7 @@ from coreg.nets.heads import has_one_linear_classifier
 from coreg.nets.made_for import own_size
 from coreg.nets.tuners.frozen import halve_frozen
 from coreg.plaintext import did_you_mean, first_line
+from coreg.records import RecordError, parse_record
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 
@@ -31,14 +32,11 @@ def parse_backbone_args(text: str) -> dict[str, Any]:
         UserError: the text is not a JSON object.
     """
     try:
-        arguments = json.loads(text)
-    except json.JSONDecodeError as error:
+        return parse_record(text)
+    except RecordError as error:
         raise UserError(
-            f'--backbone_args {text} is not JSON ({error}); write for example \'{{"norm": "group"}}\''
+            f'--backbone_args {text} is not a JSON object ({error}); write for example \'{{"norm": "group"}}\''
         ) from None
-    if not isinstance(arguments, dict):
-        raise UserError(f'--backbone_args {text} is not a JSON object; write for example \'{{"norm": "group"}}\'')
-    return arguments
 
 
 def check_backbone(name: str, arguments: str = "{}") -> None:

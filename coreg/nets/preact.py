@@ -7,7 +7,6 @@ follows the last stage. Registered names: `preact_resnet18` (the papers'), `prea
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, Literal
 
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
@@ -128,5 +127,5 @@ def preact_resnet18(pretrained: bool = False, **kwargs: Any) -> PreActResNet:
 @register_model
 def preact_resnet_tiny(pretrained: bool = False, **kwargs: Any) -> PreActResNet:
     """The demo's student: stem of stride 2, three stages of one block, for 16x16 images."""
-    small = partial(dict, widths=(32, 64, 128), depths=(1, 1, 1), stem_kernel=4, stem_stride=2)
-    return _build("preact_resnet_tiny", pretrained, **(small() | kwargs))
+    small = {"widths": (32, 64, 128), "depths": (1, 1, 1), "stem_kernel": 4, "stem_stride": 2}
+    return _build("preact_resnet_tiny", pretrained, **(small | kwargs))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,6 @@ from coreg.learn.pseudo import mix
 from coreg.learn.schedules import Step, ramp
 from coreg.nets.heads import GatedHeads, put_head
 from coreg.nets.model import Model
-from coreg.nets.tuners.frozen import shallow_copy
 
 
 @dataclass
@@ -63,7 +63,8 @@ class RECORDS(PRODEN):
         return torch.log(beta + self.eps)
 
     def judged(self) -> Model:
-        net = shallow_copy(self.net)
+        # it shares all weights and statistics, so that its classifier can be changed alone at no cost
+        net = copy.deepcopy(self.net, {id(tensor): tensor for tensor in (*self.net.parameters(), *self.net.buffers())})
         classifier, corrected = net.backbone.get_classifier(), -self.log_prior().detach()
         if classifier.bias is not None:
             corrected = classifier.bias.detach() + corrected

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import nn
@@ -26,12 +27,7 @@ TUNERS: dict[str, Tuner] = {
     "vpt_shallow": tokens.vpt_shallow,
     "vpt_deep": tokens.vpt_deep,
     "ssf_attn": inserts.ssf_attn,
-    "ssf_mlp": inserts.ssf_mlp,
-    "ssf_ln": inserts.ssf_ln,
-    "lora": inserts.lora,
-    "lora_mlp": inserts.lora_mlp,
-    "adapter": inserts.adapter,
-    "adaptformer": inserts.adaptformer,
+    **{name: partial(inserts.beside_blocks, name) for name in inserts.BESIDE},
 }
 NO_WEIGHTS = {"vpt_shallow", "vpt_deep", "adapter", "adaptformer"}  # they add to tokens, whatever the weights
 

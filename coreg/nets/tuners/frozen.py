@@ -19,11 +19,6 @@ def sharing_copy(net: Net) -> Net:
     return copy.deepcopy(net, shared).requires_grad_(False)
 
 
-def shallow_copy(net: Net) -> Net:
-    """A copy that shares all weights and statistics of `net`, so that a module of it can be changed alone at no cost."""
-    return copy.deepcopy(net, {id(tensor): tensor for tensor in (*net.parameters(), *net.buffers())})
-
-
 def moving_weights(copied: nn.Module, net: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """Weights of a `sharing_copy` that are its own, and those of `net` that they follow."""
     pairs = [pair for pair in zip(copied.parameters(), net.parameters()) if pair[1].requires_grad]

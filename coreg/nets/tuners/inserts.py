@@ -22,14 +22,6 @@ def default_bottleneck(n_classes: int, depth: int) -> int:
     return 2 ** max(0, math.floor(math.log2(n_classes / (2 * depth))))
 
 
-def _bottleneck(tower: Tower, options: TunerOptions) -> int:
-    return options.bottleneck or default_bottleneck(options.n_classes, tower.depth)
-
-
-def _in_blocks(tower: Tower, tuner: str, make: Callable[[nn.Module], nn.Module]) -> nn.ModuleDict:
-    return nn.ModuleDict({str(number): make(block) for number, block in tower.transformer(tuner).items()})
-
-
 # ---- adapters -------------------------------------------------------------------------------------------------------
 
 
@@ -75,18 +67,6 @@ class AdaptFormer(Bottleneck):
     def _add(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         (tokens,), self._tokens = self._tokens, []
         return output + self.scale * self(tokens)
-
-
-def adapter(tower: Tower, options: TunerOptions) -> nn.ModuleDict:
-    """A bottleneck after the MLP of each chosen block."""
-    width, bottleneck = tower.width, _bottleneck(tower, options)
-    return _in_blocks(tower, "adapter", lambda block: Adapter(block, width, bottleneck))
-
-
-def adaptformer(tower: Tower, options: TunerOptions) -> nn.ModuleDict:
-    """A bottleneck beside the MLP of each chosen block."""
-    width, bottleneck = tower.width, _bottleneck(tower, options)
-    return _in_blocks(tower, "adaptformer", lambda block: AdaptFormer(block, width, bottleneck))
 
 
 # ---- LoRA -----------------------------------------------------------------------------------------------------------
@@ -162,25 +142,11 @@ def _linear_layers(part: nn.Module) -> dict[str, nn.Linear]:
     return {name.replace(".", "_"): layer for name, layer in part.named_modules() if isinstance(layer, nn.Linear)}
 
 
-def _lora_of(block: nn.Module, rank: int) -> nn.ModuleDict:
+def _lora(block: nn.Module, width: int, rank: int) -> nn.ModuleDict:
     layers = _attention_layers(block)
     if "qkv" in layers:
         return nn.ModuleDict({"qkv": LowRankQueryValue(layers["qkv"], rank)})
     return nn.ModuleDict({name: LowRankLayer(layers[name], rank) for name in ("q_proj", "v_proj")})
-
-
-def lora(tower: Tower, options: TunerOptions) -> nn.ModuleDict:
-    """LoRA on queries and values (Hu et al., ICLR 2022), with alpha 1. PEFT's would adapt keys too, with A shared."""
-    rank = _bottleneck(tower, options)
-    return _in_blocks(tower, "lora", lambda block: _lora_of(block, rank))
-
-
-def lora_mlp(tower: Tower, options: TunerOptions) -> nn.ModuleDict:
-    """LoRA on the linear layers of the MLP, with alpha 1."""
-    rank = _bottleneck(tower, options)
-    return _in_blocks(
-        tower, "lora_mlp", lambda block: _on_layers(_linear_layers(block.mlp), lambda m: LowRankLayer(m, rank))
-    )
 
 
 def _on_layers(layers: dict[str, nn.Module], make: Callable[[nn.Module], nn.Module]) -> nn.ModuleDict:
@@ -222,23 +188,37 @@ def ssf_attn(tower: Tower, options: TunerOptions) -> nn.ModuleDict:
     if isinstance(pool, AttentionPool2d) and pool.v is not None:
         # its weights over the places add up to one, so that it makes no difference whether values or their mean are changed
         return nn.ModuleDict({"pool": nn.ModuleDict({"v": _after_linear(pool.v)})})
-    return _in_blocks(tower, "ssf_attn", lambda block: _on_layers(_attention_layers(block), _after_linear))
-
-
-def ssf_mlp(tower: Tower, options: TunerOptions) -> nn.ModuleDict:
-    """After the linear layers of the MLP."""
-    return _in_blocks(tower, "ssf_mlp", lambda block: _on_layers(_linear_layers(block.mlp), _after_linear))
-
-
-def ssf_ln(tower: Tower, options: TunerOptions) -> nn.ModuleDict:
-    """After the normalisations before attention and MLP."""
-    width = tower.width
-    return _in_blocks(
-        tower,
-        "ssf_ln",
-        lambda block: _on_layers({"norm1": block.norm1, "norm2": block.norm2}, lambda m: ScaleShift(m, width)),
-    )
+    blocks = tower.transformer("ssf_attn")
+    return nn.ModuleDict({str(k): _on_layers(_attention_layers(block), _after_linear) for k, block in blocks.items()})
 
 
 def _after_linear(layer: nn.Linear) -> ScaleShift:
     return ScaleShift(layer, layer.out_features)
+
+
+# ---- beside each block ----------------------------------------------------------------------------------------------
+
+# tuner -> (block of the tower, width of its tokens, width of adapters or rank) -> what is inserted beside it
+BESIDE: dict[str, Callable[[nn.Module, int, int], nn.Module]] = {
+    # after the linear layers of the MLP
+    "ssf_mlp": lambda block, width, _: _on_layers(_linear_layers(block.mlp), _after_linear),
+    # after the normalisations before attention and MLP
+    "ssf_ln": lambda block, width, _: nn.ModuleDict(
+        {name: ScaleShift(getattr(block, name), width) for name in ("norm1", "norm2")}
+    ),
+    # on queries and values (Hu et al., ICLR 2022), with alpha 1; PEFT's would adapt keys too, with A shared
+    "lora": _lora,
+    # on the linear layers of the MLP, with alpha 1
+    "lora_mlp": lambda block, _, rank: _on_layers(_linear_layers(block.mlp), lambda m: LowRankLayer(m, rank)),
+    # a bottleneck after the MLP
+    "adapter": Adapter,
+    # a bottleneck beside the MLP
+    "adaptformer": AdaptFormer,
+}
+
+
+def beside_blocks(tuner: str, tower: Tower, options: TunerOptions) -> nn.ModuleDict:
+    """What a tuner of `BESIDE` inserts, by the number of each chosen block."""
+    blocks = tower.transformer(tuner)
+    size = options.bottleneck or default_bottleneck(options.n_classes, tower.depth)
+    return nn.ModuleDict({str(number): BESIDE[tuner](block, tower.width, size) for number, block in blocks.items()})
