@@ -186,12 +186,6 @@ def chat_learner(run: Run, labelled: Labelled, view: ViewOptions, method: LoraOp
     return learner, images
 
 
-def seed_dropout(run: Run, places: np.ndarray, epoch: int) -> None:
-    """Let dropout of a step be drawn from a generator that the step's own images seed."""
-    key = (run.job.seed, "dropout", rank_and_world()[0], epoch, *places[:1].tolist())
-    torch.manual_seed(int(keyed_generator(*key).integers(1 << 62)))
-
-
 @exits_with_one_line
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse, check, annotate where there is no store yet, train, report."""
@@ -208,8 +202,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             order = ShuffledRows(np.arange(len(labelled.rows)), job.batch_size, (job.seed, "labelled", epoch), smallest=1)
             for step in run.steps(training, order.per_round):
                 places, lr = order.batch(step), rate(job, method, epoch + step / order.per_round)
-                if method.dropout:
-                    seed_dropout(run, places, epoch)
+                if method.dropout:  # drawn from a generator that the step's own images seed
+                    key = (job.seed, "dropout", rank_and_world()[0], epoch, *places[:1].tolist())
+                    torch.manual_seed(int(keyed_generator(*key).integers(1 << 62)))
                 training.learn(images.batch(places, epoch), lr)
             run.log(training, {"lr": rate(job, method, epoch)})
 

@@ -52,7 +52,6 @@ from pathlib import Path
 
 from annotate_vlm import annotate_digit_pictures
 from coreg.annotate.tag_evidence import label_evidence
-from coreg.config import check_bounds
 from coreg.data.images import SPLIT_NAMES
 from coreg.process import all_or_none, build_accelerator, main_process_decides
 from coreg.report.multi_metrics import thresholds
@@ -135,7 +134,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parse, annotate where there is no store yet, judge, report."""
     argv = list(sys.argv[1:] if argv is None else argv)
     config = read_settings(argv)
-    check_bounds(config)
     accelerator, root = build_accelerator(), Path(config.output_dir)
     if config.annotations:
         store = all_or_none(accelerator, lambda: AnnotationStore.open(config.annotations))

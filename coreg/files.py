@@ -257,9 +257,8 @@ def _remove_abandoned(target: Path, alone: bool) -> None:
 
 # ---- names from outside ---------------------------------------------------------------------------------------------
 
-_DEVICES = re.compile(
-    r"(con|prn|aux|nul|com\d|lpt\d) *(\..*)?", re.IGNORECASE
-)  # files of these names are devices of Windows
+# files of these names are devices of Windows
+_DEVICES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d) *(\..*)?", re.IGNORECASE)
 
 
 def inside(name: str) -> str:

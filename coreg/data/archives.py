@@ -32,11 +32,6 @@ LOST = -2  # in the place of a size: the whole archive cannot be read
 # ---- tar files ------------------------------------------------------------------------------------------------------
 
 
-def is_tar(spec: str) -> bool:
-    """Whether `spec` is a tar file."""
-    return Path(spec).is_file() and spec.lower().endswith((".tar", *COMPRESSED))
-
-
 def shards_of(folder: Path, suffix: str = ".tar") -> list[str]:
     """The names of the tar files in a folder, or of others, sorted."""
     names = [name for name in os.listdir(folder) if name.lower().endswith(suffix) and not name.startswith(".")]
@@ -185,11 +180,6 @@ def _written_labels(
 
 
 # ---- Hugging Face datasets ------------------------------------------------------------------------------------------
-
-
-def is_datasets_folder(spec: str) -> bool:
-    """Whether `datasets.Dataset.save_to_disk` or `DatasetDict.save_to_disk` made this folder."""
-    return (Path(spec) / "dataset_dict.json").is_file() or (Path(spec) / "state.json").is_file()
 
 
 @dataclass

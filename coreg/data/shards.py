@@ -58,12 +58,6 @@ def open_shards(spec: str, class_names: Sequence[str] | None) -> ImageList:
     return KINDS[kinds.pop()](place, place, files, names, class_names)
 
 
-def parquet_folder(folder: str, names: Sequence[str], class_names: Sequence[str] | None) -> ImageList:
-    """The images in the parquet files of a folder on a disk."""
-    root = absolute_path(folder)
-    return parquet_images(str(root), folder, [LocalFile(root / name) for name in names], names, class_names)
-
-
 def _kind(spec: str) -> str | None:
     suffix = posixpath.splitext(place_of(spec) if is_url(spec) else spec)[1].lower()
     return suffix if suffix in KINDS else None

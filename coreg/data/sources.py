@@ -13,14 +13,16 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from coreg.data.archives import datasets_folder, is_datasets_folder, is_tar, shards_of, tar_shards
+from coreg.data.archives import COMPRESSED, datasets_folder, shards_of, tar_shards
 from coreg.data.decode import Files, UnreadableImage
 from coreg.data.folders import folder_labels, settled
 from coreg.data.images import SPLITS, ImageList, Paths, absolute_path, lookup, path_within, translated
 from coreg.data.joined import PREFIX, joined_images
 from coreg.data.lists import listed_images
+from coreg.data.parquet import parquet_images
 from coreg.data.passed_over import PassedOver, is_system_folder
-from coreg.data.shards import is_shards, open_shards, parquet_folder
+from coreg.data.ranges import LocalFile
+from coreg.data.shards import is_shards, open_shards
 from coreg.data.tag_sets import TAG_SETS
 from coreg.data.tags import names_in, read_tags, translated_tags
 from coreg.data.torchvision_sets import TORCHVISION, torchvision_set
@@ -62,10 +64,12 @@ def open_images(spec: str, class_names: Sequence[str] | None = None, data_root: 
         return joined_images(spec, lambda one: open_images(one, class_names, data_root))
     if is_shards(spec):
         return open_shards(spec, class_names)
-    if is_tar(spec):
+    if spec.lower().endswith((".tar", *COMPRESSED)) and Path(spec).is_file():
         return tar_shards(spec, class_names)
     if Path(spec).is_dir():
-        return datasets_folder(spec, class_names) if is_datasets_folder(spec) else _folder(spec, class_names)
+        # made by `save_to_disk` of Hugging Face datasets
+        saved = any(Path(spec, name).is_file() for name in ("dataset_dict.json", "state.json"))
+        return (datasets_folder if saved else _folder)(spec, class_names)
     if spec.lower().endswith(".csv") and Path(spec).is_file():
         return _csv(spec, class_names)
     if spec.lower().endswith(".txt") and Path(spec).is_file():
@@ -145,7 +149,7 @@ def _folder(spec: str, class_names: Sequence[str] | None) -> ImageList:
     if not len(paths) and shards:
         return tar_shards(spec, class_names, passed_over)
     if not len(paths) and (tables := shards_of(root, ".parquet")):
-        return parquet_folder(spec, tables, class_names)
+        return parquet_images(str(root), spec, [LocalFile(root / name) for name in tables], tables, class_names)
     notes = passed_over.notes()
     if not len(paths):
         seen = f" ({notes[0]})" if notes else ""

@@ -9,9 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from scipy.special import expit
 
-from coreg.report.multi_metrics import thresholds_of_truth
 from coreg.weak.temperature import fit_temperature, negative_log_likelihood
 
 
@@ -61,17 +59,3 @@ def fit_to_labels(mean_logits: np.ndarray, classes: np.ndarray, source: str) -> 
         As `fit_to_agreement`.
     """
     return _fitted(mean_logits, classes, len(classes), f"labels of {source}")
-
-
-def fit_thresholds(logits: np.ndarray, truth: np.ndarray, before: np.ndarray, source: str) -> dict[str, Any]:
-    """Thresholds of the largest F1 from labels that a person gave to images that training has not seen.
-
-    Args:
-        logits: float (n, L), mean over the networks. truth: int8 (n, L), 0 unknown. before: (L,), thresholds that stay
-            where no image has the label, or every one. source: where the labels are from.
-
-    Returns:
-        `thresholds` of the probabilities, and `thresholds_from`.
-    """
-    at = thresholds_of_truth(expit(logits.astype(np.float64)), truth, before)
-    return {"thresholds": at.tolist(), "thresholds_from": f"labels of {source}"}

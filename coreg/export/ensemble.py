@@ -38,6 +38,7 @@ import numpy as np
 import timm
 import torch
 from safetensors.torch import save_file
+from scipy.special import expit
 from torch import Tensor, nn
 
 from coreg.config import option, parse
@@ -45,7 +46,7 @@ from coreg.data.decode import decode
 from coreg.data.images import ImageList
 from coreg.data.sources import open_images, require_readable
 from coreg.errors import UserError, exits_with_one_line
-from coreg.export.calibration import fit_thresholds, fit_to_labels
+from coreg.export.calibration import fit_to_labels
 from coreg.export.distance import FILE, measure_run
 from coreg.export.folder import SCHEMA, SETTINGS, TUNED, export_folder, files_of, load_export, write_settings
 from coreg.export.programs import as_program
@@ -53,6 +54,7 @@ from coreg.files import making_folder
 from coreg.hub import push_to_hub
 from coreg.nets.tuning import Tuning
 from coreg.plaintext import printable
+from coreg.report.multi_metrics import thresholds_of_truth
 
 PROGRAMS = {"onnx": "model.onnx", "torch_export": "model.pt2"}
 # what a file's logits may differ from the trained networks', as a share of the largest logit: float32 sums in another order
@@ -276,7 +278,9 @@ def calibrate(nets: list[nn.Module], settings: dict[str, Any], labels: str) -> d
     with torch.no_grad():
         logits = np.concatenate([ensemble(batch)[0].numpy() for batch in pixels.split(256)])
     if several:
-        return settings | fit_thresholds(logits, truth[rows], np.array(settings["thresholds"]), Path(labels).name)
+        before = np.array(settings["thresholds"])  # they stay where no image has the label, or every one
+        at = thresholds_of_truth(expit(logits.astype(np.float64)), truth[rows], before)
+        return settings | {"thresholds": at.tolist(), "thresholds_from": f"labels of {Path(labels).name}"}
     return settings | fit_to_labels(logits, truth[rows], Path(labels).name)
 
 
