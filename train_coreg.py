@@ -39,17 +39,16 @@ from coreg.learn.coreg import CoRegLearner
 from coreg.learn.division import Division, Predicted, align, division_loss
 from coreg.learn.memory import Prototypes
 from coreg.learn.pseudo import rescale
-from coreg.learn.schedules import ramp
 from coreg.learn.tables import Table, every_row, held, log_probabilities, rows_here, rows_like
-from coreg.learn.two_nets import Divisions, Verdict, co_train_batch, partner_rows
+from coreg.learn.two_nets import Divisions, Verdict
 from coreg.report.metrics import consensus, prototype_health
-from coreg.run.epoch import count_statistics, division_of, hand_over, judge, paired, warm_up
+from coreg.run.epoch import co_train_batches, count_statistics, division_of, hand_over, judge, paired, warm_up
 from coreg.run.job import open_run
 from coreg.run.loop import Run
 from coreg.run.networks import finish_networks
 from coreg.run.task import Task, finite, predict, prepare
 from coreg.run.training import Training, build_optimizer, build_students
-from coreg.views.order import ShuffledRows, n_batches
+from coreg.views.order import n_batches
 
 
 def divide_by(task: Task[CoRegOptions], training: Training, number: int) -> tuple[Division, Verdict, Predicted]:
@@ -93,29 +92,14 @@ def divide(task: Task[CoRegOptions], training: Training) -> None:
 
 def co_train(run: Run, task: Task[CoRegOptions], training: Training, lr: float) -> None:
     """Train the present network for an epoch on the split that the other one made."""
-    epoch, number, job, method = training.epoch, training.number, task.job, task.method
+    number, method = training.number, task.method
     own, verdict = (training.divisions.verdicts[of] for of in (number, 1 - number if method.co_pseudo_labels else number))
-    key = (job.seed, epoch, number)
-    trusted = ShuffledRows(np.concatenate([np.flatnonzero(verdict.trusted), task.repeated]), job.batch_size, ("P", *key))
-    rest = ShuffledRows(np.flatnonzero(~verdict.trusted & method.use_unlabeled), job.batch_size, ("U", *key))
-    labelled = ShuffledRows(task.extra, job.batch_size, ("labelled", *key))
-    gate_epoch = method.warmup_epochs + method.contrast_after + 1
-
-    def partners(step: int) -> np.ndarray:
-        return partner_rows(job.seed, trusted.batch(step), rest.batch(step), (epoch, number, step), method.mixup_alpha)
-
-    task.read_ahead(training.step, trusted, rest, labelled, partners=partners)
-    for step in run.steps(training, trusted.per_round):
-        at = (epoch, number, step)
-        guessed = own if method.guesses == "epoch" else None
-        batch = co_train_batch(
-            task.data, trusted.batch(step), rest.batch(step), verdict, at, method.mixup_alpha, own=guessed
-        )
-        batch.labelled, batch.n_labelled = task.labelled(labelled.batch(step), "weak", at)
-        batch.ramp = ramp(epoch - method.warmup_epochs + step / trusted.per_round, method.rampup_epochs)
-        batch.gate = epoch >= gate_epoch
+    gate_epoch, count = method.warmup_epochs + method.contrast_after + 1, int(verdict.trusted.sum()) + len(task.repeated)
+    guessed = own if method.guesses == "epoch" else None
+    for batch in co_train_batches(run, task, training, verdict, method.use_unlabeled, own=guessed):
+        batch.gate = training.epoch >= gate_epoch
         # keys made long before the gate opens will have left the queue by then
-        batch.fill_queue = epoch >= gate_epoch - n_batches(method.queue_size, len(trusted.rows))
+        batch.fill_queue = training.epoch >= gate_epoch - n_batches(method.queue_size, count)
         training.learn(batch, lr)
 
 

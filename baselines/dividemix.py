@@ -44,16 +44,14 @@ import torch
 from annotate_vlm import annotate_digits
 from coreg.learn.dividemix import DivideMixLearner
 from coreg.learn.division import Division, Predicted, division_loss
-from coreg.learn.schedules import ramp
 from coreg.learn.tables import every_row, held, log_probabilities, owned, rows_here, rows_like
-from coreg.learn.two_nets import Divisions, Verdict, co_train_batch, partner_rows
-from coreg.run.epoch import division_of, hand_over, judge, paired, warm_up
+from coreg.learn.two_nets import Divisions, Verdict
+from coreg.run.epoch import co_train_batches, division_of, hand_over, judge, paired, warm_up
 from coreg.run.job import open_run
 from coreg.run.loop import Run
 from coreg.run.networks import finish_networks
 from coreg.run.task import Task, finite, predict, prepare
 from coreg.run.training import Training, build_optimizer, build_students
-from coreg.views.order import ShuffledRows
 from coreg.weak.noise import uniforms
 
 
@@ -93,23 +91,8 @@ def divide_by(task: Task[DivideMixOptions], training: Training, number: int) -> 
 
 def co_train(run: Run, task: Task[DivideMixOptions], training: Training, lr: float) -> None:
     """Train the present network for an epoch on the split that the other one made."""
-    epoch, number, job, method = training.epoch, training.number, task.job, task.method
-    verdict, key = training.divisions.verdicts[1 - number], (job.seed, epoch, number)
-    trusted = ShuffledRows(np.concatenate([np.flatnonzero(verdict.trusted), task.repeated]), job.batch_size, ("P", *key))
-    rest = ShuffledRows(np.flatnonzero(~verdict.trusted), job.batch_size, ("U", *key))
-    labelled = ShuffledRows(task.extra, job.batch_size, ("labelled", *key))
-
-    def partners(step: int) -> np.ndarray:
-        return partner_rows(job.seed, trusted.batch(step), rest.batch(step), (epoch, number, step), method.mixup_alpha)
-
-    task.read_ahead(training.step, trusted, rest, labelled, partners=partners)
-    for step in run.steps(training, trusted.per_round):
-        at = (epoch, number, step)
-        batch = co_train_batch(
-            task.data, trusted.batch(step), rest.batch(step), verdict, at, method.mixup_alpha, method.train_view
-        )
-        batch.labelled, batch.n_labelled = task.labelled(labelled.batch(step), "weak", at)
-        batch.ramp = ramp(epoch - method.warmup_epochs + step / trusted.per_round, method.rampup_epochs)
+    verdict = training.divisions.verdicts[1 - training.number]
+    for batch in co_train_batches(run, task, training, verdict, view=task.method.train_view):
         training.learn(batch, lr)
 
 

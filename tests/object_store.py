@@ -11,7 +11,29 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs
 
 
-class WebServer:
+class _Server:
+    """A server of this machine; its handlers know it as their `owner`."""
+
+    def __init__(self, handler):
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (handler,), {"owner": self}))
+        self.server.daemon_threads = True
+        self.place = f"127.0.0.1:{self.server.server_port}"
+        self.url = f"http://{self.place}"
+        threading.Thread(target=self.server.serve_forever, daemon=True, kwargs={"poll_interval": 0.05}).start()
+
+    def close(self):
+        self.server.shutdown()
+        self.server.server_close()
+
+
+class _Quiet(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_):
+        pass
+
+
+class WebServer(_Server):
     """Serves `files` by range.
 
     Attributes:
@@ -27,23 +49,10 @@ class WebServer:
     def __init__(self, files):
         self.files, self.faults, self.broken, self.asked = dict(files), {}, set(), []
         self.down, self.key = False, None
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Handler,), {"owner": self}))
-        self.server.daemon_threads = True
-        self.place = f"127.0.0.1:{self.server.server_port}"
-        self.url = f"http://{self.place}"
-        threading.Thread(target=self.server.serve_forever, daemon=True, kwargs={"poll_interval": 0.05}).start()
-
-    def close(self):
-        self.server.shutdown()
-        self.server.server_close()
+        super().__init__(Handler)
 
 
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *_):
-        pass
-
+class Handler(_Quiet):
     def do_HEAD(self):
         self.answer(None)
 
@@ -95,27 +104,15 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(content[half:])
 
 
-class Hub:
+class Hub(_Server):
     """What a model hub answers about the data set `me/set` with these `files`, name -> content."""
 
     def __init__(self, files):
         self.files = dict(files)
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_OfHub,), {"owner": self}))
-        self.server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
-        threading.Thread(target=self.server.serve_forever, daemon=True, kwargs={"poll_interval": 0.05}).start()
-
-    def close(self):
-        self.server.shutdown()
-        self.server.server_close()
+        super().__init__(_OfHub)
 
 
-class _OfHub(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *_):
-        pass
-
+class _OfHub(_Quiet):
     def send(self, content, status=200):
         self.send_response(status)
         self.send_header("Content-Length", str(len(content)))

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
+from torch.utils.data import ConcatDataset
 
 from coreg.data.decode import MAX_BYTES, UnreadableImage, decode_image
 from coreg.data.folders import folder_labels, settled, split_notes, split_of
@@ -184,22 +184,17 @@ def _written_labels(
 
 @dataclass
 class _Rows:
-    """Pixels of rows of saved data sets, put one after the other."""
+    """Pixels of rows of saved data sets of one column each, put one after the other."""
 
-    parts: list[Any]
-    columns: list[str]
+    parts: ConcatDataset
 
     def __call__(self, row: int) -> Image.Image:
-        for part, column in zip(self.parts, self.columns):
-            if row < len(part):
-                cell = part[row][column]
-                if cell is None:
-                    raise UnreadableImage("no image in this row")
-                if cell["bytes"] is None:
-                    raise UnreadableImage("the row names a file instead of holding an image")
-                return decode_image(io.BytesIO(cell["bytes"]))
-            row -= len(part)
-        raise IndexError(row)
+        (cell,) = self.parts[row].values()
+        if cell is None:
+            raise UnreadableImage("no image in this row")
+        if cell["bytes"] is None:
+            raise UnreadableImage("the row names a file instead of holding an image")
+        return decode_image(io.BytesIO(cell["bytes"]))
 
 
 def datasets_folder(spec: str, class_names: Sequence[str] | None) -> ImageList:
@@ -220,7 +215,7 @@ def datasets_folder(spec: str, class_names: Sequence[str] | None) -> ImageList:
     except Exception as error:  # pyarrow and datasets let many kinds of errors through
         raise UserError(f"{spec} cannot be read by datasets: {one_line(error)}; save it again") from None
     splits = dict(loaded) if isinstance(loaded, datasets.DatasetDict) else {"train": loaded}
-    parts, columns, labels, names, own = [], [], [], [], None
+    parts, labels, names, own = [], [], [], None
     for name in sorted(splits, key=os.fsencode):
         part = splits[name]
         column = next((key for key, kind in part.features.items() if isinstance(kind, datasets.Image)), None)
@@ -231,7 +226,6 @@ def datasets_folder(spec: str, class_names: Sequence[str] | None) -> ImageList:
         known = [-1 if value is None else value for value in part[label]] if label else [-1] * len(part)
         labels.append(np.array(known, dtype=np.int64))
         parts.append(part.select_columns([column]).cast_column(column, datasets.Image(decode=False)))
-        columns.append(column)
         names += [os.fsencode(f"{name}/{row:08d}") for row in range(len(part))]
     if not names:
         raise UserError(f"{spec} holds no row; give another folder")
@@ -241,4 +235,4 @@ def datasets_folder(spec: str, class_names: Sequence[str] | None) -> ImageList:
     table = np.concatenate(labels)
     table = None if own is None or not (table >= 0).any() else translated(table, own, class_names)
     own = list(own) if own else None
-    return ImageList(str(root), Paths(names), table, settled(split), own, _Rows(parts, columns), notes)
+    return ImageList(str(root), Paths(names), table, settled(split), own, _Rows(ConcatDataset(parts)), notes)

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from torch.utils.data import ConcatDataset
 
 from coreg.data.decode import UnreadableImage
 from coreg.data.images import SPLITS, ImageList, Paths, translated
@@ -58,18 +59,14 @@ BY_SPLIT = ("SVHN", "FER2013", "GTSRB", "FGVCAircraft", "StanfordCars")  # whose
 class _Parts:
     """Pixels of data sets that are put one after the other."""
 
-    parts: list[Any]
+    parts: ConcatDataset
 
     def __call__(self, row: int) -> Image.Image:
-        for part in self.parts:
-            if row < len(part):
-                try:
-                    image = part[row][0]
-                    return image if image.mode in ("L", "RGB") else image.convert("RGB")
-                except Exception as error:
-                    raise UnreadableImage(" ".join(f"{type(error).__name__}: {error}".split())) from None
-            row -= len(part)
-        raise IndexError(row)
+        try:
+            image = self.parts[row][0]
+            return image if image.mode in ("L", "RGB") else image.convert("RGB")
+        except Exception as error:
+            raise UnreadableImage(" ".join(f"{type(error).__name__}: {error}".split())) from None
 
 
 def torchvision_set(name: str, class_names: Sequence[str] | None, data_root: str) -> ImageList:
@@ -87,7 +84,8 @@ def torchvision_set(name: str, class_names: Sequence[str] | None, data_root: str
     if name == "EuroSAT":  # 80/20 as in the papers, but the same for everyone; the store keeps it
         split[keyed_generator("EuroSAT", "split").permutation(len(split))[: len(split) // 5]] = SPLITS["test"]
     labels = translated(np.concatenate([_torchvision_labels(part) for part in parts]), own, class_names)
-    return ImageList(f"torchvision:{name}", Paths([os.fsencode(path) for path in paths]), labels, split, own, _Parts(parts))
+    pixels = _Parts(ConcatDataset(parts))
+    return ImageList(f"torchvision:{name}", Paths([os.fsencode(path) for path in paths]), labels, split, own, pixels)
 
 
 def _tagged_set(name: str, class_names: Sequence[str] | None, data_root: str) -> ImageList:

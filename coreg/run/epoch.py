@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,10 +12,11 @@ from torch import nn
 from torch.optim.swa_utils import update_bn
 
 from coreg.learn.collective import my_slice
-from coreg.learn.coreg import WarmUpBatch
+from coreg.learn.coreg import CoRegBatch, WarmUpBatch
 from coreg.learn.division import Division, Predicted, divide
+from coreg.learn.schedules import ramp
 from coreg.learn.tables import share
-from coreg.learn.two_nets import Verdict
+from coreg.learn.two_nets import Verdict, co_train_batch, partner_rows
 from coreg.nets.model import Model
 from coreg.process import main_process_decides
 from coreg.report.metrics import accuracy, division_health
@@ -97,6 +98,39 @@ def warm_up(run: Run, task: Task[Any], training: Training, lr: float, view: str,
         images = task.data.view(view, rows[my_slice(len(rows))], ("warm-up", *key))
         batch = WarmUpBatch(images, share(task.table, rows), len(rows), int(informative[rows].sum()))
         training.learn(batch, lr)
+
+
+def co_train_batches(
+    run: Run,
+    task: Task[Any],
+    training: Training,
+    verdict: Verdict,
+    with_rest: bool = True,
+    view: str = "strong",
+    own: Verdict | None = None,
+) -> Iterator[CoRegBatch]:
+    """The batches of an epoch in which the present network trains on a division of the training set, P in random order.
+
+    Args:
+        verdict: that divides it. with_rest: whether distrusted images U are trained on too. view, own: see
+            `co_train_batch`.
+    """
+    epoch, number, job, method = training.epoch, training.number, task.job, task.method
+    key = (job.seed, epoch, number)
+    trusted = ShuffledRows(np.concatenate([np.flatnonzero(verdict.trusted), task.repeated]), job.batch_size, ("P", *key))
+    rest = ShuffledRows(np.flatnonzero(~verdict.trusted & with_rest), job.batch_size, ("U", *key))
+    labelled = ShuffledRows(task.extra, job.batch_size, ("labelled", *key))
+
+    def partners(step: int) -> np.ndarray:
+        return partner_rows(job.seed, trusted.batch(step), rest.batch(step), (epoch, number, step), method.mixup_alpha)
+
+    task.read_ahead(training.step, trusted, rest, labelled, partners=partners)
+    for step in run.steps(training, trusted.per_round):
+        at, rows = (epoch, number, step), (trusted.batch(step), rest.batch(step))
+        batch = co_train_batch(task.data, *rows, verdict, at, method.mixup_alpha, view, own)
+        batch.labelled, batch.n_labelled = task.labelled(labelled.batch(step), "weak", at)
+        batch.ramp = ramp(epoch - method.warmup_epochs + step / trusted.per_round, method.rampup_epochs)
+        yield batch
 
 
 def division_of(task: Task[Any], training: Training, number: int, losses: np.ndarray, monotone: bool = False) -> Division:
