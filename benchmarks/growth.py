@@ -1,10 +1,10 @@
 """How time and memory grow with the number of images N and of classes C, outside the networks.
 
-    python -m benchmarks.growth [--largest 1000000] [--only WORK ...]
+    python -m benchmarks.growth [--largest 1000000] [--classes 10] [--only WORK ...]
 
 Every point is measured in a process of its own, on one thread: seconds of the processor, and the largest resident memory
-above that of the inputs, for the most images. The exponent is the slope of log time over log N (three values, C = 10) or
-over log C (10, 100 and 1000, N = 10,000).
+above that of the inputs, for the most images. The exponent is the slope of log time over log N (three values) or over
+log C (10, 100 and 1000, N = 10,000).
 """
 
 from __future__ import annotations
@@ -174,8 +174,8 @@ def exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
     return along / sum((a - middle[0]) ** 2 for a in x)
 
 
-def measure(largest: int, names: Sequence[str] = tuple(WORK)) -> list[dict[str, str]]:
-    """One row for each of these pieces of work."""
+def measure(largest: int, names: Sequence[str] = tuple(WORK), classes: int = CLASSES[0]) -> list[dict[str, str]]:
+    """One row for each of these pieces of work, of so many classes."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["train_coreg", "coreg.report.metrics", "coreg.run.checkpoint"])
 
@@ -185,7 +185,7 @@ def measure(largest: int, names: Sequence[str] = tuple(WORK)) -> list[dict[str, 
 
     rows, images = [], (largest // 100, largest // 10, largest)
     for name in names:
-        by_images = [at(name, n, CLASSES[0]) for n in images]
+        by_images = [at(name, n, classes) for n in images]
         seconds, megabytes = by_images[-1]
         row = {"work": name, "seconds": f"{seconds:.2f}", "MB": f"{megabytes:,.0f}"}
         row["exponent in N"] = f"{exponent(images, [seconds for seconds, _ in by_images]):.2f}"
@@ -201,10 +201,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Print the table; exit status 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--largest", type=int, default=1_000_000, help="images at most")
+    parser.add_argument("--classes", type=int, default=CLASSES[0], help="classes while images grow")
     parser.add_argument("--only", nargs="+", choices=tuple(WORK), default=list(WORK), help="pieces of work")
     args = parser.parse_args(argv)
-    print(f"{environment()}\n\n{args.largest:,} images, {CLASSES[0]} classes, {TEMPLATES} templates\n")
-    print(as_markdown(measure(args.largest, args.only)))
+    print(f"{environment()}\n\n{args.largest:,} images, {args.classes} classes, {TEMPLATES} templates\n")
+    print(as_markdown(measure(args.largest, args.only, args.classes)))
     return 0
 
 
