@@ -64,7 +64,6 @@ class IDGP(PartialMethod):
     inside, above = 1e-12, 1.0000001  # what is taken in log(f + inside), log(g + inside), log(above - g)
 
     def init_state(self, candidates: Tensor, dtype: torch.dtype) -> None:
-        super().init_state(candidates, dtype)
         self.generator = sharing_copy(self.net)
         for weight in moving_weights(self.generator, self.net)[0]:
             weight.requires_grad_(True)

@@ -48,7 +48,6 @@ class PiCO(PartialMethod):
     first_epoch = 0  # how the authors number the first epoch
 
     def init_state(self, candidates: Tensor, dtype: torch.dtype) -> None:
-        super().init_state(candidates, dtype)
         self.prototypes = Prototypes(candidates.shape[1], self.options.projection_dim).to(dtype)
         self.queue = Queue(self.options.queue_size, self.options.projection_dim).to(dtype)
         self.register_buffer("confidence", uniform(candidates, dtype))
