@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from local_hub import local_hub
 from PIL import Image
 from runs import on_two_processes
 from sklearn.covariance import LedoitWolf
@@ -21,6 +22,7 @@ from coreg.export import predict
 from coreg.export.cutoff import CutOff, calibrated, calibration_line
 from coreg.export.distance import as_bytes, fit_distances, from_bytes, largest
 from coreg.export.ensemble import ensemble_logits, export
+from coreg.export.ensemble import main as export_command
 from coreg.export.folder import load_export, write_settings
 from coreg.nets.model import create_backbone
 
@@ -420,3 +422,22 @@ def test_an_export_without_distances_says_how_to_measure_them(exported, photos, 
             predict.main([*words, "--max_distance", word])
         error = capsys.readouterr().err
         assert "knows no distances; type: coreg-export --run runs/a --distances" in error and error.count("\n") == 1
+
+
+def test_what_is_published_is_loaded_from_there(exported, tmp_path, monkeypatch, capsys):
+    """By the hub's own client, both ways, from a hub on loopback."""
+    with local_hub(tmp_path / "hub") as address:
+        constants = "huggingface_hub.constants."
+        monkeypatch.setattr(constants + "ENDPOINT", address)
+        monkeypatch.setattr(constants + "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}")
+        monkeypatch.setattr(constants + "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants + "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setenv("HF_TOKEN", "hf_of_nobody")
+        export_command(["--run", str(exported[0]), "--push_to_hub", "someone/insects"])
+        assert capsys.readouterr().out.startswith(f"{address}/someone/insects")
+        there = tmp_path / "hub" / "models" / "someone" / "insects"
+        for file in exported[0].rglob("*"):
+            assert not file.is_file() or (there / file.relative_to(exported[0])).read_bytes() == file.read_bytes()
+        theirs, ours = (predict.load_classifier(path) for path in ("hf-hub:someone/insects", exported[0]))
+    pixels = torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8)
+    assert theirs.class_names == NAMES and torch.equal(theirs.run(pixels), ours.run(pixels))
