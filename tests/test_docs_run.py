@@ -100,7 +100,14 @@ def call(program, words):
 
 def adjusted(program, words):
     """The words of a command, with what there is here in the place of what the reader has."""
-    here = {"ViT-B-32/openai": "builtin:glyph-clip", "ann/cifar10": "ann", "NEWPLACE": "photos", "n": "1"}
+    here = {
+        "ViT-B-32/openai": "builtin:glyph-clip",
+        "local-dir:clip": "builtin:glyph-clip",
+        "local-dir:lite0": "preact_resnet_tiny",
+        "ann/cifar10": "ann",
+        "NEWPLACE": "photos",
+        "n": "1",
+    }
     here |= dict.fromkeys(("ann/st", "ann/lt", "ann/id"), "drawn") | {"ann/cifar100": "ann"}
     words = [here.get(word, word) for word in words]
     if program in TRAINERS and "--print_config" not in words:
@@ -140,6 +147,7 @@ def prepared(tmp_path_factory):
             shutil.copytree("ann", name)
         words = ["--annotations", "ann", "--output_dir", "runs/a"]
         assert call("train_coreg.py", adjusted("train_coreg.py", words)) == 0
+        assert call("coreg.export", ["--run", "runs/a", "--distances"]) == 0
         shutil.copytree("runs/a", "runs/compare/a")
         assert call("coreg.export", ["--run", "runs/compare/a", "--format", "onnx"]) == 0
         shutil.copy("runs/compare/a/export/model.onnx", "model.onnx")
