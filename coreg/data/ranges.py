@@ -25,7 +25,9 @@ _NUMBERS = re.compile(r"\{(\d+)\.\.(\d+)\}")
 class RangedFile(Protocol):
     """A file that does not change while it is used."""
 
-    size: int  # bytes
+    @property
+    def size(self) -> int:
+        """Bytes."""
 
     @property
     def place(self) -> str:
