@@ -9,7 +9,7 @@ DATA ?= data
 READY := $(VENV)/.installed
 BIN := $(VENV)/bin
 
-.PHONY: docs demo test test-slow test-multiprocess test-browser compare evidence partialclip bench gpu lint format
+.PHONY: docs demo test test-slow test-multiprocess test-browser coverage compare evidence partialclip bench gpu lint format
 
 $(READY): setup.cfg pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -36,6 +36,12 @@ test-multiprocess: $(READY)
 test-browser: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'playwright>=1.48'
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser -o addopts="-q --strict-markers"
+
+# Which lines the default tests run, the least covered files first
+coverage: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'pytest-cov>=7' 'coverage>=7.10'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --cov --cov-report=
+	$(BIN)/python -m coverage report --skip-covered --sort=cover
 
 # Every method on the digits, three seeds, JOBS runs at a time; what is finished is skipped. Hours; the table is in docs/results.md
 compare: $(READY)

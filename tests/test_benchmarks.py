@@ -13,7 +13,7 @@ from conftest import SMALL_JOB
 from PIL import Image
 from torch.nn.modules.module import register_module_forward_hook
 
-from benchmarks import estimates, growth, labelling, left_out, memory, mended, pixels, record, tiny_clip
+from benchmarks import estimates, growth, labelling, memory, mended, pixels, record, tiny_clip
 from benchmarks.__main__ import PAGE, TABLES
 from benchmarks.augment import MEAN, STD, pil_batch, waves
 from benchmarks.plain import VIEWS, PlainCoReg
@@ -321,12 +321,3 @@ def test_how_often_estimates_held_the_truth():
     assert (first["mean error"], second["mean bias"]) == (f"{(0.1 + 0.2 + 0) / 3:.3f}", "+0.100")
     assert first["held, margin of the other sets"] == "2 of 3 (± 0.05)"
     assert second["held, margin of the other sets"] == "1 of 1 (± 0.15)" and both["data"] == "all"
-
-
-def test_distances_to_class_means_are_in_the_common_covariance():
-    """Classes around (0, 0) and (10, 0), spread 3 along the second axis and 1 along the first, which distances count in."""
-    rng = np.random.default_rng(0)
-    classes = np.repeat([0, 2], 4000)  # nothing is named class 1
-    train = rng.normal(size=(8000, 2)) * [1, 3] + np.where(classes[:, None] == 2, [10, 0], [0, 0])
-    near = left_out.nearness(train, classes, np.array([[0, 0], [13, 0], [10, 9], [5, 0]]))
-    np.testing.assert_allclose(near, [0, -3, -3, -5], atol=0.2)

@@ -106,6 +106,7 @@ def adjusted(program, words):
         "local-dir:lite0": "preact_resnet_tiny",
         "ann/cifar10": "ann",
         "NEWPLACE": "photos",
+        "runs/flips/images": "photos",
         "n": "1",
     }
     here |= dict.fromkeys(("ann/st", "ann/lt", "ann/id"), "drawn") | {"ann/cifar100": "ann"}
@@ -124,7 +125,7 @@ def adjusted(program, words):
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
-    """A reader's folder behind the first steps: images, class names, stores, a finished run, ten labels filled in."""
+    """A reader's folder after the first steps: images, class names, stores, a finished run, ten labels filled in."""
     root = tmp_path_factory.mktemp("reader")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
