@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -36,6 +37,24 @@ def test_a_block_is_taken_by_one_process_only(store):
         files[1].unlink(missing_ok=True)
         assert three.claim() is None and not (root / "claims").exists()  # somebody saw the job finished
     assert not (root / "claims").exists()
+
+
+def test_a_folder_that_another_process_clears_away_is_made_again(store, monkeypatch):
+    """It has seen the job finished, just when this one begins."""
+    root, files = store
+    touch, cleared = Path.touch, []
+
+    def clearing_touch(path, *args, **kwargs):
+        if len(cleared) < 2:
+            cleared.append(path.parent.rmdir())
+        touch(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "touch", clearing_touch)
+    with BlockQueue(root, files) as queue:
+        assert queue.alive.exists() and queue.claim() == 0
+    monkeypatch.setattr(Path, "touch", lambda path: path.parent.rmdir() or touch(path))
+    with pytest.raises(UserError, match="cannot write into .*claims: No such file"), BlockQueue(root, files):
+        pass
 
 
 def test_many_processes_at_once_take_every_block_once(tmp_path):

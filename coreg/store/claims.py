@@ -49,11 +49,15 @@ class BlockQueue:
         self._beating = threading.Thread(target=self._keep_alive, daemon=True)
 
     def __enter__(self) -> BlockQueue:
-        try:
-            self.root.mkdir(exist_ok=True)
-            self.alive.touch()
-        except OSError as error:
-            raise UserError(f"cannot write into {self.root}: {error.strerror}; run the same command again") from None
+        for tries_left in range(9, -1, -1):
+            try:
+                self.root.mkdir(exist_ok=True)
+                self.alive.touch()
+                break
+            except OSError as error:
+                # another process may see the job finished, and clear up, between the two
+                if not (isinstance(error, FileNotFoundError) and tries_left):
+                    raise UserError(f"cannot write into {self.root}: {error.strerror}; run the same command again") from None
         self._beating.start()
         return self
 
