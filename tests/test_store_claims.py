@@ -53,7 +53,7 @@ def test_a_folder_that_another_process_clears_away_is_made_again(store, monkeypa
     with BlockQueue(root, files) as queue:
         assert queue.alive.exists() and queue.claim() == 0
     monkeypatch.setattr(Path, "touch", lambda path: path.parent.rmdir() or touch(path))
-    with pytest.raises(UserError, match="cannot write into .*claims: No such file"), BlockQueue(root, files):
+    with pytest.raises(UserError, match=r"cannot write into .*claims: No such file"), BlockQueue(root, files):
         pass
 
 

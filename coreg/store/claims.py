@@ -56,8 +56,9 @@ class BlockQueue:
                 break
             except OSError as error:
                 # another process may see the job finished, and clear up, between the two
-                if not (isinstance(error, FileNotFoundError) and tries_left):
-                    raise UserError(f"cannot write into {self.root}: {error.strerror}; run the same command again") from None
+                if isinstance(error, FileNotFoundError) and tries_left:
+                    continue
+                raise UserError(f"cannot write into {self.root}: {error.strerror}; run the same command again") from None
         self._beating.start()
         return self
 
