@@ -35,13 +35,13 @@ PARTS = {
     "step_fp32": 90,
     "step_bf16": 60,
     "step_compiled": 150,
-    "launches": 60,
     "epoch": 150,
     "tests": 120,
     "annotation": 120,
     "views": 60,
     "tables": 90,
 }
+STEPS = {"step_fp32": "float32", "step_bf16": "bf16", "step_compiled": "bf16, compiled"}
 ACCURACY = "accuracy"  # last, for as long as there is time
 
 
@@ -107,10 +107,10 @@ def measure(output: Path, minutes: float, dry_run: bool, images: Path | None, on
 
 def step_rows(parts: dict[str, Any]) -> list[dict[str, str]]:
     """One row for each side of a step that was measured."""
-    titles, rows = {"step_fp32": "float32", "step_bf16": "bf16", "step_compiled": "bf16, compiled"}, []
+    rows = []
     plain = parts.get("step_fp32", {}).get("seconds", {}).get("plain")
     rates = parts.get("card", {}).get("rates", {})
-    for part, title in titles.items():
+    for part, title in STEPS.items():
         numbers = parts.get(part, {})
         for side, seconds in numbers.get("seconds", {}).items():
             rate = rates.get("fp32" if part == "step_fp32" else "bf16")
@@ -137,12 +137,13 @@ def made_of(parts: dict[str, Any]) -> str:
         blocks.append(f"One large 3x3 convolution, forward and backward: {measured} TFLOP/s.")
     if rows := step_rows(parts):
         blocks.append(as_markdown(rows))
-    if "launches" in parts.get("launches", {}):
-        numbers = parts["launches"]
-        waits = ", ".join(f"{name} {count:.1f}" for name, count in numbers["waits"].items()) or "none"
-        blocks.append(f"A step, bf16: {numbers['launches']:.0f} kernel launches; waits for the device: {waits}.")
-        top = [{"kernel": f"`{row['kernel']}`".replace("|", "/"), "share": f"{row['share']:.1%}"} for row in numbers["top"]]
-        blocks.append(as_markdown(top))
+    for part, title in STEPS.items():
+        if "launches" in (numbers := parts.get(part, {})):
+            waits = ", ".join(f"{name} {count:.1f}" for name, count in numbers["waits"].items()) or "none"
+            counted = f"{numbers['launches']:.0f} launches, {numbers['device_ms']:.1f} ms of the device"
+            top = [(f"`{row['kernel']}`".replace("|", "/"), f"{row['share']:.1%}") for row in numbers["top"]]
+            blocks.append(f"A step, {title}: {counted}; waits for it: {waits}. The kernels that take the most time:")
+            blocks.append(as_markdown([{"kernel": kernel, "share": share} for kernel, share in top]))
     if "networks" in (numbers := parts.get("epoch", {})):
         ours = numbers["networks"] + numbers["division"]
         blocks.append(

@@ -21,7 +21,7 @@ from coreg.learn.memory import Prototypes
 from coreg.learn.options import PRESETS, CoRegOptions
 from coreg.learn.two_nets import Verdict, co_train_batch
 from coreg.network_options import ImageConfig
-from coreg.run.training import Training, build_networks, build_optimizer, placed
+from coreg.run.training import Training, build_networks, build_optimizer, compile_network, placed
 from coreg.settings import JobConfig
 from coreg.views.augment import Augmentation
 from coreg.views.resident import TrainingImages
@@ -97,7 +97,9 @@ class Bench:
         learners = [placed(learner, self.accelerator, self.job) for learner in learners]
         for learner in learners:
             learner.queue.enqueue(*self.queue_rows)
-        return Training(self.accelerator, learners, [build_optimizer(net, self.job) for net in nets])
+        optimizers = [build_optimizer(net, self.job) for net in nets]
+        compiled = self.case.batch if self.job.compile else None
+        return Training(self.accelerator, learners, optimizers, compiled=compiled)
 
     def made(self, preset: str, step: int) -> CoRegBatch:
         x, u = self.rows(step)
@@ -150,7 +152,7 @@ class Bench:
         peer.eval()
         if self.job.compile:
             for module in (net, peer, key_net):
-                module.compile()
+                compile_network(module, device)
 
         def images(count: int) -> Tensor:
             made = torch.randn(count * case.batch, case.channels, case.size, case.size, device=device)
@@ -159,6 +161,8 @@ class Bench:
         one, two, four = (images(count) for count in (1, 2, 4))
 
         def step(number: int) -> None:
+            if self.job.compile:
+                torch.compiler.cudagraph_mark_step_begin()
             with self.accelerator.autocast():
                 with torch.no_grad():
                     if predicted:

@@ -7,12 +7,14 @@ import threading
 import time
 
 import huggingface_hub
+import numpy as np
 import open_clip
 import pytest
 import torch
 from PIL import Image
 from runs import error_of
 from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
 
 from coreg import hub
 from coreg.annotate import models, scores
@@ -193,7 +195,7 @@ def test_other_families_in_every_precision(tmp_path, family):
     outputs = {}
     for precision in ("fp32", "bf16", "fp16"):
         annotator = ClipAnnotator(spec, TEMPLATES, NAMES, precision=precision)
-        images = [annotator.preprocess(Image.new("RGB", (50, 40), colour)) for colour in ("red", "blue", "gray")]
+        images = [annotator.towers.preprocess(Image.new("RGB", (50, 40), colour)) for colour in ("red", "blue", "gray")]
         votes, probs, features = judged(annotator, annotator.collate(images))
         assert (votes.shape, probs.shape, features.shape) == ((3, 4), (3, 3), (3, 16))
         outputs[precision] = features.float(), annotator.towers.scale, annotator.towers.bias
@@ -210,8 +212,22 @@ def test_preprocessing_is_the_models_own(tiny):
     annotator = ClipAnnotator(resolve(f"local-dir:{tiny}"), TEMPLATES, NAMES)
     assert annotator.preprocessing["mean"] == [0.5] * 3 and annotator.preprocessing["size"] in (32, [32, 32])
     for mode in ("L", "RGB"):
-        pixels = annotator.preprocess(Image.new(mode, (50, 40), "white"))
+        pixels = annotator.towers.preprocess(Image.new(mode, (50, 40), "white"))
         assert pixels.shape == (3, 32, 32) and torch.allclose(pixels, torch.full_like(pixels, 2.0))
+
+
+def test_what_travels_in_eight_bits_becomes_the_models_own_pixels(tiny):
+    """As bytes from a decoding process, and floats on the device: the same bits as the model's preprocessing."""
+    annotator = ClipAnnotator(resolve(f"local-dir:{tiny}"), TEMPLATES, NAMES)
+    generator = np.random.default_rng(0)
+    shapes = ((40, 50, 3), (32, 32, 3), (33, 70))
+    images = [Image.fromarray(generator.integers(0, 256, shape, dtype=np.uint8)) for shape in shapes]
+    bytes_ = annotator.collate([annotator.preprocess(image) for image in images])
+    assert bytes_.dtype == torch.uint8 and bytes_.shape == (3, 32, 32, 3)
+    wanted = torch.stack([annotator.towers.preprocess(image) for image in images])
+    assert torch.equal(annotator.towers.eight_bit.floats(bytes_), wanted)
+    features = F.normalize(annotator.towers.image(wanted), dim=-1).half()
+    assert torch.equal(annotator.encode(bytes_), features)
 
 
 def test_the_built_in_annotator_is_an_ordinary_model(monkeypatch, tmp_path):

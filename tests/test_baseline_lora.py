@@ -101,7 +101,7 @@ def test_the_saved_adapter_gives_the_reported_accuracy(finished, clip_store):
     texts = [clip_store.templates[0].replace("{}", name) for name in clip_store.class_names]
     text = torch.nn.functional.normalize(annotator.towers.text(annotator.towers.tokenize(texts)), dim=-1)
     images, rows = clip_store.images(), np.flatnonzero(clip_store.split == 0)
-    pixels = torch.stack([annotator.preprocess(images.load(int(row))) for row in rows])
+    pixels = torch.stack([annotator.towers.preprocess(images.load(int(row))) for row in rows])
     with torch.no_grad():
         named = (annotator.towers.image(pixels) @ text.T).argmax(dim=1).numpy()
     assert (named == clip_store.labels[rows]).mean() == pytest.approx(report["accuracy"]["train"]["ensemble"], abs=0.011)

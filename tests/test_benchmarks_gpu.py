@@ -29,9 +29,9 @@ def test_every_part_gives_numbers(rehearsed):
     for part in ("step_fp32", "step_bf16", "step_compiled"):
         assert parts[part]["to_passes"]["passes"] == 1 and parts[part]["to_passes"]["ours"] > 0
         assert f"| {parts[part]['images'] / parts[part]['seconds']['ours']:,.0f} |".strip("| ") in page
-    assert "plain" in parts["step_fp32"]["seconds"] and parts["launches"]["waits"] == {}
+    assert "plain" in parts["step_fp32"]["seconds"] and parts["step_bf16"]["waits"] == {}
     assert {"networks", "division", "plain"} <= set(parts["epoch"]) and parts["annotation"]["share"] > 0
-    assert len(parts["launches"]["top"]) == 10 and parts["tables"]["images"] == gpu_parts.DRY.table_images
+    assert len(parts["step_bf16"]["top"]) == 10 and parts["tables"]["images"] == gpu_parts.DRY.table_images
     assert page.startswith("Above.\n<!-- gpu -->\n") and "Not measured" not in page
 
 

@@ -27,7 +27,7 @@ class Side:
         views = Augmentation(16, 2, True, mean=MEAN, std=STD)
         self.data = TrainingImages(pixels, torch.arange(N), views, device, seed=0)
         torch.manual_seed(0)
-        nets = [Model(PreActResNet(C, 3, widths=(8, 16), depths=(1, 1)), D) for _ in range(2)]
+        nets = [Model(PreActResNet(C, 3, widths=(16, 32), depths=(1, 1)), D) for _ in range(2)]
         prototypes, options = Prototypes(C, D), CoRegOptions(queue_size=50, projection_dim=D)
         self.learner = CoRegLearner(nets[0], prototypes, options).to(device, memory_format=torch.channels_last).train()
         self.learner.set_peer(nets[1].to(device).eval())

@@ -100,7 +100,7 @@ def test_an_untouched_tower_with_a_projected_head_says_what_the_annotator_said(s
     annotator = ClipAnnotator(resolve(store.manifest["model"]["spec"]), store.templates, store.class_names)
     with torch.no_grad():
         probs = net.logits((batch / 255 - 0.5) / 0.25).softmax(1)
-        shown = torch.stack([annotator.preprocess(images.load(row)) for row in range(12)])
+        shown = torch.stack([annotator.towers.preprocess(images.load(row)) for row in range(12)])
         features = F.normalize(annotator.towers.image(shown), dim=1)
         said = (annotator.towers.scale * features @ annotator.text.T).softmax(1)
     torch.testing.assert_close(probs, said, rtol=0, atol=1e-5)

@@ -46,7 +46,7 @@ def tiles_of(image: Image.Image, sides: Sequence[int]) -> list[Image.Image]:
 
 @dataclass
 class _TiledPixels:
-    """What an image and its parts become in a decoding process, float32 (1 + M, 3, H, W)."""
+    """What an image and its parts become in a decoding process, (1 + M, ...) of what each of them becomes."""
 
     preprocess: Callable[[Image.Image], torch.Tensor]
     sides: Sequence[int]
@@ -68,7 +68,7 @@ class TiledAnnotator:
         self.preprocess, self.collate = _TiledPixels(annotator.preprocess, sides), annotator.collate
 
     def annotate(self, batch: torch.Tensor) -> dict[str, Any]:
-        """Judge n images, float32 (n, 1 + M, 3, H, W), one pass for the images and for each of their parts."""
+        """Judge n images with their parts, (n, 1 + M, ...), one pass for the images and for each of their parts."""
         whole, *parts = batch.unbind(dim=1)
         tiles = torch.stack([self.annotator.encode(part) for part in parts], dim=1)
         return self.annotator.annotate(whole) | {"tiles": tiles}

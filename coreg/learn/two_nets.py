@@ -137,27 +137,29 @@ def co_train_batch(
     """
     lengths = (len(trusted), len(trusted), len(rest), len(rest))
     my_trusted, my_rest = trusted[my_slice(len(trusted))], rest[my_slice(len(rest))]
-    each = ((trusted, my_trusted, data.pixels(my_trusted), "x"), (rest, my_rest, data.pixels(my_rest), "u"))
+    twice = ((trusted, my_trusted, "x1"), (trusted, my_trusted, "x2"), (rest, my_rest, "u1"), (rest, my_rest, "u2"))
+    x, u = data.pixels(my_trusted), data.pixels(my_rest)
+    pixels = torch.cat([x, x, u, u])
 
-    def views(kind: str) -> list[Tensor]:
-        return [
-            data.view(kind, my_rows, (f"{split}-{kind[0]}{number}", *key), pixels)
-            for _, my_rows, pixels, split in each
-            for number in (1, 2)
-        ]
+    def name(split: str, kind: str) -> tuple[int | str, ...]:
+        return (f"{split[0]}-{kind[0]}{split[1]}", *key)
 
-    weak = views("weak") if own is None or view == "weak" else []
-    trained = torch.cat(weak if view == "weak" else views(view))
+    def views(kind: str) -> Tensor:
+        return data.views(kind, [(my_rows, name(split, kind)) for _, my_rows, split in twice], pixels)
+
+    made = views("weak") if own is None or view == "weak" else None
+    trained = made if made is not None and view == "weak" else views(view)
+    weak = [] if own is not None or made is None else made.split([len(my_rows) for _, my_rows, _ in twice])
     kept, order = draw_mixup(mixup_alpha, sum(lengths), (data.seed, "mixup", *key))
     position = _my_places(lengths)
-    blocks = [(view, rows, (f"{split}-{view[0]}{number}", *key)) for rows, _, _, split in each for number in (1, 2)]
+    blocks = [(view, rows, name(split, view)) for rows, _, split in twice]
     guess = None
     if own is not None:
         both = (share(own.guess, rest) + share(verdict.guess, rest)) / 2
         guess = Guess(share(own.guess, trusted), both, share(own.features, trusted), share(own.features, rest))
     return CoRegBatch(
-        x_weak=tuple(weak[:2]) if own is None else (),
-        u_weak=tuple(weak[2:]) if own is None else (),
+        x_weak=tuple(weak[:2]),
+        u_weak=tuple(weak[2:]),
         strong=trained,
         partners=data.partners(trained, blocks, order[position]) if mixup_alpha else trained,
         position=data.places(position),

@@ -149,7 +149,7 @@ def show_features(
     net.eval()
     features, pictures = [], []
     for views in data.in_batches("plain", rows, 64, ()):
-        features.append(net(views)[1].float().cpu())
+        features.append(net.forward(views)[1].float().cpu())
         pictures.append(F.interpolate(_pictures(views, data), size=SPRITE, mode="area"))
     writer.add_embedding(
         torch.cat(features),

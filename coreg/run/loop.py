@@ -81,8 +81,8 @@ class Run:
         Raises:
             UserError: the folder belongs to another job, another process holds it, or all its checkpoints are damaged.
         """
-        accumulated = self.job.gradient_accumulation_steps
-        training = Training(self.accelerator, list(learners), list(optimizers), divisions, accumulated)
+        sizes = (self.job.gradient_accumulation_steps, self.job.batch_size if self.job.compile else None)
+        training = Training(self.accelerator, list(learners), list(optimizers), divisions, *sizes)
         nets = [net for learner in learners if isinstance(net := getattr(learner, "net", None), Model) and net.frozen]
         if frozen := [net.frozen_hash() for net in nets]:  # checkpoints do not hold them
             self.identity |= {"frozen_weights": frozen}

@@ -226,7 +226,7 @@ def predict(
     # a process without rows passes an empty batch, so that all results have their shapes
     starts = range(0, max(len(rows), 1), batch_size)
     batches = (images.inputs(view, rows[start : start + batch_size], key) for start in starts)
-    logits, features = zip(*(net(batch) for batch in batches))
+    logits, features = zip(*(net.forward(batch) for batch in batches))
     my_logits, my_features = torch.cat(logits).to(images.dtype), torch.cat(features)
     if sharded:
         return OwnedRows(my_logits, n), OwnedRows(my_features, n)

@@ -48,6 +48,7 @@ class Training:
     optimizers: list[torch.optim.Optimizer]  # a learner without one is not trained
     divisions: Divisions | None = None  # what two networks remember of their divisions, where they divide
     accumulated: int = 1  # number of batches whose gradients are averaged before the weights move
+    compiled: int | None = None  # networks are compiled for global batches of multiples of so many images; None: for none
     epoch: int = 0  # finished epochs
     number: int = 0  # network (0 or 1) to go on with in the present epoch
     step: int = 0  # and its step
@@ -95,7 +96,7 @@ class Training:
         for number, learner in enumerate(self.learners):
             learner.train(number == self.number)
         module, optimizer = self.steps[self.number], self.optimizers[self.number]
-        with contextlib.nullcontext() if self.moves else self.accelerator.no_sync(module):
+        with self._for_size(batch.size), contextlib.nullcontext() if self.moves else self.accelerator.no_sync(module):
             parts = module(batch)
             # gradients are averaged over processes, and the shares of a loss add up
             self.accelerator.backward(parts["loss"] * self.accelerator.num_processes / self.accumulated)
@@ -108,6 +109,14 @@ class Training:
             self.sums[name] = self.sums.get(name, 0) + part.detach()
         self.images_seen += batch.size
         self.updates += 1
+
+    def _for_size(self, size: int) -> contextlib.AbstractContextManager:
+        """Compiled networks run as they are for a batch that is left over: its size may never come again."""
+        if self.compiled is None:
+            return contextlib.nullcontext()
+        if self.step % self.accumulated == 0:  # what CUDA graphs returned before is needed no more
+            torch.compiler.cudagraph_mark_step_begin()
+        return torch.compiler.set_stance("force_eager" if size % self.compiled else "default")
 
     def shares(self) -> dict[str, Tensor]:
         """The sums of all W processes, (W,) for each loss part, the same on every process; all have to call it."""
@@ -255,6 +264,17 @@ def build_optimizer(net: nn.Module, job: JobConfig) -> torch.optim.Optimizer:
     return torch.optim.SGD(weights, lr=job.lr, momentum=job.momentum, weight_decay=job.weight_decay)
 
 
+def compile_network(net: nn.Module, device: torch.device) -> None:
+    """Have a call of the network run compiled code, for every shape of its input another one.
+
+    On a GPU the kernels of a network for small images take less time than their launches, so that they are launched
+    together, as CUDA graphs, whose results last until `torch.compiler.cudagraph_mark_step_begin` is called. `Training`
+    calls it, and has batches of unusual sizes run uncompiled; what only predicts calls `forward`, which is not compiled.
+    """
+    torch.backends.cudnn.benchmark = True
+    net.compile(dynamic=False, **({"mode": "reduce-overhead"} if device.type == "cuda" else {}))
+
+
 def placed(learner: nn.Module, accelerator: Accelerator, job: JobConfig) -> nn.Module:
     """The learner on the device, its network `net` and its momentum encoder `key_net`, if any, compiled where asked for.
 
@@ -265,5 +285,5 @@ def placed(learner: nn.Module, accelerator: Accelerator, job: JobConfig) -> nn.M
     if nets[0].frozen and job.mixed_precision == "bf16" and accelerator.device.type == "cuda":
         nets[0].halve(*nets[1:])
     for net in nets if job.compile else ():
-        net.compile()
+        compile_network(net, accelerator.device)
     return learner

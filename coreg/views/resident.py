@@ -51,9 +51,12 @@ class TrainingImages:
 
     def view(self, kind: str, rows: np.ndarray, key: tuple[int | str, ...], pixels: Tensor | None = None) -> Tensor:
         """A view of one of `coreg.views.augment.VIEWS`, (n, c, H, W), normalised, in channels_last format."""
-        pixels = self.pixels(rows) if pixels is None else pixels
-        samples = self.samples[torch.from_numpy(rows)]
-        view = self.augmentation.view(kind, pixels, samples, (self.seed, *key), self.dtype)
+        return self.views(kind, [(rows, key)], self.pixels(rows) if pixels is None else pixels)
+
+    def views(self, kind: str, blocks: Sequence[tuple[np.ndarray, tuple[int | str, ...]]], pixels: Tensor) -> Tensor:
+        """Views of several blocks of rows, each under a key of its own, one after another; pixels: those of all of them."""
+        named = [(self.samples[torch.from_numpy(rows)], (self.seed, *key)) for rows, key in blocks]
+        view = self.augmentation.views(kind, pixels, named, self.dtype)
         return view.contiguous(memory_format=torch.channels_last)
 
     def inputs(self, kind: str, rows: np.ndarray, key: tuple[int | str, ...], pixels: Tensor | None = None) -> Tensor:
