@@ -146,7 +146,7 @@ class Optimiser(Steps):
     lr_floor: float = advanced(1e-5, "learning rate at the horizon of the cosine schedule", (0, 1e6))
     lr_horizon: int = advanced(0, "epochs of the cosine schedule; 0 for --epochs", (0, 1_000_000))
     momentum: float = advanced(0.9, "SGD momentum", (0, 0.999999))
-    compile: bool = advanced(False, "compile the networks with torch.compile")
+    compile: bool = advanced(False, "compile the networks with torch.compile, on a GPU as CUDA graphs")
 
     def cosine_lr(self, epoch: int) -> float:
         """Learning rate of an epoch by the cosine schedule."""

@@ -20,7 +20,7 @@ def test_batch_statistics_are_means_over_one_weak_view_of_every_whole_batch(n):
     pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (n, 1, 16, 16), np.uint8))
     views = Augmentation(size=16, padding=2, flip=False, mean=(0.3,), std=(0.4,))
     data = TrainingImages(pixels, torch.arange(n), views, torch.device("cpu"), seed=3, dtype=torch.float64)
-    task = SimpleNamespace(job=SimpleNamespace(batch_size=4, seed=3), data=data)
+    task = SimpleNamespace(job=SimpleNamespace(batch_size=4, seed=3, compile=False), data=data)
     torch.manual_seed(0)
     nets = [Model(create_backbone("preact_resnet_tiny", 3, 1, {}, False), 8).double() for _ in range(2)]
     before = [net.state_dict()["backbone.conv1.weight"].clone() for net in nets]
@@ -58,3 +58,33 @@ def test_weights_with_a_learning_rate_of_their_own_keep_their_share_of_it():
         moved -= rate
         assert learner.whole.item() == pytest.approx(moved, rel=1e-12)
         assert learner.fifth.item() == pytest.approx(moved / 5, rel=1e-12)
+
+
+def test_only_batches_of_the_usual_sizes_run_compiled_code():
+    """Global batches of B and 2 B are compiled for, what is left over of an epoch is not, and what only predicts is not."""
+    compiled, ran = [], []
+
+    def backend(graph, inputs):
+        compiled.append(len(inputs[-1]))
+        return lambda *arguments: ran.append(len(arguments[-1])) or graph(*arguments)
+
+    class Net(torch.nn.Module):
+        def forward(self, images):
+            return images * 2
+
+    class Learner(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net, self.weight = Net(), torch.nn.Parameter(torch.ones(()))
+            self.net.compile(backend=backend, dynamic=False)
+
+        def forward(self, batch):
+            return {"loss": self.weight * self.net(torch.ones(batch.size)).sum()}
+
+    learner = Learner()
+    training = Training(Accelerator(cpu=True), [learner], [torch.optim.SGD(learner.parameters(), lr=0.1)], compiled=4)
+    for size in (8, 8, 3, 4, 5, 8):
+        training.learn(SimpleNamespace(size=size), 0.0)
+    assert float(training.sums["loss"]) == 2 * (8 + 8 + 3 + 4 + 5 + 8)
+    assert compiled == [8, 4] and ran == [8, 8, 4, 8]
+    assert learner.net.forward(torch.ones(7)).sum() == 14 and compiled == [8, 4]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -56,7 +57,9 @@ def count_statistics(task: Task[Any], nets: Sequence[Model], epoch: int) -> None
         batches = [rows[my_slice(len(rows))] for rows in map(order.batch, range(max(n // size, 1)))]
         key = ("statistics", epoch, number)
         task.data.read_ahead(batches.__getitem__, range(len(batches)))
-        update_bn((task.data.view("weak", rows, key) for rows in batches), net)
+        # momenta change on the way, for which nothing is compiled
+        with torch.compiler.set_stance("force_eager") if task.job.compile else contextlib.nullcontext():
+            update_bn((task.data.view("weak", rows, key) for rows in batches), net)
 
 
 def accuracy_on_test(task: Task[Any], nets: Sequence[Model]) -> dict[str, float]:
