@@ -10,9 +10,8 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from open_clip.transform import MaybeToTensor
 from PIL import Image
-from torchvision.transforms import Normalize
+from torchvision.transforms import Normalize, ToTensor
 
 from coreg.annotate.models import PRECISIONS, ModelSpec, load_open_clip, load_transformers, one_line
 from coreg.annotate.prompts import CLASSNAME, PHOTO, plain_names, prompts
@@ -102,7 +101,7 @@ class EightBit:
 def eight_bit(preprocess: Callable) -> EightBit | None:
     """The preprocessing of open_clip in two parts, where its last steps are the usual ones."""
     *steps, convert, normalise = getattr(preprocess, "transforms", (None, None))
-    if isinstance(convert, MaybeToTensor) and isinstance(normalise, Normalize):
+    if isinstance(convert, ToTensor) and isinstance(normalise, Normalize):
         return EightBit(steps, normalise.mean, normalise.std)
     return None
 
