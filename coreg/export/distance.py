@@ -7,7 +7,6 @@ NeurIPS 2018, of the last features alone). Means and covariance lie in distances
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 
 from coreg.data.decode import decode
 from coreg.data.images import TEST, ImageList
+from coreg.data.labels import csv_lines
 from coreg.errors import UserError
 
 FILE = "distances.safetensors"
@@ -112,11 +112,8 @@ def rows_of_run(images: ImageList, run: Path) -> tuple[np.ndarray, np.ndarray, s
     Raises:
         UserError: too few of the images that the run was trained on are there.
     """
-    try:
-        with (run / "labels.csv").open(newline="", encoding="utf-8", errors="surrogateescape") as file:
-            named = {line["path"] for line in csv.DictReader(file)}
-    except (OSError, KeyError) as error:
-        raise UserError(f"{run} has no labels.csv that names the training images ({error}); repeat its training") from None
+    lines = csv_lines(str(run / "labels.csv"), ("path",), "it names the training images; repeat the training of that run")
+    named = {line["path"] for _, line in lines}
     trained = np.array([row for row, path in enumerate(images.paths) if path in named], dtype=np.int64)
     if len(trained) < 5 * FEWEST:
         raise UserError(
