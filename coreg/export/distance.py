@@ -132,6 +132,15 @@ def rows_of_run(images: ImageList, run: Path) -> tuple[np.ndarray, np.ndarray, s
     )
 
 
+def readable_pixels(images: ImageList, rows: np.ndarray, settings: dict[str, Any]) -> tuple[Tensor, np.ndarray]:
+    """The readable ones of `rows` as an export's networks take images, uint8 (n, c, H, W), and their numbers."""
+    failed: dict[int, str] = {}
+    size, channels, resize = settings["image_size"], settings["channels"], settings.get("resize") or "squash"
+    pixels = decode(images, rows, size, channels, 2, failed, resize)
+    readable = ~np.isin(rows, list(failed))
+    return pixels[torch.from_numpy(readable)], rows[readable]
+
+
 def measure_run(
     nets: Sequence[nn.Module],
     normalised: Callable[[Tensor], Tensor],
@@ -153,10 +162,7 @@ def measure_run(
     def features(wanted: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
         each, logits = [[] for _ in nets], []
         for start in range(0, len(wanted), BATCH):
-            batch, failed = wanted[start : start + BATCH], {}
-            size, resize = settings["image_size"], settings.get("resize") or "squash"
-            pixels = decode(images, batch, size, settings["channels"], 2, failed, resize)
-            x = normalised(pixels[torch.from_numpy(~np.isin(batch, list(failed)))])
+            x = normalised(readable_pixels(images, wanted[start : start + BATCH], settings)[0])
             with torch.no_grad():
                 logits.append(sum(net(x) for net in nets).numpy())
             for kept, net in zip(each, nets):
