@@ -87,14 +87,6 @@ from coreg.run.trust import trust
 from coreg.store.store import AnnotationStore
 
 
-def frozen_features(task: Task[ProbeOptions], net: Model) -> Tensor:
-    """Of the usable training images, then of their mirror images where views are mirrored: (n or 2n, D)."""
-    rows, size = np.flatnonzero(task.weak.usable), 4 * task.job.batch_size
-    return torch.cat(
-        [pooled(net, task.data, rows, size, mirrored) for mirrored in (False, True)[: 1 + task.image_options.flip]]
-    )
-
-
 def stored_features(run: Run, name: str) -> tuple[Tensor, np.ndarray]:
     """The annotator's features (`own`) or those of a view, (N, D), and bool (N,), where there are none.
 
@@ -182,7 +174,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _network(run: Run, task: Task[ProbeOptions], training: Training, net: Model, started: float) -> None:
     """Fit the student's own classifier, or a cosine head in its place."""
     method, name, more = task.method, NAMES[task.method.targets], {}
-    features = frozen_features(task, net).cpu()
+    rows, size = np.flatnonzero(task.weak.usable), 4 * task.job.batch_size
+    # of the usable training images, then of their mirror images where views are mirrored: (n or 2n, D)
+    both = (False, True)[: 1 + task.image_options.flip]
+    features = torch.cat([pooled(net, task.data, rows, size, mirrored) for mirrored in both]).cpu()
     targets = targets_of(task).repeat(len(features) // int(task.weak.usable.sum()), 1)
     if task.image_options.head == "cosine":
         fitted = main_process_decides(run.accelerator, lambda: fit_cosine(features, targets, method.penalty))

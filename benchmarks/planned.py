@@ -14,12 +14,18 @@ from coreg.files import write_atomically
 
 
 def parsed(
-    argv: Sequence[str] | None, description: str | None, page: str, data: str, sets: Sequence[str], stages: Sequence[str]
+    argv: Sequence[str] | None,
+    description: str | None,
+    page: str,
+    data: str,
+    sets: Sequence[str],
+    parts: Sequence[str],
+    kind: str = "stages",
 ) -> argparse.Namespace:
     """The options of a benchmark whose tables stand on a page between the lines of `page` (see `fill`).
 
     Args:
-        data: what the folder `--data` holds.
+        data: what the folder `--data` holds. parts, kind: of the work, and the option that chooses among them.
 
     Raises:
         UserError: `--jobs` is no number of jobs.
@@ -30,7 +36,7 @@ def parsed(
     parser.add_argument("--jobs", type=int, default=1, help="jobs at a time, one thread each")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="the outermost loop")
     parser.add_argument("--sets", nargs="+", choices=sets, default=list(sets), help="data sets")
-    parser.add_argument("--stages", nargs="+", choices=stages, default=list(stages), help="parts of the work, in order")
+    parser.add_argument(f"--{kind}", nargs="+", choices=parts, default=list(parts), help="parts of the work, in order")
     parser.add_argument("--tables", action="store_true", help="write the tables of what is finished, and run nothing")
     parser.add_argument("--page", type=Path, help=f"Markdown file whose part between <!-- {page} --> lines they replace")
     parser.add_argument("--plan", action="store_true", help="list the commands, with what is done, and run none")

@@ -14,7 +14,6 @@ written when the jobs end or are stopped.
 
 from __future__ import annotations
 
-import argparse
 import csv
 import io
 import statistics
@@ -26,7 +25,7 @@ from pathlib import Path
 from benchmarks.evidence_sets import GLOSSES
 from benchmarks.evidence_tables import NOTHING, spread
 from benchmarks.jobs import Job, cpu_seconds
-from benchmarks.planned import carry_out
+from benchmarks.planned import carry_out, parsed
 from benchmarks.tables import as_markdown
 from coreg.errors import UserError, exits_with_one_line
 from coreg.files import write_atomically
@@ -198,19 +197,7 @@ def table(root: Path, names: Sequence[str], seeds: Sequence[int]) -> str:
 @exits_with_one_line
 def main(argv: Sequence[str] | None = None) -> int:
     """Run what is left, write the table; exit status 1 if a job failed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path("data"), help="folder with camvid/")
-    parser.add_argument("--output_dir", type=Path, default=Path("runs/tags"), help="folder of all runs and the table")
-    parser.add_argument("--jobs", type=int, default=1, help="jobs at a time, one thread each")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="the outermost loop")
-    parser.add_argument("--sets", nargs="+", choices=tuple(TITLES), default=list(TITLES), help="data sets")
-    parser.add_argument("--rows", nargs="+", choices=tuple(ROWS), default=list(ROWS), help="lines of the table, in order")
-    parser.add_argument("--tables", action="store_true", help="write the table of what is finished, and run nothing")
-    parser.add_argument("--page", type=Path, help="Markdown file whose part between <!-- tags --> lines it replaces")
-    parser.add_argument("--plan", action="store_true", help="list the commands, with what is done, and run none")
-    args = parser.parse_args(argv)
-    if args.jobs < 1:
-        raise UserError(f"--jobs is {args.jobs}; write 1 or more")
+    args = parsed(argv, __doc__, "tags", "camvid/", tuple(TITLES), tuple(ROWS), "rows")
     names = [name for name in args.sets if name == "digits" or (args.data / name).is_dir()]
     for name in set(args.sets) - set(names):
         print(f"left out: {TITLES[name]}, because there is no {args.data / name}")

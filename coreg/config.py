@@ -27,7 +27,7 @@ import yaml
 from coreg import scripts
 from coreg.errors import UserError
 from coreg.plaintext import did_you_mean, one_line, without_credentials
-from coreg.records import RecordError
+from coreg.records import RecordError, read_file
 
 RECIPES = Path(__file__).parent / "recipes"
 # below these words a recipe holds what presets win over, and settings of one script alone
@@ -230,15 +230,9 @@ def read_yaml(path: Path) -> Any:
         RecordError: it cannot be read, is no YAML, has aliases, or has more than `LARGEST_YAML` bytes.
     """
     try:
-        if not path.is_file():  # reading a pipe would never end
-            raise RecordError("it is no file")
-        if path.stat().st_size > LARGEST_YAML:
-            raise RecordError(f"it has more than {LARGEST_YAML} bytes")
-        return yaml.load(path.read_text(encoding="utf-8"), _PlainLoader)
+        return yaml.load(read_file(path, LARGEST_YAML).decode(), _PlainLoader)
     except RecordError:
         raise
-    except OSError as error:
-        raise RecordError(error.strerror or str(error)) from None
     except Exception as error:  # not all that yaml stumbles over is a YAMLError: dates that there are not, endless nesting
         raise RecordError(one_line(error)) from None
 

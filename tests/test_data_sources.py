@@ -292,7 +292,7 @@ def test_a_csv_list_gives_paths_labels_and_split(tmp_path):
         ("file,label\na.png,cat\n", "first line must be path"),
         ("path,label,weight\na.png,cat,1\n", "first line must be path"),
         ("path\n", "lists no image"),
-        ("", "first line must be path"),
+        ("", "one path a line below the header path[,label][,split]"),
         ("path,split\na.png,validation\n", "line 2 has the split 'validation'; write train, val or test"),
         ("path,label\na.png,cst\n", "'cst', which is none of the class names, did you mean 'cat'?"),
         ("path,label\na,b.png,cat\n", "more fields than the header"),

@@ -158,7 +158,7 @@ def test_bad_input_of_the_command_is_one_line(run, capsys, words, message):
 def test_an_export_without_its_run_needs_images(run, tmp_path):
     (tmp_path / "moved").mkdir()
     with pytest.raises(UserError, match="name some with --images"):
-        exporting.example_pixels(tmp_path / "moved", None, {"image_size": 16, "channels": 1})
+        exporting.images_of_run(tmp_path / "moved", None)
 
 
 def test_missing_onnx_packages_are_named(run, monkeypatch, capsys):

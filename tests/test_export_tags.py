@@ -117,10 +117,10 @@ def test_thresholds_of_ones_own(tagger, tmp_path):
     [
         ("1.2", None, "--threshold is 1.2; give a number from 0 to 1"),
         ("nan", None, "--threshold is nan"),
-        ("nothing", None, "cannot be read (No such file or directory); give a number"),
+        ("nothing", None, "cannot read nothing: No such file or directory; give a number"),
         ("a.csv", "label,threshold\nbe,0.1\n", "has the label 'be', which is none of the model's, did you mean 'bee'?"),
         ("a.csv", "label,threshold\nbee,high\n", "line 2 has the threshold 'high'"),
-        ("a.csv", "path,labels\nbee,1\n", "has the columns 'path,labels'"),
+        ("a.csv", "path,labels\nbee,1\n", "has no column 'label': its first line is 'path,labels'"),
         ("a.json", '{"bee": "x"}', "bee is 'x', expected a number"),
         ("a.json", "[]", "expected an object"),
     ],

@@ -1,20 +1,23 @@
 """Refinement against the same method written out in loops, closed forms and scikit-learn, and on sets that are odd."""
 
+import functools
 import math
 import tracemalloc
 
 import numpy as np
 import pytest
+import scipy.special
 from sklearn.decomposition import PCA
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.preprocessing import StandardScaler
 
 from coreg.weak import mixture as module
 from coreg.weak import refine as whole_module
-from coreg.weak.mixture import Setting, balanced, fit_mixture, fit_projection, normalised, softmax
+from coreg.weak.mixture import Setting, balanced, fit_mixture, fit_projection, normalised
 from coreg.weak.refine import choose, effective_classes, fit_two_halves, foretold, refine
 
 HALF = Setting(0.5, "uniform")
+softmax = functools.partial(scipy.special.softmax, axis=-1)
 
 
 def responsibilities(mixture, z, probs):

@@ -70,14 +70,9 @@ class ChatImages:
         if not len(my_places):
             labels.fill_(IGNORED)
         tokens = sum(len(self.answers[index]) for index in self.labelled.classes[places])
-        return ChatBatch(self._send(inputs), labels.to(self.annotator.device, non_blocking=True), len(places), tokens)
-
-    def _send(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         device, dtype = self.annotator.device, self.annotator.dtype
-        return {
-            name: value.to(device, dtype if value.is_floating_point() else None, non_blocking=True)
-            for name, value in inputs.items()
-        }
+        sent = {k: v.to(device, dtype if v.is_floating_point() else None, non_blocking=True) for k, v in inputs.items()}
+        return ChatBatch(sent, labels.to(device, non_blocking=True), len(places), tokens)
 
     def predict(self) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
         """Log probabilities (n, C) and named classes int64 (n,), -1 for none, of every split that has images."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import json
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from xml.sax.saxutils import quoteattr
 
 import numpy as np
 
+from coreg.data.labels import csv_lines
 from coreg.data.tags import BETWEEN
 from coreg.errors import UserError
 from coreg.files import write_atomically
@@ -69,13 +69,7 @@ def of_run(folder: Path, class_names: list[str]) -> Proposals:
         UserError: its labels.csv cannot be read or names other classes.
     """
     file = folder / LABELS
-    try:
-        with file.open(encoding="utf-8", errors="surrogateescape", newline="") as opened:
-            lines = list(csv.DictReader(opened))
-    except (OSError, csv.Error) as error:
-        raise UserError(
-            f"cannot read {file} ({error}); give the folder of a finished run, or an annotation store"
-        ) from None
+    lines = [line for _, line in csv_lines(str(file), (), "give the folder of a finished run, or an annotation store")]
     several = bool(lines) and "labels" in lines[0]
     proposals = Proposals(str(folder), class_names, [line["path"] for line in lines], several=several)
     try:

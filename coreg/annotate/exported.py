@@ -94,7 +94,7 @@ class RunAnnotator:
             votes int16 (n, 1); probs float16 (n, C); features float16 (n, D).
         """
         ensemble = self.ensemble
-        x = batch.to(self.device, non_blocking=True).float() * ensemble.scale + ensemble.shift
+        x = ensemble.normalised(batch.to(self.device, non_blocking=True))
         maps = [net.forward_features(x) for net in ensemble.nets]
         logits = sum(net.forward_head(one) for net, one in zip(ensemble.nets, maps)) / (len(maps) * ensemble.temperature)
         pooled = [net.forward_head(one, pre_logits=True).flatten(1) for net, one in zip(ensemble.nets, maps)]

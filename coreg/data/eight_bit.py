@@ -73,19 +73,17 @@ def _boxes(image: Image.Image) -> Iterator[tuple[int, int, int, int]]:
 def _conversion(image: Image.Image, bits: int) -> Callable[[Image.Image], Image.Image] | None:
     """What makes a strip of `image` 8-bit; None where there is nothing to do."""
     if image.mode.startswith("I;16"):
-        return partial(_shifted, by=bits - 8)
+        by = bits - 8
+        return lambda strip: Image.fromarray(np.minimum(np.asarray(strip).astype(np.uint16) >> by, 255).astype(np.uint8))
     if image.mode in ("I", "F"):
-        ranges = [_range(image.crop(box)) for box in _boxes(image)]
-        return partial(_stretched, low=min(low for low, _ in ranges), high=max(high for _, high in ranges))
+        strips = (_finite(image.crop(box)) for box in _boxes(image))
+        lows, highs = zip(*((values.min(), values.max()) for values in strips))
+        return partial(_stretched, low=min(lows), high=max(highs))
     if image.has_transparency_data:
         return _over_white
     if image.mode in ("L", "RGB"):
         return None
     return lambda strip: strip.convert("L" if strip.mode == "1" else "RGB")
-
-
-def _shifted(strip: Image.Image, by: int) -> Image.Image:
-    return Image.fromarray(np.minimum(np.asarray(strip).astype(np.uint16) >> by, 255).astype(np.uint8))
 
 
 def _over_white(strip: Image.Image) -> Image.Image:
@@ -96,11 +94,6 @@ def _over_white(strip: Image.Image) -> Image.Image:
 
 def _finite(strip: Image.Image) -> np.ndarray:
     return np.nan_to_num(np.asarray(strip).astype(np.float64), copy=False, nan=0.0, posinf=0.0, neginf=0.0)
-
-
-def _range(strip: Image.Image) -> tuple[float, float]:
-    values = _finite(strip)
-    return values.min(), values.max()
 
 
 def _stretched(strip: Image.Image, low: float, high: float) -> Image.Image:

@@ -105,12 +105,12 @@ def lines_of_images(
         yield place, row, line
 
 
-def csv_lines(csv_path: str, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, str]]]:
+def csv_lines(csv_path: str, columns: Sequence[str], wanted: str = "") -> Iterator[tuple[str, dict[str, str]]]:
     """The lines of a CSV file, one after the other; or those of Label Studio's answers, a .json file (or its CSV export).
 
     Args:
         csv_path: UTF-8, with or without a byte order mark; the first line names the columns.
-        columns: that the file has to have.
+        columns: that the file has to have. wanted: what to give where it cannot be read; by default such a CSV file.
 
     Yields:
         Where the line is, for errors; what stands in each column.
@@ -141,7 +141,8 @@ def csv_lines(csv_path: str, columns: Sequence[str]) -> Iterator[tuple[str, dict
                 yield place, line
     except (OSError, csv.Error) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        raise UserError(f"cannot read {csv_path}: {reason}; give a CSV file with {','.join(columns)}") from None
+        wanted = wanted or f"give a CSV file with {','.join(columns)}"
+        raise UserError(f"cannot read {csv_path}: {reason}; {wanted}") from None
 
 
 def says_none(label: str, find: Callable[[str], int]) -> bool:

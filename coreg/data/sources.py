@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import os
 import posixpath
@@ -18,6 +17,7 @@ from coreg.data.decode import Files, UnreadableImage
 from coreg.data.folders import folder_labels, settled
 from coreg.data.images import SPLITS, ImageList, Paths, absolute_path, lookup, path_within, translated
 from coreg.data.joined import PREFIX, joined_images
+from coreg.data.labels import class_of, csv_lines
 from coreg.data.lists import listed_images
 from coreg.data.parquet import parquet_images
 from coreg.data.passed_over import PassedOver, is_system_folder
@@ -165,33 +165,21 @@ def _folder(spec: str, class_names: Sequence[str] | None) -> ImageList:
 def _csv(spec: str, class_names: Sequence[str] | None) -> ImageList:
     path = absolute_path(spec)
     entries: dict[str, tuple[int, int]] = {}
-    find = lookup(class_names) if class_names is not None else lambda name: -1
-    try:
-        with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-            reader = csv.DictReader(file, restval="")
-            columns = reader.fieldnames or []
-            single = {"path", "label", "split"}.issuperset(columns)
-            if "path" not in columns or not (single or "label" not in columns):
-                raise UserError(
-                    f"{spec} has the header {','.join(columns)!r}; its first line must be path[,label][,split], or "
-                    f"path,labels[,split], or path[,split] and one column a label"
-                )
-            for row in reader:
-                place, label, split = f"{spec} line {reader.line_num}", row.get("label", ""), row.get("split", "")
-                if None in row:
-                    raise UserError(f"{place} has more fields than the header; put quotes around paths with commas")
-                name = path_within(row["path"], f"{place} names")
-                if name in entries:
-                    raise UserError(f"{place} names {row['path']!r} a second time; list every image once")
-                if split not in SPLITS:
-                    raise UserError(f"{place} has the split {split!r}; write train, val or test")
-                index = find(label) if label else -1
-                if label and index < 0 and class_names is not None:
-                    hint = did_you_mean(label, class_names, form=repr)
-                    raise UserError(f"{place} has the label {label!r}, which is none of the class names{hint}")
-                entries[name] = (index, SPLITS[split])
-    except (csv.Error, OSError) as error:
-        raise UserError(f"cannot read {spec}: {error}") from None
+    find, single = lookup(class_names or ()), True
+    for place, row in csv_lines(spec, ()):
+        single = {"path", "label", "split"}.issuperset(row)
+        if "path" not in row or not (single or "label" not in row):
+            raise UserError(
+                f"{spec} has the header {','.join(row)!r}; its first line must be path[,label][,split], or "
+                f"path,labels[,split], or path[,split] and one column a label"
+            )
+        name, label, split = path_within(row["path"], f"{place} names"), row.get("label", ""), row.get("split", "")
+        if name in entries:
+            raise UserError(f"{place} names {row['path']!r} a second time; list every image once")
+        if split not in SPLITS:
+            raise UserError(f"{place} has the split {split!r}; write train, val or test")
+        index = class_of(label, find, class_names, place) if label and class_names is not None else -1
+        entries[name] = (index, SPLITS[split])
     if not entries:
         raise UserError(f"{spec} lists no image; write one path a line below the header path[,label][,split]")
     names = sorted(entries, key=os.fsencode)

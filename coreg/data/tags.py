@@ -5,15 +5,13 @@ Labels of N images are int8 (N, L) everywhere: +1 the image has the label, -1 it
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
 from coreg.data.images import lookup, translated
 from coreg.data.label_studio import BETWEEN
-from coreg.data.labels import class_of, lines_of_images
+from coreg.data.labels import class_of, csv_lines, lines_of_images
 from coreg.errors import UserError
 from coreg.plaintext import did_you_mean
 
@@ -77,16 +75,10 @@ def names_in(csv_path: str) -> list[str]:
     Raises:
         UserError: it cannot be read.
     """
-    try:
-        with Path(csv_path).open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-            reader = csv.DictReader(file, restval="")
-            if LIST not in (header := reader.fieldnames or []):
-                return [name for name in header if name not in RESERVED]
-            written = {
-                name.strip() for line in reader for name in f"{line[LIST]};{line.get(ABSENT_LIST, '')}".split(BETWEEN)
-            }
-    except (OSError, csv.Error) as error:
-        raise UserError(f"cannot read {csv_path}: {error}; give a CSV file with path,labels") from None
+    lines = [line for _, line in csv_lines(csv_path, ("path",))]
+    if lines and LIST not in lines[0]:
+        return [name for name in lines[0] if name not in RESERVED]
+    written = {name.strip() for line in lines for name in f"{line[LIST]};{line.get(ABSENT_LIST, '')}".split(BETWEEN)}
     return sorted(written - {""})
 
 

@@ -7,7 +7,6 @@ NeurIPS 2018, of the last features alone). Means and covariance lie in distances
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 
 from coreg.data.decode import decode
 from coreg.data.images import TEST, ImageList
+from coreg.data.labels import csv_lines
 from coreg.errors import UserError
 
 FILE = "distances.safetensors"
@@ -112,11 +112,8 @@ def rows_of_run(images: ImageList, run: Path) -> tuple[np.ndarray, np.ndarray, s
     Raises:
         UserError: too few of the images that the run was trained on are there.
     """
-    try:
-        with (run / "labels.csv").open(newline="", encoding="utf-8", errors="surrogateescape") as file:
-            named = {line["path"] for line in csv.DictReader(file)}
-    except (OSError, KeyError) as error:
-        raise UserError(f"{run} has no labels.csv that names the training images ({error}); repeat its training") from None
+    lines = csv_lines(str(run / "labels.csv"), ("path",), "it names the training images; repeat the training of that run")
+    named = {line["path"] for _, line in lines}
     trained = np.array([row for row, path in enumerate(images.paths) if path in named], dtype=np.int64)
     if len(trained) < 5 * FEWEST:
         raise UserError(
@@ -133,6 +130,15 @@ def rows_of_run(images: ImageList, run: Path) -> tuple[np.ndarray, np.ndarray, s
         trained[fifth],
         f"{int(fifth.sum())} training images, which the networks know: new ones are farther",
     )
+
+
+def readable_pixels(images: ImageList, rows: np.ndarray, settings: dict[str, Any]) -> tuple[Tensor, np.ndarray]:
+    """The readable ones of `rows` as an export's networks take images, uint8 (n, c, H, W), and their numbers."""
+    failed: dict[int, str] = {}
+    size, channels, resize = settings["image_size"], settings["channels"], settings.get("resize") or "squash"
+    pixels = decode(images, rows, size, channels, 2, failed, resize)
+    readable = ~np.isin(rows, list(failed))
+    return pixels[torch.from_numpy(readable)], rows[readable]
 
 
 def measure_run(
@@ -156,10 +162,7 @@ def measure_run(
     def features(wanted: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
         each, logits = [[] for _ in nets], []
         for start in range(0, len(wanted), BATCH):
-            batch, failed = wanted[start : start + BATCH], {}
-            size, resize = settings["image_size"], settings.get("resize") or "squash"
-            pixels = decode(images, batch, size, settings["channels"], 2, failed, resize)
-            x = normalised(pixels[torch.from_numpy(~np.isin(batch, list(failed)))])
+            x = normalised(readable_pixels(images, wanted[start : start + BATCH], settings)[0])
             with torch.no_grad():
                 logits.append(sum(net(x) for net in nets).numpy())
             for kept, net in zip(each, nets):

@@ -42,12 +42,11 @@ from scipy.special import expit
 from torch import Tensor, nn
 
 from coreg.config import option, parse
-from coreg.data.decode import decode
 from coreg.data.images import ImageList
 from coreg.data.sources import open_images, require_readable
 from coreg.errors import UserError, exits_with_one_line
 from coreg.export.calibration import fit_to_labels
-from coreg.export.distance import FILE, measure_run
+from coreg.export.distance import FILE, measure_run, readable_pixels
 from coreg.export.folder import SCHEMA, SETTINGS, TUNED, export_folder, files_of, load_export, write_settings
 from coreg.export.programs import as_program
 from coreg.files import making_folder
@@ -221,16 +220,6 @@ def spread_rows(n: int) -> np.ndarray:
     return np.unique(np.linspace(0, n - 1, CHECKED_IMAGES).astype(int))
 
 
-def example_pixels(folder: Path, images: str | None, settings: dict[str, Any]) -> Tensor:
-    """Up to 64 of the images that a run was trained on, or of those in `images`: uint8 (n, c, H, W).
-
-    Raises:
-        UserError: there are none.
-    """
-    opened = images_of_run(folder, images)
-    return _decode(opened, spread_rows(len(opened)), settings)[0]
-
-
 def images_of_run(folder: Path, images: str | None) -> ImageList:
     """The images of the run whose export `folder` is, or those in `images`.
 
@@ -249,15 +238,6 @@ def images_of_run(folder: Path, images: str | None) -> ImageList:
     return opened
 
 
-def _decode(images: ImageList, rows: np.ndarray, settings: dict[str, Any]) -> tuple[Tensor, np.ndarray]:
-    """The readable ones of `rows`: uint8 (n, c, H, W) and their numbers."""
-    failed: dict[int, str] = {}
-    size, channels, resize = settings["image_size"], settings["channels"], settings.get("resize") or "squash"
-    pixels = decode(images, rows, size, channels, 2, failed, resize)
-    readable = ~np.isin(rows, list(failed))
-    return pixels[torch.from_numpy(readable)], rows[readable]
-
-
 def calibrate(nets: list[nn.Module], settings: dict[str, Any], labels: str) -> dict[str, Any]:
     """The settings with a temperature, or thresholds of several labels, fitted to what the CSV file `labels` names.
 
@@ -267,7 +247,7 @@ def calibrate(nets: list[nn.Module], settings: dict[str, Any], labels: str) -> d
     images, several = open_images(labels, settings["class_names"]), settings.get("thresholds") is not None
     truth = images.tags if several else images.labels
     known = np.zeros(0, int) if truth is None else np.flatnonzero(truth.any(axis=1) if several else truth >= 0)
-    pixels, rows = _decode(images, known, settings)
+    pixels, rows = readable_pixels(images, known, settings)
     if len(rows) < FEWEST_LABELS:
         raise UserError(
             f"{labels} has {len(rows)} readable images with a label of the {len(settings['class_names'])} classes; give "
@@ -301,20 +281,6 @@ def make_program(
     return content, agreement(written, trained, PROGRAMS[kind])
 
 
-def distances_of(
-    nets: list[nn.Module], settings: dict[str, Any], folder: Path, images: str | None
-) -> tuple[bytes, dict[str, Any]]:
-    """The content of distances.safetensors, and what coreg.json says of it.
-
-    Raises:
-        UserError: images have several labels, or too few of the run's can be read.
-    """
-    if settings.get("thresholds") is not None:
-        raise UserError(f"{folder} gives images several labels, or none; leave out --distances")
-    ensemble = Ensemble(nets, settings).eval()
-    return measure_run(nets, ensemble.normalised, settings, images_of_run(folder, images), folder.parent)
-
-
 @exits_with_one_line
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `coreg-export`."""
@@ -327,6 +293,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     folder = export_folder(config.run)
     nets, settings = load_export(folder)
+    if config.distances and settings.get("thresholds") is not None:
+        raise UserError(f"{folder} gives images several labels, or none; leave out --distances")
     kinds = {config.format} - {None}
     if (config.format or config.labels or config.distances) and not os.access(folder, os.W_OK):
         raise UserError(f"cannot write into {folder} (permission denied); copy it to a place of your own, and export that")
@@ -334,12 +302,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         settings = calibrate(nets, settings, config.labels)
         # programs carry temperature and thresholds inside
         kinds |= {kind for kind, file in PROGRAMS.items() if (folder / file).exists()}
-    images, programs = example_pixels(folder, config.images, settings) if kinds else None, {}
+    images, programs = images_of_run(folder, config.images) if kinds or config.distances else None, {}
+    pixels = readable_pixels(images, spread_rows(len(images)), settings)[0] if kinds else None
     for kind in sorted(kinds):
-        programs[PROGRAMS[kind]], record = make_program(nets, settings, kind, images)
+        programs[PROGRAMS[kind]], record = make_program(nets, settings, kind, pixels)
         settings = settings | {"agreement": settings.get("agreement", {}) | {kind: record}}
     if config.distances:
-        programs[FILE], distances = distances_of(nets, settings, folder, config.images)
+        normalised = Ensemble(nets, settings).normalised
+        programs[FILE], distances = measure_run(nets, normalised, settings, images, folder.parent)
         settings = settings | {"distances": distances}
     if config.labels or programs:
         write_settings(folder, settings, programs)

@@ -244,11 +244,6 @@ def _classifier(about: dict[str, Any], run: Callable[[Tensor], Tensor]) -> Class
     return Classifier(names, about["image_size"], about["channels"], run, resize, thresholds)
 
 
-def one_image(path: Path) -> ImageList:
-    """A list of one image file."""
-    return ImageList(str(path), [path.name], None, np.zeros(1, np.uint8), None, lambda row: read_image(path))
-
-
 def best(probabilities: np.ndarray, k: int) -> np.ndarray:
     """int64 (n, k): the most probable classes of float (n, C), best first, the smaller class index at a tie."""
     return np.argsort(-probabilities, axis=1, kind="stable")[:, :k]
@@ -367,7 +362,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         own = tagging.read_thresholds(config.threshold, classifier.class_names, classifier.thresholds)
         classifier = replace(classifier, thresholds=own)
     single = path.is_file() and path.suffix.lower() in SUFFIXES
-    images = one_image(path) if single else open_images(config.images)
+    alone = ImageList(str(path), [path.name], None, np.zeros(1, np.uint8), None, lambda row: read_image(path))
+    images = alone if single else open_images(config.images)
     cut = cut_off(classifier, images, config)
     if single:
         show(classifier, images, config, cut)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from coreg.data.images import lookup
+from coreg.data.labels import csv_lines
 from coreg.data.tags import BETWEEN
 from coreg.errors import UserError
 from coreg.plaintext import did_you_mean
@@ -68,8 +68,7 @@ def read_thresholds(given: str, class_names: Sequence[str], own: np.ndarray) -> 
 
 def _from_file(path: str, class_names: Sequence[str], own: np.ndarray) -> np.ndarray:
     find, result = lookup(class_names), own.astype(np.float64)
-    pairs = _pairs_of_json(path) if path.lower().endswith(".json") else _pairs_of_csv(path)
-    for name, value in pairs:
+    for name, value in _pairs_of_json(path) if path.lower().endswith(".json") else _pairs_of_csv(path):
         if (index := find(name)) < 0:
             hint = did_you_mean(name, class_names, form=repr)
             raise UserError(f"{path} has the label {name!r}, which is none of the model's{hint}")
@@ -85,22 +84,11 @@ def _pairs_of_json(path: str) -> Iterable[tuple[str, float]]:
 
 
 def _pairs_of_csv(path: str) -> Iterable[tuple[str, float]]:
-    pairs = []
-    try:
-        with Path(path).open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-            reader = csv.DictReader(file, restval="")
-            if not {"label", "threshold"} <= set(reader.fieldnames or []):
-                raise UserError(f"{path} has the columns {','.join(reader.fieldnames or [])!r}; {WANTED}")
-            for line in reader:
-                try:
-                    value = float(line["threshold"])
-                except ValueError:
-                    value = float("nan")
-                if not 0 <= value <= 2:
-                    place = f"{path} line {reader.line_num}"
-                    raise UserError(f"{place} has the threshold {line['threshold']!r}; write a number from 0 to 1")
-                pairs.append((line["label"], value))
-    except (OSError, csv.Error) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise UserError(f"--threshold is {path!r}, and it cannot be read ({reason}); {WANTED}") from None
-    return pairs
+    for place, line in csv_lines(path, ("label", "threshold"), WANTED):
+        try:
+            value = float(line["threshold"])
+        except ValueError:
+            value = float("nan")
+        if not 0 <= value <= 2:
+            raise UserError(f"{place} has the threshold {line['threshold']!r}; write a number from 0 to 1")
+        yield line["label"], value

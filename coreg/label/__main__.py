@@ -9,13 +9,12 @@ The end, or Ctrl-C, prints the command that trains with the labels.
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from coreg.config import option, parse
+from coreg.config import option, parse, paths_and_options
 from coreg.errors import UserError, exits_with_one_line
 from coreg.label.answers import read_answers
 from coreg.label.page import read_page
@@ -33,9 +32,7 @@ class LabelConfig:
 @exits_with_one_line
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `coreg-label`."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    dashes = next((place for place, word in enumerate(words) if word.startswith("-")), len(words))
-    folders, options = words[:dashes], words[dashes:]
+    folders, options = paths_and_options(argv)
     (config,) = parse(LabelConfig, argv=options, prog="coreg-label RUN", description=__doc__)
     if len(folders) != 1:
         raise UserError(f"{len(folders)} run folders are named; write for example: coreg-label runs/a")

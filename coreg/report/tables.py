@@ -113,31 +113,18 @@ class Row:
         return statistics.fmean(values) if values else None
 
     def shares(self, split: str) -> list[float]:
-        """Accuracies of all runs where they are known."""
-        return self.values("accuracy", split, "ensemble")
-
-    def interval(self, split: str) -> tuple[float, float]:
-        """95 % interval of the first run whose accuracy is known; there has to be one."""
-        low, high = self.values("accuracy", split, "interval")[0]
-        return low, high
+        """What is judged by, of all runs where it is known: accuracies, or mAP where an image has several labels."""
+        return self.values("tags", split, "mAP") if self.several else self.values("accuracy", split, "ensemble")
 
     def without_labels(self, name: str) -> float | None:
         """Mean over the runs of a score that needs no labels, on the training images."""
         scores = self.values("label_free", name)
         return self.mean("label_free", name, *((TRAIN,) if any(isinstance(score, dict) for score in scores) else ()))
 
-    def metric(self, name: str) -> float | None:
-        """Mean over the runs of one of `METRICS`, on the test images."""
-        return self.mean("metrics", TEST, name)
-
     @property
     def several(self) -> bool:
         """Whether an image has several labels."""
         return self.runs[0].value("tags") is not None
-
-    def tags(self, split: str, name: str) -> list[float]:
-        """A measure of several labels an image, of all runs that have it on a split."""
-        return self.values("tags", split, name)
 
     @property
     def epochs(self) -> str | None:
@@ -157,9 +144,7 @@ class Row:
     @property
     def place(self) -> tuple[int, float, str]:
         """For sorting: by family, the best first."""
-        shares = self.shares(TEST) or self.shares(TRAIN)
-        if self.several:
-            shares = self.tags(TEST, "mAP") or self.tags(VALIDATION, "mAP") or self.tags(TRAIN, "mAP")
+        shares = self.shares(TEST) or self.shares(VALIDATION) or self.shares(TRAIN)
         return [*FAMILIES, OTHERS].index(self.family), -statistics.fmean(shares or [-1.0]), self.name
 
 
@@ -181,16 +166,12 @@ class Table:
         """Heads of the columns that `cells` fills."""
         return TAG_HEAD if self.several else HEAD
 
-    def main(self, row: Row) -> list[float]:
-        """What a row is judged by: accuracies, or mAP, on the test images."""
-        return row.tags(TEST, "mAP") if self.several else row.shares(TEST)
-
     def metrics(self) -> tuple[list[str], list[list[str]]]:
         """Heading and lines of the table of other metrics, as plain texts: the rows and columns that have some."""
-        shown = [name for name in METRICS if any(row.metric(name) is not None for row in self.rows)]
+        shown = [name for name in METRICS if any(row.values("metrics", TEST, name) for row in self.rows)]
         lines = []
         for row in self.rows:
-            values = {name: row.metric(name) for name in shown}
+            values = {name: row.mean("metrics", TEST, name) for name in shown}
             if any(value is not None for value in values.values()):
                 texts = ("–" if value is None else written(name, value) for name, value in values.items())
                 lines.append([row.name, *texts])
@@ -251,7 +232,7 @@ def spread(row: Row, split: str) -> str:
     shares = row.shares(split)
     if len(shares) != 1:
         return over_seeds(shares)
-    low, high = row.interval(split)
+    low, high = row.values("accuracy", split, "interval")[0]
     return f"{100 * shares[0]:.1f} ({100 * low:.1f}–{100 * high:.1f})"
 
 
@@ -267,7 +248,7 @@ def cells(row: Row) -> list[str]:
     parameters, training, wall = (row.mean(name) for name in ("parameters", "training_seconds", "wall_seconds"))
     if row.several:
         columns = [(TEST, "mAP"), (TEST, "CF1"), (TEST, "OF1"), (TEST, "annotator"), (VALIDATION, "mAP")]
-        measured = [over_seeds(row.tags(*column)) for column in columns]
+        measured = [over_seeds(row.values("tags", *column)) for column in columns]
     else:
         measured = [spread(row, TEST), spread(row, TRAIN)]
         measured += ["–" if score is None else f"{100 * score:.1f}" for score in map(row.without_labels, WITHOUT_LABELS)]
@@ -336,16 +317,16 @@ def as_csv(tables: Sequence[Table]) -> str:
             numbers = [number for split in (TEST, TRAIN) for number in _numbers(row, split)]
             numbers += map(row.without_labels, WITHOUT_LABELS)
             numbers += [row.runs[0].report["labels_used"], row.epochs, *(row.mean(name) for name in names)]
-            numbers += map(row.metric, METRICS)
+            numbers += [row.mean("metrics", TEST, name) for name in METRICS]
             numbers += [row.mean("tags", *column) for column in tags]
             write([*map(printable, words), *numbers])
     return file.getvalue()
 
 
 def _numbers(row: Row, split: str) -> list[float | None]:
-    shares = row.shares(split)
+    shares = row.values("accuracy", split, "ensemble")
     if len(shares) == 1:
-        return [shares[0], None, *row.interval(split)]
+        return [shares[0], None, *row.values("accuracy", split, "interval")[0]]
     return [statistics.fmean(shares), statistics.stdev(shares), None, None] if shares else [None] * 4
 
 
@@ -358,7 +339,7 @@ def as_html(tables: Sequence[Table]) -> str:
             lines += [[f"<b>{text(name)}</b>", *[""] * len(shown.head)]] if name else []
             for row in rows:
                 named, test, *rest = (text(printable(cell)) for cell in cells(row))
-                shares = shown.main(row)
+                shares = row.shares(TEST)
                 lines.append([named, test, bar(statistics.fmean(shares)) if shares else "", *rest])
         parts += [f"<h2>{text(printable(shown.heading))}</h2>", table([*shown.head[:2], "", *shown.head[2:]], lines)]
         head, measured = shown.metrics()

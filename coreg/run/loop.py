@@ -206,7 +206,7 @@ class Run:
         training.seconds, self.saved_at = training.seconds + now - self.saved_at, now
         state = training.state_dict()
         main_process_decides(self.accelerator, lambda: checkpoint.save(self.folder.checkpoints, training.serial, state))
-        self.watch.saved()
+        self.watch.saved_at = time.monotonic()
 
     def _begin_curves(self) -> None:
         # TensorBoard gets the settings at the end, beside what they led to (`coreg.run.board.show_numbers`)

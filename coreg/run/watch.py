@@ -34,7 +34,7 @@ class Watch:
     def __init__(self, accelerator: Accelerator, checkpoint_minutes: float, timeout_minutes: float) -> None:
         self.accelerator = accelerator
         self.checkpoint_seconds = 60 * checkpoint_minutes
-        self.saved_at = time.monotonic()
+        self.saved_at = time.monotonic()  # when the last checkpoint was written
         self.received: int | None = None
         self.received_at = 0.0
         self.before: dict[int, Any] = {}
@@ -82,10 +82,6 @@ class Watch:
             dist.all_reduce(shared, op=dist.ReduceOp.MAX, group=self.group)
             answer = int(shared)
         return answer
-
-    def saved(self) -> None:
-        """A checkpoint was written just now."""
-        self.saved_at = time.monotonic()
 
     @contextmanager
     def naming_the_lost(self) -> Iterator[None]:

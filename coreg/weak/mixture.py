@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+from scipy.special import softmax
 
 Prior = Literal["uniform", "annotator", "estimated"]
 LEAST_DIMENSIONS = 64  # of the features, or as many as the means of C classes can span, C - 1
@@ -204,7 +205,7 @@ def fit_mixture(
             block, evidence = z[rows].astype(exact, copy=False), normalised(probs[rows], exact)
             scores = mixture.of_both(block, evidence) if logits is None else logits[rows].astype(exact)
             scores += balance.astype(exact)
-            sums.add(softmax(scores), block, evidence)
+            sums.add(softmax(scores, axis=1), block, evidence)
         mixture.shares = sums.size / n
     return mixture
 
@@ -272,14 +273,6 @@ def balanced(
         if np.abs(ratio - 1).max() < BALANCED:
             break
     return np.log(u)
-
-
-def softmax(x: np.ndarray) -> np.ndarray:
-    """Softmax over the last axis."""
-    e = x - x.max(axis=-1, keepdims=True)
-    np.exp(e, out=e)
-    e /= e.sum(axis=-1, keepdims=True)
-    return e
 
 
 def precision(n: int, classes: int) -> type:

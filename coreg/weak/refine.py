@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from scipy.special import softmax
 
 from coreg.data.keyed import keyed_uniform
 from coreg.weak.mixture import (
@@ -25,7 +26,6 @@ from coreg.weak.mixture import (
     fit_projection,
     normalised,
     precision,
-    softmax,
 )
 from coreg.weak.temperature import fit_temperature
 
@@ -62,7 +62,7 @@ def foretold_each(z: np.ndarray, probs: np.ndarray, setting: Setting, parts: np.
             kept = held
         mixture = fit_mixture(z[kept], probs[kept], setting)
         explained = mixture.observed(normalised(probs[held]))
-        each[held] = np.log((softmax(mixture.of_view(z[held]).astype(np.float64)) * explained).sum(axis=1))
+        each[held] = np.log((softmax(mixture.of_view(z[held]).astype(np.float64), axis=1) * explained).sum(axis=1))
     return each
 
 
@@ -164,7 +164,7 @@ class Refinement:
                 else:
                     scores = self.mixture.of_view(z)
                 scores /= exact(self.temperature)
-                out[chosen] = softmax(scores)
+                out[chosen] = softmax(scores, axis=1)
         return out
 
 

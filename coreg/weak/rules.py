@@ -46,10 +46,6 @@ def _cumulative(counts: np.ndarray, probs: np.ndarray, total: float) -> np.ndarr
     return chosen
 
 
-def _ranks(probs: np.ndarray) -> np.ndarray:
-    return np.argsort(np.argsort(-probs, axis=1, kind="stable"), axis=1, kind="stable")
-
-
 def _one_hot(index: np.ndarray, classes: int) -> np.ndarray:
     return index[:, None] == np.arange(classes)
 
@@ -58,7 +54,7 @@ def _one_hot(index: np.ndarray, classes: int) -> np.ndarray:
 RULES: dict[str, tuple[Rule, bool]] = {
     "votes": (_votes, True),
     # rank 0 is the most probable class; equal probabilities rank by class index
-    "topk": (lambda _, probs, k: _ranks(probs) < k, True),
+    "topk": (lambda _, probs, k: (-probs).argsort(axis=1, kind="stable").argsort(axis=1, kind="stable") < k, True),
     "prob": (lambda _, probs, least: (probs >= least) | _one_hot(probs.argmax(axis=1), probs.shape[1]), False),
     "ratio": (lambda _, probs, ratio: probs >= ratio * probs.max(axis=1, keepdims=True), False),
     "cumulative": (_cumulative, False),
