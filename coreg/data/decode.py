@@ -130,7 +130,7 @@ def _decoded(file: str | Path | BinaryIO) -> tuple[Image.Image, int, bool]:
     """The upright image in its own mode, the bits of a 16-bit grey pixel, and whether a channel has 16 bits."""
     with _opened(file) as image:
         _check_size(image)
-        raw_mode = image.tile[0].args if getattr(image, "tile", None) else ""
+        raw_mode = image.tile[0][3] if getattr(image, "tile", None) else ""
         is_deep = "16" in str(raw_mode[0] if isinstance(raw_mode, tuple) and raw_mode else raw_mode)
         bits = bits_of(image)
         image.load()
