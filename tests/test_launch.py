@@ -134,7 +134,8 @@ def job(small_store, output):
     return ["--annotations", str(small_store), "--output_dir", str(output), *SMALL_JOB, "--epochs", "1"]
 
 
-@pytest.mark.parametrize("name", [pytest.param("single_gpu", marks=pytest.mark.slow), "bf16"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["single_gpu", "bf16"])
 def test_one_process_trains_as_the_configuration_says(small_store, tmp_path, name):
     done = launch(name, arguments=[*job(small_store, tmp_path / "run"), "--dtype", "float32"])
     assert done.returncode == 0, done.stderr[-2000:]

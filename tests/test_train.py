@@ -81,7 +81,7 @@ def test_the_same_command_again_says_that_it_is_finished(annotations, finished, 
     assert "finished" in output and "whole\\x1b[31m" in output and "\x1b" not in output
 
 
-@pytest.mark.parametrize("epoch", [1, 3])
+@pytest.mark.parametrize("epoch", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_a_killed_run_goes_on_bit_for_bit(annotations, finished, tmp_path, monkeypatch, epoch):
     """Killed right after the checkpoint of epoch 1 (warm-up) or 3 (co-training with contrast), then started again."""
     with killed_at(monkeypatch, epoch):
