@@ -55,7 +55,10 @@ def index_of(file: RangedFile) -> TarIndex | str:
     except (tarfile.TarError, OSError, EOFError) as error:
         return f"{file.place} cannot be read as a tar file: {one_line(error)}"
     if kept is not None:
-        _keep(kept, index)
+        with contextlib.suppress(OSError, UserError):  # it only saves time
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            # with a checksum of zlib's own
+            write_atomically(kept, zlib.compress(json.dumps(vars(index)).encode(), 1))
     return index
 
 
@@ -85,13 +88,6 @@ def _cache_file(file: RemoteFile) -> Path | None:
         return None
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(cache, "coreg", "shards", fingerprint(file))
-
-
-def _keep(path: Path, index: TarIndex) -> None:
-    with contextlib.suppress(OSError, UserError):  # it only saves time
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # with a checksum of zlib's own
-        write_atomically(path, zlib.compress(json.dumps(vars(index)).encode(), 1))
 
 
 def _kept_index(path: Path) -> TarIndex | None:
