@@ -217,7 +217,9 @@ def job_on_images(config: AnnotateConfig, opened: list[ImageList]) -> Job:
     class_names = read_class_names(config.classes) if config.classes else None
     if model.kind == "run":
         class_names = classes_of_run(config, model, class_names)
-    templates = read_templates(config.templates) if config.templates else default_templates(model)
+    usual = {"chat": CHAT_TEMPLATES, "run": RUN_TEMPLATES}.get(model.kind, TEMPLATES)
+    usual = demo_templates() if model.spec == GLYPH_CLIP else usual
+    templates = read_templates(config.templates) if config.templates else usual
     images = open_images(config.images, class_names, config.data_root)
     opened.append(images)
     class_names = class_names or images.class_names
@@ -319,15 +321,6 @@ def check_folder(config: AnnotateConfig, manifest: dict[str, Any], images: Image
         return manifest, True
     except UserError:  # unfinished or damaged: what is missing will be made
         return manifest, False
-
-
-def default_templates(model: ModelSpec) -> Sequence[str]:
-    """The papers' templates, those that the built-in model was trained with, or questions for a chat model."""
-    if model.kind == "chat":
-        return CHAT_TEMPLATES
-    if model.kind == "run":
-        return RUN_TEMPLATES
-    return demo_templates() if model.spec == GLYPH_CLIP else TEMPLATES
 
 
 def versions() -> dict[str, str]:

@@ -40,14 +40,14 @@ from coreg.learn.division import Division, Predicted, align, division_loss
 from coreg.learn.memory import Prototypes
 from coreg.learn.pseudo import rescale
 from coreg.learn.tables import Table, every_row, held, log_probabilities, rows_here, rows_like
-from coreg.learn.two_nets import Divisions, Verdict
+from coreg.learn.two_nets import Verdict
 from coreg.report.metrics import consensus, prototype_health
-from coreg.run.epoch import co_train_batches, count_statistics, division_of, hand_over, judge, paired, warm_up
+from coreg.run.epoch import begin_paired, co_train_batches, count_statistics, division_of, hand_over, judge, warm_up
 from coreg.run.job import open_run
 from coreg.run.loop import Run
 from coreg.run.networks import finish_networks
 from coreg.run.task import Task, finite, predict, prepare
-from coreg.run.training import Training, build_optimizer, build_students
+from coreg.run.training import Training, build_students
 from coreg.views.order import n_batches
 
 
@@ -103,24 +103,17 @@ def co_train(run: Run, task: Task[CoRegOptions], training: Training, lr: float) 
         training.learn(batch, lr)
 
 
-def build_learners(task: Task[CoRegOptions]) -> list[CoRegLearner]:
-    """Two networks of one architecture with different initialisation, which share prototypes and learn from each other."""
-    method, n_classes = task.method, len(task.store.class_names)
-    nets = build_students(task, method.projection_dim, count=2)
-    prototypes = Prototypes(n_classes, method.projection_dim)
-    return paired([CoRegLearner(net, prototypes, method) for net in nets], task)
-
-
 @exits_with_one_line
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse, check, annotate where there is no store yet, train, report."""
     job, image_options, method = read_settings(argv)
     with open_run("train_coreg.py", argv, (job, image_options, method), annotate_digits, "runs/demo") as run:
         task = prepare(run, method, method.alignment)
-        learners = build_learners(task)
-        nets = [learner.net for learner in learners]
-        divisions = Divisions(nets, len(task.data.samples), run.sharded)
-        training = run.begin(learners, [build_optimizer(net, job) for net in nets], divisions)
+        # two networks of one architecture with different initialisation, which share prototypes
+        nets = build_students(task, method.projection_dim, count=2)
+        prototypes = Prototypes(len(run.store.class_names), method.projection_dim)
+        training = begin_paired(run, task, [CoRegLearner(net, prototypes, method) for net in nets])
+        divisions = training.divisions
         informative = ~(task.weak.table.all(axis=1) & method.skip_full_sets)
 
         for epoch in run.epochs(training, "Co-Reg"):

@@ -45,13 +45,12 @@ from annotate_vlm import annotate_digits
 from coreg.learn.dividemix import DivideMixLearner
 from coreg.learn.division import Division, Predicted, division_loss
 from coreg.learn.tables import every_row, held, log_probabilities, owned, rows_here, rows_like
-from coreg.learn.two_nets import Divisions, Verdict
-from coreg.run.epoch import co_train_batches, division_of, hand_over, judge, paired, warm_up
+from coreg.learn.two_nets import Verdict
+from coreg.run.epoch import begin_paired, co_train_batches, division_of, hand_over, judge, warm_up
 from coreg.run.job import open_run
-from coreg.run.loop import Run
 from coreg.run.networks import finish_networks
 from coreg.run.task import Task, finite, predict, prepare
-from coreg.run.training import Training, build_optimizer, build_students
+from coreg.run.training import Training, build_students
 from coreg.weak.noise import uniforms
 
 
@@ -89,24 +88,11 @@ def divide_by(task: Task[DivideMixOptions], training: Training, number: int) -> 
     return division, Verdict(weight, rows_like(task.table, held(task.table).to(task.data.dtype)), division.trusted), network
 
 
-def co_train(run: Run, task: Task[DivideMixOptions], training: Training, lr: float) -> None:
-    """Train the present network for an epoch on the split that the other one made."""
-    verdict = training.divisions.verdicts[1 - training.number]
-    for batch in co_train_batches(run, task, training, verdict, view=task.method.train_view):
-        training.learn(batch, lr)
-
-
 def learning_rate(job: JobConfig, schedule: str, epoch: int) -> float:
     """Of an epoch: `cosine` to the floor, or `step`: a tenth in the second half."""
     if schedule == "cosine":
         return job.cosine_lr(epoch)
     return job.lr * (0.1 if 2 * epoch >= job.epochs else 1.0)
-
-
-def build_learners(task: Task[DivideMixOptions]) -> list[DivideMixLearner]:
-    """Two networks of one architecture with different initialisation, which learn from each other."""
-    nets = build_students(task, projection_dim=1, count=2)
-    return paired([DivideMixLearner(net, task.method) for net in nets], task)
 
 
 @exits_with_one_line
@@ -123,10 +109,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         fields = preset_fields(run, OFFICIAL, "DivideMix", method)
         task = prepare(run, method)
         noisy = one_label_each(task)
-        learners = build_learners(task)
-        nets = [learner.net for learner in learners]
-        divisions = Divisions(nets, len(task.data.samples), run.sharded)
-        training = run.begin(learners, [build_optimizer(net, job) for net in nets], divisions)
+        # two networks of one architecture with different initialisation
+        nets = build_students(task, projection_dim=1, count=2)
+        training = begin_paired(run, task, [DivideMixLearner(net, method) for net in nets])
+        divisions = training.divisions
 
         for epoch in run.epochs(training, "DivideMix"):
             lr = learning_rate(job, method.lr_schedule, epoch)
@@ -136,8 +122,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             else:
                 if not divisions.verdicts:  # a job that goes on within an epoch has them
                     hand_over(noisy, training, [divide_by(noisy, training, number) for number in (0, 1)])
-                for _ in training.turns():
-                    co_train(run, noisy, training, lr)
+                for _ in training.turns():  # on the split that the other network made
+                    verdict = divisions.verdicts[1 - training.number]
+                    for batch in co_train_batches(run, noisy, training, verdict, view=method.train_view):
+                        training.learn(batch, lr)
             run.log(training, divisions.finish_epoch() | {"lr": lr} | judge(task, training))
 
         finish_networks(run, task, training, nets, NAMES[method.labels_from], **fields)

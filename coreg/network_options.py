@@ -109,12 +109,8 @@ class ImageConfig(Views, Pixels, TuningOptions, Network):
 
         return Augmentation(
             size=self.image_size,
-            padding=self.padding,
-            flip=self.flip,
             strong_ops=tuple(self.strong_ops),
-            strong_count=self.strong_count,
-            cutout=self.cutout,
-            cutout_fixed=self.cutout_fixed,
+            **{name: getattr(self, name) for name in ("padding", "flip", "strong_count", "cutout", "cutout_fixed")},
             mean=tuple(self.mean * (self.channels if len(self.mean) == 1 else 1)),
             std=tuple(self.std * (self.channels if len(self.std) == 1 else 1)),
         )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from coreg.adapt.learner import IGNORED, ChatBatch
-from coreg.adapt.tuning import Labelled, check_readable
+from coreg.adapt.tuning import Labelled
 from coreg.adapt.views import Photos, RandomView
 from coreg.annotate.chat import ChatAnnotator
 from coreg.errors import UserError
@@ -57,7 +57,7 @@ class ChatImages:
         # one thread: fast tokenizers, a part of the preprocessing, do not work in several at once
         self.photos = Photos(run.store.images(), annotator.preprocess, view, run.job.seed, workers=1)
         self.accelerator = run.accelerator
-        check_readable(run.accelerator, self.photos, labelled.rows)
+        all_or_none(run.accelerator, lambda: self.photos.read(labelled.rows[my_slice(len(labelled.rows))]))
         end = annotator.ends[-1:].tolist()
         self.answers = [name + end for name in annotator.names]
 

@@ -7,7 +7,6 @@ from functools import cached_property
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
 
@@ -110,15 +109,6 @@ def load_towers(model: ModelSpec, run: Run, precision: str = "fp32") -> Towers:
     return towers
 
 
-def check_readable(accelerator: Accelerator, photos: Photos, rows: np.ndarray) -> None:
-    """Make sure, before anything is trained, that all images at rows int64 (n,) can be read; each process does its share.
-
-    Raises:
-        UserError: some cannot be read any more; on every process.
-    """
-    all_or_none(accelerator, lambda: photos.read(rows[my_slice(len(rows))]))
-
-
 class ClipImages:
     """The images of a store as a CLIP model's image tower sees them, or their features where it is frozen."""
 
@@ -148,7 +138,7 @@ class ClipImages:
         elif frozen:
             self.kept = [self._encode(labelled.rows, number) for number in range(view.views)]
         if not self.kept:
-            check_readable(run.accelerator, self.photos, labelled.rows)
+            all_or_none(run.accelerator, lambda: self.photos.read(labelled.rows[my_slice(len(labelled.rows))]))
 
     def batch(self, places: np.ndarray, epoch: int) -> ClipBatch:
         """This process's share of the labelled images at `places`, int64 (n,), as they are seen in an epoch."""

@@ -226,9 +226,8 @@ def as_text(store: AnnotationStore, health: Health) -> str:
     lines += [*(f"! {line}" for line in health.verdicts)] or ["Nothing looks wrong."]
     lines += before_and_after(store.manifest)
     lines += [f"next: {next_command(store)}", "", "candidates  images"]
-    lines += [
-        f"{size:10d}  {count:6d}  {bar(count / max(1, readable))}" for size, count in enumerate(health.sizes) if count
-    ]
+    total = max(1, readable)
+    lines += [f"{size:10d}  {n:6d}  {'#' * round(40 * (n / total))}" for size, n in enumerate(health.sizes) if n]
     off = health.agreement[np.triu_indices(len(health.agreement), 1)]
     if np.isfinite(off).any():
         lines += ["", f"templates agree in pairs on {np.nanmin(off):.1%} to {np.nanmax(off):.1%} of the images"]
@@ -254,11 +253,6 @@ def as_text(store: AnnotationStore, health: Health) -> str:
         lines += ["", "right votes of each template:"]
         lines += [f"{share:8.1%}  {name}" for share, name in zip(health.accuracy["templates"], store.templates)]
     return "\n".join(lines) + "\n"
-
-
-def bar(share: float) -> str:
-    """A share in [0, 1] as a bar of up to 40 signs."""
-    return "#" * round(40 * share)
 
 
 def write_report(store: AnnotationStore, images: ImageList | None) -> Health:

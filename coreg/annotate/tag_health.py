@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from coreg.annotate.health import GALLERY, NEARLY_ALWAYS, bar, notes_of, some
+from coreg.annotate.health import GALLERY, NEARLY_ALWAYS, notes_of, some
 from coreg.annotate.health_html import picture_in
 from coreg.annotate.tag_evidence import label_evidence
 from coreg.data.folders import counts_line, labelled_counts
@@ -23,8 +23,7 @@ from coreg.plaintext import printable
 from coreg.report.multi_metrics import average_precisions
 from coreg.scripts import launched
 from coreg.store.store import AnnotationStore
-from coreg.webpage import bar as html_bar
-from coreg.webpage import document, percent, table, text
+from coreg.webpage import bar, document, percent, table, text
 
 FEW_IMAGES = 20  # below this a network hardly learns a label (rule of thumb)
 TOGETHER = 0.95  # share of the images of either label that have the other one, too
@@ -222,7 +221,7 @@ def as_text(store: AnnotationStore, health: TagHealth) -> str:
     ]
     lines[-1] += f"{health.by}.\n"
     lines.append("labels  images")
-    lines += [f"{k:6d}  {count:6d}  {bar(count / readable)}" for k, count in enumerate(health.sizes) if count]
+    lines += [f"{k:6d}  {n:6d}  {'#' * round(40 * (n / readable))}" for k, n in enumerate(health.sizes) if n]
     lines += ["", f"{'label':30}  suggested for" + ("  average precision" if health.precision is not None else "")]
     for c, name in enumerate(store.class_names):
         line = f"{name[:30]:30}  {health.suggested[:, c].sum():13d}"
@@ -234,14 +233,14 @@ def page(store: AnnotationStore, health: TagHealth, images: ImageList | None) ->
     """The report as one HTML file. images: where pictures come from; None for a report without them."""
     readable, spec = max(1, int(health.sizes.sum())), store.manifest["model"].get("spec", "")
     verdicts = "".join(f'<p class="bad">{text(line)}</p>' for line in health.verdicts)
-    sizes = [(str(k), f"{n:,}", html_bar(n / readable)) for k, n in enumerate(health.sizes) if n]
+    sizes = [(str(k), f"{n:,}", bar(n / readable)) for k, n in enumerate(health.sizes) if n]
     head = ["label", "suggested for", ""] + (["average precision", ""] if health.precision is not None else [])
     rows = []
     for c, name in enumerate(store.class_names):
         count = int(health.suggested[:, c].sum())
-        row = [text(name), f"{count:,}", html_bar(count / readable)]
+        row = [text(name), f"{count:,}", bar(count / readable)]
         if health.precision is not None:
-            row += [percent(health.precision[c]), html_bar(float(np.nan_to_num(health.precision[c])))]
+            row += [percent(health.precision[c]), bar(float(np.nan_to_num(health.precision[c])))]
         rows.append(row)
     pairs = [(text(store.class_names[a]), text(store.class_names[b]), f"{both:,}") for a, b, both in health.together]
     parts = [

@@ -17,14 +17,12 @@ AT_ONCE = 4096  # images that are judged at the same time
 
 
 def model_of(store: AnnotationStore) -> ModelSpec:
-    """The annotator of a store, to be loaded again.
+    """The annotator of a store with features, to be loaded again.
 
     Raises:
-        UserError: there is none, it cannot be had, or has changed since.
+        UserError: it cannot be had, has changed since, or reads no texts.
     """
-    store.need_annotator()
     made_by = store.manifest["model"]
-    store.need_features()
     model = resolve(made_by["spec"])
     if model.weights != made_by["weights"]:
         raise UserError(f"{model.spec} is not what made {store.root}: its files changed; annotate the images again")

@@ -52,23 +52,18 @@ def info(folder: str) -> str:
     there = [file for file in files if file.exists()]
     size = sum(file.stat().st_size for file in root.rglob("*") if file.is_file())
     model = ", ".join(f"{key} {value}" for key, value in manifest["model"].items())
-    bad = StoreWriter(root, manifest).unreadable()
+    bad, texts = StoreWriter(root, manifest).unreadable(), manifest.get("descriptions")
     lines = [
         f"images     {manifest['images']['count']} of {manifest['images']['spec']}",
         f"model      {model}",
         f"features   {manifest['features'] or 'none'}",
-        f"described  {counted(manifest.get('descriptions'))}",
+        f"described  {f'by {sum(map(len, texts.values()))} texts beside the names' if texts else 'by names alone'}",
         f"blocks     {len(there)} of {len(files)}, {manifest['block_size']} images each, {size / 1e6:.1f} MB in all",
         f"unreadable {len(bad)}" + "".join(f"\n  row {row}: {reason}" for row, reason in list(bad.items())[:20]),
     ]
     if len(there) == len(files) and (root / "errors.csv").exists():
         return "\n".join([*lines, summary(AnnotationStore.open(root))])
     return "\n".join([*lines, f"unfinished: {same_command(manifest)}"])
-
-
-def counted(descriptions: dict[str, list[str]] | None) -> str:
-    """How many descriptions there are, in words."""
-    return f"by {sum(map(len, descriptions.values()))} texts beside the names" if descriptions else "by names alone"
 
 
 def verify(folder: str) -> tuple[str, bool]:

@@ -84,7 +84,13 @@ def work(
                 for index, tensors, errors in evidence(claimed, progress):
                     writer.write(index, tensors, errors)
                     queue.release(index)
-                    check_errors(writer, paths, max_errors)
+                    if max_errors is not None and len(bad := writer.unreadable()) > max_errors:
+                        first = min(bad)
+                        raise UserError(
+                            f"{len(bad)} images cannot be read and --max_errors is {max_errors} (the first, "
+                            f"{paths[first]!r}: {bad[first]}); see python -m coreg.annotate info {writer.root}, then raise "
+                            f"--max_errors and run the same command again"
+                        )
                     progress.show()
             progress.show()
     finally:
@@ -127,23 +133,6 @@ def every_block(
     while not (writer.root / "errors.csv").exists():  # the last file, which the main process writes
         time.sleep(POLL_SECONDS)
     return progress
-
-
-def check_errors(writer: BlockWriter, paths: Sequence[str], most: int | None) -> None:
-    """Stop when more than `most` images could not be read so far, by any process.
-
-    Raises:
-        UserError: with the first of them.
-    """
-    if most is None:
-        return
-    bad = writer.unreadable()
-    if len(bad) > most:
-        row = min(bad)
-        raise UserError(
-            f"{len(bad)} images cannot be read and --max_errors is {most} (the first, {paths[row]!r}: {bad[row]}); "
-            f"see python -m coreg.annotate info {writer.root}, then raise --max_errors and run the same command again"
-        )
 
 
 # ---- from images ----------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 from coreg.data.decode import UnreadableImage
 from coreg.data.ranges import LastFew
@@ -77,7 +77,13 @@ class RemoteFile:
                 content += _blocks.get((self.url, self.version, start), fetch)
             return content[offset - first * BLOCK_BYTES :][:length]
         except SourceError as error:
-            self._give_up(str(error))
+            # of one file that is lost among others its images are lost; of a store that is lost, no image is
+            if not any(_answers(url) for url in self.beside if url != self.url and url not in _lost):
+                raise UserError(
+                    f"cannot read {self.place}: {error}; when it can be read again, run the same command again"
+                ) from None
+            _lost[self.url] = f"{posixpath.basename(self.place)}: {error}"
+            raise UnreadableImage(_lost[self.url]) from None
 
     def _fetch(self, start: int, stop: int) -> bytes:
         def once() -> bytes:
@@ -106,13 +112,6 @@ class RemoteFile:
                 f"{self.place} was changed since it was listed ({what}): put back what it was, or annotate anew into "
                 f"another --output_dir"
             )
-
-    def _give_up(self, reason: str) -> NoReturn:
-        """Of one file that is lost among others its images are lost; of a store that is lost, no image is."""
-        if not any(_answers(url) for url in self.beside if url != self.url and url not in _lost):
-            raise UserError(f"cannot read {self.place}: {reason}; when it can be read again, run the same command again")
-        _lost[self.url] = f"{posixpath.basename(self.place)}: {reason}"
-        raise UnreadableImage(_lost[self.url])
 
 
 def place_of(url: str) -> str:

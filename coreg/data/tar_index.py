@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import tarfile
@@ -56,7 +55,10 @@ def index_of(file: RangedFile) -> TarIndex | str:
     except (tarfile.TarError, OSError, EOFError) as error:
         return f"{file.place} cannot be read as a tar file: {one_line(error)}"
     if kept is not None:
-        _keep(kept, index)
+        with contextlib.suppress(OSError, UserError):  # it only saves time
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            # with a checksum of zlib's own
+            write_atomically(kept, zlib.compress(json.dumps(vars(index)).encode(), 1))
     return index
 
 
@@ -88,19 +90,9 @@ def _cache_file(file: RemoteFile) -> Path | None:
     return Path(cache, "coreg", "shards", fingerprint(file))
 
 
-def _keep(path: Path, index: TarIndex) -> None:
-    content = zlib.compress(json.dumps(vars(index)).encode(), 1)
-    with contextlib.suppress(OSError, UserError):  # it only saves time
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, hashlib.sha256(content).hexdigest().encode() + content)
-
-
 def _kept_index(path: Path) -> TarIndex | None:
     try:
-        content = path.read_bytes()
-        if hashlib.sha256(content[64:]).hexdigest().encode() != content[:64]:
-            return None
-        record = parse_record(zlib.decompress(content[64:]), _KIND)
+        record = parse_record(zlib.decompress(path.read_bytes()), _KIND)
     except (OSError, zlib.error, RecordError):
         return None
     return TarIndex(*(record[name] for name in _KIND)) if len(set(map(len, record.values()))) == 1 else None

@@ -23,7 +23,6 @@ from coreg.data.tags import BETWEEN
 from coreg.errors import UserError
 from coreg.export.distance import KEPT, largest
 from coreg.export.tagging import chosen
-from coreg.plaintext import printable
 from coreg.weak.prefilter import conformal_threshold
 
 FEWEST = 50  # labelled images, with fewer the share that is kept varies too much from one set of them to the next
@@ -210,13 +209,3 @@ def calibration_line(
         return line
     recognised = sum(cutoff.is_none(probs[row], 0 if distances is None else distances[row]) for row in none)
     return f"{line}; {recognised} of {len(none)} labelled {NONE_OF_THESE!r} are recognised"
-
-
-def check_names(class_names: Sequence[str]) -> None:
-    """Raise a UserError where a prediction set would not show which names of classes are in it."""
-    for name in class_names:
-        if BETWEEN in name:
-            raise UserError(
-                f"a class is called {printable(name)!r}, and {BETWEEN!r} stands between the labels of a prediction set; "
-                f"leave out --coverage"
-            )

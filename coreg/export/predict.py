@@ -28,6 +28,7 @@ from torch import Tensor
 from coreg.config import SAFE_CSV, option, parse
 from coreg.data.decode import SUFFIXES, Resize, decode, read_image
 from coreg.data.images import ImageList
+from coreg.data.label_studio import BETWEEN
 from coreg.data.sources import open_images
 from coreg.errors import UserError, exits_with_one_line
 from coreg.export import cutoff, distance, tagging
@@ -288,8 +289,11 @@ def cut_off(classifier: Classifier, images: ImageList, config: PredictConfig) ->
             "--calibrate needs --coverage 0.95, --min_probability auto or --max_distance auto; write for example: "
             "--coverage 0.95 --calibrate checked.csv"
         )
-    if config.coverage is not None:
-        cutoff.check_names(names)
+    if config.coverage is not None and (strange := [name for name in names if BETWEEN in name]):
+        raise UserError(
+            f"a class is called {printable(strange[0])!r}, and {BETWEEN!r} stands between the labels of a prediction set; "
+            f"leave out --coverage"
+        )
     if config.calibrate is None:
         return CutOff(names, least, farthest=classifier.farthest if chosen else farthest)
     labelled, rows, classes = cutoff.labelled_images(config.calibrate, images, names)

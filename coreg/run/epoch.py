@@ -17,14 +17,14 @@ from coreg.learn.coreg import CoRegBatch, WarmUpBatch
 from coreg.learn.division import Division, Predicted, divide
 from coreg.learn.schedules import ramp
 from coreg.learn.tables import share
-from coreg.learn.two_nets import Verdict, co_train_batch, partner_rows
+from coreg.learn.two_nets import Divisions, Verdict, co_train_batch, partner_rows
 from coreg.nets.model import Model
 from coreg.process import main_process_decides
 from coreg.report.metrics import accuracy, division_health
 from coreg.run.board import show_epoch
 from coreg.run.loop import Run
 from coreg.run.task import Task, predict
-from coreg.run.training import Training, placed
+from coreg.run.training import Training, build_optimizer, placed
 from coreg.views.order import ShuffledRows
 
 
@@ -77,11 +77,14 @@ def accuracy_on_test(task: Task[Any], nets: Sequence[Model]) -> dict[str, float]
 # ---- two networks that divide the training set for each other: Co-Reg and DivideMix ---------------------------------
 
 
-def paired(learners: Sequence[nn.Module], task: Task[Any]) -> list[nn.Module]:
-    """Two learners on the device, each with the other one's network for its peer."""
+def begin_paired(run: Run, task: Task[Any], learners: Sequence[nn.Module]) -> Training:
+    """The training of two learners, each with the other one's network for its peer."""
     for learner, other in zip(learners, reversed(learners)):
         learner.set_peer(other.net)
-    return [placed(learner, task.accelerator, task.job) for learner in learners]
+    learners = [placed(learner, task.accelerator, task.job) for learner in learners]
+    nets = [learner.net for learner in learners]
+    divisions = Divisions(nets, len(task.data.samples), run.sharded)
+    return run.begin(learners, [build_optimizer(net, task.job) for net in nets], divisions)
 
 
 def warm_up(run: Run, task: Task[Any], training: Training, lr: float, view: str, informative: np.ndarray) -> None:

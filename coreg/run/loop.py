@@ -166,7 +166,13 @@ class Run:
             training.step += 1
             self._advance(1 / count / len(training.learners))
             if moved:
-                self._between_steps(training)
+                due = self.watch.due()
+                if due != GOES_ON:
+                    self._save(training)
+                if due == STOP:
+                    again = f"\nStopped by a signal in epoch {training.epoch + 1}; the same command goes on from here."
+                    self.accelerator.print(again)
+                    raise SystemExit(EXIT_INTERRUPTED)
         training.finish_network()
 
     def log(self, training: Training, curves: dict[str, float]) -> None:
@@ -176,7 +182,13 @@ class Run:
             UserError: one of them is no number any more; the last good checkpoint stays.
         """
         curves = training.finish_epoch(curves)
-        self._refuse_nan(curves, training.epoch)
+        # curves are the same on every process, and so all of them leave
+        if broken := [name for name, value in curves.items() if not math.isfinite(value)]:
+            raise UserError(
+                f"{broken[0]} became {curves[broken[0]]} in epoch {training.epoch}; the checkpoints before it are kept in "
+                f"{self.folder.checkpoints}: start anew in another --output_dir with a smaller --lr (now {self.job.lr})",
+                silent=not self.accelerator.is_main_process,
+            )
         spent = time.perf_counter() - self.epoch_began
         times = {"time/epoch": spent, "time/making_batches": (training.making_seconds - self.made_before) / spent}
         log = writing_curves()(lambda: self.accelerator.log(curves | times, step=training.epoch))
@@ -190,16 +202,6 @@ class Run:
         self.bar.update(min(epochs, self.bar.total - self.bar.n))
         if self.progress:
             self.progress.update(self.bar.n)
-
-    def _between_steps(self, training: Training) -> None:
-        due = self.watch.due()
-        if due != GOES_ON:
-            self._save(training)
-        if due == STOP:
-            self.accelerator.print(
-                f"\nStopped by a signal in epoch {training.epoch + 1}; the same command goes on from here."
-            )
-            raise SystemExit(EXIT_INTERRUPTED)
 
     def _save(self, training: Training) -> None:
         now = time.perf_counter()
@@ -215,13 +217,3 @@ class Run:
         main_process_decides(self.accelerator, start)
         if not self.accelerator.is_main_process:
             start()
-
-    def _refuse_nan(self, curves: dict[str, float], epoch: int) -> None:
-        """Curves are the same on every process, and so all of them leave."""
-        broken = [name for name, value in curves.items() if not math.isfinite(value)]
-        if broken:
-            raise UserError(
-                f"{broken[0]} became {curves[broken[0]]} in epoch {epoch}; the checkpoints before it are kept in "
-                f"{self.folder.checkpoints}: start anew in another --output_dir with a smaller --lr (now {self.job.lr})",
-                silent=not self.accelerator.is_main_process,
-            )

@@ -294,9 +294,7 @@ def _refuse(accelerator: Accelerator, source: Source, failed: dict[int, str], pr
     """Raise on every process what one of them has met, images that all of them together could not read first."""
     every = of_every_process(accelerator, failed)
     failed = {row: reason for one in every for row, reason in one.items()}
-    if failed:
-        error = no_longer_readable(source.images, failed)
-        raise UserError(str(error), silent=not accelerator.is_main_process)
+    problems = [no_longer_readable(source.images, failed)] if failed else problems
 
     def raise_first() -> None:
         if problems:
@@ -362,7 +360,5 @@ def _on_disk(run: Run, source: Source, root: Path, wanted: np.ndarray) -> Stored
         every_block(writer, source.images.paths, accelerator, decoded, "decoding")
     stored, errors = all_or_none(accelerator, writer.open)
     failed = {row: errors[row] for row in np.intersect1d(np.array(list(errors), dtype=np.int64), wanted).tolist()}
-    if failed:
-        error = no_longer_readable(source.images, failed)
-        raise UserError(str(error), silent=not accelerator.is_main_process)
+    _refuse(accelerator, source, failed, [])
     return stored

@@ -124,7 +124,10 @@ def finish(
 
 def _report(run: Run, training: Training, predicted: Predictions, **more: Any) -> dict[str, Any]:
     job, names, named = run.job, run.store.class_names, predicted.classes["train"]
-    scores, share = _without_labels(run, predicted), getattr(job, "share", 1)
+    nets = [rows for name, rows in predicted.logits["train"].items() if name != "ensemble"]
+    log_p = [log_softmax(rows.astype(np.float64), axis=1) for rows in nets]
+    mean, share = _mean_logits(predicted), getattr(job, "share", 1)
+    scores = without_labels(run.annotated, job.candidates, predicted.samples, predicted.classes, mean, log_p)
     return build_report(
         store=run.annotated,
         seed=job.seed,
@@ -137,7 +140,7 @@ def _report(run: Run, training: Training, predicted: Predictions, **more: Any) -
         part=None if share == 1 else {"asked": share, "available": len(run.store.rows_of(TRAIN))},
         refined=predicted.refined,
         weak_labels=predicted.weak and predicted.weak.source | {"hash": predicted.weak.hash},
-        logits=_mean_logits(predicted),
+        logits=mean,
         label_free=scores,
         estimate=_estimates(predicted, scores),
         labels_used=int((predicted.known >= 0).sum()),
@@ -191,19 +194,6 @@ def _mean_logits(predicted: Predictions) -> dict[str, np.ndarray]:
     """Of each split, (n, C): the mean over the networks, whose softmax is the probabilities of labels.csv."""
     number = max(len(predicted.logits["train"]) - 1, 1)
     return {split: rows["ensemble"] / (number * predicted.temperature) for split, rows in predicted.logits.items()}
-
-
-def _without_labels(run: Run, predicted: Predictions) -> dict[str, Any] | None:
-    """What the report says without labels."""
-    nets = [rows for name, rows in predicted.logits["train"].items() if name != "ensemble"]
-    return without_labels(
-        run.annotated,
-        run.job.candidates,
-        predicted.samples,
-        predicted.classes,
-        _mean_logits(predicted),
-        [log_softmax(rows.astype(np.float64), axis=1) for rows in nets],
-    )
 
 
 def _estimates(predicted: Predictions, scores: dict[str, Any] | None) -> dict[str, Any] | None:

@@ -110,7 +110,10 @@ def draw(config: WeakConfig) -> AnnotationStore:
         raise UserError(f"{config.images} says no class names: write them one a line and add --classes classes.txt")
     table, origin = _sets(config, taken, images, names)
     if config.imbalance > 1:
-        images.split = _tail(config, images, len(names))
+        train, split = np.flatnonzero(images.split == TRAIN), images.split.copy()
+        split[train] = HELD_OUT  # but for a long tail of them
+        split[train[long_tail(_known_labels(images)[train], len(names), config.imbalance, config.seed)]] = TRAIN
+        images.split = split
         origin += f", long_tail(imbalance={config.imbalance:g},seed={config.seed})"
     if config.validation:
         train = np.flatnonzero(images.split == TRAIN)
@@ -150,15 +153,6 @@ def _sets(config: WeakConfig, taken: dict[str, float], images: ImageList, names:
         classes = _probabilities(config.probabilities, images, names)
     weak = WeakLabels.from_truth(labels, classes, config.rule, config.seed, **taken)
     return weak.table, DRAWN + weak.source["generator"]
-
-
-def _tail(config: WeakConfig, images: ImageList, n_classes: int) -> np.ndarray:
-    """The split uint8 (N,) in which the training images outside of the long tail are held out."""
-    train = np.flatnonzero(images.split == TRAIN)
-    split = images.split.copy()
-    split[train] = HELD_OUT
-    split[train[long_tail(_known_labels(images)[train], n_classes, config.imbalance, config.seed)]] = TRAIN
-    return split
 
 
 def _known_labels(images: ImageList) -> np.ndarray:
