@@ -172,7 +172,7 @@ class _EntriesAlone(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         inputs, places = ctx.saved_tensors
         rows, columns = places // inputs.shape[-1], places % inputs.shape[-1]
-        products = _columns(gradient, rows).to(ctx.dtype) * _columns(inputs, columns).to(ctx.dtype)
+        products = _columns(gradient, rows).to(ctx.dtype).mul_(_columns(inputs, columns))
         return gradient, None, products.sum(0), None
 
 
