@@ -8,8 +8,9 @@ bare       what no tuner can do without: forward through the frozen network, and
            optimiser. What trains no block, or the last ones alone, needs less.
 peft       LoRA by PEFT with as high a rank, on the layer that makes queries, keys and values.
 
-Each takes turns with its bare passes alone. On a CPU the C library keeps the memory that it once got: else it depends on what
-ran before in the process whether a side gives its own back in every step, and pays in page faults up to a tenth of its time.
+Each takes turns with its bare passes alone. On a CPU the C library keeps the memory that it once got: else it depends on
+what ran before in the process whether a side gives its own back in every step, and pays in page faults up to a tenth of
+its time.
 """
 
 from __future__ import annotations
