@@ -11,6 +11,7 @@ from torch import nn
 
 from coreg.errors import UserError
 from coreg.nets.tuners.apply import TUNERS, apply_tuners, check_tuners, merge
+from coreg.nets.tuners.own import MaskedEntries
 from coreg.nets.tuners.tower import TunerOptions, parse_blocks
 
 OPTIONS = TunerOptions(n_classes=4, bottleneck=8, prompt_tokens=3, mask_ratio=0.05)
@@ -175,6 +176,37 @@ def test_merged_networks_give_what_tuned_ones_do(families, family, tuners):
 def test_what_is_no_change_of_weights_is_not_merged(families, tuner):
     with pytest.raises(UserError, match=f"what {tuner} inserted is no change"):
         merge(*tuned(families, "clip", [tuner]))
+
+
+@pytest.mark.parametrize("ratio", [0.002, 0.05])
+def test_masked_entries_have_the_gradients_that_the_whole_weight_has_there(ratio):
+    """However few they are, whether the layer is called or its weight is read, and where a state says that they are."""
+    torch.manual_seed(0)
+    plain, x = nn.Linear(64, 48).double(), torch.randn(5, 7, 64, dtype=torch.float64, requires_grad=True)
+    layer = copy.deepcopy(plain).requires_grad_(False)
+    entries = MaskedEntries(layer, ratio, torch.Generator().manual_seed(1)).double()
+    flipped = {name: value.flip(0) if name.endswith("_mask") else value + 1 for name, value in entries.state_dict().items()}
+    entries.load_state_dict(flipped)
+    with torch.no_grad():
+        for name in ("weight", "bias"):
+            if f"{name}_mask" in flipped:
+                getattr(plain, name)[flipped[f"{name}_mask"]] = flipped[f"{name}_values"]
+    wanted = torch.autograd.grad(plain(x).sin().sum(), [x, plain.weight, plain.bias])
+    for run in (lambda: layer(x), lambda: nn.functional.linear(x, layer.weight, layer.bias), lambda: layer(x)):
+        torch.testing.assert_close(run(), plain(x))
+        got = dict(
+            zip(
+                ["x", *dict(entries.named_parameters())], torch.autograd.grad(run().sin().sum(), [x, *entries.parameters()])
+            )
+        )
+        torch.testing.assert_close(got.pop("x"), wanted[0])
+        assert "weight_values" in got
+        for name, gradient in got.items():
+            whole = wanted[1 if name == "weight_values" else 2]
+            torch.testing.assert_close(gradient, whole[flipped[name.replace("_values", "_mask")]])
+    merged = merge(nn.Sequential(layer), nn.ModuleDict({"mask": entries}))[0]
+    assert type(merged) is nn.Linear and not merged._forward_hooks and not merged._forward_pre_hooks
+    assert torch.equal(merged(x), layer(x))
 
 
 def test_lora_in_the_mlp_is_pefts(families):

@@ -10,7 +10,7 @@ from coreg.nets.tuners.apply import apply_tuners, merge
 from coreg.nets.tuners.frozen import halve_frozen, moving_weights, sharing_copy
 from coreg.nets.tuners.tower import TunerOptions
 
-OPTIONS = TunerOptions(n_classes=4, bottleneck=4, prompt_tokens=3, mask_ratio=0.05)
+OPTIONS = TunerOptions(n_classes=4, bottleneck=4, prompt_tokens=3, mask_ratio=0.004)
 EVERYTHING = ["bias", "mask", "vpt_deep", "ssf_attn", "lora", "lora_mlp", "adapter", "adaptformer"]
 
 

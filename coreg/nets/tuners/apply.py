@@ -8,7 +8,6 @@ from functools import partial
 
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
 
 from coreg.errors import UserError
 from coreg.nets.tuners import inserts, own, tokens
@@ -87,19 +86,8 @@ def merge(backbone: nn.Module, tuners: nn.ModuleDict) -> nn.Module:
             weight.data = weight.data.float()
     mine = set(tuners.modules())
     for layer in backbone.modules():
-        if parametrize.is_parametrized(layer):
-            _settle(layer)
         for key, hook in list(layer._forward_hooks.items()):
             if getattr(hook, "__self__", None) in mine:
                 hook.__self__.fold(layer)
                 del layer._forward_hooks[key]
     return backbone
-
-
-def _settle(layer: nn.Module) -> None:
-    """Make the tensors that a layer computes its weights. Torch's own function would change the class that copies share."""
-    tensors = {name: getattr(layer, name).detach() for name in layer.parametrizations}
-    del layer.parametrizations
-    layer.__class__ = type(layer).__bases__[0]
-    for name, tensor in tensors.items():
-        layer.register_parameter(name, nn.Parameter(tensor))

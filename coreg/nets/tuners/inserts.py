@@ -36,8 +36,10 @@ class Bottleneck(nn.Module):
         for zero in (self.down_proj.bias, self.up_proj.weight, self.up_proj.bias):
             nn.init.zeros_(zero)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.up_proj(self.down_proj(self.ln(tokens)).relu())
+    def forward(self, tokens: Tensor, scale: Tensor | float = 1.0) -> Tensor:
+        """`scale` times A, which is cheaper in the few weights of the last layer than in all of its outputs."""
+        hidden = self.down_proj(self.ln(tokens)).relu()
+        return nn.functional.linear(hidden, scale * self.up_proj.weight, scale * self.up_proj.bias)
 
 
 class Adapter(Bottleneck):
@@ -66,7 +68,7 @@ class AdaptFormer(Bottleneck):
 
     def _add(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         (tokens,), self._tokens = self._tokens, []
-        return output + self.scale * self(tokens)
+        return output + self(tokens, self.scale)
 
 
 # ---- LoRA -----------------------------------------------------------------------------------------------------------

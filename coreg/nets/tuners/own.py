@@ -6,9 +6,12 @@ Nothing is inserted but what mask tuning scatters; each function says which weig
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.compiler import is_compiling
 from torch.nn.utils import parametrize
 
 from coreg.errors import UserError
@@ -75,6 +78,11 @@ def mask(tower: Tower, options: TunerOptions) -> nn.ModuleDict:
     return inserted
 
 
+# On a CPU, a product and sum for each entry that trains takes less time than the matrix product that gives the gradients of
+# all, as long as they are so few of them; a GPU is quicker with the matrix product.
+FEW = 1 / 250
+
+
 class MaskedEntries(nn.Module):
     """The entries of one linear layer that train: `weight_values` (m,) and `bias_values` (b,), in row-major order.
 
@@ -93,8 +101,45 @@ class MaskedEntries(nn.Module):
         for name, chosen in {"weight": drawn[:, :columns], "bias": drawn[:, -1]}.items():
             if getattr(layer, name) is not None and chosen.any():
                 self.register_buffer(f"{name}_mask", chosen.clone())
+                self.register_buffer(f"{name}_places", _places(chosen), persistent=False)
                 self.register_parameter(f"{name}_values", nn.Parameter(getattr(layer, name).detach()[chosen]))
                 parametrize.register_parametrization(layer, name, _Scattered(self, name), unsafe=True)
+        self.apart = False  # gradients of the weight's entries are made apart, in the pass that the layer is in
+        if list(self.parameters()):
+            layer.register_forward_pre_hook(self._begin)
+            layer.register_forward_hook(self._end)
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        super()._load_from_state_dict(*arguments)
+        for name, mask in list(self.named_buffers()):
+            if name.endswith("_mask"):
+                setattr(self, name.replace("_mask", "_places"), _places(mask))
+
+    def _begin(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        few = hasattr(self, "weight_mask") and len(self.weight_values) <= FEW * self.weight_mask.numel()
+        self.apart = few and inputs[0].device.type == "cpu" and not is_compiling()
+
+    def _end(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        if self.apart:
+            self.apart = False
+            return _EntriesAlone.apply(output, inputs[0], self.weight_values, self.weight_places)
+        return output
+
+    def fold(self, layer: nn.Module) -> None:
+        """Make the layer's weights what they are computed to be."""
+        for key, hook in list(layer._forward_pre_hooks.items()):
+            if getattr(hook, "__self__", None) is self:
+                del layer._forward_pre_hooks[key]
+        tensors = {name: getattr(layer, name).detach() for name in layer.parametrizations}
+        # torch's own function would change the class that copies share
+        del layer.parametrizations
+        layer.__class__ = type(layer).__bases__[0]
+        for name, tensor in tensors.items():
+            layer.register_parameter(name, nn.Parameter(tensor))
+
+
+def _places(mask: Tensor) -> Tensor:
+    return mask.flatten().nonzero().squeeze(1)
 
 
 class _Scattered(nn.Module):
@@ -107,5 +152,29 @@ class _Scattered(nn.Module):
 
     def forward(self, frozen: Tensor) -> Tensor:
         entries = self._entries[0]
-        values = getattr(entries, f"{self._name}_values")
-        return frozen.masked_scatter(getattr(entries, f"{self._name}_mask"), values.to(frozen.dtype))
+        values = getattr(entries, f"{self._name}_values").to(frozen.dtype)
+        if entries.apart and self._name == "weight":
+            values = values.detach()
+        return frozen.flatten().index_copy(0, getattr(entries, f"{self._name}_places"), values).view_as(frozen)
+
+
+class _EntriesAlone(torch.autograd.Function):
+    """A linear layer's output (.., R) as it is, with gradients for m entries of its weight (R, C) and for no others."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, inputs: Tensor, values: Tensor, places: Tensor) -> Tensor:
+        ctx.save_for_backward(inputs, places)
+        ctx.dtype = values.dtype
+        return output.detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        inputs, places = ctx.saved_tensors
+        rows, columns = places // inputs.shape[-1], places % inputs.shape[-1]
+        products = _columns(gradient, rows).to(ctx.dtype).mul_(_columns(inputs, columns))
+        return gradient, None, products.sum(0), None
+
+
+def _columns(tensor: Tensor, columns: Tensor) -> Tensor:
+    return tensor.flatten(0, -2).index_select(1, columns)
