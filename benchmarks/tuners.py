@@ -9,7 +9,7 @@ bare       what no tuner can do without: forward through the frozen network, and
 peft       LoRA by PEFT with as high a rank, on the layer that makes queries, keys and values.
 
 Each takes turns with its bare passes alone. On a CPU the C library keeps the memory that it once got: else it depends on
-what ran before in the process whether a side gives its own back in every step, and pays in page faults up to a tenth of
+what ran before in the process whether a side gives its own back in every step, and pays in page faults, up to 7% of
 its time.
 """
 
