@@ -78,7 +78,7 @@ def load_annotator(
 class EightBit:
     """A preprocessing whose last steps, to floats and to the training data's mean and spread, are left to the device.
 
-    What travels from a decoding process is then a quarter as large, and takes half the time to make.
+    What travels from a decoding process is then a quarter as large, and takes less time to make.
     """
 
     steps: Sequence[Callable[[Image.Image], Image.Image]]
