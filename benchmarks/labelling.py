@@ -72,12 +72,20 @@ def measured(run: Path) -> tuple[float, float]:
 
 
 def trained(script: str, words: Sequence[str], run: Path) -> None:
-    """Run a script in this process, where it has not been run before; what it prints goes beside the run."""
+    """Run a script in this process, where it has not been run before; what it prints goes beside the run.
+
+    Raises:
+        UserError: it ended with an error, which stands in the file beside the run.
+    """
     if (run / "report.json").exists():
         return
     run.parent.mkdir(parents=True, exist_ok=True)
-    with run.with_suffix(".log").open("a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-        importlib.import_module(script).main([*words, "--output_dir", str(run)])
+    file = run.with_suffix(".log")
+    with file.open("a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+        try:
+            importlib.import_module(script).main([*words, "--output_dir", str(run)])
+        except SystemExit:
+            raise UserError(f"{script} ended with an error: see the last line of {file}") from None
 
 
 @exits_with_one_line

@@ -52,3 +52,15 @@ def digits(tmp_path_factory):
     from annotate_vlm import AnnotateConfig, annotate
 
     return annotate(AnnotateConfig(output_dir=str(tmp_path_factory.mktemp("digits") / "store"), workers=0))
+
+
+@pytest.fixture(scope="session")
+def fonts():
+    """The fonts that glyphs are drawn in; matplotlib 3.11, which has them all, is for Python 3.11 and newer."""
+    from coreg.demo.glyphs import font_bank
+    from coreg.errors import UserError
+
+    try:
+        return font_bank()
+    except UserError as error:
+        pytest.skip(str(error))

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from conftest import SMALL_JOB
 from runs import final_state, killed_at, refused
+from test_annotate_annotators import save_tiny_clip
 from test_annotate_view import WORDS, photos
 
 import annotate_vlm
@@ -55,6 +56,27 @@ def test_the_store_before_it_was_refined(mended, digits, small_store, tmp_path):
     for place in (tmp_path / "gone", small_store):  # the source is gone, or another store lies there
         moved = mended.manifest | {"refined": mended.manifest["refined"] | {"source": str(place)}}
         assert dataclasses.replace(mended, manifest=moved).unrefined() is None
+
+
+@pytest.mark.parametrize("how", [["--features", "own"], WORDS])
+def test_what_is_published_names_no_folder_of_ones_own(how, digits, tmp_path, capsys):
+    save_tiny_clip(tmp_path / "somebody" / "clip")
+    images = photos(tmp_path / "photos", 40)
+    (tmp_path / "names.txt").write_text("red thing\ngreen thing")
+    words = ["--images", str(images), "--vlm", f"local-dir:{tmp_path}/somebody/clip"]
+    words += ["--classes", str(tmp_path / "names.txt")]
+    annotate_vlm.main([*words, "--output_dir", str(tmp_path / "ann"), "--workers", "0"])
+    assert main(["refine", str(tmp_path / "ann"), *how, "--output_dir", str(tmp_path / "ann2")]) == 0
+    assert main(["publish", str(tmp_path / "ann2"), "--output_dir", str(tmp_path / "published")]) == 0
+    refined, published = (AnnotationStore.open(tmp_path / name) for name in ("ann2", "published"))
+    assert published.manifest["refined"]["source"] == "ann"
+    assert published.manifest["refined"]["model"]["spec"] == "local-dir:clip"
+    assert published.manifest["model"]["spec"].endswith(": local-dir:clip")
+    for file in ("manifest.json", "README.md", "croissant.json"):
+        assert str(tmp_path) not in (tmp_path / "published" / file).read_text()
+    np.testing.assert_array_equal(published.probs(), refined.probs())
+    with pytest.raises(UserError, match="the store that it was refined from is gone"):
+        published.need_unrefined()
 
 
 def test_it_says_where_it_comes_from_and_what_changed(digits, mended, tmp_path, capsys):

@@ -61,6 +61,19 @@ def test_the_result_is_what_annotating_anew_gives_and_no_image_is_touched(place)
     assert AnnotationStore.open(place / "copy").hash == AnnotationStore.open(place / "ann").hash
 
 
+def test_images_of_a_list_open_although_its_labels_are_no_longer_classes(place):
+    rows = [f"photos/{NAMES[n % 3]}/{n}.png,{NAMES[n % 3]},{'test' if n % 4 == 3 else 'train'}" for n in range(20)]
+    (place / "list.csv").write_text("\n".join(["path,label,split", *rows]))
+    images = ["--images", str(place / "list.csv"), "--vlm", f"local-dir:{place}/model"]
+    run(place, "ann", *images, "--classes", str(place / "names.txt"))
+    run(place, "again", "--rescore", str(place / "ann"), "--classes", str(place / "others.txt"))
+    images = AnnotationStore.open(place / "again").images()
+    numbers = [int(path.rsplit("/", 1)[1].removesuffix(".png")) for path in images.paths]
+    assert [int(label) for label in images.labels] == [{0: 2, 1: 0, 2: -1}[n % 3] for n in numbers]
+    assert [int(one) for one in images.split] == [int(n % 4 == 3) for n in numbers]
+    assert np.shape(images.load(4)) == (30, 30, 3)
+
+
 def test_it_can_be_killed_and_goes_on(place, monkeypatch, capsys):
     annotated(place, "ann", "names")
     options = ["--rescore", str(place / "ann"), "--classes", str(place / "others.txt")]

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from coreg.data.digits import DIGIT_NAMES
-from coreg.demo.glyphs import SOURCES, GlyphStream, all_captions, font_bank
+from coreg.demo.glyphs import SOURCES, GlyphStream, all_captions
 from coreg.errors import UserError
 
 
 @pytest.fixture(scope="module")
-def batches():
+def batches(fonts):
     stream = GlyphStream(seed=0, batch_size=64)
     return [stream.batch() for _ in range(6)]
 
@@ -44,7 +44,7 @@ def test_captions_name_the_digit_and_fit_the_source(batches):
     assert used == {caption for style in styles for caption in style.captions}
 
 
-def test_stream_follows_its_seed():
+def test_stream_follows_its_seed(fonts):
     first, again, other = (GlyphStream(seed=seed, batch_size=16) for seed in (3, 3, 4))
     for _ in range(2):
         a, b, c = first.batch(), again.batch(), other.batch()
@@ -57,7 +57,7 @@ def test_consecutive_batches_differ(batches):
     assert not torch.equal(batches[0].images, batches[1].images)
 
 
-def test_digits_are_recognisable():
+def test_digits_are_recognisable(fonts):
     # Nearest class mean within a source: far above the 10 % of guessing, so images carry their label.
     stream = GlyphStream(seed=1, batch_size=512)
     parts = [stream.batch() for _ in range(6)]
@@ -71,8 +71,8 @@ def test_digits_are_recognisable():
         assert hits.float().mean() > 0.4, list(SOURCES)[k]
 
 
-def test_font_glyphs_fill_their_canvas():
-    bank = font_bank()
+def test_font_glyphs_fill_their_canvas(fonts):
+    bank = fonts
     assert bank.images.shape[1:] == (1, 48, 48) and bank.images.min() == 0 and bank.images.max() == 1
     for image in bank.images[::7, 0]:
         ys, xs = (image > 0.1).nonzero(as_tuple=True)
@@ -89,3 +89,10 @@ def test_without_matplotlib_one_line_says_what_to_install(monkeypatch):
     with pytest.raises(UserError, match=r"pip install 'coreg\[dev\]'") as caught:
         GlyphStream(seed=0, batch_size=4)
     assert "\n" not in str(caught.value)
+
+
+def test_fonts_that_this_matplotlib_does_not_bring_are_named(monkeypatch, tmp_path):
+    matplotlib = pytest.importorskip("matplotlib")
+    monkeypatch.setattr(matplotlib, "get_data_path", lambda: str(tmp_path))
+    with pytest.raises(UserError, match=r"needs the font DejaVuSans\.ttf.* pip install 'matplotlib>=3\.11'"):
+        GlyphStream(seed=0, batch_size=4)

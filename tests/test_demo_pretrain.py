@@ -12,7 +12,7 @@ from coreg.demo.annotator import COMPACT_FILE, CONFIG_FILE, load_compact, local_
 from coreg.demo.pretrain import main, pretrain
 
 
-def test_a_few_steps_reduce_the_loss():
+def test_a_few_steps_reduce_the_loss(fonts):
     _, token_ids, losses = pretrain(seed=0, steps=30, batch_size=64)
     assert len(losses) == 30 and all(math.isfinite(loss) for loss in losses)
     # An untrained CLIP guesses among 64 captions: log(64).
@@ -21,13 +21,13 @@ def test_a_few_steps_reduce_the_loss():
     assert (token_ids.diff() > 0).all()
 
 
-def test_the_seed_decides():
+def test_the_seed_decides(fonts):
     first, again, other = (pretrain(seed=seed, steps=2, batch_size=16)[0].state_dict() for seed in (0, 0, 1))
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not torch.equal(first["visual.proj"], other["visual.proj"])
 
 
-def test_command_writes_a_loadable_folder(tmp_path, monkeypatch, capsys):
+def test_command_writes_a_loadable_folder(fonts, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(pretraining, "BATCH_SIZE", 16)
     output = tmp_path / "deep" / "model"

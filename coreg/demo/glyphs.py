@@ -198,7 +198,7 @@ class GlyphStream:
     """Endless batches; the same seed gives the same batches.
 
     Raises:
-        UserError: where matplotlib, whose fonts are drawn, is not installed.
+        UserError: where matplotlib, whose fonts are drawn, is not installed or brings others.
     """
 
     def __init__(self, seed: int, batch_size: int) -> None:
@@ -299,7 +299,7 @@ def font_bank() -> FontBank:
     """Draw the ten digits in every font and thickness.
 
     Raises:
-        UserError: where matplotlib, whose font files are used, is not installed.
+        UserError: where matplotlib, whose font files are used, is not installed or brings others.
     """
     try:
         import matplotlib
@@ -308,6 +308,12 @@ def font_bank() -> FontBank:
             "rendering glyphs needs the fonts of matplotlib, which is not installed; type: pip install 'coreg[dev]'"
         ) from None
     folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
+    missing = [name for name in FONTS if not (folder / name).is_file()]
+    if missing:
+        raise UserError(
+            f"rendering glyphs needs the font {missing[0]}, which matplotlib {matplotlib.__version__} does not bring; type: "
+            f"pip install 'matplotlib>=3.11' (Python 3.11 or newer)"
+        )
     images, digits, kinds = [], [], []
     for name, kind in FONTS.items():
         font = ImageFont.truetype(folder / name, FONT_POINTS)

@@ -247,14 +247,15 @@ class AnnotationStore:
         return ImageList(self.images_spec, self.paths, self.labels, self.split, None, _no_pixels, tags=self.tags)
 
     def images(self) -> ImageList:
-        """Open the images that were annotated, with labels in this store's classes.
+        """Open the images that were annotated, with the labels that the store has of them.
 
         Raises:
             UserError: they cannot be opened, or the list is not the one that was annotated.
         """
         there = self.manifest["images"]
         try:
-            images = open_images(there["spec"], self.class_names, self.manifest["data_root"])
+            # without class names: those of a store that was scored anew may be fewer than the list's own labels name
+            images = open_images(there["spec"], data_root=self.manifest["data_root"])
         except UserError as error:
             raise UserError(
                 f"the images of {self.root} cannot be opened: {error}; if they were moved, say with --images where to"
@@ -264,7 +265,7 @@ class AnnotationStore:
                 f"{there['spec']} held {there['count']} images when {self.root} was made and holds {len(images)} now, or "
                 f"other names; name the place of those images with --images, or annotate into a new --output_dir"
             )
-        return images
+        return dataclasses.replace(images, labels=self.labels, split=self.split, tags=self.tags)
 
     def _column(self, name: str) -> np.ndarray:
         def parts() -> Iterator[np.ndarray]:

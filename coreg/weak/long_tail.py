@@ -12,8 +12,9 @@ def tail_counts(n: int, n_classes: int, imbalance: float) -> np.ndarray:
     Args:
         n: images in all before. n_classes: C >= 2. imbalance: images of the first class for one of the last, >= 1.
     """
-    shares = (1 / imbalance) ** (np.arange(n_classes) / (n_classes - 1))
-    return (n / n_classes * shares).astype(np.int64)
+    # Python's own powers, as in public code: numpy's differ in the last bit from version to version, and int() shows it
+    shares = [(1 / imbalance) ** (k / (n_classes - 1)) for k in range(n_classes)]
+    return np.array([int(n / n_classes * share) for share in shares])
 
 
 def long_tail(labels: np.ndarray, n_classes: int, imbalance: float, seed: int) -> np.ndarray:
