@@ -314,7 +314,7 @@ def test_a_full_disk_leaves_nothing_of_exports_and_merged_stores(place, capsys, 
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("coreg.files.os.fsync", full)
-    monkeypatch.setattr("os.symlink", link)
+    monkeypatch.setattr("pathlib.Path.symlink_to", link)
     for words in (
         ["export", root / "ann", "--output", root / "x.csv"],
         ["export", root / "ann", "--output", root / "x"],
