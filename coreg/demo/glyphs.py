@@ -311,8 +311,8 @@ def font_bank() -> FontBank:
     missing = [name for name in FONTS if not (folder / name).is_file()]
     if missing:
         raise UserError(
-            f"rendering glyphs needs the font {missing[0]}, which matplotlib {matplotlib.__version__} does not bring; type: "
-            f"pip install 'matplotlib>=3.11' (Python 3.11 or newer)"
+            f"rendering glyphs needs the font {missing[0]}, which matplotlib {matplotlib.__version__} does not bring; "
+            f"type: pip install 'matplotlib>=3.11' (Python 3.11 or newer)"
         )
     images, digits, kinds = [], [], []
     for name, kind in FONTS.items():
