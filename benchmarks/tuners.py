@@ -86,7 +86,7 @@ def step_of(side: str, case: Case) -> Callable[[int], None]:
     images = torch.randn(case.batch, 3, case.size, case.size, generator=generator).to("cuda" if CUDA else "cpu")
     classes = torch.randint(CLASSES, (case.batch,), generator=generator).to(images.device)
     weights = [weight for weight in net.parameters() if weight.requires_grad]
-    optimizer = torch.optim.AdamW(weights, fused=CUDA) if weights and not side.startswith("bare") else None
+    optimizer = torch.optim.AdamW(weights, fused=True) if weights and not side.startswith("bare") else None
     if side in ("bare", "bare vpt_deep"):
         more = TunerOptions(CLASSES).prompt_tokens if side == "bare vpt_deep" else 0
 

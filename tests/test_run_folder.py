@@ -232,6 +232,20 @@ def test_a_state_comes_back_as_it_was():
     assert new.divisions.health == {"division/trusted": 0.5} and new.divisions.chosen["score"] == 0.5
 
 
+def test_a_state_of_other_kernels_of_the_same_optimiser_comes_back():
+    def adam(fused):
+        net = torch.nn.Linear(2, 3)
+        net(torch.ones(1, 2)).sum().backward()
+        made = Training(Accelerator(cpu=True), [net], [torch.optim.AdamW(net.parameters(), 0.1, fused=fused)], None)
+        made.optimizers[0].step()
+        return made
+
+    old, new = adam(None), adam(True)
+    take_state(new, old.state_dict())
+    torch.testing.assert_close(new.optimizers[0].state_dict()["state"], old.optimizers[0].state_dict()["state"])
+    new.optimizers[0].step()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -110,9 +110,11 @@ def _check_rows(value: torch.Tensor, images: int, where: str, dimension: int = 0
 
 
 def _check_optimizer(optimizer: torch.optim.Optimizer, own: list[dict[str, Any]], where: str) -> None:
-    """Settings are this job's, but for the learning rate, which every epoch sets; averages have their weights' shapes."""
+    """Settings are this job's, but for the learning rate, which every epoch sets, and `fused`: the same but for rounding;
+    averages have their weights' shapes.
+    """
     for group, own_group in zip(optimizer.param_groups, own):
-        for name in (group.keys() & own_group.keys()) - {"params", "lr", "initial_lr"}:
+        for name in (group.keys() & own_group.keys()) - {"params", "lr", "initial_lr", "fused"}:
             if group[name] != own_group[name]:
                 raise RecordError(f"{where}.{name} is {str(group[name])[:40]}, expected {own_group[name]}")
         for weight in group["params"]:
