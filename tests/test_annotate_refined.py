@@ -59,7 +59,7 @@ def test_the_store_before_it_was_refined(mended, digits, small_store, tmp_path):
 
 
 @pytest.mark.parametrize("how", [["--features", "own"], WORDS])
-def test_what_is_published_names_no_folder_of_ones_own(how, digits, tmp_path, capsys):
+def test_what_is_published_names_no_folder_of_ones_own(how, tmp_path):
     save_tiny_clip(tmp_path / "somebody" / "clip")
     images = photos(tmp_path / "photos", 40)
     (tmp_path / "names.txt").write_text("red thing\ngreen thing")
