@@ -103,7 +103,10 @@ def typed(monkeypatch, tmp_path):
         else:
             runpy.run_module(program, run_name="__main__", alter_sys=True)
 
-    return run
+    yield run
+    for module in list(sys.modules.values()):  # those that were imported meanwhile took it for the real one
+        if getattr(module, "__dict__", {}).get("parse") is parse:
+            module.parse = real
 
 
 def stop_behind(parse_args):
