@@ -83,7 +83,7 @@ def pretrain(seed: int, steps: int, batch_size: int) -> tuple[CLIP, torch.Tensor
         the compact model; token ids int64 (V,) of its token table's rows; the loss of every step.
 
     Raises:
-        UserError: where matplotlib, whose fonts are drawn, is not installed.
+        UserError: where matplotlib, whose fonts are drawn, is not installed or brings others.
     """
     stream = GlyphStream(seed, batch_size)
     tokenizer = CompactTokenizer(all_captions())
