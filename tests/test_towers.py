@@ -249,6 +249,22 @@ def test_a_tuned_annotator_end_to_end(tuned, capsys):
     assert "This run is finished" in printed and "was trained with other pixels" not in printed
 
 
+def test_a_tuned_annotator_does_not_estimate_its_own_accuracy(tuned, tmp_path, monkeypatch):
+    monkeypatch.setattr("coreg.report.estimate.FEWEST", 2)
+    monkeypatch.setattr("coreg.report.estimate.COVERED", 2)
+    made = []
+    for backbone in ("annotator", f"local-dir:{tuned[-1] / 'tower'}"):  # as itself, and as any network with such weights
+        output = tmp_path / f"{len(made)}"
+        words = [*map(str, tuned[:-1]), f"{output}"]
+        words[words.index("annotator")] = backbone
+        words[words.index("text")] = "random"
+        script("pll").main([*words, "--image_size", "16"])
+        made.append(json.loads((output / "report.json").read_text()))
+    itself, other = made
+    assert "estimate" not in itself and set(other["estimate"]) == {"train", "test"}
+    assert itself["label_free"]["approximated_accuracy"]["train"] > 0
+
+
 def test_a_tuned_annotator_annotates_again_and_teaches_a_small_student(store, tuned, tmp_path, capsys):
     words = ["--images", str(store.root.parent / "images"), "--vlm", f"run:{tuned[-1]}", "--workers", "0"]
     annotate_vlm.main([*words, "--output_dir", str(tmp_path / "ann")])

@@ -142,7 +142,8 @@ def _report(run: Run, training: Training, predicted: Predictions, **more: Any) -
         weak_labels=predicted.weak and predicted.weak.source | {"hash": predicted.weak.hash},
         logits=mean,
         label_free=scores,
-        estimate=_estimates(predicted, scores),
+        # a network that began as the annotator shares its mistakes, of which no score knows
+        estimate=None if run.folder.tower.is_dir() else _estimates(predicted, scores),
         labels_used=int((predicted.known >= 0).sum()),
         **({"none_of_these": none} if (none := int((run.known == NONE).sum())) else {}),
         warnings=[
