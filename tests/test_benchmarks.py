@@ -13,7 +13,7 @@ from conftest import SMALL_JOB
 from PIL import Image
 from torch.nn.modules.module import register_module_forward_hook
 
-from benchmarks import estimates, growth, labelling, memory, mended, pixels, record, tiny_clip
+from benchmarks import estimates, growth, labelling, memory, mended, pixels, record, referees, tiny_clip
 from benchmarks.__main__ import PAGE, TABLES
 from benchmarks.augment import MEAN, STD, pil_batch, waves
 from benchmarks.plain import VIEWS, PlainCoReg
@@ -309,6 +309,38 @@ def test_the_record_of_results_sees_one_bit_shape_and_dtype():
     assert record.digest(b"a", b"bc") != record.digest(b"ab", b"c")
     tensors = record.tensors_in({"epoch": 3, "nets": [{"w": zeros}, {"w": other, "chosen": None}], "t": (zeros,)})
     assert [id(tensor) for tensor in tensors] == [id(zeros), id(other), id(zeros)]
+
+
+def test_how_often_a_report_is_right_about_whom_to_trust():
+    cases = [referees.Case("a", "own", "as it is", 0.6, 0.8, most) for most in ("view", "annotator")]
+    cases += [
+        referees.Case("a", "own", "as it is", 0.9, 0.5, "student"),
+        referees.Case("a", "own", "mended", 0.9, 0.88, "view"),
+    ]
+    first, second = referees.table(cases)
+    assert (first["evidence"], first["cases"], first["right"], first["mean points lost"]) == (
+        "as it is",
+        "3",
+        "1 of 3",
+        "20.0",
+    )
+    # (0 + 20 + 40) / 3; always the annotator (20 + 20 + 0) / 3; always the view 40 / 3
+    assert (first["most below the annotator"], first["always annotator"], first["always view"]) == ("40.0", "13.3", "13.3")
+    assert (second["right"], second["most below the annotator"]) == ("1 of 1", "2.0")
+
+
+def test_evidence_is_mended_and_spoiled_by_the_shares_that_are_named():
+    rng = np.random.default_rng(1)
+    labels, probs = rng.integers(0, 4, 1000), rng.dirichlet(np.ones(4), 1000)
+    before = np.mean(probs.argmax(axis=1) == labels)
+    kinds = list(referees.changed(probs, labels))
+    assert [kind for kind, _ in kinds] == ["as it is", "mended", "mended", "spoiled", "spoiled"]
+    shares = [np.mean(changed.argmax(axis=1) == labels) for _, changed in kinds]
+    assert shares[:3] == pytest.approx([before, before + 0.3 * (1 - before), before + 0.6 * (1 - before)], abs=2e-3)
+    for share, (_, spoiled) in zip(referees.SPOILED, kinds[3:], strict=True):
+        # the same rows in other places, nearly none of them where it was
+        assert np.mean((spoiled != probs).any(axis=1)) == pytest.approx(share, abs=0.01)
+        np.testing.assert_array_equal(np.sort(spoiled[:, 0]), np.sort(probs[:, 0]))
 
 
 def test_how_often_estimates_held_the_truth():

@@ -178,6 +178,16 @@ def test_evidence_is_mended_of_itself_where_pretrained_weights_can(run, digits, 
     assert report_of(tmp_path / "d")["trust"]["kind"] == "view"
 
 
+def test_words_for_referees_that_are_doubted():
+    judged = {"features": "lite0-32", "kind": "weights", "split": "test", "images": 400, "fit": {"hopeless": False}}
+    judged |= {"most": "annotator", "agreement": {"annotator": 0.4, "student": 0.5, "view": 0.7}}
+    judged |= {"surest": {"annotator": 0.45, "view": 0.75}}
+    sentence = "They are not believed: of the images that the annotator is surest of they agree with it on 45.0% and with"
+    for doubt in (True, False):
+        lines = trust_lines({"method": "m", "trust": judged | {"doubted": doubt}})
+        assert lines[0].endswith("the annotator itself, not m.") and any(sentence in line for line in lines) == doubt
+
+
 def test_words_of_a_report_that_comes_from_anywhere():
     assert trust_lines({}) == [] == trust_lines({"method": "m", "trust": None})
     strange = {"most": "me", "fit": {}, "agreement": {}}

@@ -10,10 +10,12 @@ from coreg.weak.refine import foretold
 from coreg.weak.trust import (
     agreements,
     beyond_chance,
+    doubted,
     most_trusted,
     own_fit,
     referees_in_turn,
     referees_of_others,
+    surest,
     verdict,
     view_fit,
 )
@@ -133,6 +135,49 @@ def test_an_annotator_that_is_better_than_what_features_can_show():
     # the student reads the features that its referees read, and agrees with them more than the annotator does
     assert answer["agreement"]["student"] > answer["agreement"]["annotator"] + 0.1
     assert not answer["fit"]["hopeless"] and answer["most"] == "annotator"
+
+
+def test_the_surest_are_a_quarter_and_their_equals():
+    probs = np.array([[0.6, 0.4], [0.1, 0.9], [0.5, 0.5], [0.7, 0.3], [0.2, 0.8], [0.3, 0.7], [0.35, 0.65], [0.45, 0.55]])
+    assert surest(probs).nonzero()[0].tolist() == [1, 4]
+    probs[3] = [0.8, 0.2]
+    assert surest(probs).nonzero()[0].tolist() == [1, 3, 4]
+    assert surest(np.full((5, 3), 1 / 3)).all() and surest(probs[:1]).all()
+
+
+def test_referees_that_contradict_an_annotator_where_it_is_surest_are_doubted():
+    named = np.array([0, 1, 2, 0, 1, 2, 0, 1])
+    sure = np.arange(8) < 4
+    referees = np.stack([named, named])
+    referees[:, 4:] = 0  # elsewhere they may contradict it
+    assert not doubted(referees, named, sure, 3)
+    referees[:, 0] = 1  # of four, three: (3 x 0.75 - 1) / 2 = 0.625 of 1
+    assert doubted(referees, named, sure, 3)
+    # as often as it is right by referees that agree with each other no more often
+    assert not doubted(np.stack([referees[0], [0, 1, 2, 1, 0, 0, 0, 0]]), named, sure, 3)
+    assert not doubted(referees, named, np.ones(8, dtype=bool), 3)  # it is as sure of all
+
+
+@pytest.mark.parametrize("right", [0.3, 0.6])
+def test_features_that_confuse_classes_are_not_taken_for_better_than_a_fair_annotator(right):
+    """Two clusters of three classes each: both halves of the evidence give the same wrong classes to an image."""
+    rng = np.random.default_rng(1)
+    labels = rng.integers(0, 6, 1200)
+    features = 4 * np.eye(2, 5)[labels // 3] + 0.2 * np.eye(5)[2 + labels % 3] + 0.3 * rng.normal(size=(1200, 5))
+    certain = rng.random(1200)
+    named = np.where(rng.random(1200) < right + (1 - right) * certain, labels, rng.integers(0, 6, 1200))
+    probs = np.eye(6)[named] * (0.3 + 0.6 * certain)[:, None] + (0.7 - 0.6 * certain)[:, None] / 6
+    train, test = np.arange(800), np.arange(800, 1200)
+    of = {"train": features[train], "test": features[test]}, {"train": probs[train], "test": probs[test]}
+    project = fit_projection(features[train], 6)
+    z = project(features[train])
+    referees = referees_of_others(z, probs[train], HALF, train, project(features[test]))
+    truth = [np.mean(classes == labels[test]) for classes in (named[test], *referees)]
+    assert truth[0] > max(truth[1:]) + 0.02
+    answer = verdict(*of, train, referees[0], refined=False)
+    assert answer["doubted"] and answer["most"] == "annotator"
+    # they agree with each other so often that the annotator would not be
+    assert most_trusted(referees, named[test], referees[0], 6, refined=False) == "student"
 
 
 def test_shuffled_evidence_is_the_measure():

@@ -44,6 +44,8 @@ REPORT = {
             "split": str,
             "images": _COUNT,
             "agreement": Each(_SHARE),
+            "doubted": Maybe(bool),
+            "surest": Maybe(Each(_SHARE)),
             "fit": {"score": _SCORE, "shuffled": _SCORE, "hopeless": bool},
         }
     ),

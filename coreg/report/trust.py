@@ -29,6 +29,12 @@ def trust_lines(report: dict[str, Any]) -> list[str]:
         f"{agreement['annotator']:.1%}, with {method} on {agreement['student']:.1%} and with each other on "
         f"{agreement['view']:.1%}."
     )
+    if trust.get("doubted"):
+        lines.append(
+            f"They are not believed: of the images that the annotator is surest of they agree with it on "
+            f"{trust['surest']['annotator']:.1%} and with each other on {trust['surest']['view']:.1%}. Larger images or a "
+            f"better network judge better."
+        )
     if trust["kind"] == "own" and trust["most"] != "student":
         lines.append(
             "These features are the annotator's own and side with it; a network that is not the annotator judges better "

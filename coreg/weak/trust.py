@@ -12,6 +12,10 @@ read: what one cannot see, the other cannot. If half of their mistakes are commo
 agree as often as each is right, r = p_R, where independent ones would have r = p_R^2. That is assumed here: p_R = r,
 p_S = s, p_A = a / r. It is not known from anything, but it is on the annotator's side: it takes the view for worse, and the
 annotator for better, than independence would. Mistakes that the annotator makes by rule reach student and referees alike.
+
+Referees whose features hardly tell classes apart have far more than half of their mistakes in common: they agree with each
+other, contradict a good annotator, and would be taken for better than it. What gives them away is that they contradict it
+as well where it is surest, where a fair annotator is right.
 """
 
 from __future__ import annotations
@@ -27,6 +31,8 @@ from coreg.weak.refine import FOLDS, JUDGED_IMAGES, choose, drawn, foretold_each
 Most = Literal["annotator", "student", "view"]
 ERRORS = 2.0  # standard errors by which a difference counts as one
 REFEREES_AGREE, CONTRADICTIONS = 0.5, 2.0
+# the share of the images that an annotator is surest of, and how many of them, at least, fair referees take it for right on
+SUREST, RIGHT_WHERE_SUREST = 0.25, 2 / 3
 ENTRIES_JUDGED = 1 << 21  # of (N, C), at most, by which a view is judged before training
 IMAGES_A_CLASS = 10  # from which on a view that tells nothing apart is blamed, and not the number of images
 
@@ -110,8 +116,31 @@ def agreements(referees: np.ndarray, annotator: np.ndarray, student: np.ndarray 
     return shares | {"view": float((referees[0] == referees[1]).mean())}
 
 
+def surest(probs: np.ndarray) -> np.ndarray:
+    """The share `SUREST` of the images that an annotator is surest of, and all that it is as sure of: bool (n,).
+
+    Args:
+        probs: (n, C), n >= 1.
+    """
+    sure = probs.max(axis=1)
+    return sure >= np.sort(sure)[int((1 - SUREST) * len(sure))]
+
+
+def doubted(referees: np.ndarray, annotator: np.ndarray, sure: np.ndarray, classes: int) -> bool:
+    """Whether referees contradict an annotator where it is surest, so that they are not believed themselves.
+
+    There, too, its accuracy would be a / r; below `RIGHT_WHERE_SUREST` it is the referees that are taken for wrong. An
+    annotator that is as sure of all images gives nothing to doubt them by.
+
+    Args:
+        referees: int64 (2, n). annotator: int64 (n,). sure: bool (n,), as `surest` gives it. classes: C.
+    """
+    a, r = (beyond_chance((referees == each)[:, sure].mean(), classes) for each in (annotator, referees[::-1]))
+    return bool(not sure.all() and a < RIGHT_WHERE_SUREST * r)
+
+
 def most_trusted(referees: np.ndarray, annotator: np.ndarray, student: np.ndarray, classes: int, refined: bool) -> Most:
-    """Who is to be trusted most: the annotator, unless another one is clearly ahead of it.
+    """Who is to be trusted most by referees that are believed: the annotator, unless another is clearly ahead of it.
 
     With a, s and r the agreement of annotator, student and the other referee with a referee, beyond chance, the annotator's
     accuracy is taken for a / r, the student's for s and the view's for r, and clearly ahead is who is so by `ERRORS`
@@ -191,6 +220,9 @@ def verdict(
 ) -> dict[str, Any]:
     """Who is to be trusted `most`, with every one's `agreement` with the referees and the view's own `fit`.
 
+    `surest` are the agreements on the images that the annotator is surest of; where they are so few that referees are
+    `doubted`, it is to be trusted.
+
     Args:
         features, evidence: float (n, D) and (n, C) of training images and, where those are to be judged, of test images.
         ids: int64 (n,), who the training images are. student: int64 (m,), its classes of the images judged.
@@ -204,10 +236,15 @@ def verdict(
         referees = referees_of_others(z, probs, setting, ids, project(features["test"]))
     else:
         referees = referees_in_turn(z, probs, setting, ids)
-    annotator = evidence["test" if "test" in features else "train"].argmax(axis=1)
+    judged, classes = evidence["test" if "test" in features else "train"], probs.shape[1]
+    annotator, sure = judged.argmax(axis=1), surest(judged)
+    doubt = doubted(referees, annotator, sure, classes)
+    none = fit.hopeless or doubt
     return {
-        "most": "annotator" if fit.hopeless else most_trusted(referees, annotator, student, probs.shape[1], refined),
+        "most": "annotator" if none else most_trusted(referees, annotator, student, classes, refined),
         "images": len(annotator),
+        "doubted": doubt,
+        "surest": agreements(referees[:, sure], annotator[sure]),
         "agreement": agreements(referees, annotator, student),
         "fit": asdict(fit) | {"hopeless": fit.hopeless},
     }
