@@ -178,6 +178,8 @@ def test_features_that_confuse_classes_are_not_taken_for_better_than_a_fair_anno
     assert answer["doubted"] and answer["most"] == "annotator"
     # they agree with each other so often that the annotator would not be
     assert most_trusted(referees, named[test], referees[0], 6, refined=False) == "student"
+    fit = view_fit(z, probs[train], HALF, train)
+    assert not fit["mends"] and fit["itself"] > fit["annotator"] + 0.1
 
 
 def test_shuffled_evidence_is_the_measure():

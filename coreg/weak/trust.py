@@ -195,8 +195,8 @@ def view_fit(z: np.ndarray, probs: Table, setting: Setting, ids: np.ndarray) -> 
     Returns:
         what `OwnFit` has; how often two fits agree on images whose evidence neither has had, with each other (`itself`) and
         with the `annotator`; and `mends`, whether evidence is worth mending by this view: the fits agree with each other on
-        at least half of the images, beyond chance, and clearly more often than with the annotator. That asks less of the
-        view than `most_trusted`, because what is mended keeps the annotator's evidence.
+        at least half of the images, beyond chance, and clearly more often than with the annotator, and are not `doubted`.
+        That asks less of the view than `most_trusted`, because what is mended keeps the annotator's evidence.
     """
     if len(z) < 3:
         return None
@@ -207,11 +207,13 @@ def view_fit(z: np.ndarray, probs: Table, setting: Setting, ids: np.ndarray) -> 
     referees, annotator, classes = referees_in_turn(z, probs, setting, ids), probs.argmax(axis=1), probs.shape[1]
     a, r = (beyond_chance((referees == each).mean(axis=0), classes) for each in (annotator, referees[::-1]))
     shares = agreements(referees, annotator)
+    ahead = r.mean() >= REFEREES_AGREE and _clearly_positive(r - a, r.mean() - a.mean())
+    believed = not fit.hopeless and not doubted(referees, annotator, surest(probs), classes)
     return asdict(fit) | {
         "hopeless": fit.hopeless,
         "annotator": shares["annotator"],
         "itself": shares["view"],
-        "mends": bool(not fit.hopeless and r.mean() >= REFEREES_AGREE and _clearly_positive(r - a, r.mean() - a.mean())),
+        "mends": bool(ahead and believed),
     }
 
 
