@@ -249,7 +249,7 @@ def test_a_tuned_annotator_end_to_end(tuned, capsys):
     assert "This run is finished" in printed and "was trained with other pixels" not in printed
 
 
-def test_a_tuned_annotator_does_not_estimate_its_own_accuracy(tuned, tmp_path, monkeypatch):
+def test_a_tuned_annotator_does_not_estimate_its_own_accuracy_and_is_judged_as_itself(tuned, tmp_path, monkeypatch):
     monkeypatch.setattr("coreg.report.estimate.FEWEST", 2)
     monkeypatch.setattr("coreg.report.estimate.COVERED", 2)
     made = []
@@ -263,6 +263,8 @@ def test_a_tuned_annotator_does_not_estimate_its_own_accuracy(tuned, tmp_path, m
     itself, other = made
     assert "estimate" not in itself and set(other["estimate"]) == {"train", "test"}
     assert itself["label_free"]["approximated_accuracy"]["train"] > 0
+    # nor is it judged by features as if they were another network's
+    assert (itself["trust"]["kind"], other["trust"]["kind"]) == ("own", "weights")
 
 
 def test_a_tuned_annotator_annotates_again_and_teaches_a_small_student(store, tuned, tmp_path, capsys):

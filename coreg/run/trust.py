@@ -76,7 +76,9 @@ def _features_of(run: Run, task: Task) -> Features | None:
             return "view"
     except UserError:  # it is gone, or another one lies there
         pass
-    if task.image_options.pretrained or task.image_options.backbone.startswith("local-dir:"):
+    # the tower of the annotator itself sees what its own features say
+    other = not run.folder.tower.is_dir()
+    if other and (task.image_options.pretrained or task.image_options.backbone.startswith("local-dir:")):
         return "weights"
     return None if source.manifest["features"] is None else "own"
 
