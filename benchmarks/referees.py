@@ -103,7 +103,7 @@ def table(cases: Sequence[Case]) -> list[dict[str, str]]:
                 "cases": str(len(some)),
                 "right": f"{sum(case.lost <= LOST for case in some)} of {len(some)}",
                 "mean points lost": f"{100 * statistics.fmean(case.lost for case in some):.1f}",
-                "most below the annotator": f"{100 * max(0, *below, 0):.1f}",
+                "most below the annotator": f"{100 * max([0, *below]):.1f}",
                 "always annotator": f"{100 * always['annotator']:.1f}",
                 "always view": f"{100 * always['by_view']:.1f}",
             }
