@@ -21,7 +21,7 @@ import numpy as np
 from benchmarks.tables import as_markdown
 from coreg.annotate.view import View
 from coreg.data.images import TEST, TRAIN
-from coreg.errors import exits_with_one_line
+from coreg.errors import UserError, exits_with_one_line
 from coreg.store.store import AnnotationStore
 from coreg.weak.mixture import fit_mixture, fit_projection
 from coreg.weak.refine import choose
@@ -66,12 +66,21 @@ def changed(probs: np.ndarray, labels: np.ndarray) -> Iterator[tuple[str, np.nda
 
 
 def cases_of(store: AnnotationStore) -> Iterator[Case]:
-    """Every view of a store, on every evidence; the images whose label is unknown are left out."""
+    """Every view of a store, on every evidence; the images whose label is unknown are left out.
+
+    Raises:
+        UserError: no training or no test image has a label, or there are no features to judge by.
+    """
     features = {} if store.manifest["features"] is None else {"own": store.features()}
     for place in sorted((store.root / "views").glob("*/manifest.json")):
         features[place.parent.name] = View.open(place.parent, store).features()
-    labels = store.labels
+    labels = np.full(len(store.paths), -1) if store.labels is None else store.labels
     train, test = (rows[labels[rows] >= 0] for rows in (store.rows_of(TRAIN), store.rows_of(TEST)))
+    if not (len(train) and len(test) and features):
+        raise UserError(
+            f"{store.root} has {len(train)} training and {len(test)} test images with labels and {len(features)} kinds of "
+            f"features; this needs some of each (a view is made by python -m coreg.annotate.view)"
+        )
     for view, every in features.items():
         seen = {"train": np.asarray(every[train], dtype=np.float32), "test": np.asarray(every[test], dtype=np.float32)}
         for evidence, probs in changed(store.probs().astype(np.float64), labels):

@@ -24,7 +24,9 @@ from benchmarks.turns import in_turns, ratio
 from coreg.annotate.annotators import ClipAnnotator
 from coreg.annotate.models import resolve
 from coreg.annotate.prompts import TEMPLATES
+from coreg.data.images import TEST
 from coreg.data.sources import open_images
+from coreg.errors import UserError
 from coreg.learn.coreg import CoRegBatch, CoRegLearner
 from coreg.learn.memory import Prototypes
 from coreg.learn.options import CoRegOptions
@@ -327,6 +329,25 @@ def test_how_often_a_report_is_right_about_whom_to_trust():
     # (0 + 20 + 40) / 3; always the annotator (20 + 20 + 0) / 3; always the view 40 / 3
     assert (first["most below the annotator"], first["always annotator"], first["always view"]) == ("40.0", "13.3", "13.3")
     assert (second["right"], second["most below the annotator"]) == ("1 of 1", "2.0")
+
+
+def test_referees_of_a_store(digits, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(referees, "MENDED", ())
+    monkeypatch.setattr(referees, "SPOILED", ())
+    (case,) = referees.cases_of(digits)
+    test = digits.rows_of(TEST)
+    assert case.annotator == np.mean(digits.probs()[test].argmax(axis=1) == digits.labels[test])
+    # its own features, of which the demo's refinement says that they are right where they read alone
+    assert case.view == "own" and case.by_view > case.annotator + 0.1 and case.most != "annotator" and case.lost == 0
+    monkeypatch.setattr(referees, "cases_of", lambda store: [case, referees.Case("a", "own", "as it is", 0.9, 0.5, "view")])
+    referees.main([str(digits.root)])
+    assert "a, own, as it is: annotator 90.0%, view 50.0%, the answer view loses 40.0" in capsys.readouterr().out
+    monkeypatch.undo()
+    bare = SimpleNamespace(
+        root=tmp_path, labels=None, paths=digits.paths, rows_of=digits.rows_of, manifest={"features": None}
+    )
+    with pytest.raises(UserError, match="has 0 training and 0 test images with labels and 0 kinds of features"):
+        next(referees.cases_of(bare))
 
 
 def test_evidence_is_mended_and_spoiled_by_the_shares_that_are_named():

@@ -120,7 +120,7 @@ def surest(probs: np.ndarray) -> np.ndarray:
     """The share `SUREST` of the images that an annotator is surest of, and all that it is as sure of: bool (n,).
 
     Args:
-        probs: (n, C), n >= 1.
+        probs: float (n, C), n >= 1, each row a distribution over the classes.
     """
     sure = probs.max(axis=1)
     return sure >= np.sort(sure)[int((1 - SUREST) * len(sure))]
