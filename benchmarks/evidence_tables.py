@@ -31,6 +31,11 @@ class Runs:
         """Test accuracy of each, in percent."""
         return [100 * report["accuracy"]["test"]["ensemble"] for report in self.reports.values()]
 
+    def refined(self) -> list[float]:
+        """Test accuracy of the labels that a run refined on the way, in percent; of runs that did."""
+        of_labels = [(report.get("refined") or {}).get("accuracy") or {} for report in self.reports.values()]
+        return [100 * accuracy["test"] for accuracy in of_labels if "test" in accuracy]
+
     def without_labels(self, name: str) -> list[float]:
         """A score that needs no label, of the training images, in percent; of runs that have it."""
         scores = [(report.get("label_free") or {}).get(name) for report in self.reports.values()]
@@ -114,14 +119,14 @@ def views_table(root: Path, names: dict[str, str], stores: dict[str, str]) -> st
 def scores_table(
     root: Path, names: dict[str, str], variants: dict[str, str], seeds: Sequence[int], evidence: str = REFINED
 ) -> str:
-    """Rows: variants of Co-Reg on each set, with what can be had without labels and, last, test accuracy."""
+    """Rows: variants of a method on each set, with what can be had without labels, test accuracy, and CPU seconds."""
     rows, known = [], []
     for name, title in names.items():
         for variant, what in variants.items():
             runs = collect(root, name, variant, evidence, seeds)
             scores = ("covering_rate", "approximated_accuracy", "consensus")
             free = {score.replace("_", " "): spread(runs.without_labels(score)) for score in scores}
-            of_all = {"test": spread(runs.accuracy()), "seeds": str(len(runs.reports))}
+            of_all = {"test": spread(runs.accuracy()), "CPU s": _rounded(runs.seconds), "seeds": str(len(runs.reports))}
             rows.append({"set": title, "variant": what} | free | of_all)
             known.append(bool(runs.reports))
     return _table(rows, known)
@@ -135,4 +140,22 @@ def raw_and_refined(lines: dict[str, tuple[Runs, Runs]], head: str) -> str:
         cells = {RAW: spread(raw.accuracy()), REFINED: spread(refined.accuracy())}
         rows.append({head: line} | cells | {"CPU s": _rounded(raw.seconds + refined.seconds), "seeds": seeds})
         known.append(bool(raw.reports or refined.reports))
+    return _table(rows, known)
+
+
+def shares_table(lines: dict[str, tuple[Sequence[float], Sequence[Runs]]]) -> str:
+    """Rows: shares of the images; columns: the refined labels by themselves, Co-Reg on raw and refined ones, seeds.
+
+    Args:
+        lines: share -> test accuracy of the refined labels, and runs: with the epochs that all images get, raw and
+            refined, and with as many steps, raw and refined.
+    """
+    columns = ("Co-Reg, raw", "Co-Reg, refined", "as many steps, raw", "as many steps, refined")
+    rows, known = [], []
+    for share, (refined_labels, runs) in lines.items():
+        row = {"share": share, "refined labels": spread(refined_labels)}
+        row |= {column: spread(of.accuracy()) for column, of in zip(columns, runs)}
+        seconds = [_rounded(first.seconds + second.seconds) for first, second in (runs[:2], runs[2:])]
+        rows.append(row | {"CPU s": ", ".join(seconds), "seeds": ", ".join(str(len(of.reports)) for of in runs)})
+        known.append(any(of.reports for of in runs))
     return _table(rows, known)

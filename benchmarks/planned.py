@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-from benchmarks.jobs import Job, run_jobs
+from benchmarks.jobs import Job, cpu_seconds, run_jobs, seconds_file
 from benchmarks.tables import fill
 from coreg.errors import UserError
 from coreg.files import write_atomically
+from coreg.report.record import read_report, write_report
+
+# what a record keeps of a report: what the tables need, and where it came from
+RECORDED = ("schema", "method", "dataset", "seed", "labels_used", "annotator", "accuracy", "metrics", "label_free")
+RECORDED += ("refined", "weak_labels", "training_seconds", "hardware", "versions")
 
 
 def parsed(
@@ -39,6 +46,7 @@ def parsed(
     parser.add_argument(f"--{kind}", nargs="+", choices=parts, default=list(parts), help="parts of the work, in order")
     parser.add_argument("--tables", action="store_true", help="write the tables of what is finished, and run nothing")
     parser.add_argument("--page", type=Path, help=f"Markdown file whose part between <!-- {page} --> lines they replace")
+    parser.add_argument("--record", type=Path, help="file of finished runs, a line of JSON each: not run again, added to")
     parser.add_argument("--plan", action="store_true", help="list the commands, with what is done, and run none")
     args = parser.parse_args(argv)
     if args.jobs < 1:
@@ -55,6 +63,61 @@ def there(data: Path, titles: dict[str, str]) -> list[str]:
         else:
             print(f"left out: {title}, because {data / name} has no folders train/ and test/")
     return names
+
+
+# ---- what outlives the folder of all runs --------------------------------------------------------------------------------
+
+
+def unpack(record: Path, root: Path, jobs: Sequence[Job]) -> None:
+    """Write what a record keeps of jobs that have left no mark in `root`: their reports, and their CPU seconds.
+
+    Raises:
+        UserError: a line is not one of a record.
+    """
+    lines = record.read_text(encoding="utf-8").splitlines() if record.exists() else []
+    try:
+        kept = {line["run"]: (f"{line['cpu_seconds']}\n", dict(line["report"])) for line in map(json.loads, lines)}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{record} is no record of runs ({type(error).__name__}: {error}); give another --record") from None
+    for job in jobs:
+        if job.name in kept and not job.mark.exists():
+            seconds, report = kept[job.name]
+            for file in (job.mark, seconds_file(root, job.name)):
+                file.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(seconds_file(root, job.name), seconds)
+            write_report(job.mark, report)
+
+
+def pack(record: Path, root: Path, jobs: Sequence[Job]) -> None:
+    """Add to a record the finished jobs that leave a report; what it has already stays as it is. Lines are sorted."""
+    lines = record.read_text(encoding="utf-8").splitlines() if record.exists() else []
+    kept = {json.loads(line)["run"]: line for line in lines}
+    for job in jobs:
+        if job.name not in kept and job.mark.name == "report.json" and job.mark.exists():
+            report = read_report(job.mark)
+            excerpt = {name: _rounded(report[name]) for name in RECORDED if report.get(name) is not None}
+            line = {"run": job.name, "cpu_seconds": round(cpu_seconds(root, job.name) or 0.0, 2), "report": excerpt}
+            kept[job.name] = json.dumps(line, ensure_ascii=False)
+    write_atomically(record, "".join(f"{kept[name]}\n" for name in sorted(kept)))
+
+
+def _rounded(value: Any) -> Any:
+    """Numbers of a report to six places."""
+    if isinstance(value, dict):
+        return {name: _rounded(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [_rounded(one) for one in value]
+    return round(value, 6) if isinstance(value, float) else value
+
+
+def needed(jobs: Sequence[Job]) -> list[Job]:
+    """Without what is only made for other jobs, when all of those are finished."""
+    for_others = {need for job in jobs for need in job.needs}
+    kept: list[Job] = []
+    for job in reversed(jobs):
+        if job.mark not in for_others or any(job.mark in one.needs for one in kept if not one.mark.exists()):
+            kept.insert(0, job)
+    return kept
 
 
 def carry_out(
@@ -74,12 +137,16 @@ def carry_out(
         print(*jobs, sep="\n")
         return 0
     failed, stopped = [], False
+    if args.record:
+        unpack(args.record, args.output_dir, jobs)
     if not args.tables:
         before()
         try:
-            failed = run_jobs(jobs, args.output_dir, args.jobs, forked)
+            failed = run_jobs(needed(jobs), args.output_dir, args.jobs, forked)
         except KeyboardInterrupt:
             stopped = True
+    if args.record:
+        pack(args.record, args.output_dir, jobs)
     made = tables()
     write_atomically(args.output_dir / f"{page}.md", made)
     if args.page:

@@ -1,6 +1,7 @@
 """What `make evidence` runs, in which order and how often; its annotators and tables, by hand."""
 
 import csv
+import json
 import math
 import os
 import shutil
@@ -16,7 +17,8 @@ from PIL import Image
 from runs import refused
 from torch import nn
 
-from benchmarks import evidence, spoil, unlabelled
+import train_coreg
+from benchmarks import evidence, planned, spoil, unlabelled
 from benchmarks.conse import judged, placed, read_glosses
 from benchmarks.evidence import plan
 from benchmarks.evidence_sets import GLOSSES, SETS, ImageSet, divided, write_lists
@@ -320,6 +322,83 @@ def test_tables_of_nothing_are_left_out_and_a_page_has_a_place_for_them(tmp_path
     # the usual setting is no answer to a question by itself
     assert text.count("70.0") == 1 and "Threshold" not in text
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["digits", "evidence.md"]
+
+
+def test_a_record_stands_for_the_runs_that_it_names(tmp_path, capsys, monkeypatch):
+    """Runs of one folder, packed, are finished runs of another: the same tables, nothing run again, nothing lost."""
+    record, first, second = tmp_path / "record.jsonl", tmp_path / "first", tmp_path / "second"
+    for seed, accuracy in ((1, 0.7), (0, 1 / 3)):
+        run = first / "digits" / f"kd-raw-{seed}"
+        run.mkdir(parents=True)
+        extra = {"refined": {"features": "own", "accuracy": {"test": 0.5}}, "last_epoch": {"loss": 1.0}}
+        write_report(run / "report.json", report_of(accuracy, seed) | extra)
+        (first / "logs" / "digits").mkdir(parents=True, exist_ok=True)
+        (first / "logs" / "digits" / f"kd-raw-{seed}.seconds").write_text("10.5\n20\n")
+    words = ["--data", str(tmp_path), "--tables", "--record", str(record), "--output_dir"]
+    assert evidence.main([*words, str(first)]) == 0
+    lines = [json.loads(line) for line in record.read_text().splitlines()]
+    assert [line["run"] for line in lines] == ["digits/kd-raw-0", "digits/kd-raw-1"]
+    assert lines[0]["cpu_seconds"] == 30.5 and lines[0]["report"]["accuracy"]["test"]["ensemble"] == 0.333333
+    assert lines[0]["report"]["refined"]["accuracy"] == {"test": 0.5} and "last_epoch" not in lines[0]["report"]
+
+    before = record.read_text()
+    assert evidence.main([*words, str(second)]) == 0
+    assert (second / "evidence.md").read_text() == (first / "evidence.md").read_text() and record.read_text() == before
+    assert "51.7 ± 25.9" in (second / "evidence.md").read_text()
+
+    # what a folder has anew does not replace what is recorded, and what only the record has is not lost
+    shutil.rmtree(first / "digits" / "kd-raw-0")
+    write_report(first / "digits" / "kd-raw-1" / "report.json", report_of(0.9, 1))
+    assert evidence.main([*words, str(first)]) == 0 and record.read_text() == before
+    begun = []
+    monkeypatch.setattr(planned, "run_jobs", lambda jobs, *rest: begun.extend(jobs) or [])
+    capsys.readouterr()
+    del words[2]
+    assert evidence.main([*words, str(tmp_path / "third"), "--stages", "table", "--seeds", "0", "1"]) == 0
+    todo = {job.name for job in begun if not job.mark.exists()}
+    assert "digits/kd-refined-0" in todo and not todo & {"digits/kd-raw-0", "digits/kd-raw-1"}
+
+    record.write_text('{"run": "digits/kd-raw-0"}\n')
+    message = refused(capsys, evidence.main, *words, tmp_path / "fourth")
+    assert message.startswith(f"error: {record} is no record of runs (KeyError") and "another --record" in message
+
+
+def test_preparations_are_made_only_for_what_is_left(tmp_path):
+    jobs = [job(tmp_path, "weights"), job(tmp_path, "store", ("weights",)), job(tmp_path, "run", ("store",))]
+    jobs += [job(tmp_path, "other store"), job(tmp_path, "other run", ("other store",)), job(tmp_path, "alone")]
+    assert planned.needed(jobs) == jobs
+    (tmp_path / "run").write_text("x")
+    assert [one.name for one in planned.needed(jobs)] == ["run", "other store", "other run", "alone"]
+    (tmp_path / "other store").write_text("x")
+    assert [one.name for one in planned.needed(jobs)] == ["run", "other store", "other run", "alone"]
+
+
+def test_shares_are_shown_with_the_epochs_and_with_the_steps_of_all_images(tmp_path):
+    for name, accuracy in (("coreg_share_0.2_own", 0.4), ("coreg_steps_0.2_own", 0.8), ("coreg", 0.9)):
+        run = tmp_path / "digits" / f"{name}-raw-0"
+        run.mkdir(parents=True)
+        labels = {"refined": {"features": "own", "accuracy": {"test": 0.6}}} if name != "coreg" else {}
+        write_report(run / "report.json", report_of(accuracy, 0) | labels)
+    text = evidence.tables(tmp_path, ["digits"], [0], ["questions"])
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()[2:]]
+    assert cells[0][1:6] == [
+        "refined labels",
+        *(f"{how}, {what}" for how in ("Co-Reg", "as many steps") for what in ("raw", "refined")),
+    ]
+    assert cells[2] == ["0.2", "60.0", "–", "40.0", "–", "80.0", "0, 0", "0, 1, 0, 1"]
+    assert cells[3] == ["1", "–", "90.0", "–", "90.0", "–", "0, 0", "1, 0, 1, 0"]
+
+
+@pytest.mark.parametrize("share", evidence.SHARES)
+def test_a_share_gets_as_many_steps_as_all_images(share):
+    """All that recipe `digits` counts in epochs is longer by the same factor."""
+    words = ["--recipe", "digits"]
+    (usual_job, _, usual), (job_of, _, longer) = (
+        train_coreg.read_settings([*words, *more]) for more in ((), evidence.as_many_steps(float(share)))
+    )
+    assert job_of.epochs == pytest.approx(usual_job.epochs / float(share), abs=0.5)
+    for name in ("warmup_epochs", "rampup_epochs", "contrast_after"):
+        assert getattr(longer, name) == pytest.approx(getattr(usual, name) / float(share), abs=0.5)
 
 
 def test_one_run_has_no_spread_and_missing_scores_are_left_out():
