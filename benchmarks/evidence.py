@@ -29,6 +29,7 @@ from benchmarks.evidence_tables import (
     collect,
     labels,
     main_table,
+    picks_table,
     raw_and_refined,
     scores_table,
     shares_table,
@@ -318,6 +319,10 @@ def tables(root: Path, names: Sequence[str], seeds: Sequence[int], stages: Seque
         parts["Labels refined by views of two origins"] = views_table(root, titles, stores)
     if "robust" in stages:
         parts["Co-Reg on refined labels, one default changed"] = scores_table(root, titles, VARIANTS, seeds)
+        defaults = {what: (variant, REFINED) for variant, what in VARIANTS.items()}
+        methods_of = {f"{VARIANTS.get(m, 'pCE')}, {e}": (m, e) for m in ("partial", "coreg") for e in (RAW, REFINED)}
+        among = {"methods": methods_of, "defaults": defaults, "both": methods_of | dict(list(defaults.items())[1:])}
+        parts["Picked without labels"] = picks_table(root, titles, among, seeds)
     if "questions" in stages and "digits" in names:
         of = partial(collect, root, "digits", seeds=seeds)
         usual = of("coreg", RAW), of("coreg", REFINED)

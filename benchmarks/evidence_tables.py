@@ -132,6 +132,44 @@ def scores_table(
     return _table(rows, known)
 
 
+def picked(reports: Sequence[dict[str, Any]]) -> int:
+    """Which of several runs on the same images docs/method.md picks, by no label: its number among them.
+
+    The largest consensus among those whose covering rate on the test images is within 2 points of the best one's.
+    """
+    covering = [report["label_free"]["covering_rate"]["test"] for report in reports]
+    allowed = [number for number, rate in enumerate(covering) if rate >= max(covering) - 0.02]
+    return max(allowed, key=lambda number: reports[number]["label_free"]["consensus"])
+
+
+def picks_table(
+    root: Path, names: dict[str, str], among: dict[str, dict[str, tuple[str, str]]], seeds: Sequence[int]
+) -> str:
+    """Rows: sets and what is picked from; columns: what the rule picked, what was best, and what it would lose on average.
+
+    Args:
+        among: title of the runs that are picked from -> title of each, its method and its evidence. A seed of which a run
+            is not finished is left out.
+    """
+    rows, known = [], []
+    for name, title in names.items():
+        for what, members in among.items():
+            runs = {member: collect(root, name, *of, seeds).reports for member, of in members.items()}
+            whole = [seed for seed in seeds if all(seed in reports for reports in runs.values())]
+            chosen, best, lost, mean_lost = [], [], [], []
+            for seed in whole:
+                reports = [of[seed] for of in runs.values()]
+                test = [100 * report["accuracy"]["test"]["ensemble"] for report in reports]
+                chosen.append(list(runs)[picked(reports)])
+                best.append(list(runs)[test.index(max(test))])
+                lost.append(max(test) - test[picked(reports)])
+                mean_lost.append(max(test) - statistics.fmean(test))
+            row = {"set": title, "picked from": what, "picked": ", ".join(chosen), "best": ", ".join(best)}
+            rows.append(row | {"points lost": spread(lost), "a random one": spread(mean_lost), "seeds": str(len(whole))})
+            known.append(bool(whole))
+    return _table(rows, known)
+
+
 def raw_and_refined(lines: dict[str, tuple[Runs, Runs]], head: str) -> str:
     """Rows: settings of something on one set; columns: test accuracy on raw and on refined labels, CPU seconds, seeds."""
     rows, known = [], []

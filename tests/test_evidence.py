@@ -22,7 +22,7 @@ from benchmarks import evidence, planned, spoil, unlabelled
 from benchmarks.conse import judged, placed, read_glosses
 from benchmarks.evidence import plan
 from benchmarks.evidence_sets import GLOSSES, SETS, ImageSet, divided, write_lists
-from benchmarks.evidence_tables import Runs, main_table, spread
+from benchmarks.evidence_tables import Runs, main_table, picked, picks_table, spread
 from benchmarks.jobs import Job, cpu_seconds, run_jobs
 from benchmarks.lite import named_like
 from coreg.annotate import view
@@ -399,6 +399,28 @@ def test_a_share_gets_as_many_steps_as_all_images(share):
     assert job_of.epochs == pytest.approx(usual_job.epochs / float(share), abs=0.5)
     for name in ("warmup_epochs", "rampup_epochs", "contrast_after"):
         assert getattr(longer, name) == pytest.approx(getattr(usual, name) / float(share), abs=0.5)
+
+
+def test_the_rule_picks_by_consensus_among_the_runs_that_cover_about_as_much():
+    def run(covering, consensus):
+        return {"label_free": {"covering_rate": {"train": 1.0, "test": covering}, "consensus": consensus}}
+
+    assert picked([run(0.50, 0.99), run(0.60, 0.7), run(0.585, 0.8), run(0.59, 0.75)]) == 2
+    assert picked([run(0.6, 0.7), run(0.58, 0.8)]) == 1  # 2 points below is within
+    assert picked([run(0.6, 0.7), run(0.57, 0.8)]) == 0
+
+
+def test_what_the_rule_loses_is_counted_over_the_seeds_of_which_all_runs_are_finished(tmp_path):
+    runs = {("a", 0): (0.7, 0.9), ("b", 0): (0.8, 0.5), ("a", 1): (0.7, 0.5), ("b", 1): (0.6, 0.9), ("a", 2): (0.9, 0.9)}
+    for (name, seed), (accuracy, consensus) in runs.items():
+        run = tmp_path / "digits" / f"{name}-raw-{seed}"
+        run.mkdir(parents=True)
+        scores = {"covering_rate": {"train": 0.8, "test": 0.8}, "consensus": consensus}
+        write_report(run / "report.json", report_of(accuracy, seed) | {"label_free": scores})
+    among = {"two": {"A": ("a", "raw"), "B": ("b", "raw")}, "three": {"A": ("a", "raw"), "C": ("c", "raw")}}
+    text = picks_table(tmp_path, {"digits": "Digits"}, among, [0, 1, 2])
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()[2:]]
+    assert cells == [["Digits", "two", "A, B", "B, A", "10.0 ± 0.0", "5.0 ± 0.0", "2"]]
 
 
 def test_one_run_has_no_spread_and_missing_scores_are_left_out():
