@@ -10,6 +10,7 @@ from typing import Any
 
 from benchmarks.jobs import cpu_seconds
 from benchmarks.tables import as_markdown
+from coreg.report.metrics import pick
 from coreg.report.record import read_report
 
 RAW, REFINED = "raw", "refined"
@@ -133,13 +134,9 @@ def scores_table(
 
 
 def picked(reports: Sequence[dict[str, Any]]) -> int:
-    """Which of several runs on the same images docs/method.md picks, by no label: its number among them.
-
-    The largest consensus among those whose covering rate on the test images is within 2 points of the best one's.
-    """
-    covering = [report["label_free"]["covering_rate"]["test"] for report in reports]
-    allowed = [number for number, rate in enumerate(covering) if rate >= max(covering) - 0.02]
-    return max(allowed, key=lambda number: reports[number]["label_free"]["consensus"])
+    """Which of several runs on the same images `pick` picks by their reports: its number among them."""
+    scores = [report["label_free"] for report in reports]
+    return pick([score["covering_rate"]["test"] for score in scores], [score["consensus"] for score in scores])
 
 
 def picks_table(

@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.jobs import Job, cpu_seconds, run_jobs, seconds_file
-from benchmarks.tables import fill
+from benchmarks.tables import fill, processor
 from coreg.errors import UserError
 from coreg.files import write_atomically
 from coreg.report.record import read_report, write_report
 
 # what a record keeps of a report: what the tables need, and where it came from
 RECORDED = ("schema", "method", "dataset", "seed", "labels_used", "annotator", "accuracy", "metrics", "label_free")
-RECORDED += ("refined", "weak_labels", "training_seconds", "hardware", "versions")
+RECORDED += ("refined", "weak_labels", "training_seconds", "versions")
 
 
 def parsed(
@@ -89,14 +89,18 @@ def unpack(record: Path, root: Path, jobs: Sequence[Job]) -> None:
 
 
 def pack(record: Path, root: Path, jobs: Sequence[Job]) -> None:
-    """Add to a record the finished jobs that leave a report; what it has already stays as it is. Lines are sorted."""
+    """Add to a record the finished jobs that leave a report; what it has already stays as it is. Lines are sorted.
+
+    The seconds were needed on the processor of this machine.
+    """
     lines = record.read_text(encoding="utf-8").splitlines() if record.exists() else []
     kept = {json.loads(line)["run"]: line for line in lines}
     for job in jobs:
         if job.name not in kept and job.mark.name == "report.json" and job.mark.exists():
             report = read_report(job.mark)
             excerpt = {name: _rounded(report[name]) for name in RECORDED if report.get(name) is not None}
-            line = {"run": job.name, "cpu_seconds": round(cpu_seconds(root, job.name) or 0.0, 2), "report": excerpt}
+            seconds = round(cpu_seconds(root, job.name) or 0.0, 2)
+            line = {"run": job.name, "cpu_seconds": seconds, "processor": processor(), "report": excerpt}
             kept[job.name] = json.dumps(line, ensure_ascii=False)
     write_atomically(record, "".join(f"{kept[name]}\n" for name in sorted(kept)))
 

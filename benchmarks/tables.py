@@ -13,12 +13,17 @@ import torch
 PACKAGES = ("torch", "numpy", "scikit-learn", "pillow")
 
 
-def environment() -> str:
-    """One line: the processor or the GPU, its threads, and the versions of what computes."""
+def processor() -> str:
+    """The name of the processor, as far as the system knows it."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").split("\n") if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    device = f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    return names[0] if names else platform.processor()
+
+
+def environment() -> str:
+    """One line: the processor or the GPU, its threads, and the versions of what computes."""
+    device = f"{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
     if torch.cuda.is_available():
         device = f"{torch.cuda.get_device_name()}, {device}"
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)

@@ -86,6 +86,30 @@ def test_scores_without_labels_are_means_over_the_runs_that_have_them(tmp_path, 
     assert float(line["covering_rate"]) == pytest.approx(0.85) and line["approximated_accuracy"] == ""
 
 
+def test_the_run_that_is_picked_without_labels_is_named_under_the_table(tmp_path, capsys):
+    def scores(covering, consensus):
+        return {"covering_rate": {"train": 1 - covering, "test": covering}, "consensus": consensus}
+
+    write(tmp_path / "believes", report("PRODEN", label_free={"covering_rate": {"test": 1.0}}))  # one network
+    write(tmp_path / "first", report(test=0.95, label_free=scores(0.8, 0.9)))
+    output, _ = printed(capsys, tmp_path)
+    assert "Picked" not in output  # nothing to pick from
+    write(tmp_path / "a_b", report(seed=1, test=0.5, label_free=scores(0.6, 0.95)))
+    write(tmp_path / "nonsense", report(seed=2, label_free=scores(0.59, 1.0)))
+    output, _ = printed(capsys, tmp_path)
+    place = str(tmp_path / "a_b").replace("_", "\\_")
+    assert f"\nPicked without labels: {place} (Co-Reg, consensus 95.0 %, among the runs of two networks).\n" in output
+    printed(capsys, tmp_path, "--format", "html", "--output", tmp_path / "c.html")
+    assert f'<p class="note">Picked without labels: {tmp_path / "a_b"} (' in (tmp_path / "c.html").read_text()
+
+
+def test_without_test_images_the_training_images_are_covered(tmp_path, capsys):
+    for name, seed, covering, consensus in (("good", 0, 0.9, 0.8), ("nonsense", 1, 0.3, 0.99)):
+        scores = {"covering_rate": {"train": covering}, "consensus": consensus}
+        write(tmp_path / name, report(seed=seed, test=None, label_free=scores))
+    assert f"{tmp_path / 'good'} (Co-Reg" in printed(capsys, tmp_path)[0].replace("\\_", "_")
+
+
 def test_other_metrics_stand_in_a_table_of_their_own(tmp_path, capsys):
     for seed, (f1, nll) in enumerate([(0.8, 0.5), (0.9, 0.75)]):
         measured = {"test": {"macro_f1": f1, "nll": nll, "few": 0.25}, "train": {"macro_f1": 0.1, "ece": 0.1}}

@@ -22,7 +22,7 @@ from benchmarks import evidence, planned, spoil, unlabelled
 from benchmarks.conse import judged, placed, read_glosses
 from benchmarks.evidence import plan
 from benchmarks.evidence_sets import GLOSSES, SETS, ImageSet, divided, write_lists
-from benchmarks.evidence_tables import Runs, main_table, picked, picks_table, spread
+from benchmarks.evidence_tables import Runs, main_table, picks_table, spread
 from benchmarks.jobs import Job, cpu_seconds, run_jobs
 from benchmarks.lite import named_like
 from coreg.annotate import view
@@ -399,15 +399,6 @@ def test_a_share_gets_as_many_steps_as_all_images(share):
     assert job_of.epochs == pytest.approx(usual_job.epochs / float(share), abs=0.5)
     for name in ("warmup_epochs", "rampup_epochs", "contrast_after"):
         assert getattr(longer, name) == pytest.approx(getattr(usual, name) / float(share), abs=0.5)
-
-
-def test_the_rule_picks_by_consensus_among_the_runs_that_cover_about_as_much():
-    def run(covering, consensus):
-        return {"label_free": {"covering_rate": {"train": 1.0, "test": covering}, "consensus": consensus}}
-
-    assert picked([run(0.50, 0.99), run(0.60, 0.7), run(0.585, 0.8), run(0.59, 0.75)]) == 2
-    assert picked([run(0.6, 0.7), run(0.58, 0.8)]) == 1  # 2 points below is within
-    assert picked([run(0.6, 0.7), run(0.57, 0.8)]) == 0
 
 
 def test_what_the_rule_loses_is_counted_over_the_seeds_of_which_all_runs_are_finished(tmp_path):

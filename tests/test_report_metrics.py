@@ -23,6 +23,7 @@ from coreg.report.metrics import (
     label_free_scores,
     mean_confidence,
     per_class_accuracy,
+    pick,
     prototype_health,
     wilson_interval,
 )
@@ -280,3 +281,17 @@ def test_an_estimate_reaches_beyond_all_of_its_scores():
     assert estimate({"confidence": 0.04, "consensus": 0.02})["interval"] == [0.0, pytest.approx(0.14)]
     assert estimate({"confidence": 0.6}) is None
     assert estimate_lines({}) == []
+
+
+@pytest.mark.parametrize(
+    "covering, agreement, picked",
+    [
+        ([0.5], [0.0], 0),
+        ([0.8, 0.59, 0.61], [0.5, 0.99, 0.7], 2),  # the second covers less than three quarters of 0.8
+        ([0.8, 0.6], [0.5, 0.7], 1),  # three quarters are enough
+        ([0.9, 0.9, 0.7], [0.8, 0.8, 0.8], 0),  # the first of several
+        ([0.0, 0.0], [0.1, 0.2], 1),
+    ],
+)
+def test_the_largest_consensus_is_picked_of_the_runs_that_cover_enough(covering, agreement, picked):
+    assert pick(covering, agreement) == picked

@@ -186,6 +186,22 @@ def label_free_scores(
     return scores | ({"consensus": consensus([Predicted.of(log_p) for log_p in networks])} if len(networks) == 2 else {})
 
 
+LEAST_COVERED = 0.75  # of the covering rate of the run that covers most
+
+
+def pick(covering: Sequence[float], agreement: Sequence[float]) -> int:
+    """Which of several runs on the same images is best as far as can be known without labels: its number among them.
+
+    The largest consensus among those that cover at least three quarters as many images as the one that covers most.
+
+    Args:
+        covering: `covering_rate` of each, of test images where there are some; one or more. agreement: `consensus` of each.
+    """
+    least = LEAST_COVERED * max(covering) - 1e-9  # rounded shares that are just enough are enough
+    allowed = [number for number, rate in enumerate(covering) if rate >= least]
+    return max(allowed, key=lambda number: agreement[number])
+
+
 def mean_confidence(logits: np.ndarray, predictions: np.ndarray) -> float:
     """Mean over the images of softmax(logits) at the predicted class, 0 where none is predicted.
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from coreg.plaintext import csv_rows, printable
-from coreg.report.metrics import METRICS, written
+from coreg.report.metrics import METRICS, pick, written
 from coreg.webpage import bar, document, table, text
 
 # in the order of the papers' tables; a method belongs where the first word of its name is listed
@@ -177,6 +177,15 @@ class Table:
                 lines.append([row.name, *texts])
         return ["method", *(METRICS[name] for name in shown)], lines
 
+    def picked(self) -> Run | None:
+        """The run that is best as far as can be known without labels, of all with two networks; None of fewer than two."""
+        runs = [run for row in self.rows for run in row.runs if run.value("label_free", "consensus") is not None]
+        for split in (TEST, TRAIN):
+            covering = [run.value("label_free", "covering_rate", split) for run in runs]
+            if len(runs) > 1 and None not in covering:
+                return runs[pick(covering, [run.value("label_free", "consensus") for run in runs])]
+        return None
+
     def families(self) -> list[tuple[str, list[Row]]]:
         """Rows by family, in order; of several labels an image all in one without a name."""
         if self.several:
@@ -273,6 +282,8 @@ def as_markdown(tables: Sequence[Table]) -> str:
             body += [[f"**{name}**"] + [""] * (len(shown.head) - 1)] if name else []
             body += [[_plain(cell) for cell in cells(row)] for row in rows]
         lines += [f"## {_plain(shown.heading)}", "", *_lines(shown.head, body), ""]
+        choice = picked_without_labels(shown)
+        lines += [_plain(choice), ""] if choice else []
         head, measured = shown.metrics()
         if measured:
             lines += [MEASURED, "", *_lines(head, [[_plain(cell) for cell in row] for row in measured]), ""]
@@ -283,6 +294,16 @@ def readings(tables: Sequence[Table]) -> list[str]:
     """How tables are to be read, of each kind that there is."""
     kinds = {shown.several for shown in tables}
     return [text for several, text in ((False, READING), (True, TAG_READING)) if several in kinds]
+
+
+def picked_without_labels(shown: Table) -> str | None:
+    """A sentence on the run that is picked without labels, where there is something to pick from."""
+    run = shown.picked()
+    if run is None:
+        return None
+    consensus = 100 * run.value("label_free", "consensus")
+    why = f"consensus {consensus:.1f} %, among the runs of two networks"
+    return f"Picked without labels: {run.path.parent} ({run.report['method']}, {why})."
 
 
 def _lines(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
@@ -342,6 +363,8 @@ def as_html(tables: Sequence[Table]) -> str:
                 shares = row.shares(TEST)
                 lines.append([named, test, bar(statistics.fmean(shares)) if shares else "", *rest])
         parts += [f"<h2>{text(printable(shown.heading))}</h2>", table([*shown.head[:2], "", *shown.head[2:]], lines)]
+        choice = picked_without_labels(shown)
+        parts += [f'<p class="note">{text(printable(choice))}</p>'] if choice else []
         head, measured = shown.metrics()
         if measured:
             escaped = ([text(printable(cell)) for cell in row] for row in measured)
