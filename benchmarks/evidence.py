@@ -144,13 +144,14 @@ TITLES = {
 }
 VARIANTS = {
     "coreg": "Co-Reg",
-    "coreg_mixup": "MixUp the other way",
+    "coreg_mixup": "with MixUp",
     "coreg_annotator_prior": "aligned to the annotator's shares",
     "coreg_no_alignment": "no alignment",
     "coreg_short_warmup": "half the warm-up",
 }
 WIDER = {"wide_partial": "CC, one network of twice the width", "wide_alim": "ALIM-Onehot, one network of twice the width"}
 PIXEL_TITLES = {"probe_student": "probe", "partial": TITLES["partial"], "coreg": "Co-Reg"}
+MIXUP = ("--mixup_alpha", "4")  # the papers' journal version
 COREG, PLL, PROBE = "train_coreg.py", "baselines/pll.py", "baselines/probe.py"
 
 
@@ -235,7 +236,7 @@ def robust(root: Path, names: Sequence[str], seeds: Sequence[int]) -> Iterator[J
             chosen = SETS[name]
             usual = ("--warmup_epochs", f"{chosen.warmup}")
             changed = {
-                "mixup": (*usual, "--mixup_alpha", f"{chosen.mixup}"),
+                "mixup": (*usual, *MIXUP),
                 "annotator_prior": (*usual, "--alignment", "annotator"),
                 "no_alignment": (*usual, "--alignment", "none"),
                 "short_warmup": ("--warmup_epochs", f"{chosen.warmup // 2}"),
@@ -251,10 +252,10 @@ def as_many_steps(share: float) -> tuple[str, ...]:
 
 
 def questions(root: Path, names: Sequence[str], seeds: Sequence[int]) -> Iterator[Job]:
-    """The fourth stage, on the digits alone: the papers' own questions."""
+    """The fourth stage, on the digits alone: the papers' own questions, asked of their journal version, with MixUp."""
     if "digits" not in names:
         return
-    raw, coreg = store_of(root, "digits", RAW), (COREG, "--warmup_epochs", f"{SETS['digits'].warmup}")
+    raw, coreg = store_of(root, "digits", RAW), (COREG, "--warmup_epochs", f"{SETS['digits'].warmup}", *MIXUP)
     for share in SPOILED:
         spoiled = store_of(root, "digits", f"spoiled_{share}")
         words = ("-m", "benchmarks.spoil", f"{raw}", "--share", share, "--output_dir", f"{spoiled}")
@@ -263,6 +264,8 @@ def questions(root: Path, names: Sequence[str], seeds: Sequence[int]) -> Iterato
         job = f"digits/spoiled_{share}_refined"
         yield refinement("digits", spoiled, refined, job, root / WEIGHTS, SETS["digits"])
     for seed in seeds:
+        for evidence in (RAW, REFINED):
+            yield trained(root, "digits", "coreg_mixup", evidence, seed, coreg)
         for share in SHARES:
             for refine in ("none", "own"):
                 options = ("--share", share, "--refine", refine)
@@ -272,7 +275,7 @@ def questions(root: Path, names: Sequence[str], seeds: Sequence[int]) -> Iterato
                 yield trained(root, "digits", method, evidence, seed, (PLL, *options))
         for share in SPOILED:
             for evidence in (f"spoiled_{share}", f"spoiled_{share}_refined"):
-                yield trained(root, "digits", "coreg", evidence, seed, coreg)
+                yield trained(root, "digits", "coreg_mixup", evidence, seed, coreg)
         for threshold in THRESHOLDS:
             for evidence in (RAW, REFINED):
                 options = ("--threshold", threshold)
@@ -280,7 +283,7 @@ def questions(root: Path, names: Sequence[str], seeds: Sequence[int]) -> Iterato
         for share in SHARES:
             for refine in ("none", "own"):
                 options = ("--share", share, "--refine", refine, *as_many_steps(float(share)))
-                yield trained(root, "digits", f"coreg_steps_{share}_{refine}", RAW, seed, (COREG, *options))
+                yield trained(root, "digits", f"coreg_steps_{share}_{refine}", RAW, seed, (COREG, *MIXUP, *options))
 
 
 def pixels(root: Path, names: Sequence[str], seeds: Sequence[int]) -> Iterator[Job]:
@@ -306,7 +309,7 @@ def plan(root: Path, names: Sequence[str], seeds: Sequence[int], stages: Sequenc
     made = {"table": table, "views": views, "robust": robust, "questions": questions, "pixels": pixels}
     for stage in stages:
         jobs += made[stage](root, names, seeds)
-    return jobs
+    return list({job.name: job for job in jobs}.values())  # two stages may want the same run
 
 
 def tables(root: Path, names: Sequence[str], seeds: Sequence[int], stages: Sequence[str]) -> str:
@@ -325,9 +328,9 @@ def tables(root: Path, names: Sequence[str], seeds: Sequence[int], stages: Seque
         parts["Picked without labels"] = picks_table(root, titles, among, seeds)
     if "questions" in stages and "digits" in names:
         of = partial(collect, root, "digits", seeds=seeds)
-        usual = of("coreg", RAW), of("coreg", REFINED)
+        usual = of("coreg_mixup", RAW), of("coreg_mixup", REFINED)
         wide = {what: (of(name, RAW), of(name, REFINED)) for name, what in WIDER.items()}
-        spoiled = {s: (of("coreg", f"spoiled_{s}"), of("coreg", f"spoiled_{s}_refined")) for s in SPOILED}
+        spoiled = {s: (of("coreg_mixup", f"spoiled_{s}"), of("coreg_mixup", f"spoiled_{s}_refined")) for s in SPOILED}
         sure = {t: (of(f"coreg_threshold_{t}", RAW), of(f"coreg_threshold_{t}", REFINED)) for t in THRESHOLDS}
         for title, head, lines, same in (
             ("One larger network", "method", wide, TITLES["coreg"]),

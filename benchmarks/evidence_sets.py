@@ -23,7 +23,6 @@ class ImageSet:
             so that none is seen by both the students and the tiny CLIP.
         size: pixels of the students' images. flip: whether a mirror image shows the same class.
         epochs, warmup: of all methods, and those before the first division.
-        mixup: what the recipe does not do: the other value of --mixup_alpha, tried in a stage.
         clip: options of the tiny CLIP.
     """
 
@@ -36,7 +35,6 @@ class ImageSet:
     flip: bool = True
     epochs: int = 8
     warmup: int = 3
-    mixup: float = 4
     clip: tuple[str, ...] = ()
 
     @property
@@ -46,7 +44,7 @@ class ImageSet:
 
 
 SETS = {
-    "digits": ImageSet("digits", "builtin", epochs=30, warmup=6, mixup=0),
+    "digits": ImageSet("digits", "builtin", epochs=30, warmup=6),
     "cifar10": ImageSet("CIFAR-10", "conse", 80, 100, size=40),
     "eurosat": ImageSet("EuroSAT", "clip", 80, 100, size=40, clip=("--skip", "20", "--per_class", "100")),
     "gtsrb": ImageSet("GTSRB", "clip", 24, 24, 5, 40, flip=False, clip=("--steps", "1500", "--no_flip")),

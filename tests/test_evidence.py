@@ -374,10 +374,10 @@ def test_preparations_are_made_only_for_what_is_left(tmp_path):
 
 
 def test_shares_are_shown_with_the_epochs_and_with_the_steps_of_all_images(tmp_path):
-    for name, accuracy in (("coreg_share_0.2_own", 0.4), ("coreg_steps_0.2_own", 0.8), ("coreg", 0.9)):
+    for name, accuracy in (("coreg_share_0.2_own", 0.4), ("coreg_steps_0.2_own", 0.8), ("coreg_mixup", 0.9)):
         run = tmp_path / "digits" / f"{name}-raw-0"
         run.mkdir(parents=True)
-        labels = {"refined": {"features": "own", "accuracy": {"test": 0.6}}} if name != "coreg" else {}
+        labels = {"refined": {"features": "own", "accuracy": {"test": 0.6}}} if name != "coreg_mixup" else {}
         write_report(run / "report.json", report_of(accuracy, 0) | labels)
     text = evidence.tables(tmp_path, ["digits"], [0], ["questions"])
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()[2:]]

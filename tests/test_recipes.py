@@ -134,10 +134,11 @@ def test_no_recipe_depends_on_a_default_of_its_table():
             assert key in written, (name, key)
 
 
-def test_the_folder_recipe_leaves_mixup_to_the_methods_that_are_made_of_it():
-    assert settings("folder")[2].mixup_alpha == 0
-    (method,) = parse(DivideMixOptions, argv=["--recipe", "folder"], others=OTHERS, prog="baselines/dividemix.py")
-    assert method.mixup_alpha == 4 and method.warmup_epochs == settings("folder")[2].warmup_epochs
+@pytest.mark.parametrize("recipe", ["folder", "digits"])
+def test_recipes_that_no_paper_has_leave_mixup_to_the_methods_that_are_made_of_it(recipe):
+    assert settings(recipe)[2].mixup_alpha == 0
+    (method,) = parse(DivideMixOptions, argv=["--recipe", recipe], others=OTHERS, prog="baselines/dividemix.py")
+    assert method.mixup_alpha == 4 and method.warmup_epochs == settings(recipe)[2].warmup_epochs
 
 
 # epochs, --q, imbalance, method: what the paper's tables were made with (He et al., 2025), as its code's scripts say
