@@ -14,7 +14,8 @@ SMALL_JOB = [
     "--recipe", "digits", "--refine", "none",
     "--dtype", "float64", "--channels", "3", "--image_size", "12", "--backbone_args",
     '{"norm": "group", "widths": [8, 16], "depths": [1, 1]}', "--epochs", "3", "--warmup_epochs", "1",
-    "--contrast_after", "-1", "--batch_size", "13", "--queue_size", "50", "--projection_dim", "8", "--workers", "0",
+    "--mixup_alpha", "4", "--contrast_after", "-1", "--batch_size", "13", "--queue_size", "50", "--projection_dim", "8",
+    "--workers", "0",
 ]  # fmt: skip
 
 

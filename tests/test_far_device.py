@@ -123,7 +123,9 @@ JOB = [
     "--backbone_args", '{"widths": [8, 16], "depths": [1, 1]}',
     "--batch_size", "25", "--workers", "0", "--report_to", "none",
 ]  # fmt: skip
-CO_TRAINED = ["--warmup_epochs", "1", "--contrast_after", "-1", "--queue_size", "50", "--projection_dim", "8"]
+CO_TRAINED = [
+    "--warmup_epochs", "1", "--mixup_alpha", "4", "--contrast_after", "-1", "--queue_size", "50", "--projection_dim", "8",
+]  # fmt: skip
 # every starting time is over after the first epoch
 PARTIAL = {"queue_size": 50, "projection_dim": 8, "correction_margin": 0, "noise_rate": 0.2}
 pll = script("pll")

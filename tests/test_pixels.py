@@ -433,7 +433,9 @@ TINY = [
     "--recipe", "digits", "--refine", "none", "--channels", "3", "--image_size", "8", "--epochs", "2", "--batch_size", "13",
     "--backbone_args", '{"norm": "group", "widths": [4, 8], "depths": [1, 1]}', "--workers", "0", "--report_to", "none",
 ]  # fmt: skip
-CO_TRAINED = ["--warmup_epochs", "1", "--contrast_after", "-1", "--queue_size", "50", "--projection_dim", "8"]
+CO_TRAINED = [
+    "--warmup_epochs", "1", "--mixup_alpha", "4", "--contrast_after", "-1", "--queue_size", "50", "--projection_dim", "8",
+]  # fmt: skip
 SCRIPTS = {
     "coreg": (train_coreg.main, CO_TRAINED),
     "pll": (script("pll").main, ["--method", "irnet", "--few_shot", "2", "--epochs", "1"]),
