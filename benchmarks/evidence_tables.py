@@ -157,9 +157,10 @@ def picks_table(
             for seed in whole:
                 reports = [of[seed] for of in runs.values()]
                 test = [100 * report["accuracy"]["test"]["ensemble"] for report in reports]
-                chosen.append(list(runs)[picked(reports)])
+                place = picked(reports)
+                chosen.append(list(runs)[place])
                 best.append(list(runs)[test.index(max(test))])
-                lost.append(max(test) - test[picked(reports)])
+                lost.append(max(test) - test[place])
                 mean_lost.append(max(test) - statistics.fmean(test))
             row = {"set": title, "picked from": what, "picked": ", ".join(chosen), "best": ", ".join(best)}
             rows.append(row | {"points lost": spread(lost), "a random one": spread(mean_lost), "seeds": str(len(whole))})

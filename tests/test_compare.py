@@ -96,6 +96,7 @@ def test_the_run_that_is_picked_without_labels_is_named_under_the_table(tmp_path
     assert "Picked" not in output  # nothing to pick from
     write(tmp_path / "a_b", report(seed=1, test=0.5, label_free=scores(0.6, 0.95)))
     write(tmp_path / "nonsense", report(seed=2, label_free=scores(0.59, 1.0)))
+    write(tmp_path / "tower", report(seed=3, label_free=scores(0.78, 1.0)), backbone="annotator")
     output, _ = printed(capsys, tmp_path)
     place = str(tmp_path / "a_b").replace("_", "\\_")
     assert f"\nPicked without labels: {place} (Co-Reg, consensus 95.0 %, among the runs of two networks).\n" in output

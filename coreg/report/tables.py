@@ -178,8 +178,12 @@ class Table:
         return ["method", *(METRICS[name] for name in shown)], lines
 
     def picked(self) -> Run | None:
-        """The run that is best as far as can be known without labels, of all with two networks; None of fewer than two."""
+        """The run that is best as far as can be known without labels, of all with two networks; None of fewer than two.
+
+        Networks that began as their annotator's tower are left out: they agree on the annotator's mistakes.
+        """
         runs = [run for row in self.rows for run in row.runs if run.value("label_free", "consensus") is not None]
+        runs = [run for run in runs if run.settings.get("backbone") != "annotator"]
         for split in (TEST, TRAIN):
             covering = [run.value("label_free", "covering_rate", split) for run in runs]
             if len(runs) > 1 and None not in covering:
