@@ -162,7 +162,7 @@ def picks_table(
                 best.append(list(runs)[test.index(max(test))])
                 lost.append(max(test) - test[place])
                 mean_lost.append(max(test) - statistics.fmean(test))
-            row = {"set": title, "picked from": what, "picked": ", ".join(chosen), "best": ", ".join(best)}
+            row = {"set": title, "picked from": what, "picked": "; ".join(chosen), "best": "; ".join(best)}
             rows.append(row | {"points lost": spread(lost), "a random one": spread(mean_lost), "seeds": str(len(whole))})
             known.append(bool(whole))
     return _table(rows, known)

@@ -411,7 +411,7 @@ def test_what_the_rule_loses_is_counted_over_the_seeds_of_which_all_runs_are_fin
     among = {"two": {"A": ("a", "raw"), "B": ("b", "raw")}, "three": {"A": ("a", "raw"), "C": ("c", "raw")}}
     text = picks_table(tmp_path, {"digits": "Digits"}, among, [0, 1, 2])
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()[2:]]
-    assert cells == [["Digits", "two", "A, B", "B, A", "10.0 ± 0.0", "5.0 ± 0.0", "2"]]
+    assert cells == [["Digits", "two", "A; B", "B; A", "10.0 ± 0.0", "5.0 ± 0.0", "2"]]
 
 
 def test_one_run_has_no_spread_and_missing_scores_are_left_out():
