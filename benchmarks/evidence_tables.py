@@ -14,6 +14,7 @@ from coreg.report.metrics import pick
 from coreg.report.record import read_report
 
 RAW, REFINED = "raw", "refined"
+LABELS = "labels"  # in the place of a method: nothing is trained
 NOTHING = "–"
 NOTHING_OF_BOTH = f"{NOTHING} / {NOTHING}"
 
@@ -120,11 +121,15 @@ def views_table(root: Path, names: dict[str, str], stores: dict[str, str]) -> st
 def scores_table(
     root: Path, names: dict[str, str], variants: dict[str, str], seeds: Sequence[int], evidence: str = REFINED
 ) -> str:
-    """Rows: variants of a method on each set, with what can be had without labels, test accuracy, and CPU seconds."""
+    """Rows: variants of a method on each set, with what can be had without labels, test accuracy, and CPU seconds.
+
+    The variant `labels` stands for those of the store itself, with the seconds of refining them.
+    """
     rows, known = [], []
     for name, title in names.items():
         for variant, what in variants.items():
-            runs = collect(root, name, variant, evidence, seeds)
+            of_store = variant == LABELS
+            runs = labels(root, name, evidence, evidence) if of_store else collect(root, name, variant, evidence, seeds)
             scores = ("covering_rate", "approximated_accuracy", "consensus")
             free = {score.replace("_", " "): spread(runs.without_labels(score)) for score in scores}
             of_all = {"test": spread(runs.accuracy()), "CPU s": _rounded(runs.seconds), "seeds": str(len(runs.reports))}
