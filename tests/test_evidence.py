@@ -191,6 +191,25 @@ def test_lists_share_no_image_and_nothing_is_written_beside_the_data(tmp_path):
         write_lists(data, tmp_path / "out", ImageSet("signs", "clip", per_class=6, tested=3))
 
 
+def test_fewer_and_more_images_leave_out_those_that_the_annotator_has_seen(tmp_path):
+    for split, count in (("train", 60), ("test", 2)):
+        folder = tmp_path / "data" / split / "a"
+        folder.mkdir(parents=True)
+        for number in range(count):
+            (folder / f"{number:02}.png").touch()
+    chosen = ImageSet("A", "clip", per_class=1, tested=2, seen=(10, 13), many=55)
+    write_lists(tmp_path / "data", tmp_path / "out", chosen)
+    listed = {}
+    for name in ("few", "many"):
+        rows = list(csv.DictReader((tmp_path / "out" / f"{name}.csv").open()))
+        assert [row["path"] for row in rows[-2:]] == ["data/test/a/00.png", "data/test/a/01.png"]
+        assert [row["split"] for row in rows] == ["train"] * (len(rows) - 2) + ["test"] * 2
+        listed[name] = [int(row["path"][-6:-4]) for row in rows[:-2]]
+    assert listed == {"few": [*range(10), *range(13, 53)], "many": [*range(10), *range(13, 58)]}
+    assert SETS["eurosat"].clip[1::2] == ("20", "100")  # of those after the first 80: the 100 from the 100th on
+    assert SETS["eurosat"].per_class + 20 == SETS["eurosat"].seen[0] == SETS["eurosat"].seen[1] - 100
+
+
 def test_pictures_of_one_scene_are_on_one_side_and_as_few_as_possible_of_each_are_taken():
     files = ["a1", "a2", "a3", "b1", "b2", "c1", "d1", "d2", "e1"]  # every third scene trains: a and d
     assert divided(files, 3, 1) == (["a1", "a2", "d1"], ["b1", "b2", "c1", "e1"])
@@ -399,6 +418,21 @@ def test_a_share_gets_as_many_steps_as_all_images(share):
     assert job_of.epochs == pytest.approx(usual_job.epochs / float(share), abs=0.5)
     for name in ("warmup_epochs", "rampup_epochs", "contrast_after"):
         assert getattr(longer, name) == pytest.approx(getattr(usual, name) / float(share), abs=0.5)
+
+
+def test_the_labels_of_a_store_stand_beside_what_was_trained_on_them(tmp_path):
+    for run, accuracy in (("labels-few_refined/averaged", 0.6), ("partial_128_e8_b16-few_refined-0", 0.7)):
+        (tmp_path / "eurosat" / run).mkdir(parents=True)
+        write_report(tmp_path / "eurosat" / run / "report.json", report_of(accuracy, 0))
+    (tmp_path / "logs" / "eurosat").mkdir(parents=True)
+    (tmp_path / "logs" / "eurosat" / "few_refined.seconds").write_text("20\n")
+    text = evidence.tables(tmp_path, ["digits", "eurosat"], [0], ["amounts"])
+    assert text.startswith("### Recipe folder, 500 images\n") and "EuroSAT" in text and "CIFAR" not in text
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()[4:]]
+    assert cells == [
+        ["EuroSAT", "the labels, nothing trained", "80.0", "–", "90.0", "60.0", "20", "1"],
+        ["EuroSAT", "partial cross-entropy, 128 pixels, 8 epochs, batch 16", "80.0", "–", "90.0", "70.0", "0", "1"],
+    ]
 
 
 def test_what_the_rule_loses_is_counted_over_the_seeds_of_which_all_runs_are_finished(tmp_path):
