@@ -148,20 +148,22 @@ class Amount:
     """How recipe `folder` is tried at its own pixels on a list of a set's images.
 
     epochs: those of partial cross-entropy, with the recipe's batch. usual: those that go with each of `batches`. small:
-        those at 64 pixels. coreg: epochs and warm-up of Co-Reg.
+        those at 64 pixels. coreg: pixels, epochs and warm-up of Co-Reg.
     """
 
     title: str
     epochs: tuple[int, ...]
     usual: int
     batches: tuple[int, ...]
-    small: int
-    coreg: tuple[tuple[int, int], ...]
+    small: tuple[int, ...]
+    coreg: tuple[tuple[int, int, int], ...]
 
 
 AMOUNTS = {
-    "few": Amount("500 images", (4, 8, 20), 8, (16, 64), 20, ((8, 3), (20, 6))),
-    "many": Amount("4,000 (EuroSAT) and 5,000 images", (1, 2, 4), 2, (64,), 8, ((4, 2),)),
+    "few": Amount("500 images", (4, 8, 20), 8, (16, 64), (8, 20), ((64, 8, 3), (64, 20, 6), (128, 8, 3), (128, 20, 6))),
+    "many": Amount(
+        "4,000 (EuroSAT) and 5,000 images", (1, 2, 4), 2, (64,), (2, 4, 8), ((64, 4, 2), (64, 8, 3), (128, 4, 2))
+    ),
 }
 TITLES = {
     "probe": "probe on the view's features",
@@ -358,16 +360,16 @@ def wide(size: int) -> tuple[str, ...]:
 
 def tried(of: Amount) -> dict[str, tuple[str, ...]]:
     """Scripts and options of what is trained on one amount of images; the cheap ones first."""
-    lone = {f"partial_{VIEW}_e{epochs}": (VIEW, epochs, ()) for epochs in of.epochs}
+    lone = {f"partial_64_e{epochs}": (64, epochs, ()) for epochs in of.small}
+    lone |= {f"partial_{VIEW}_e{epochs}": (VIEW, epochs, ()) for epochs in of.epochs}
     lone |= {f"partial_{VIEW}_e{of.usual}_b{b}": (VIEW, of.usual, ("--batch_size", f"{b}")) for b in of.batches}
-    lone |= {f"partial_64_e{of.small}": (64, of.small, ())}
     made = {
         name: (COREG, *wide(size), *options, "--epochs", f"{epochs}", "--warmup_epochs", f"{epochs}")
         for name, (size, epochs, options) in lone.items()
     }
-    for epochs, warmup in of.coreg:
-        options = (*wide(VIEW), "--epochs", f"{epochs}", "--warmup_epochs", f"{warmup}")
-        made[f"coreg_{VIEW}_e{epochs}"] = (COREG, *options)
+    for size, epochs, warmup in of.coreg:
+        options = (*wide(size), "--epochs", f"{epochs}", "--warmup_epochs", f"{warmup}")
+        made[f"coreg_{size}_e{epochs}"] = (COREG, *options)
     return made
 
 
@@ -376,7 +378,7 @@ def tried_titles(of: Amount) -> dict[str, str]:
     titles = {LABELS: "the labels, nothing trained", f"probe_student_{VIEW}": f"probe, {VIEW} pixels"}
     for method in tried(of):
         what, size, epochs, *batch = method.split("_")
-        title = f"{'Co-Reg' if what == 'coreg' else 'partial cross-entropy'}, {size} pixels, {epochs[1:]} epochs"
+        title = f"{'Co-Reg' if what == 'coreg' else 'partial cross-entropy'}, {size} pixels, {epochs[1:]} epoch{'s' * (epochs != 'e1')}"
         titles[method] = title + (f", batch {batch[0][1:]}" if batch else "")
     return titles
 

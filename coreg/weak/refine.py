@@ -168,6 +168,15 @@ class Refinement:
         return out
 
 
+def fitted_rows(train: np.ndarray, classes: int) -> tuple[np.ndarray, float]:
+    """The rows of `train` that a mixture is fitted to, at most `ENTRIES_FITTED` / C, and the slack of `balanced`."""
+    most = max(1, ENTRIES_FITTED // classes)
+    if len(train) <= most:
+        return train, 0.0
+    # classes that are equally frequent are not quite so in a part: twice the error
+    return np.sort(train[drawn(train, "fitted")[:most]]), 2 * (classes / most) ** 0.5
+
+
 _KEPT, _MENDED, _SEEN = range(3)  # a row's probabilities: kept; mended with them as evidence; by the features alone
 
 
@@ -194,12 +203,7 @@ def refine(
     """
     if not len(train):
         raise ValueError("there are no training rows to fit a mixture to")
-    most = max(1, ENTRIES_FITTED // probs.shape[1])
-    fitted, slack = train, 0.0
-    if len(train) > most:
-        fitted = np.sort(train[drawn(train, "fitted")[:most]])
-        # classes that are equally frequent are not quite so in a part: twice the error
-        slack = 2 * (probs.shape[1] / most) ** 0.5
+    fitted, slack = fitted_rows(train, probs.shape[1])
     projection = fit_projection(Subset(features, fitted), probs.shape[1])
     z, evidence = projection(Subset(features, fitted)), Subset(probs, fitted)
     setting, scores = choose(z, evidence, fitted, prior, weight)
