@@ -378,7 +378,10 @@ def tried_titles(of: Amount) -> dict[str, str]:
     titles = {LABELS: "the labels, nothing trained", f"probe_student_{VIEW}": f"probe, {VIEW} pixels"}
     for method in tried(of):
         what, size, epochs, *batch = method.split("_")
-        title = f"{'Co-Reg' if what == 'coreg' else 'partial cross-entropy'}, {size} pixels, {epochs[1:]} epoch{'s' * (epochs != 'e1')}"
+        count = int(epochs[1:])
+        title = (
+            f"{'Co-Reg' if what == 'coreg' else 'partial cross-entropy'}, {size} pixels, {count} epoch{'s' * (count > 1)}"
+        )
         titles[method] = title + (f", batch {batch[0][1:]}" if batch else "")
     return titles
 
