@@ -169,7 +169,14 @@ class Refinement:
 
 
 def fitted_rows(train: np.ndarray, classes: int) -> tuple[np.ndarray, float]:
-    """The rows of `train` that a mixture is fitted to, at most `ENTRIES_FITTED` / C, and the slack of `balanced`."""
+    """The rows that a mixture is fitted to, drawn by key from very many, and the slack with which it balances them.
+
+    Args:
+        train: int64 (n,), rows of the images. classes: C.
+
+    Returns:
+        int64, all of `train` or `ENTRIES_FITTED` / C of it, ascending; and the `slack` of `balanced`, 0 for all of it.
+    """
     most = max(1, ENTRIES_FITTED // classes)
     if len(train) <= most:
         return train, 0.0
